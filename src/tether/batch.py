@@ -1,0 +1,189 @@
+"""The values that travel between the rooms: prompts, completions, rows of tokens, and a cycle's rollout.
+
+Ids travel as Python lists, ragged, because responses are ragged; tensors are built where arithmetic begins. Rows are padded
+on the right, prompt and response in one piece: under causal attention no token sees what comes after it, so padding
+needs no attention mask, cannot change a number, and costs nothing but its own arithmetic.
+
+Shape letters: `B` rows, `P` prompt positions, `R` response positions, `T` longest prompt + response, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tether.errors import BatchError
+
+Text = str | list[dict[str, Any]]  # plain text, or chat messages: [{"role": …, "content": …}, …]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, tokenized once: everything downstream uses these ids."""
+
+    ids: tuple[int, ...]  # never empty
+    source: Text  # as the user wrote it
+    row: int  # its row in the data set, from 0
+    columns: dict[str, Any] = field(default_factory=dict)  # the row's other columns, for reward functions
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to draw responses: the config's keys, resolved against model and tokenizer."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    stop_token_ids: tuple[int, ...] = ()
+    responses_per_prompt: int = 1
+    seed: int = 0
+    stream: int = 0  # counted uniforms of their own: TRAIN, EVALUATE or GENERATE
+
+
+TRAIN, EVALUATE, GENERATE = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """B sampled responses. Row i answers prompts[i]; the n responses to one prompt stand together."""
+
+    prompts: list[Prompt]  # B; a prompt answered n times appears n times
+    response_ids: list[list[int]]  # B, ragged, at least one token each; the stop token included, no pads
+    sampler_logprobs: list[list[float]]  # B, ragged, nats: before top-k and top-p, at the sampling temperature
+    truncated_mass: list[list[float]]  # B, ragged: probability that top-k and top-p cut off at each token
+    finish_reasons: list[str]  # B; "stop" if the last token is a stop token, else "length"
+
+    def __post_init__(self) -> None:
+        want = len(self.prompts)
+        for name in ("response_ids", "sampler_logprobs", "truncated_mass", "finish_reasons"):
+            if len(getattr(self, name)) != want:
+                raise BatchError(f"{name} has {len(getattr(self, name))} rows, but prompts has {want}")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.response_ids]
+
+    def rows(self) -> Rows:
+        return Rows.of([p.ids for p in self.prompts], self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """B sequences, each a prompt and its response, padded right with 0 (any id would do: nothing sees it)."""
+
+    tokens: Tensor  # [B, T] int64
+    prompt_lengths: Tensor  # [B] int64, at least 1
+    response_lengths: Tensor  # [B] int64
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 2:
+            raise BatchError(f"tokens is {list(self.tokens.shape)}, want [B, T]")
+        for name in ("prompt_lengths", "response_lengths"):
+            if list(getattr(self, name).shape) != [self.tokens.shape[0]]:
+                raise BatchError(f"{name} is {list(getattr(self, name).shape)}, want [B] = [{self.tokens.shape[0]}]")
+        if int((self.prompt_lengths + self.response_lengths).max()) > self.tokens.shape[1]:
+            raise BatchError("a prompt and its response are longer than tokens is wide")
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Rows:
+        """Pad ragged ids into rows."""
+        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+        tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+        for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+            tokens[i, : lengths[i]] = torch.tensor([*p, *r], dtype=torch.long)
+        return cls(tokens, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses]))
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, R] bool, True for every response token, the stop token included; from lengths, never from ids."""
+        width = int(self.response_lengths.max())
+        return torch.arange(width, device=self.tokens.device) < self.response_lengths[:, None]
+
+    @property
+    def targets(self) -> Tensor:
+        """[N] int64: the response tokens, row after row; N = the mask's sum."""
+        return self.tokens[self._response_positions()]
+
+    @property
+    def before_targets(self) -> tuple[Tensor, Tensor]:
+        """([N], [N]) row and column of the position *before* each response token: whose hidden state predicts it."""
+        row, column = self._response_positions()
+        return row, column - 1
+
+    def _response_positions(self) -> tuple[Tensor, Tensor]:
+        row, t = self.response_mask.nonzero(as_tuple=True)
+        return row, self.prompt_lengths[row] + t
+
+    def select(self, index: Tensor) -> Rows:
+        """Rows `index` [K], cut to their own longest."""
+        prompt_lengths, response_lengths = self.prompt_lengths[index], self.response_lengths[index]
+        width = int((prompt_lengths + response_lengths).max())
+        return Rows(self.tokens[index, :width], prompt_lengths, response_lengths)
+
+    def to(self, device: torch.device) -> Rows:
+        return Rows(self.tokens.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """B scored responses, ready for phase 2. Positions outside the mask hold 0."""
+
+    rows: Rows
+    old_logprobs: Tensor  # [B, R] nats: the policy as it was when the cycle began
+    ref_logprobs: Tensor  # [B, R] nats: the frozen reference
+    values: Tensor  # [B, R] reward units: V(prompt + response[:t]), before token t is chosen
+    rewards: Tensor  # [B, R] reward units: -β·KL everywhere, + score on the last token
+    advantages: Tensor  # [B, R] reward units, whitened if the config says so
+    returns: Tensor  # [B, R] reward units: advantage before whitening + value
+
+    def __post_init__(self) -> None:
+        want = list(self.rows.response_mask.shape)
+        for name in ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
+            got = list(getattr(self, name).shape)
+            if got != want:
+                raise BatchError(f"{name} is {got}, but the response mask is [B, R] = {want}")
+
+    def select(self, index: Tensor) -> Rollout:
+        """Rows `index` [K], cut to their own longest response."""
+        rows = self.rows.select(index)
+        width = int(rows.response_lengths.max())
+        names = ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
+        return Rollout(rows, *(getattr(self, name)[index, :width] for name in names))
+
+
+# ---------------------------------------------------------------- extension points: these three, and no others
+
+
+class Sampler(Protocol):
+    """Draws responses. The local engine is one; another process could be."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int) -> Completions:
+        """`responses_per_prompt` responses to each prompt, in the prompts' order."""
+
+    def load_weights(self, model: Any) -> None:
+        """Sample from `model` as it is now."""
+
+
+class Reward(Protocol):
+    """Scores responses: one number a response, None where it does not answer."""
+
+    def score(self, completions: Completions) -> Sequence[float | None]:
+        """B scores, in order."""
+
+
+class LogSink(Protocol):
+    """Takes a cycle's metrics somewhere."""
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Called once a cycle (for sft and reward: once an optimiser step)."""

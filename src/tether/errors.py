@@ -1,0 +1,65 @@
+"""What can go wrong, drawn as a tree.
+
+    TetherError
+    ├── ConfigError        a key, a value, or two keys that contradict each other
+    ├── DataError          a file, a line or a column
+    ├── ModelError         a model directory, a tokenizer, or two that do not fit together
+    ├── RewardError        a reward source that raised, hung or answered something unusable
+    ├── RunError           a run directory: locked, of another command, changed, corrupted
+    ├── BatchError         tensors of the wrong shape handed to a batch type
+    ├── TrainingError      training itself broke: not-finite numbers, a self-check that failed
+    └── Interrupted        a signal asked us to stop, and we stopped after saving
+
+Every message says three things: the value, what would go wrong because of it, and what to do. `exit_code` is what the
+command line returns: 2 for the user's mistake, 3 for a stop by signal, 1 for anything else.
+"""
+
+
+class TetherError(Exception):
+    """The root: catch this to catch everything that Tether raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(TetherError):
+    """A key that does not exist, a value out of range, or keys that contradict each other."""
+
+    exit_code = 2
+
+
+class DataError(TetherError):
+    """A data file, line or column that cannot be used; names file, line and column."""
+
+    exit_code = 2
+
+
+class ModelError(TetherError):
+    """A model directory or tokenizer that cannot be used."""
+
+    exit_code = 2
+
+
+class RewardError(TetherError):
+    """A reward source that raised, timed out, or answered with something that is not a score; names the row."""
+
+    exit_code = 2
+
+
+class RunError(TetherError):
+    """A run directory that cannot be written, continued or read."""
+
+    exit_code = 2
+
+
+class BatchError(TetherError):
+    """Shapes that do not fit together: a mistake in the calling code, found at the door of a batch type."""
+
+
+class TrainingError(TetherError):
+    """Training itself broke: loss or gradient not finite too often, or a self-check out of bounds."""
+
+
+class Interrupted(TetherError):
+    """Stopped by a signal after saving; the same command continues."""
+
+    exit_code = 3
