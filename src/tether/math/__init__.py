@@ -1,0 +1,44 @@
+"""The arithmetic of RLHF: pure functions of tensors, torch only. No config, no I/O, no model.
+
+    masked       sums, means, variances and whitening where only some positions count
+    logprobs     log-probability and entropy of each token from hidden states, without the logits ever in memory at once
+    kl           three estimators of a KL divergence, and the controller that holds one at a target
+    advantages   rewards per token, generalised advantage estimation
+    losses       policy, value, entropy, KL, preference and likelihood
+    diagnostics  how good the critic is, and how far the policy is from the optimum
+
+Shape letters: `B` rows, `R` response positions, `N` tokens, `D` hidden width, `V` vocabulary; `[]` is a scalar.
+In a mask, True means *counts*, and a response's mask is True from its first token to its last: a prefix of each row.
+Positions that do not count may hold anything, NaN included. Log-probabilities and KL are in nats.
+"""
+
+from tether.math.advantages import gae, place_rewards
+from tether.math.diagnostics import explained_variance, optimality_gap, optimality_gap_logmeanexp
+from tether.math.kl import kl_k1, kl_k2, kl_k3, next_kl_coef
+from tether.math.logprobs import full_logprobs, token_logprobs
+from tether.math.losses import bradley_terry_loss, clipped_policy_loss, entropy_mean, kl_loss, nll_loss, value_loss
+from tether.math.masked import masked_mean, masked_sum, masked_var, whiten
+
+__all__ = [
+    "bradley_terry_loss",
+    "clipped_policy_loss",
+    "entropy_mean",
+    "explained_variance",
+    "full_logprobs",
+    "gae",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "kl_loss",
+    "masked_mean",
+    "masked_sum",
+    "masked_var",
+    "next_kl_coef",
+    "nll_loss",
+    "optimality_gap",
+    "optimality_gap_logmeanexp",
+    "place_rewards",
+    "token_logprobs",
+    "value_loss",
+    "whiten",
+]

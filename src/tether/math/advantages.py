@@ -1,0 +1,68 @@
+"""From one score a response to one advantage a token."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tether.math.kl import kl_k1
+
+
+def place_rewards(
+    scores: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float
+) -> Tensor:
+    """The reward of each token: the KL penalty everywhere, the score on the last counted token.
+
+        r_t = -β · (old_t - ref_t) + [t is the last counted token] · score
+
+    so that a response's rewards sum to score - β · Σ log(π/ref), whose expectation is the objective. The penalty is
+    k1: no other estimator has the right optimum here (see `tether.math.kl`). The score is *on* the last token, the stop
+    token or where the response was cut, not one past it.
+    Source: Ziegler et al. 2019, eq. 2 (arXiv:1909.08593); arXiv:2403.17031.
+
+    Shapes:
+        scores        [B] reward units.
+        old_logprobs  [B, R] nats: the policy that sampled.
+        ref_logprobs  [B, R] nats.
+        mask          [B, R] bool, a prefix of each row.
+        kl_coef       β ≥ 0, reward units a nat; 0 when the KL is in the loss.
+
+    Returns rewards [B, R], 0 where nothing counts.
+    """
+    penalty = torch.where(mask, kl_coef * kl_k1(old_logprobs, ref_logprobs), 0.0)
+    is_last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
+    return torch.where(is_last, scores[:, None].to(penalty.dtype), 0.0) - penalty
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation, and the returns that the critic learns.
+
+        δ_t = r_t + γ·V_{t+1} - V_t
+        A_t = δ_t + γλ·A_{t+1}
+        return_t = A_t + V_t
+
+    V after the last counted token is 0, whether the response stopped or was cut: the length limit is part of the task,
+    and the score on the last token already is all that is to come. λ = 1 gives Monte-Carlo returns, λ = 0 gives A = δ.
+    Source: Schulman et al. 2015, eq. 16 (arXiv:1506.02438).
+
+    Actor and critic may differ in λ (arXiv:2503.01491): call twice, take the advantages of one and the returns of the
+    other.
+
+    Shapes: every tensor is [B, R].
+        rewards  reward units.
+        values   reward units; values[t] = V(prompt + response[:t]), before token t is chosen.
+        mask     bool, a prefix of each row.
+        gamma    discount a token, in [0, 1].
+        lam      λ in [0, 1]: how far credit travels past the critic.
+
+    Returns (advantages, returns), [B, R] each, before any whitening; 0 where nothing counts.
+    """
+    rewards = torch.where(mask, rewards, 0.0)
+    values = torch.where(mask, values, 0.0)  # this also makes V = 0 after the last counted token
+    deltas = rewards + gamma * pad(values[:, 1:], (0, 1)) - values
+
+    advantages = torch.zeros_like(deltas)
+    advantage = torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):  # δ is 0 in the padding, so A is as well
+        advantage = deltas[:, t] + gamma * lam * advantage
+        advantages[:, t] = advantage
+    return advantages, advantages + values

@@ -1,0 +1,55 @@
+"""Numbers that say whether training is well: of the critic, and of the policy."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tether.math.masked import masked_var
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """How much of the returns' spread the critic foresaw.
+
+        1 - Var(returns - values) / Var(returns)
+
+    1: all of it; 0: no better than a constant; below 0: worse than one. Shapes [B, R].
+    NaN if the returns are all equal.
+    """
+    spread = float(masked_var(returns, mask))
+    return 1 - float(masked_var(returns - values, mask)) / spread if spread > 0 else math.nan
+
+
+def optimality_gap(scores: Tensor, log_ratio_sums: Tensor, *, responses_per_prompt: int, kl_coef: float) -> float:
+    """KL(π‖π*), nats a response, estimated from the sampled responses alone: how far PPO still has to go.
+
+        g = score - β · Σ_t log(π/ref);     gap = mean over prompts of Var(g) / 2β²
+
+    The optimum π* ∝ ref · e^(score/β) has the same g for every response to a prompt. Elsewhere
+
+        KL(π‖π*) = log E[e^(g/β)] - E[g]/β ≈ Var(g) / 2β²,
+
+    to second order. The variance is unbiased (ddof 1), so two responses a prompt are enough; there the exact form
+    would be off by half. It holds for γ = 1, no entropy bonus, no top-k or top-p, and the KL in the reward.
+    It cannot see what π no longer samples: a collapsed policy reads as optimal, so read it beside the entropy.
+    Derivation: docs/algorithm.md.
+
+    scores                [B] reward units; the responses to a prompt are neighbours.
+    log_ratio_sums        [B] nats: Σ (old - ref) over a response's tokens.
+    responses_per_prompt  ≥ 2; divides B.
+    kl_coef               β > 0.
+    """
+    g = (scores.double() - kl_coef * log_ratio_sums.double()).view(-1, responses_per_prompt)
+    return float(g.var(dim=1, correction=1).mean()) / (2 * kl_coef**2)
+
+
+def optimality_gap_logmeanexp(g: Tensor, kl_coef: float) -> float:
+    """KL(π‖π*), nats a response, exactly but for sampling noise: log mean e^(g/β) - mean(g)/β.
+
+    Needs thousands of responses to one prompt: below that it is biased towards 0. See `optimality_gap`.
+
+    g is [n], or [prompts, n] and then averaged over prompts; reward units.
+    """
+    x = g.double() / kl_coef
+    log_mean_exp = torch.logsumexp(x, dim=-1) - math.log(x.shape[-1])
+    return float((log_mean_exp - x.mean(dim=-1)).mean())

@@ -1,0 +1,52 @@
+"""How far the policy is from its reference, from samples, and the controller that holds that distance.
+
+With d = log π(a) - log ref(a) on tokens a drawn from π, the estimators of KL(π‖ref) are
+
+    k1 = d                 unbiased; negative for many tokens
+    k2 = d²/2              biased, never negative
+    k3 = e^(-d) - 1 + d    unbiased, never negative, but heavy-tailed: e^(-d) explodes where π lost what ref likes
+
+Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
+
+Which one may be *optimised* is another question than which one estimates well, and the answer depends on its place:
+
+    in the reward   only k1: E[k1 as a cost] is the KL, whose optimum is π* ∝ ref·e^(score/β). k2 and k3 have other
+                    optima: with zero score they drift away from the reference.
+    in the loss     k1's gradient is 0 in expectation (E[∇log π] = 0); k2's is the gradient of KL(π‖ref), token by
+                    token; k3's is that of KL(ref‖π), whose optimum is not π*.
+"""
+
+from torch import Tensor
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k1 = d = log π - log ref, nats, for each token. Any shape, and returns it."""
+    return logprobs - ref_logprobs
+
+
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k2 = d²/2, nats, for each token. Any shape, and returns it."""
+    return (logprobs - ref_logprobs) ** 2 / 2
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k3 = e^(-d) - 1 + d, nats, for each token. Any shape, and returns it."""
+    d = logprobs - ref_logprobs
+    return (-d).expm1() + d  # expm1: for a d near 0 the result, d²/2, would drown in the rounding of e^(-d) - 1
+
+
+def next_kl_coef(coef: float, kl: float, *, target: float, horizon: float, responses: int) -> float:
+    """β for the next cycle: a proportional controller in log space.
+
+        e = clip(KL/target - 1, ±0.2);   β ← β · (1 + e · responses/horizon)
+
+    Source: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593), who start at β = 0.15 with target 6, horizon 10000.
+
+    coef       β as used in this cycle, reward units a nat.
+    kl         this cycle's KL(π‖ref), nats a response.
+    target     nats a response, > 0.
+    horizon    responses; β changes by at most 20 % while so many are sampled.
+    responses  how many this cycle sampled.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coef * (1 + error * responses / horizon)

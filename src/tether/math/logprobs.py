@@ -1,0 +1,182 @@
+"""Log-probability and entropy of each token, from hidden states.
+
+The logits of a batch are its largest tensor by far: 8,192 tokens of a vocabulary of 150,000 take 5 GB in fp32, their
+softmax and its gradient as much again each. `token_logprobs` never holds them. It walks over the tokens in chunks,
+keeps two numbers a token, and computes each chunk's logits a second time in the backward pass.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+_CHUNK_BYTES = 32 * 2**20  # of fp32 logits at once, on a CPU: near its caches
+_CHUNK_BYTES_ACCELERATOR = 512 * 2**20  # enough rows that reading the whole head for each chunk does not dominate
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = True,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token, and entropy of the distribution that it was chosen from.
+
+        z = softcap · tanh(scale · (h·Wᵀ + b) / softcap) / temperature
+        logprob = z[target] - logsumexp(z)
+        entropy = logsumexp(z) - Σ_v p_v·z_v,   p = softmax(z)
+
+    Gradients are exact, to hidden, weight and bias, through both results; [N, V] is never in memory:
+
+        ∂logprob/∂z_v = [v = target] - p_v
+        ∂entropy/∂z_v = -p_v·(z_v - Σ_u p_u·z_u)
+
+    Shapes and units:
+        hidden       [N, D]: the hidden state *before* each target. Its dtype (or autocast's) is the matmul's.
+        weight       [V, D], bias [V] or None: the output head. The softmax is fp32 in any case, and so is the sum of
+                     the weight's gradient over chunks.
+        targets      [N] int64.
+        temperature  > 0, divides the logits.
+        scale        multiplies the logits, as Granite and Cohere do.
+        softcap      soft limit of the logits, as in Gemma 2; None: no limit.
+        entropy      False saves the work and returns zeros.
+        chunk        rows at a time: memory and speed, never the result; None: by the size of the vocabulary.
+
+    Returns (logprobs [N], entropy [N]), nats, fp32 (fp64 if hidden is).
+    """
+    if chunk is None:
+        budget = _CHUNK_BYTES if hidden.device.type == "cpu" else _CHUNK_BYTES_ACCELERATOR
+        chunk = max(1, budget // (4 * weight.shape[0]))
+    head = _Head(temperature, scale, softcap, _matmul_dtype(hidden))
+    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets, head, entropy, chunk)  # type: ignore[no-untyped-call]
+    return logprobs, entropies
+
+
+def full_logprobs(
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The same pair from logits that are in memory already: for heads that `token_logprobs` cannot reproduce.
+
+    logits [N, V] are the model's own, after its scaling and soft-cap; targets [N] int64. A logit may be -inf.
+    Returns (logprobs [N], entropy [N]), nats, fp32 (fp64 if logits are); entropy is zeros if not asked for.
+    """
+    log_p = torch.log_softmax(_at_least_fp32(logits) / temperature, dim=-1)
+    logprobs = log_p.gather(-1, targets[:, None]).squeeze(-1)
+    if not entropy:
+        return logprobs, torch.zeros_like(logprobs)
+    p = log_p.exp()
+    return logprobs, -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)  # 0·log 0 = 0
+
+
+class _Head:
+    """From hidden states to the logits that are sampled from: z = softcap · tanh(scale · (h·Wᵀ + b) / softcap) / T."""
+
+    def __init__(self, temperature: float, scale: float, softcap: float | None, dtype: torch.dtype) -> None:
+        self.temperature, self.scale, self.softcap, self.dtype = temperature, scale, softcap, dtype
+
+    def cast(self, parameter: Tensor | None) -> Tensor | None:
+        return None if parameter is None else parameter.to(self.dtype)
+
+    def logits(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """z [rows, V], at least fp32, in memory of its own. `weight` and `bias` are in the matmul's dtype already."""
+        z = _at_least_fp32(linear(hidden.to(self.dtype), weight, bias))
+        if self.softcap is None:
+            return z.mul_(self.scale / self.temperature)
+        return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+
+    def backward_(self, grad_z: Tensor, z: Tensor) -> Tensor:
+        """Turn ∂L/∂z into ∂L/∂(h·Wᵀ + b), in place; z is used up."""
+        grad_z.mul_(self.scale / self.temperature)
+        if self.softcap is None:
+            return grad_z
+        tanh = z.mul_(self.temperature / self.softcap)
+        return grad_z.mul_(tanh.square_().neg_().add_(1))
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Chunks of rows, forward and again backward; between the two only [N] numbers are kept beside the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: _Head,
+        entropy: bool,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(head.dtype, torch.float32)
+        logprobs, log_norms, entropies = (hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(3))
+        with torch.autocast(hidden.device.type, enabled=False):  # head.dtype has settled it
+            w, b = head.cast(weight), head.cast(bias)
+            for rows in _chunks(hidden.shape[0], chunk):
+                z = head.logits(hidden[rows], w, b)
+                log_norms[rows] = torch.logsumexp(z, dim=-1)
+                log_p = z.sub_(log_norms[rows, None])
+                logprobs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
+                if entropy:
+                    entropies[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_norms, entropies)
+        ctx.head, ctx.chunk = head, chunk
+        ctx.set_materialize_grads(False)
+        if not entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        grad_logprobs, grad_entropies = grad_outputs
+        hidden, weight, bias, targets, log_norms, entropies = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(log_norms)
+        head: _Head = ctx.head
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=log_norms.dtype) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=log_norms.dtype) if wants_bias else None
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            w, b = head.cast(weight), head.cast(bias)
+            for rows in _chunks(hidden.shape[0], ctx.chunk):
+                z = head.logits(hidden[rows], w, b)
+                log_p = z - log_norms[rows, None]
+                grad_z = log_p.exp().neg_()
+                if grad_entropies is None:
+                    grad_z.mul_(grad_logprobs[rows, None])
+                else:
+                    log_p.add_(entropies[rows, None]).mul_(grad_entropies[rows, None])
+                    grad_z.mul_(log_p.add_(grad_logprobs[rows, None]))
+                grad_z.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
+                grad_raw = head.backward_(grad_z, z)
+                if grad_bias is not None:
+                    grad_bias += grad_raw.sum(0)
+                grad_raw = grad_raw.to(head.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = (grad_raw @ w).to(hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += grad_raw.T @ hidden[rows].to(head.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _chunks(n: int, chunk: int) -> list[slice]:
+    return [slice(start, start + chunk) for start in range(0, n, chunk)]
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """What a linear layer would multiply in here: autocast's dtype, which leaves fp64 alone, or the input's own."""
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    return hidden.dtype

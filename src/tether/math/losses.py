@@ -1,0 +1,149 @@
+"""What is minimised. Every loss is a sum over counted positions divided by a `denominator` that the caller counts.
+
+The denominator belongs to the whole optimiser step, over every microbatch and rank: a mean over each microbatch,
+averaged, would be another objective, in which a token weighs more the fewer others share its microbatch. With it, the
+losses, gradients and metrics of the microbatches add up to those of the step. Two metrics do not add: `policy/ratio_min` and
+`policy/ratio_max`, which combine by min and max.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from tether.math.kl import kl_k2, kl_k3
+from tether.math.masked import masked_sum
+
+
+def clipped_policy_loss(
+    new_logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | tuple[float, float],
+    denominator: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate, negated so that it is minimised.
+
+        L = Σ mask · max(-A·ρ, -A·clip(ρ, 1-ε_low, 1+ε_high)) / denominator,   ρ = exp(new - old)
+
+    The gradient of a token is cut once the ratio has moved past the clip in the direction that its advantage asks for;
+    it never is when the ratio has moved the wrong way. At ρ = 1 the gradient is REINFORCE's, -A·∇log π.
+    Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347); apart for low and high: DAPO (arXiv:2503.14476).
+
+    Shapes: every tensor is [B, R].
+        new_logprobs  nats; carries the gradient.
+        old_logprobs  nats; detached. The policy as it was when the cycle began, not the reference.
+        advantages    reward units, whitened or not; detached.
+        mask          bool. Positions that do not count may hold anything, NaN included.
+        clip          ε > 0, no unit, 0.2 in the paper; or (ε_low, ε_high).
+        denominator   response tokens in the whole optimiser step.
+
+    Returns (loss [], metrics []): policy/loss, policy/kl_old_new (k3, nats a token), policy/clip_fraction (tokens whose
+    gradient is cut), policy/ratio_mean, policy/ratio_min, policy/ratio_max.
+    """
+    low, high = (clip, clip) if isinstance(clip, (int, float)) else clip
+    advantages = torch.where(mask, advantages, 0.0)
+    log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0.0)  # before exp: padding may be -inf
+    ratio = log_ratio.clamp(-20, 20).exp()  # e^20 ≈ 5e8: a lost token costs much, but not inf
+    loss = masked_sum(torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)), mask)
+    loss = loss / denominator
+    with torch.no_grad():
+        cut = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
+        metrics = {
+            "policy/loss": loss.detach(),
+            "policy/kl_old_new": masked_sum(kl_k3(old_logprobs, new_logprobs), mask) / denominator,
+            "policy/clip_fraction": masked_sum(cut.float(), mask) / denominator,
+            "policy/ratio_mean": masked_sum(ratio, mask) / denominator,
+            "policy/ratio_min": torch.where(mask, ratio, torch.inf).min(),
+            "policy/ratio_max": torch.where(mask, ratio, -torch.inf).max(),
+        }
+    return loss, metrics
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None, denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Squared error of the critic, pessimistic about moves further than ε from the old value.
+
+        L = ½ · Σ mask · max((v - R)², (clip(v, v_old - ε, v_old + ε) - R)²) / denominator
+
+    Once a value has moved by ε towards its return, the clipped branch is the larger one and has no gradient.
+    Source: the code of Schulman et al. 2017; Ziegler et al. 2019.
+
+    Shapes: every tensor is [B, R].
+        values       reward units; carries the gradient.
+        old_values   reward units; detached. What the critic said when the cycle began.
+        returns      reward units; detached. From `gae`, never whitened.
+        mask         bool.
+        clip         ε > 0 in reward units: it depends on the scale of the scores. None: plain squared error.
+        denominator  response tokens in the whole optimiser step.
+
+    Returns (loss [], metrics []): value/loss, value/clip_fraction (tokens whose gradient is cut).
+    """
+    errors = torch.where(mask, values - returns, 0.0) ** 2
+    clipped_errors = errors
+    if clip is not None:
+        clipped_values = torch.clamp(values, old_values - clip, old_values + clip)
+        clipped_errors = torch.where(mask, clipped_values - returns, 0.0) ** 2
+    loss = masked_sum(torch.maximum(errors, clipped_errors), mask) / 2 / denominator
+    cut = (clipped_errors > errors).float()
+    return loss, {"value/loss": loss.detach(), "value/clip_fraction": masked_sum(cut, mask) / denominator}
+
+
+def entropy_mean(entropy: Tensor, mask: Tensor, *, denominator: float) -> Tensor:
+    """Mean entropy of the next-token distribution, nats a token: *subtract* c2 times it from the loss.
+
+    `entropy` [B, R] is exact, logsumexp(z) - Σ p·z over the vocabulary (`token_logprobs` gives it): -log p of the
+    sampled token has the same mean, but its gradient, averaged, is 0. Returns [].
+    """
+    return masked_sum(entropy, mask) / denominator
+
+
+def kl_loss(new_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, denominator: float) -> Tensor:
+    """KL to the reference as a loss: the mean of k2 = (new - ref)²/2, nats a token.
+
+    On tokens of π its gradient is E[(log π - log ref)·∇log π] = ∇KL(π‖ref), token by token; k1 would have none and k3
+    that of KL(ref‖π). What it misses is how a token changes the KL of the tokens after it: only the reward sees that.
+    Source: Schulman 2020; checked by enumeration in tests/math.
+
+    Shapes: every tensor is [B, R]. new_logprobs carries the gradient. Returns [].
+    """
+    return masked_sum(kl_k2(new_logprobs, ref_logprobs), mask) / denominator
+
+
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, *, centre: float, denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Negative log-likelihood that the chosen response wins, for training a reward model.
+
+        L = Σ [-log σ(r_w - r_l) + centre · (r_w + r_l)²] / denominator
+
+    The first term sees differences only, so scores may drift by any constant; centring holds them around 0.
+    Source: Bradley & Terry 1952; Ouyang et al. 2022, eq. 1 (arXiv:2203.02155); centring: Eisenstein et al. 2023
+    (arXiv:2312.09244).
+
+    Shapes: chosen and rejected are [B], reward units.
+        centre       ≥ 0; 0 turns it off.
+        denominator  pairs in the whole optimiser step.
+
+    Returns (loss [], metrics []): reward_model/loss (without centring, so that log 2 ≈ 0.693 means knowing nothing),
+    reward_model/accuracy (strictly greater: a constant model scores 0), reward_model/margin (mean of r_w - r_l).
+    """
+    margin = chosen - rejected
+    preference = -logsigmoid(margin).sum() / denominator
+    loss = preference + centre * ((chosen + rejected) ** 2).sum() / denominator
+    metrics = {
+        "reward_model/loss": preference.detach(),
+        "reward_model/accuracy": (margin > 0).float().sum() / denominator,
+        "reward_model/margin": margin.detach().sum() / denominator,
+    }
+    return loss, metrics
+
+
+def nll_loss(logprobs: Tensor, mask: Tensor, *, denominator: float) -> Tensor:
+    """Negative log-likelihood, nats a token, for supervised fine-tuning: -Σ mask · log π / denominator.
+
+    logprobs and mask have one shape, any; denominator counts trained tokens of the whole optimiser step. Returns [].
+    """
+    return -masked_sum(logprobs, mask) / denominator
