@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 _CHUNK_BYTES = 32 * 2**20  # of fp32 logits at once, on a CPU: near its caches
-_CHUNK_BYTES_ACCELERATOR = 512 * 2**20  # enough rows that reading the whole head for each chunk does not dominate
+_CHUNK_BYTES_ACCELERATOR = 256 * 2**20  # enough rows that reading the whole head for each chunk does not dominate
 
 
 def token_logprobs(
@@ -81,11 +81,9 @@ class _Head:
     def __init__(self, temperature: float, scale: float, softcap: float | None, dtype: torch.dtype) -> None:
         self.temperature, self.scale, self.softcap, self.dtype = temperature, scale, softcap, dtype
 
-    def cast(self, parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else parameter.to(self.dtype)
-
-    def logits(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """z [rows, V], at least fp32, in memory of its own. `weight` and `bias` are in the matmul's dtype already."""
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """z [rows, V], at least fp32, in memory of its own. `weight` is in the matmul's dtype already."""
+        bias = None if bias is None else bias.to(self.dtype)
         z = _at_least_fp32(linear(hidden.to(self.dtype), weight, bias))
         if self.softcap is None:
             return z.mul_(self.scale / self.temperature)
@@ -117,9 +115,9 @@ class _TokenLogprobs(torch.autograd.Function):
         dtype = torch.promote_types(head.dtype, torch.float32)
         logprobs, log_norms, entropies = (hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(3))
         with torch.autocast(hidden.device.type, enabled=False):  # head.dtype has settled it
-            w, b = head.cast(weight), head.cast(bias)
+            w = weight.to(head.dtype)
             for rows in _chunks(hidden.shape[0], chunk):
-                z = head.logits(hidden[rows], w, b)
+                z = head.logits(hidden[rows], w, bias)
                 log_norms[rows] = torch.logsumexp(z, dim=-1)
                 log_p = z.sub_(log_norms[rows, None])
                 logprobs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
@@ -145,9 +143,9 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=log_norms.dtype) if wants_bias else None
 
         with torch.autocast(hidden.device.type, enabled=False):
-            w, b = head.cast(weight), head.cast(bias)
+            w = weight.to(head.dtype)
             for rows in _chunks(hidden.shape[0], ctx.chunk):
-                z = head.logits(hidden[rows], w, b)
+                z = head.logits(hidden[rows], w, bias)
                 log_p = z - log_norms[rows, None]
                 grad_z = log_p.exp().neg_()
                 if grad_entropies is None:

@@ -1,9 +1,9 @@
 """What is minimised. Every loss is a sum over counted positions divided by a `denominator` that the caller counts.
 
 The denominator belongs to the whole optimiser step, over every microbatch and rank: a mean over each microbatch,
-averaged, would be another objective, in which a token weighs more the fewer others share its microbatch. With it, the
-losses, gradients and metrics of the microbatches add up to those of the step. Two metrics do not add: `policy/ratio_min` and
-`policy/ratio_max`, which combine by min and max.
+averaged, would be another objective, in which a token weighs more the fewer others share its microbatch. This way the
+losses, gradients and metrics of the microbatches add up to those of the step. Two metrics do not add:
+`policy/ratio_min` and `policy/ratio_max` combine by min and max.
 """
 
 import torch
