@@ -1,0 +1,198 @@
+"""Checkpoints that survive anything: written beside, checksummed, fsynced, renamed.
+
+A checkpoint is a directory, `checkpoints/cycle-000050/`. What is in it is the trainer's business; its `state.json` holds
+the trainer's small state and the sha256 of every other file. A directory without a leading dot is whole: a process
+killed while writing leaves `.cycle-000050.partial`, which nobody reads and the next save removes.
+
+Tensors are safetensors, the rest is JSON: nothing here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tether.errors import RunError
+from tether.runs import SCHEMA, sha256
+
+_ADAM = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save(run: Path, name: str, state: dict[str, Any], write: Callable[[Path], None], *, keep: int = 2) -> Path:
+    """Write checkpoint `name` and drop all but the newest `keep`.
+
+    name   a word and a number, "cycle-000050": names sort by age.
+    state  what JSON can hold.
+    write  called with an empty directory to put the files in.
+
+    On any failure the directory is as before, less what earlier failures left. A full disk is a RunError.
+    """
+    folder = Path(run) / "checkpoints"
+    target, partial = folder / name, folder / f".{name}.partial"
+    try:
+        folder.mkdir(exist_ok=True)
+        _remove_hidden(folder)
+        partial.mkdir()
+        write(partial)
+        (partial / "state.json").write_text(_seal(state, _checksums(partial)), encoding="utf-8")
+        _sync_tree(partial)
+        _sync(Path(run) / "metrics.jsonl")  # a checkpoint must not outlive the metrics that led to it
+        if target.exists():
+            target.rename(folder / f".{name}.replaced")
+        partial.rename(target)
+        _sync(folder)
+    except Exception as error:
+        if not (isinstance(error, OSError) or "os error" in str(error)):  # how the Rust libraries report one
+            raise
+        kept = names(run)
+        failure = RunError(
+            f"checkpoint {target} could not be written ({error}): the run cannot go on safely. "
+            + (f"{kept[-1]} is intact. " if kept else "There is none before it. ")
+            + "Free some space and run the same command again to continue."
+        )
+        failure.exit_code = 1  # the machine's state, not a mistake in what the user typed
+        raise failure from error
+    finally:
+        _remove_hidden(folder)
+    # What is newer than this one is damaged: the run was continued from before it.
+    current = names(run).index(name)
+    for old in names(run)[: max(0, current + 1 - keep)] + names(run)[current + 1 :]:
+        shutil.rmtree(folder / old)
+    return target
+
+
+def latest(run: Path, on_fallback: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:
+    """(directory, state) of the newest checkpoint whose every checksum matches; None if there is none at all.
+
+    on_fallback: told of each damaged checkpoint that is passed over, with the file that is damaged.
+    """
+    damaged: list[str] = []
+    for name in reversed(names(run)):
+        path = Path(run) / "checkpoints" / name
+        try:
+            state = _open_seal(path)
+        except (OSError, ValueError) as error:
+            damaged.append(f"checkpoint {path} is damaged ({error})")
+            continue
+        for what in damaged:
+            on_fallback(f"{what}: continuing from {name} instead.")
+        return path, state
+    if damaged:
+        raise RunError(
+            f"{'; '.join(damaged)}; no other is intact: there is nothing to continue from. Restore the file from a "
+            "copy, or add --fresh to move the run aside and begin anew."
+        )
+    return None
+
+
+def names(run: Path) -> list[str]:
+    """The checkpoints of a run, oldest first."""
+    folder = Path(run) / "checkpoints"
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
+
+
+# ---------------------------------------------------------------- the optimiser
+
+
+def save_optimizer(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]], path: Path
+) -> None:
+    """AdamW's moments and step counts in one safetensors file, by parameter name.
+
+    Learning rate and other group settings are not in it: they follow from the config and the number of steps done.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in named_parameters:
+        moments = optimizer.state.get(parameter, {})  # empty for a parameter that never had a gradient
+        tensors |= {f"{name}.{key}": moments[key].detach().contiguous() for key in _ADAM if key in moments}
+    save_file(tensors, path)
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]], path: Path
+) -> None:
+    """Put back what `save_optimizer` wrote, bit for bit; raises RunError if the parameters are not the same."""
+    tensors = load_file(path)
+    steps_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for name, parameter in named_parameters:
+        if f"{name}.step" not in tensors:
+            optimizer.state.pop(parameter, None)
+            continue
+        moments = {key: tensors.pop(f"{name}.{key}").to(parameter.device) for key in _ADAM}
+        if moments["exp_avg"].shape != parameter.shape:
+            raise RunError(
+                f"{path}: {name} is {list(moments['exp_avg'].shape)} there and {list(parameter.shape)} in the model: "
+                "the moments belong to another model. Continue with the model that the run began with."
+            )
+        if not steps_on_device:
+            moments["step"] = moments["step"].cpu()
+        optimizer.state[parameter] = moments
+    if tensors:
+        raise RunError(
+            f"{path} has moments of {next(iter(tensors))}, which the model has not: they belong to another model. "
+            "Continue with the model that the run began with."
+        )
+
+
+# ---------------------------------------------------------------- checksums and durability
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def _seal(state: dict[str, Any], files: dict[str, str]) -> str:
+    body = {"schema": SCHEMA, "state": state, "files": files}
+    return json.dumps(body | {"sha256": _digest(body)}, indent=2)
+
+
+def _open_seal(folder: Path) -> dict[str, Any]:
+    try:
+        body = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        sealed = body.pop("sha256") == _digest(body)
+    except FileNotFoundError:
+        raise ValueError("state.json is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sealed = False
+    if not sealed:
+        raise ValueError("the checksum of state.json does not match")
+    for name, want in body["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{name} is missing")
+        if sha256(file) != want:
+            raise ValueError(f"the checksum of {name} does not match")
+    return body["state"]
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    if path.exists():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove_hidden(folder: Path) -> None:
+    """What was begun and not finished, or replaced."""
+    for path in folder.glob(".*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,90 @@
+"""SIGINT and SIGTERM, turned into a clean stop: what can be repeated is dropped, what cannot is finished, then we save.
+
+    with Signals() as signals:
+        for cycle in …:
+            with signals.droppable():      # phase 1: a signal here raises StopRequested at once
+                …
+            …                              # phase 2: a signal here waits
+            if signals.requested:
+                save, and raise Interrupted
+
+A second signal kills the process without saving, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequested(KeyboardInterrupt):
+    """A signal arrived in a phase that can be dropped.
+
+    A KeyboardInterrupt, not an Exception: a reward function's own `except Exception` must not swallow it.
+    """
+
+
+class Signals:
+    """Catches SIGINT and SIGTERM while the block runs, and puts the handlers back that were there.
+
+    requested  a signal has arrived.
+
+    Python delivers signals to the main thread alone; in any other, nothing is caught and `requested` stays False.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._droppable = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    @contextmanager
+    def droppable(self) -> Iterator[None]:
+        """A block that may be left at any instruction: a signal raises StopRequested in it, an earlier one before it."""
+        self._stop_if_requested()
+        self._droppable = True
+        try:
+            yield
+        finally:
+            self._droppable = False
+        self._stop_if_requested()  # someone inside may have swallowed it
+
+    def _stop_if_requested(self) -> None:
+        if self.requested:
+            raise StopRequested
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.requested:
+            _say(f"{name} again: quitting without saving.")
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)  # as if it had never been caught: no thread or destructor can hold it up
+            return
+        self.requested = True
+        what = "dropping this phase" if self._droppable else "finishing this phase"
+        _say(f"{name}: {what}, then saving. Once more quits without saving.")
+        if self._droppable:
+            raise StopRequested
+
+
+def _say(text: str) -> None:
+    # Not print: the signal may have arrived inside one, and buffered streams cannot be entered twice.
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+    os.write(2, f"{show_cursor}\n{text}\n".encode())

@@ -1,0 +1,209 @@
+"""Where a cycle's metrics go: metrics.jsonl, TensorBoard, Weights & Biases, and the person at the screen.
+
+metrics.jsonl is the record; everything else is derived from it. TensorBoard's files are therefore thrown away and
+rebuilt when a run continues: no cycle that was cut back survives in them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from tether.config import LogConfig
+from tether.errors import ConfigError
+from tether.runs import Run, RunDirectory, to_plain
+
+# Shown on the console: label, metric, format. For sft and reward the metric's last word decides.
+_CYCLE_COLUMNS = [
+    ("score", "reward/score_mean", ".3f"),
+    ("KL", "kl/ref_mean", ".3f"),
+    ("entropy", "policy/entropy", ".3f"),
+    ("expl. var.", "value/explained_variance", ".2f"),
+    ("tokens/s", "tokens_per_s/rollout", ",.0f"),
+]
+_STEP_COLUMNS = [
+    ("loss", "loss", ".4f"),
+    ("accuracy", "accuracy", ".3f"),
+    ("lr", "lr", ".2e"),
+    ("tokens/s", "tokens_per_s", ",.0f"),
+]
+_PHASE_SILENCE_S = 30.0  # without a terminal a long phase says where it is this often
+
+
+class Logger:
+    """Writes metrics everywhere, and shows progress: a bar on a terminal, else a plain line a write.
+
+        with Logger(run, config.log, total=config.ppo.cycles) as log:
+            log.phase("sampling", 37, 64)
+            log.write(cycle, metrics)
+            log.note("checkpoint damaged, …")
+
+    total  cycles (or steps) of the whole run.
+    unit   "cycle" or "step"; the run's own by default.
+    """
+
+    def __init__(self, run: RunDirectory, config: LogConfig, *, total: int, unit: str | None = None):
+        self.run, self.total, self.unit = run, total, unit or run.unit
+        past = run.metrics()
+        self._first = past[-1][self.unit] if past else 0
+        self._sinks: list[_TensorBoard | _WandB] = []
+        if config.tensorboard:
+            self._sinks.append(_TensorBoard(run, past, self.unit))
+        if config.wandb is not None:
+            self._sinks.append(_WandB(run, config))
+        self._screen: _Bar | _Lines = _Bar(total, self.unit, self._first) if sys.stdout.isatty() else _Lines()
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._screen.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """A cycle's (or step's) metrics, everywhere."""
+        line = to_plain({self.unit: step, **metrics})
+        self.run.append_metrics(line)
+        for sink in self._sinks:
+            sink.write(step, line)
+        self._screen.write(step, f"{self.unit} {step}/{self.total}", self._summary(step, line))
+
+    def note(self, text: str) -> None:
+        """A line for the person, in no file."""
+        self._screen.note(text)
+
+    def phase(self, text: str, done: int, total: int) -> None:
+        """Where a long phase stands: log.phase("sampling", 37, 64)."""
+        self.run.heartbeat()
+        self._screen.phase(f"{text} {done}/{total}")
+
+    def _summary(self, step: int, metrics: dict[str, Any]) -> str:
+        parts = []
+        if self.unit == "cycle":
+            found = [(label, metrics.get(name), form) for label, name, form in _CYCLE_COLUMNS]
+        else:
+            by_word = {key.rpartition("/")[2]: value for key, value in metrics.items()}
+            found = [(label, by_word.get(word), form) for label, word, form in _STEP_COLUMNS]
+        for label, value, form in found:
+            if value is not None:
+                parts.append(f"{label} {value:{form}}")
+        if step < self.total and step > self._first:
+            seconds = (time.monotonic() - self._began) / (step - self._first) * (self.total - step)
+            parts.append(f"left {_duration(seconds)}")
+        return "  ".join(parts)
+
+
+# ---------------------------------------------------------------- sinks
+
+
+class _TensorBoard:
+    def __init__(self, run: RunDirectory, past: list[dict[str, Any]], unit: str):
+        from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is wanted
+
+        folder = run.path / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = SummaryWriter(str(folder))
+        for metrics in past:
+            self.write(metrics[unit], metrics)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, run: RunDirectory, config: LogConfig):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "log.wandb is set, but the package wandb is not installed: no metrics would arrive there. Install it "
+                "with `pip install tether[wandb]`, or set log.wandb to null."
+            ) from error
+        assert config.wandb is not None
+        self._run = wandb.init(
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            name=run.path.name,
+            id=Run(run.path).environment["id"],  # the same after a resume, another after --fresh
+            resume="allow",
+            dir=str(run.path),
+        )
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+# ---------------------------------------------------------------- screens
+
+
+class _Lines:
+    """Without a terminal: one plain line a write."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def write(self, step: int, head: str, summary: str) -> None:
+        self.note(f"{head}  {summary}")
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+        self._last = time.monotonic()
+
+    def phase(self, text: str) -> None:
+        if time.monotonic() - self._last > _PHASE_SILENCE_S:
+            self.note(f"  {text}")
+
+    def close(self) -> None:
+        pass
+
+
+class _Bar:
+    """On a terminal: a bar, the latest metrics, and the phase that is under way."""
+
+    def __init__(self, total: int, unit: str, first: int):
+        self._progress = Progress(
+            TextColumn("{task.fields[unit]} {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[summary]}", markup=False),
+            TextColumn("{task.fields[phase]}", markup=False, style="dim"),
+            console=Console(highlight=False),
+        )
+        self._task: TaskID = self._progress.add_task("", total=total, completed=first, unit=unit, summary="", phase="")
+        self._progress.start()
+
+    def write(self, step: int, head: str, summary: str) -> None:
+        self._progress.update(self._task, completed=step, summary=summary, phase="")
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, markup=False)
+
+    def phase(self, text: str) -> None:
+        self._progress.update(self._task, phase=text)
+
+    def close(self) -> None:
+        self._progress.update(self._task, phase="")
+        self._progress.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
