@@ -1,8 +1,8 @@
 """Checkpoints that survive anything: written beside, checksummed, fsynced, renamed.
 
-A checkpoint is a directory, `checkpoints/cycle-000050/`. What is in it is the trainer's business; its `state.json` holds
-the trainer's small state and the sha256 of every other file. A directory without a leading dot is whole: a process
-killed while writing leaves `.cycle-000050.partial`, which nobody reads and the next save removes.
+A checkpoint is a directory, `checkpoints/cycle-000050/`. What is in it is the trainer's business; `state.json` in it
+holds the trainer's small state and the sha256 of every other file. A directory without a leading dot is whole: a
+process killed while writing leaves `.cycle-000050.partial`, which nobody reads and the next save removes.
 
 Tensors are safetensors, the rest is JSON: nothing here is ever unpickled.
 """
@@ -171,7 +171,8 @@ def _open_seal(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{name} is missing")
         if sha256(file) != want:
             raise ValueError(f"the checksum of {name} does not match")
-    return body["state"]
+    state: dict[str, Any] = body["state"]
+    return state
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ class Signals:
 
     @contextmanager
     def droppable(self) -> Iterator[None]:
-        """A block that may be left at any instruction: a signal raises StopRequested in it, an earlier one before it."""
+        """A block that may be left at any instruction: a signal, now or before, raises StopRequested."""
         self._stop_if_requested()
         self._droppable = True
         try:

@@ -1,0 +1,17 @@
+"""The run directory, schema 1: the one thing that trainers, studio, report and doctor share.
+
+`RunDirectory` is the trainer's side: it locks the directory, decides whether this command may continue what is there,
+and writes. `Run` is everybody else's: it only reads, also while the run is still going.
+
+    config.yaml       the resolved config                   metrics.jsonl   one object a cycle (sft, reward: a step)
+    environment.json  versions, hardware, hashes            rollouts/       cycle-000012.parquet, a row a response
+    status.json       running, finished, stopped, failed    evaluations/    likewise, on the fixed prompts
+    events.jsonl      resumes, changes, alarms              checkpoints/    see tether.train.checkpoint
+    lock              flock: one writer at a time           final/          the last policy, a Hugging Face directory
+"""
+
+from tether.runs.directory import RunDirectory
+from tether.runs.files import SCHEMA, hash_files, sha256, to_plain
+from tether.runs.reader import Run
+
+__all__ = ["SCHEMA", "Run", "RunDirectory", "hash_files", "sha256", "to_plain"]

@@ -1,0 +1,238 @@
+"""The trainer's side of a run directory: open it or continue it, then write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+from uuid import uuid4
+
+from tether.config import Config
+from tether.errors import Interrupted, RunError, TetherError
+from tether.parse import load_config, to_yaml
+from tether.runs.environment import describe_environment, environment_changes
+from tether.runs.files import (
+    SCHEMA,
+    append_line,
+    drop_half_line,
+    json_line,
+    now,
+    read_json,
+    read_lines,
+    saying_what_failed,
+    to_plain,
+    write_atomically,
+    write_table,
+)
+from tether.runs.lock import Lock
+from tether.runs.resume import check_inputs, config_changes, keeps_bits
+
+Command = Literal["ppo", "sft", "reward"]
+
+# What a process may have written before it was killed and config.yaml, the last, was there.
+_BEFORE_CONFIG = {"lock", "environment.json", "status.json", "events.jsonl", "metrics.jsonl"}
+
+
+class RunDirectory:
+    """A run directory open for writing, by one process at a time.
+
+        with RunDirectory.open(config, command="ppo", inputs={"prompts.path": hash_files(path)}) as run:
+            if run.finished:
+                …
+            if run.resumed:
+                run.cut_back(step)
+
+    Leaving the block sets the status: finished; stopped for `Interrupted` and Ctrl-C; failed for any other exception.
+
+    path      the directory.
+    config    the resolved config, as given.
+    command   ppo, sft or reward.
+    unit      what a step is called: "cycle" for ppo, "step" for sft and reward.
+    resumed   the directory held this run already.
+    finished  the run had ended before, and there is nothing more to do.
+    """
+
+    def __init__(self, config: Config, command: Command, lock: Lock, *, resumed: bool, finished: bool):
+        self.path, self.config, self.command = _path(config), config, command
+        self.unit = "cycle" if command == "ppo" else "step"
+        self.resumed, self.finished = resumed, finished
+        self._lock = lock
+        self._last_heartbeat = 0.0
+
+    @classmethod
+    def open(
+        cls, config: Config, *, command: Command, fresh: bool = False, inputs: dict[str, str] | None = None
+    ) -> RunDirectory:
+        """Create the directory `config.run`, or continue the run in it.
+
+        inputs: hashes of model and data by config key, {"model.policy": hash_files(…), …}: a run continues only on what
+            it began with.
+        fresh: move a run that is there to RUN.old-N first, and begin anew.
+
+        Raises RunError when the directory is in use, is not a run, or holds a run that this config does not continue.
+        """
+        path = _path(config)
+        lock = _make_and_lock(path)
+        try:
+            if fresh and any(file.name != "lock" for file in path.iterdir()):
+                path.rename(_aside(path.absolute()))  # the lock moves along, still held
+                lock.release()
+                lock = _make_and_lock(path)
+            if (path / "config.yaml").exists():
+                return cls._continue(config, command, lock, inputs or {})
+            return cls._create(config, command, lock, inputs or {})
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def _create(cls, config: Config, command: Command, lock: Lock, inputs: dict[str, str]) -> RunDirectory:
+        run = cls(config, command, lock, resumed=False, finished=False)
+        for name in ("events.jsonl", "metrics.jsonl"):  # of a process that was killed before config.yaml
+            (run.path / name).unlink(missing_ok=True)
+        environment = {"id": uuid4().hex, "created": now(), "inputs": inputs, "seed": config.seed}
+        environment |= describe_environment()
+        write_atomically(run.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        run._set_status("running")
+        run.event("created")
+        write_atomically(run.path / "config.yaml", to_yaml(config))  # last: where it stands, the rest does
+        return run
+
+    @classmethod
+    def _continue(cls, config: Config, command: Command, lock: Lock, inputs: dict[str, str]) -> RunDirectory:
+        path = _path(config)
+        status, environment = read_json(path / "status.json"), read_json(path / "environment.json")
+        if status.get("schema") != SCHEMA:
+            raise RunError(
+                f"{path} has schema {status.get('schema')}, but this version of tether writes schema {SCHEMA}: they "
+                "would mix. Set run to another directory, or add --fresh to move this one aside."
+            )
+        if status["kind"] != command:
+            raise RunError(
+                f"{path} holds a run of `tether {status['kind']}`, but this is `tether {command}`: their files would "
+                "mix. Set run to another directory, or add --fresh to move the old run aside."
+            )
+        changed = config_changes(path, load_config(path, command), config)
+        check_inputs(path, environment["inputs"], inputs)
+        grew = any(key == "ppo.cycles" for key, _, _ in changed)
+        run = cls(config, command, lock, resumed=True, finished=status["state"] == "finished" and not grew)
+        if run.finished:
+            return run
+        drop_half_line(path / "events.jsonl")
+        for key, old, new in changed:
+            run.event("config_changed", key=key, old=old, new=new, bit_equal=keeps_bits(key))
+        for key, old, new in environment_changes(environment):
+            run.event("environment_changed", key=key, old=old, new=new, bit_equal=False)
+        write_atomically(path / "config.yaml", to_yaml(config))
+        run._set_status("running")
+        return run
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.finished:
+                return
+            if error is None:
+                self._set_status("finished", "done")
+                return
+            stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+            with contextlib.suppress(RunError):  # a full disk must not hide the error that we are reporting
+                self._set_status("stopped" if stopped else "failed", _reason(error))
+        finally:
+            self._lock.release()
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """One line of metrics.jsonl. `metrics` holds `cycle` (or `step`); numbers that are not finite become null."""
+        append_line(self.path / "metrics.jsonl", to_plain(metrics))
+        self.heartbeat()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl so far."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def event(self, name: str, **fields: Any) -> None:
+        """One line of events.jsonl: something that happened once, and when."""
+        append_line(self.path / "events.jsonl", {"time": now(), "event": name, **to_plain(fields)})
+
+    def write_rollouts(self, cycle: int, columns: dict[str, list[Any]]) -> None:
+        """rollouts/cycle-NNNNNN.parquet: one row a response; per-token columns are lists of lists."""
+        self._write_table("rollouts", cycle, columns)
+
+    def write_evaluation(self, cycle: int, columns: dict[str, list[Any]]) -> None:
+        """evaluations/cycle-NNNNNN.parquet: the same columns, on the fixed prompts."""
+        self._write_table("evaluations", cycle, columns)
+
+    def cut_back(self, step: int) -> None:
+        """Forget what came after `step`, the checkpoint that the run continues from: each step appears once."""
+        kept = [line for line in self.metrics() if line[self.unit] <= step]
+        write_atomically(self.path / "metrics.jsonl", "".join(json_line(line) for line in kept))
+        for folder in ("rollouts", "evaluations"):
+            for file in (self.path / folder).glob("*"):
+                cycle = re.fullmatch(r"cycle-(\d+)\.parquet", file.name)
+                if file.name.endswith(".partial") or (cycle and int(cycle[1]) > step):
+                    file.unlink()
+        if self.resumed:
+            self.event("resumed", **{self.unit: step})
+
+    def heartbeat(self) -> None:
+        """Tell readers that we are alive: refreshes status.json, at most once a second."""
+        if time.monotonic() - self._last_heartbeat >= 1.0:
+            self._set_status("running")
+
+    def _set_status(self, state: str, exit_reason: str | None = None) -> None:
+        status = {
+            "schema": SCHEMA,
+            "kind": self.command,
+            "state": state,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "heartbeat": now(),
+            "exit_reason": exit_reason,
+        }
+        write_atomically(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+        self._last_heartbeat = time.monotonic()
+
+    def _write_table(self, folder: str, cycle: int, columns: dict[str, list[Any]]) -> None:
+        with saying_what_failed(self.path / folder):
+            (self.path / folder).mkdir(exist_ok=True)
+        write_table(self.path / folder / f"cycle-{cycle:06d}.parquet", columns)
+
+
+def _path(config: Config) -> Path:
+    return Path(str(config.run))
+
+
+def _make_and_lock(path: Path) -> Lock:
+    if path.exists() and not path.is_dir():
+        raise RunError(f"run={path} is a file: a run needs a directory. Set run to another name.")
+    with saying_what_failed(path):
+        path.mkdir(parents=True, exist_ok=True)
+        names = sorted(file.name for file in path.iterdir())
+        strange = [name for name in names if name not in _BEFORE_CONFIG and not name.endswith(".partial")]
+        if strange and "config.yaml" not in names:
+            raise RunError(
+                f"{path} is not empty and not a run directory (it holds {strange[0]} and no config.yaml): its files "
+                "would mix with the run's. Set run to a directory that does not exist yet."
+            )
+        return Lock(path)
+
+
+def _aside(path: Path) -> Path:
+    n = 1
+    while (old := path.with_name(f"{path.name}.old-{n}")).exists():
+        n += 1
+    return old
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, TetherError) else f"{type(error).__name__}: {error}"

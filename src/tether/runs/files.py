@@ -1,0 +1,183 @@
+"""Files that a killed process cannot leave half-written.
+
+A process may be killed at any instruction. Whole files are therefore written beside and renamed; lines are appended,
+and half a line at the end of a file is what a killed process leaves: no reader counts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tether.errors import RunError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+SCHEMA = 1
+_MODEL_FILES = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # weights, configs, tokenizer
+
+
+def now() -> str:
+    """The time in UTC, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextlib.contextmanager
+def saying_what_failed(path: Path) -> Iterator[None]:
+    """Turn an OSError (disk full, no permission) into a RunError that names the file and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "Free some space" if full else "Make it writable"
+        failure = RunError(
+            f"{path} cannot be written ({error.strerror or error}): what the run does next would be lost. {remedy} and "
+            "run the same command again: it continues from the last checkpoint."
+        )
+        if full:
+            failure.exit_code = 1  # the machine's state, not a mistake in what the user typed
+        raise failure from error
+
+
+# ---------------------------------------------------------------- whole files
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside and rename: a reader sees the old file or the new one, never half."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; takes its place when the block ends well, and is removed when it does not."""
+    partial = path.with_name(f".{path.name}.partial")
+    with saying_what_failed(path):
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run directory; RunError if it is missing or damaged."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error}): it is unclear what this run is. Restore the file, or add --fresh to "
+            "move the run aside and begin anew."
+        ) from error
+    return value
+
+
+def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
+    """A Parquet file, with types from the values; per-token lists of numbers take 32 bits each."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    narrow = {pa.float64(): pa.float32(), pa.int64(): pa.int32(), pa.null(): pa.float32()}
+    arrays = {}
+    for name, values in columns.items():
+        array = pa.array(values)
+        if pa.types.is_null(array.type):
+            array = array.cast(pa.float64())  # nothing but None: a score that no row has
+        elif pa.types.is_list(array.type) and array.type.value_type in narrow:
+            array = array.cast(pa.list_(narrow[array.type.value_type]))
+        arrays[name] = array
+    with replacing(path) as partial:
+        pyarrow.parquet.write_table(pa.table(arrays), partial)
+
+
+def read_table(path: Path) -> pyarrow.Table:
+    """A Parquet file that `write_table` wrote."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path)
+
+
+# ---------------------------------------------------------------- lines
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one JSON object, in one write."""
+    line = json_line(value).encode()
+    with saying_what_failed(path), path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(line) != len(line):
+            file.truncate(end)  # half a line would spoil the next one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def json_line(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that `append_line` wrote; half a line at its end is not one yet."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(
+                f"{path}:{number} is not JSON ({error}): the file was damaged after it was written, and its curves "
+                "would have a hole. Delete that line to go on without it."
+            ) from error
+    return values
+
+
+def drop_half_line(path: Path) -> None:
+    """Cut what a killed process left at the end, so that the next line begins on its own."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def to_plain(value: Any) -> Any:
+    """What JSON can hold: tensors and numpy scalars become numbers, numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return to_plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+# ---------------------------------------------------------------- hashes
+
+
+def hash_files(path: str, revision: str | None = None) -> str:
+    """What a model or a data file is, in a few characters: equal exactly if the content is.
+
+    A file: its sha256. A directory: the sha256 of the names and contents of the files a model is made of (weights,
+    configs, tokenizer). Anything else is a hub id, and stands for itself with its revision.
+    """
+    place = Path(path)
+    if place.is_dir():
+        parts = sorted(file for file in place.iterdir() if file.suffix in _MODEL_FILES)
+        digest = hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in parts).encode()).hexdigest()
+    elif place.is_file():
+        digest = sha256(place)
+    else:
+        return f"{path}@{revision or 'main'}"
+    return f"sha256:{digest[:16]}"
+
+
+def sha256(path: Path) -> str:
+    """The file's sha256, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

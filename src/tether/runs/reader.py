@@ -1,0 +1,94 @@
+"""Everybody else's side of a run directory: reading, also while the run is still going."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tether.config import Config
+from tether.errors import RunError
+from tether.parse import load_config
+from tether.runs.files import read_json, read_lines, read_table
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+class Run:
+    """A run, to look at: finished or not, of any command."""
+
+    path: Path  # the directory
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """The run in `path`; RunError if there is none."""
+        run = cls(path)
+        if not (run.path / "config.yaml").exists():
+            raise RunError(
+                f"{path} is not a run directory: it has no config.yaml, so there is nothing to read. Give the "
+                "directory that `run:` names in the config of `tether ppo`, `tether sft` or `tether reward`."
+            )
+        return run
+
+    @property
+    def config(self) -> Config:
+        """Its config, as the dataclass that it was written from."""
+        return load_config(self.path, self.status["kind"])
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """schema, kind, state (running, finished, stopped, failed), pid, host, heartbeat, exit_reason."""
+        return read_json(self.path / "status.json")
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """id, created, inputs (hashes of model and data), seed, versions, hardware, command, directory."""
+        return read_json(self.path / "environment.json")
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dict a cycle (sft and reward: a step), ascending."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, in order: each with `time` and `event`."""
+        return read_lines(self.path / "events.jsonl")
+
+    @property
+    def final(self) -> Path:
+        """The Hugging Face directory of the last policy; there once the run is finished."""
+        return self.path / "final"
+
+    @property
+    def rollout_cycles(self) -> list[int]:
+        """Cycles whose rollouts were written, ascending."""
+        return self._cycles("rollouts")
+
+    @property
+    def evaluation_cycles(self) -> list[int]:
+        """Cycles that were evaluated, ascending."""
+        return self._cycles("evaluations")
+
+    def rollouts(self, cycle: int) -> pyarrow.Table:
+        """A cycle's responses, one a row; `.to_pylist()` makes dicts of them, `.to_pandas()` a frame."""
+        return self._table("rollouts", cycle)
+
+    def evaluations(self, cycle: int) -> pyarrow.Table:
+        """A cycle's evaluation, one response a row."""
+        return self._table("evaluations", cycle)
+
+    def _cycles(self, folder: str) -> list[int]:
+        return sorted(int(file.stem.removeprefix("cycle-")) for file in (self.path / folder).glob("cycle-*.parquet"))
+
+    def _table(self, folder: str, cycle: int) -> pyarrow.Table:
+        file = self.path / folder / f"cycle-{cycle:06d}.parquet"
+        if not file.exists():
+            there = ", ".join(map(str, self._cycles(folder))) or "none"
+            raise RunError(
+                f"{file} does not exist: {folder} were written of these cycles: {there}. Ask for one of them."
+            )
+        return read_table(file)
