@@ -1,0 +1,103 @@
+"""Align a language model with human preferences: people compare, a reward model learns, PPO improves, they look again.
+
+    config = tether.load_config("ppo.yaml")
+    run = tether.ppo(config)                       # or tether.ppo(config, reward=my_function)
+    tether.report(run.path)
+
+Every name below is loaded when it is first used, so that `import tether` costs nothing and loads no torch.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
+    from tether.errors import (
+        BatchError,
+        ConfigError,
+        DataError,
+        Interrupted,
+        ModelError,
+        RewardError,
+        RunError,
+        TetherError,
+        TrainingError,
+    )
+    from tether.export import export
+    from tether.parse import load_config
+    from tether.report import report
+    from tether.runs import Run
+    from tether.train.evaluate import evaluate, generate
+    from tether.train.ppo import ppo
+    from tether.train.reward import reward_model
+    from tether.train.sft import sft
+
+_HOME = {
+    "ppo": "tether.train.ppo",
+    "sft": "tether.train.sft",
+    "reward_model": "tether.train.reward",
+    "evaluate": "tether.train.evaluate",
+    "generate": "tether.train.evaluate",
+    "export": "tether.export",
+    "report": "tether.report",
+    "load_config": "tether.parse",
+    "Run": "tether.runs",
+    **dict.fromkeys(("PPOConfig", "SFTConfig", "RewardConfig", "EvaluateConfig"), "tether.config"),
+    **dict.fromkeys(
+        ("TetherError", "ConfigError", "DataError", "ModelError", "RewardError", "RunError", "BatchError",
+         "TrainingError", "Interrupted"),
+        "tether.errors",
+    ),
+}  # fmt: skip
+
+__all__ = [
+    "BatchError",
+    "ConfigError",
+    "DataError",
+    "EvaluateConfig",
+    "Interrupted",
+    "ModelError",
+    "PPOConfig",
+    "RewardConfig",
+    "RewardError",
+    "Run",
+    "RunError",
+    "SFTConfig",
+    "TetherError",
+    "TrainingError",
+    "__version__",
+    "evaluate",
+    "export",
+    "generate",
+    "load_config",
+    "ppo",
+    "report",
+    "reward_model",
+    "sft",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("tether")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'tether' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """Keeps `tether.export` and `tether.report` functions: importing the modules of these names would, as imports do,
+    put the modules in their place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

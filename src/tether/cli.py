@@ -1,0 +1,227 @@
+"""The command line: `tether COMMAND …`. The command that needs torch loads it; --help never does.
+
+Exit codes: 0 done, 2 the user's mistake, 3 stopped by a signal after saving, 1 anything else. Mistakes are one message
+on stderr; TETHER_DEBUG=1 adds the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import tether
+from tether.errors import ConfigError, TetherError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except TetherError as error:
+        if os.environ.get("TETHER_DEBUG"):
+            traceback.print_exc()
+        print(f"tether: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:  # outside training, which has its own way to stop
+        print("tether: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read our output, `head` say, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _dispatch(argv: list[str]) -> None:
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(OVERVIEW)
+    elif name == "--version":
+        print(f"tether {tether.__version__}")
+    elif name in COMMANDS:
+        COMMANDS[name](rest)
+    else:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
+        raise ConfigError(f"unknown command {name}: {hint}")
+
+
+# ---------------------------------------------------------------- commands that take a config
+
+
+def _sft(argv: list[str]) -> None:
+    _train("sft", argv)
+
+
+def _reward(argv: list[str]) -> None:
+    _train("reward", argv)
+
+
+def _ppo(argv: list[str]) -> None:
+    _train("ppo", argv)
+
+
+def _train(kind: str, argv: list[str]) -> None:
+    if _help_wanted(kind, argv):
+        return
+    from tether.parse import parse_args, to_yaml
+
+    config, options = parse_args(kind, argv)
+    if options.print_config:
+        print(to_yaml(config), end="")
+    elif options.dry_run:
+        from tether.diagnose import dry_run
+
+        print(dry_run(config))
+    else:
+        trainer = {"sft": "sft", "reward": "reward_model", "ppo": "ppo"}[kind]
+        getattr(tether, trainer)(config, fresh=options.fresh)
+
+
+def _evaluate(argv: list[str]) -> None:
+    if _help_wanted("evaluate", argv):
+        return
+    from tether.parse import parse_args, to_yaml
+
+    config, options = parse_args("evaluate", argv)
+    if options.print_config:
+        print(to_yaml(config), end="")
+    else:
+        print(tether.evaluate(config))
+
+
+def _doctor(argv: list[str]) -> None:
+    if "-h" in argv or "--help" in argv:
+        print(DOCTOR)
+        return
+    from tether.diagnose import doctor
+    from tether.parse import parse_args
+
+    print(doctor(parse_args(None, argv)[0] if argv else None))
+
+
+def _help_wanted(kind: str, argv: list[str]) -> bool:
+    if "-h" not in argv and "--help" not in argv:
+        return False
+    from tether.help import help_text
+
+    print(help_text(kind))
+    return True
+
+
+# ---------------------------------------------------------------- commands with a few flags of their own
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See {self.prog} --help.")
+
+
+def _parser(command: str, description: str) -> _Parser:
+    return _Parser(prog=f"tether {command}", description=description, allow_abbrev=False)
+
+
+def _demo(argv: list[str]) -> None:
+    parser = _parser("demo", "The whole story on a CPU, offline, in minutes.")
+    parser.add_argument(
+        "--to", metavar="DIR", type=Path, default=Path("runs/demo"), help="where it writes (%(default)s)"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="another seed is another story (%(default)s)")
+    args = parser.parse_args(argv)
+    from tether.demo import main as demo
+
+    demo(args.to, seed=args.seed)
+
+
+def _generate(argv: list[str]) -> None:
+    parser = _parser("generate", "Sample responses from any model directory.")
+    parser.add_argument("model", metavar="MODEL", help="directory or hub id of a causal language model")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="a prompt; may be given again")
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL or Parquet file with a column `prompt`")
+    parser.add_argument("--samples", metavar="N", type=int, default=1, help="responses to each prompt (%(default)s)")
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, default=1.0, help="divides the logits, above 0 (%(default)s)"
+    )
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="longest response (%(default)s)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same responses (%(default)s)")
+    args = parser.parse_args(argv)
+    prompts = list(args.prompt)
+    if args.prompts:
+        from tether.data import read_rows
+
+        prompts += [row["prompt"] for row in read_rows(args.prompts, "train", ["prompt"], None)]
+    if not prompts:
+        raise ConfigError("no prompt: there is nothing to answer. Give --prompt TEXT or --prompts FILE.")
+    answers = tether.generate(
+        args.model,
+        prompts,
+        samples=args.samples,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+    )
+    for prompt, responses in zip(prompts, answers, strict=True):
+        print(f"── {prompt}")
+        for response in responses:
+            print(f"{response}\n")
+
+
+def _report(argv: list[str]) -> None:
+    parser = _parser("report", "Write one self-contained HTML file about a run.")
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--to", metavar="FILE", help="where to write it (report.html in the run directory)")
+    args = parser.parse_args(argv)
+    print(tether.report(args.run, to=args.to))
+
+
+def _export(argv: list[str]) -> None:
+    parser = _parser("export", "Write a plain Hugging Face directory, checked by reloading it.")
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--to", metavar="DIR", required=True, help="where to write it")
+    args = parser.parse_args(argv)
+    tether.export(args.run, args.to)
+    print(args.to)
+
+
+COMMANDS = {
+    "demo": _demo,
+    "sft": _sft,
+    "reward": _reward,
+    "ppo": _ppo,
+    "generate": _generate,
+    "evaluate": _evaluate,
+    "report": _report,
+    "export": _export,
+    "doctor": _doctor,
+}
+
+OVERVIEW = """\
+usage: tether COMMAND …     (tether COMMAND --help says more)
+
+Align a language model with human preferences: people compare completions, a reward model
+learns what they prefer, PPO improves the model against it, people look again.
+
+  demo               the whole story on a CPU, offline, in minutes
+  sft C.yaml         teach a model to imitate examples
+  reward C.yaml      fit a reward model to preferred and rejected completions
+  ppo C.yaml         improve a model against its rewards
+  generate MODEL     sample from any model directory
+  evaluate C.yaml    score, KL and win rate on prompts, with intervals
+  report RUN         one self-contained HTML file about a run
+  export RUN         a plain Hugging Face directory, checked by reloading it
+  doctor [C.yaml]    check the machine, or whether a config fits it
+
+Exit codes: 0 done, 2 your mistake, 3 stopped by a signal after saving, 1 anything else."""
+
+DOCTOR = """\
+usage: tether doctor [C.yaml or RUN] [--key VALUE …]
+
+Without a config: what this machine has. With one: checks its data and models, and predicts
+peak memory by part. Keys are those of the command that the config is for."""
