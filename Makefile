@@ -1,0 +1,33 @@
+# Every target sets up .venv by itself when it is needed. `make` alone lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test test-fast lint
+
+help:
+	@echo "make demo       the whole story on a CPU, offline, in minutes"
+	@echo "make test       the whole test suite"
+	@echo "make test-fast  arithmetic, data and config: under a minute"
+	@echo "make lint       ruff (format and lint) and mypy"
+
+demo: $(READY)
+	$(BIN)/tether demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest tests/math tests/data tests/config
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# torch first, alone: pip then settles everything else around the build that it found
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
