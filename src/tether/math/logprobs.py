@@ -2,7 +2,7 @@
 
 The logits of a batch are its largest tensor by far: 8,192 tokens of a vocabulary of 150,000 take 5 GB in fp32, their
 softmax and its gradient as much again each. `token_logprobs` never holds them. It walks over the tokens in chunks,
-keeps two numbers a token, and computes each chunk's logits a second time in the backward pass.
+keeps the results, and computes each chunk's logits a second time in the backward pass.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-_CHUNK_BYTES = 32 * 2**20  # of fp32 logits at once, on a CPU: near its caches
+_CHUNK_BYTES = 16 * 2**20  # of fp32 logits at once, on a CPU: near its caches; about five such buffers are alive
 _CHUNK_BYTES_ACCELERATOR = 256 * 2**20  # enough rows that reading the whole head for each chunk does not dominate
 
 
@@ -99,7 +99,7 @@ class _Head:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Chunks of rows, forward and again backward; between the two only [N] numbers are kept beside the inputs."""
+    """Chunks of rows, forward and again backward; between the two only the entropies are kept beside the inputs."""
 
     @staticmethod
     def forward(
@@ -113,17 +113,16 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(head.dtype, torch.float32)
-        logprobs, log_norms, entropies = (hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(3))
+        logprobs = hidden.new_zeros(hidden.shape[0], dtype=dtype)
+        entropies = torch.zeros_like(logprobs)
         with torch.autocast(hidden.device.type, enabled=False):  # head.dtype has settled it
             w = weight.to(head.dtype)
             for rows in _chunks(hidden.shape[0], chunk):
-                z = head.logits(hidden[rows], w, bias)
-                log_norms[rows] = torch.logsumexp(z, dim=-1)
-                log_p = z.sub_(log_norms[rows, None])
+                log_p = torch.log_softmax(head.logits(hidden[rows], w, bias), dim=-1)
                 logprobs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
                 if entropy:
                     entropies[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
-        ctx.save_for_backward(hidden, weight, bias, targets, log_norms, entropies)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropies)
         ctx.head, ctx.chunk = head, chunk
         ctx.set_materialize_grads(False)
         if not entropy:
@@ -133,20 +132,20 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         grad_logprobs, grad_entropies = grad_outputs
-        hidden, weight, bias, targets, log_norms, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, entropies = ctx.saved_tensors
         if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(log_norms)
+            grad_logprobs = torch.zeros_like(entropies)
         head: _Head = ctx.head
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=log_norms.dtype) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=log_norms.dtype) if wants_bias else None
+        grad_weight = torch.zeros_like(weight, dtype=entropies.dtype) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=entropies.dtype) if wants_bias else None
 
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(head.dtype)
             for rows in _chunks(hidden.shape[0], ctx.chunk):
                 z = head.logits(hidden[rows], w, bias)
-                log_p = z - log_norms[rows, None]
+                log_p = torch.log_softmax(z, dim=-1)
                 grad_z = log_p.exp().neg_()
                 if grad_entropies is None:
                     grad_z.mul_(grad_logprobs[rows, None])
@@ -160,7 +159,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_raw = grad_raw.to(head.dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (grad_raw @ w).to(hidden.dtype)
-                if grad_weight is not None:
+                if grad_weight is not None and grad_weight.dtype == head.dtype:
+                    grad_weight.addmm_(grad_raw.T, hidden[rows].to(head.dtype))  # saves a second [V, D]
+                elif grad_weight is not None:
                     grad_weight += grad_raw.T @ hidden[rows].to(head.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
