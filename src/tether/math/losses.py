@@ -109,7 +109,8 @@ def kl_loss(new_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, denomin
 
     Shapes: every tensor is [B, R]. new_logprobs carries the gradient. Returns [].
     """
-    return masked_sum(kl_k2(new_logprobs, ref_logprobs), mask) / denominator
+    new_logprobs, ref_logprobs = (torch.where(mask, x, 0.0) for x in (new_logprobs, ref_logprobs))
+    return kl_k2(new_logprobs, ref_logprobs).sum() / denominator
 
 
 def bradley_terry_loss(

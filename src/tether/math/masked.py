@@ -1,7 +1,8 @@
 """Statistics over the positions that count.
 
-Every function takes `x` of any shape and a bool `mask` of the same shape. What does not count is replaced before any
-arithmetic touches it, not multiplied by zero: padding may hold NaN, and 0 · NaN is NaN.
+Every function takes `x` of any shape and a bool `mask` of the same shape. What does not count is replaced *before* any
+arithmetic touches it: padding may hold NaN, and 0 · NaN is NaN, in the backward pass of (x · x) too. So
+masked_sum(x * x, mask) is a right number with a NaN gradient; put the zeros into x.
 """
 
 import torch
@@ -20,7 +21,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     """Σ (x - mean)² / n over the n counted positions: the biased variance. Returns []."""
-    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    return masked_mean(torch.where(mask, x - masked_mean(x, mask), 0.0) ** 2, mask)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
