@@ -18,8 +18,9 @@ torch.set_num_threads(1)  # the models are tiny: threads would only wait for eac
 SHARED = Path(os.environ.get("TETHER_SHARED", Path(__file__).parents[2] / "shared"))
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 
 # Every architecture that Tether is tried on, as small as it goes. Each has what makes it peculiar: grouped KV heads,
@@ -77,7 +78,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Callable[..., Path]:
-    """tiny_model("gpt2", seed=1, n_layer=3): the directory of a random model of that architecture, tokenizer included."""
+    """tiny_model("gpt2", seed=1, n_layer=3): the directory of a random model of that kind, tokenizer included."""
 
     def make(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
         settings = {"vocab_size": len(tiny_tokenizer), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}

@@ -1,0 +1,59 @@
+"""Where scores come from: Python functions and reward models, weighted and summed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tether.batch import Reward
+from tether.config import RewardShapingConfig, RewardSourceConfig, source_name
+from tether.errors import ConfigError
+from tether.rewards.combine import RewardSet, ScoredBatch, shape_scores
+from tether.rewards.function import FunctionReward, load_function
+from tether.rewards.model import ModelReward
+
+__all__ = ["FunctionReward", "ModelReward", "RewardSet", "ScoredBatch", "build_reward", "load_function", "shape_scores"]
+
+
+def build_reward(
+    sources: Sequence[RewardSourceConfig],
+    shaping: RewardShapingConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    device: torch.device,
+    function: Callable[..., Any] | None = None,
+) -> RewardSet:
+    """Load every source. Functions come first: a typo in one is found before a model is loaded.
+
+    tokenizer, stop_ids: the policy's. function: one more source, passed from Python, with weight 1.
+    """
+    built: dict[str, tuple[Reward, float]] = {}
+    for source in sorted(sources, key=lambda s: s.function is None):
+        name = source_name(source)
+        if source.function is not None:
+            scorer: Reward = FunctionReward(
+                load_function(source.function),
+                name=name,
+                tokenizer=tokenizer,
+                stop_ids=stop_ids,
+                timeout_s=source.timeout_s,
+            )
+        else:
+            assert source.model is not None
+            scorer = ModelReward.load(
+                source.model, name=name, dtype=source.dtype, device=device, tokenizer=tokenizer, stop_ids=stop_ids
+            )
+        built[name] = (scorer, source.weight)
+    if function is not None:
+        name = getattr(function, "__name__", "reward")
+        if name in built:
+            raise ConfigError(
+                f"reward={name} has the name of a source in the config's reward list: their metrics would overwrite "
+                "each other. Set `name` of the one in the list."
+            )
+        built[name] = (FunctionReward(function, name=name, tokenizer=tokenizer, stop_ids=stop_ids), 1.0)
+    order = [*(source_name(s) for s in sources), *built]  # as the config lists them, in metrics and rollouts too
+    return RewardSet({name: built[name] for name in order}, shaping)

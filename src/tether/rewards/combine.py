@@ -1,0 +1,70 @@
+"""From several sources to one score a response: weighted sum, then clip, then the rule for a missing stop token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tether.batch import Completions, Prompt, Reward
+from tether.config import RewardShapingConfig
+from tether.errors import RewardError
+from tether.rewards.function import FunctionReward, describe_row
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """The scores of B responses and what they are made of."""
+
+    scores: Tensor  # [B] float64, what PPO maximises: summed, clipped, missing_eos applied
+    parts: dict[str, list[float | None]]  # source name -> B raw answers, before weight and shaping
+
+
+class RewardSet:
+    """All sources of a run with their weights and shaping.
+
+    score = Σ weight·source over the sources that answered. The weights are not renormalised: a source that stays silent
+    counts as 0, so that a response cannot gain by silencing one.
+    """
+
+    def __init__(self, sources: Mapping[str, tuple[Reward, float]], shaping: RewardShapingConfig) -> None:
+        self.sources = dict(sources)
+        self.shaping = shaping
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise RewardError if a function needs a column that the prompts do not have."""
+        for source, _ in self.sources.values():
+            if isinstance(source, FunctionReward):
+                source.check(prompts)
+
+    def score(self, completions: Completions) -> ScoredBatch:
+        """Ask every source once."""
+        parts = {name: list(source.score(completions)) for name, (source, _) in self.sources.items()}
+        for row, answers in enumerate(zip(*parts.values(), strict=True)):
+            if all(answer is None for answer in answers):
+                raise RewardError(
+                    f"no reward source scored {describe_row(completions, row)}: {', '.join(parts)} all answered None, "
+                    "and a response without a score cannot be learned from. Let one source answer every row."
+                )
+        total = torch.zeros(len(completions), dtype=torch.float64)
+        for name, (_, weight) in self.sources.items():
+            total += weight * torch.tensor([0.0 if a is None else a for a in parts[name]], dtype=torch.float64)
+        return ScoredBatch(shape_scores(total, completions.finish_reasons, self.shaping), parts)
+
+
+def shape_scores(scores: Tensor, finish_reasons: Sequence[str], shaping: RewardShapingConfig) -> Tensor:
+    """Clip [B] scores to ±clip, then set or lower those of responses that ran into the length limit.
+
+    In this order, so that a clip never weakens what a missing stop token costs.
+    Source: Ziegler et al. 2019 set the score to -1; "Secrets of RLHF" (arXiv:2307.04964) clips it.
+    """
+    if shaping.clip is not None:
+        scores = scores.clamp(-shaping.clip, shaping.clip)
+    rule = shaping.missing_eos
+    if rule is None:
+        return scores
+    cut = torch.tensor([reason == "length" for reason in finish_reasons], dtype=torch.bool)
+    punished = torch.full_like(scores, rule.set) if rule.set is not None else scores - (rule.subtract or 0.0)
+    return torch.where(cut, punished, scores)

@@ -1,0 +1,286 @@
+"""Scores from a Python function: the user's own code, treated as such.
+
+    def helpful(prompts, completions, completion_ids, **columns) -> list[float | None]
+
+It is called once a cycle with all rows in order, may be async, and may answer None for a row it has no opinion on.
+Whatever else it does (raise, hang, return one number too few, NaN) becomes a `RewardError` that names row or line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tether.batch import Completions, Prompt
+from tether.errors import RewardError
+from tether.tokens import completion_text, did_you_mean, did_you_mean_path
+
+RewardFunction = Callable[..., Any]
+
+_ARGUMENTS = ("prompts", "completions", "completion_ids")
+
+
+class FunctionReward:
+    """One Python function as a source of scores."""
+
+    def __init__(
+        self,
+        function: RewardFunction,
+        *,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        timeout_s: float = 60.0,
+    ) -> None:
+        self.function = function
+        self.name = name
+        self.timeout_s = timeout_s
+        self._tokenizer = tokenizer
+        self._stop_ids = stop_ids
+        self._wanted, self._required = _parameters(function)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise RewardError if the prompts' columns do not fill the parameters, before anything is sampled."""
+        columns = {column for prompt in prompts for column in prompt.columns}
+        for name in _ARGUMENTS:
+            if name in columns:
+                raise RewardError(
+                    f"the prompts have a column {name!r}, which is also an argument of every reward function: "
+                    f"{self.name} could be given only one of them. Rename the column."
+                )
+        for name in sorted(self._required - columns - set(_ARGUMENTS)):
+            raise RewardError(
+                f"reward function {self.name} needs {name!r}, but the prompts have no such column, so it cannot be "
+                f"called.{did_you_mean(name, [*sorted(columns), *_ARGUMENTS])} Columns: "
+                f"{', '.join(sorted(columns)) or 'none'}; always there: {', '.join(_ARGUMENTS)}. Add the column, or "
+                "give the parameter a default."
+            )
+
+    def score(self, completions: Completions) -> list[float | None]:
+        """One call with all B rows. Returns B finite scores, None where the function does not answer."""
+        self.check(completions.prompts)
+        columns = sorted({column for prompt in completions.prompts for column in prompt.columns})
+        arguments: dict[str, list[Any]] = {
+            "prompts": [prompt.source for prompt in completions.prompts],
+            "completions": self._texts(completions),
+            "completion_ids": [list(ids) for ids in completions.response_ids],
+            **{column: [prompt.columns.get(column) for prompt in completions.prompts] for column in columns},
+        }
+        if self._wanted is not None:
+            arguments = {name: value for name, value in arguments.items() if name in self._wanted}
+        return read_scores(self._call(arguments), self.name, completions)
+
+    def _texts(self, completions: Completions) -> list[Any]:
+        """B texts without the stop token; as the assistant's message where the prompt is messages."""
+        texts = [completion_text(self._tokenizer, ids, self._stop_ids) for ids in completions.response_ids]
+        return [
+            text if isinstance(prompt.source, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(completions.prompts, texts, strict=True)
+        ]
+
+    def _call(self, arguments: dict[str, list[Any]]) -> Any:
+        """Call the function in a thread of its own: Python cannot stop a function, but we can stop waiting for it."""
+        answer: list[Any] = []
+        raised: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                result = self.function(**arguments)
+                answer.append(asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result)
+            except BaseException as error:  # sys.exit() too: it would end this thread without a word
+                raised.append(error)
+
+        thread = threading.Thread(target=run, name=f"reward {self.name}", daemon=True)  # daemon: never blocks the exit
+        thread.start()
+        thread.join(self.timeout_s)
+        if raised:
+            raise RewardError(
+                f"reward function {self.name} raised {_describe(raised[0])} ({_where(raised[0], self.function)}): "
+                "this cycle has no scores. Mend the function and run the same command again."
+            ) from raised[0]
+        if not answer:
+            raise RewardError(
+                f"reward function {self.name} did not answer within timeout_s={self.timeout_s:g} seconds for "
+                f"{len(next(iter(arguments.values()), []))} completions: this cycle has no scores. Make it faster, or "
+                "raise timeout_s of this source."
+            )
+        return answer[0]
+
+
+async def _awaited(awaitable: Any) -> Any:
+    return await awaitable
+
+
+# ---------------------------------------------------------------- what the function takes and returns
+
+
+def _parameters(function: RewardFunction) -> tuple[set[str] | None, set[str]]:
+    """(names it takes, or None for any; names it cannot do without)."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return None, set()
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    required = {p.name for p in by_name if p.default is p.empty}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return None if takes_any else {p.name for p in by_name}, required
+
+
+def read_scores(answer: Any, name: str, completions: Completions) -> list[float | None]:
+    """B finite floats or None, from a list, tuple or one-dimensional array; RewardError names the first wrong row.
+
+    Python, numpy and torch numbers are all numbers; True and False count as 1 and 0.
+    """
+    if hasattr(answer, "tolist"):  # numpy and torch, of any dtype and device
+        answer = answer.tolist()
+    if not isinstance(answer, (list, tuple)):
+        raise RewardError(
+            f"reward {name} returned {_quote(answer)} ({type(answer).__name__}), not a list: it is unclear which score "
+            f"belongs to which completion. Return a list of {len(completions)} numbers, one per completion in order."
+        )
+    if len(answer) != len(completions):
+        row = min(len(answer), len(completions))
+        what = f"row {row} has no score" if len(answer) < len(completions) else f"row {row} does not exist"
+        raise RewardError(
+            f"reward {name} returned {len(answer)} scores for {len(completions)} completions: {what}, and the others "
+            "may be shifted. Return one per completion, in order; None where there is none."
+        )
+    return [_read_score(value, name, completions, row) for row, value in enumerate(answer)]
+
+
+def _read_score(value: Any, name: str, completions: Completions, row: int) -> float | None:
+    if value is None:
+        return None
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, Real):
+        raise RewardError(
+            f"reward {name} returned {_quote(value)} ({type(value).__name__}) for {describe_row(completions, row)}: a "
+            "score is one number. Return a float, or None for no score."
+        )
+    try:
+        score = float(value)
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        raise RewardError(
+            f"reward {name} returned {value} for {describe_row(completions, row)}: one such score would make every "
+            "weight NaN. Return a finite number, or None for no score."
+        )
+    return score
+
+
+def describe_row(completions: Completions, row: int) -> str:
+    """`row 3 (row 17 of the data, 'Once upon a …')`: enough to find it."""
+    prompt = completions.prompts[row]
+    return f"row {row} (row {prompt.row} of the data, {_quote(prompt.source)})"
+
+
+def _quote(value: Any, longest: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+# ---------------------------------------------------------------- where the function comes from
+
+
+def load_function(spec: str) -> RewardFunction:
+    """The function that `FILE.py:NAME` or `package.module:NAME` names; it can import the modules beside its file."""
+    source, _, name = spec.rpartition(":")
+    module = _load_file(Path(source), spec) if source.endswith(".py") else _load_module(source, spec)
+    function = getattr(module, name, None)
+    if callable(function):
+        return function
+    names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+    if hasattr(module, name):
+        problem = f"{name} in {source} is {_quote(function)}, not a function."
+    else:
+        problem = f"{source} has no function {name!r}.{did_you_mean(name, names)}"
+    raise RewardError(f"reward function {spec}: {problem} It has: {', '.join(sorted(names)) or 'no functions'}.")
+
+
+def _load_file(path: Path, spec: str) -> ModuleType:
+    if not path.is_file():
+        raise RewardError(
+            f"reward function {spec}: there is no file {path}. Relative paths are against the working directory, "
+            f"{Path.cwd()}.{did_you_mean_path(str(path))}"
+        )
+    path = path.resolve()
+    # A name of its own, so that my_rewards.py neither hides an installed module nor another directory's my_rewards.py.
+    unique = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if unique in sys.modules:
+        return sys.modules[unique]
+    module_spec = importlib.util.spec_from_file_location(unique, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[unique] = module  # before it runs: dataclasses and pickle look their module up by name
+    _importable(path.parent)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[unique]
+        raise _failed_import(spec, error, str(path)) from error
+    return module
+
+
+def _load_module(name: str, spec: str) -> ModuleType:
+    _importable(Path.cwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise _failed_import(spec, error, name) from error  # found, but something that it imports is not
+        raise RewardError(
+            f"reward function {spec}: there is no module {error.name!r} in the working directory or installed. For a "
+            "file, write its path with .py: rewards/mine.py:NAME."
+        ) from error
+    except Exception as error:
+        raise _failed_import(spec, error, name) from error
+
+
+def _importable(directory: Path) -> None:
+    """At the end of the path: a file of the user's must not hide an installed package."""
+    if str(directory) not in sys.path:
+        sys.path.append(str(directory))
+
+
+def _failed_import(spec: str, error: Exception, source: str) -> RewardError:
+    where = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else _where(error, None)
+    return RewardError(
+        f"reward function {spec}: loading {source} raised {_describe(error)} ({where}): nothing could score the "
+        "responses. Mend that line."
+    )
+
+
+def _describe(error: BaseException) -> str:
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _where(error: BaseException, function: RewardFunction | None) -> str:
+    """FILE:LINE of the innermost line of the user's own code, so not of a library that it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
+    own = [f for f in frames if code is not None and f.filename == code.co_filename]
+    outside = [f for f in frames if not _is_library(f.filename)]
+    frame = (own or outside or list(frames))[-1]
+    return f"{frame.filename}:{frame.lineno}"
+
+
+def _is_library(filename: str) -> bool:
+    return filename == __file__ or "site-packages" in filename or filename.startswith(("<frozen", sys.base_prefix))

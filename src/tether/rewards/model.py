@@ -1,0 +1,98 @@
+"""Scores from a reward model, with its own tokenizer and chat template if they differ from the policy's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tether.batch import Completions
+from tether.errors import RewardError
+from tether.model import context_length, model_config, resolve_dtype
+from tether.reward_model import RewardModel, load_reward_model
+from tether.rewards.function import describe_row
+from tether.tokens import completion_text, encode_prompts, encode_texts, load_tokenizer, stop_token_ids
+
+
+class ModelReward:
+    """One reward model as a source of scores: normalised, without gradient."""
+
+    def __init__(
+        self,
+        model: RewardModel,
+        model_tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.same_tokens = same_tokens(tokenizer, model_tokenizer)
+        self._model_tokenizer = model_tokenizer
+        self._tokenizer = tokenizer
+        self._stop_ids = stop_ids
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        name: str,
+        dtype: str,
+        device: torch.device,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+    ) -> ModelReward:
+        """From a directory or hub id; tokenizer and stop_ids are the policy's."""
+        width = model_config(path).get_text_config().hidden_size
+        model = load_reward_model(path, dtype=resolve_dtype(dtype, device, width), device=device)
+        model.requires_grad_(False)
+        return cls(model, load_tokenizer(path), name=name, tokenizer=tokenizer, stop_ids=stop_ids)
+
+    def score(self, completions: Completions) -> list[float | None]:
+        """B scores. The policy's ids go straight through where the tokenizers agree: nothing is tokenized twice."""
+        rows = self._pass_through(completions) if self.same_tokens else self._encode_again(completions)
+        longest = context_length(self.model.classifier.config)
+        for i, row in enumerate(rows):
+            if longest is not None and len(row) > longest:
+                raise RewardError(
+                    f"reward model {self.name} has positions for {longest} tokens, but {describe_row(completions, i)} "
+                    f"and its completion are {len(row)}: the end would not be seen. Lower prompts.max_tokens or "
+                    "sampling.max_new_tokens, or use a reward model with a longer context."
+                )
+        scores = self.model.score(rows)
+        if not scores.isfinite().all():
+            row = int((~scores.isfinite()).nonzero()[0, 0])
+            raise RewardError(
+                f"reward model {self.name} gives {scores[row].item()} for {describe_row(completions, row)}: one such "
+                "score would make every weight NaN. Its weights or its normalisation are damaged, or dtype is too "
+                "coarse: set dtype: float32 for this source."
+            )
+        return scores.double().tolist()
+
+    def _pass_through(self, completions: Completions) -> list[list[int]]:
+        return [[*p.ids, *ids] for p, ids in zip(completions.prompts, completions.response_ids, strict=True)]
+
+    def _encode_again(self, completions: Completions) -> list[list[int]]:
+        """The same text in the model's own tokens; its stop token only where the policy set one."""
+        tokenizer = self._model_tokenizer
+        prompts = encode_prompts(tokenizer, [prompt.source for prompt in completions.prompts])
+        texts = [completion_text(self._tokenizer, ids, self._stop_ids) for ids in completions.response_ids]
+        answers = encode_texts(tokenizer, texts, special=False)
+        stop = list(stop_token_ids(tokenizer, None, None))[:1]
+        return [
+            [*prompt, *answer, *(stop if reason == "stop" else [])]
+            for prompt, answer, reason in zip(prompts, answers, completions.finish_reasons, strict=True)
+        ]
+
+
+def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether ids of one mean the same to the other: vocabulary, chat template, and how a text becomes ids."""
+    probe = "It's 3.14 o'clock —\n\n  naïve “quotes”, tabs\tand 東京 🙂."
+    return (
+        a.get_vocab() == b.get_vocab()
+        and a.chat_template == b.chat_template
+        and a(probe).input_ids == b(probe).input_ids
+    )
