@@ -1,0 +1,485 @@
+"""The models of a PPO run: the policy with its critic, and the frozen reference.
+
+Model code is transformers': any causal language model, by directory or hub id. Ours is what surrounds it: loading it in the
+right precision, reading log-probs off hidden states without ever holding [B, T, V], and a value head.
+
+Every forward pass here sees whole rows, prompt and response, padded on the right and without an attention mask: under
+causal attention no token sees what comes after it (see `tether.batch`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from tether.batch import Rows
+from tether.config import LoraConfig, ModelConfig
+from tether.errors import ConfigError, ModelError
+from tether.math import full_logprobs, token_logprobs
+
+transformers_logging.disable_progress_bar()
+
+# ---------------------------------------------------------------- device and precision
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu; anything else is torch's own name for it."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is not a device: torch knows cpu, cuda, cuda:N, mps. Set one.") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}, but this machine has no usable GPU. Set device: auto or cpu.")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device, hidden_size: int) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU, and on a CPU with bfloat16 arithmetic once matrices are large enough to gain from it.
+
+    Below a width of about 512, casting the weights costs more than the faster matmul gives back.
+    """
+    if dtype != "auto":
+        return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast and hidden_size >= 512 else torch.float32
+
+
+# ---------------------------------------------------------------- loading
+
+
+def model_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model directory or hub id, without its weights."""
+    check_directory(path)
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no usable config.json: {_first_line(error)}") from error
+
+
+def check_directory(path: str) -> None:
+    """Raise ModelError where `path` looks like a local directory that cannot hold a model we would load."""
+    directory = Path(path)
+    if directory.is_file():
+        raise ModelError(f"{path} is a file: a model is a directory with config.json and *.safetensors. Name that.")
+    if not directory.is_dir():
+        if directory.is_absolute() or path.startswith(".") or path.count("/") != 1:
+            raise ModelError(f"{path} does not exist: there is no model to load. Check the path.")
+        return  # owner/name: a hub id
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json: it is not a model directory. Name the one that holds it.")
+    if not any(directory.glob("*.safetensors")) and not (directory / "adapter_config.json").exists():
+        pickles = sorted(p.name for p in [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")])
+        if pickles:
+            raise ModelError(
+                f"{path} has only pickle weights ({pickles[0]}): loading them can run any code. Convert them to "
+                "safetensors (transformers: model.save_pretrained(DIR)) and name that directory."
+            )
+        raise ModelError(f"{path} has no *.safetensors: there are no weights to load. Check that the copy is complete.")
+
+
+def load_causal_lm(
+    path: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model from a directory or hub id; safetensors only, every dropout 0.
+
+    Raises ModelError where it cannot be loaded, or where weights are missing (they would be random).
+    """
+    model_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    with _only_errors_from_transformers():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise ModelError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{path} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} first: they would be random. "
+            "Name a directory that holds a whole causal language model."
+        )
+    return without_dropout(model).to(device)
+
+
+def init_causal_lm(settings: dict[str, Any], *, vocab_size: int, special: dict[str, int | None], seed: int) -> Any:
+    """A causal language model with random float32 weights; same seed, same weights.
+
+    settings: keys of a transformers config, `model_type` among them. special: bos, eos and pad ids of the tokenizer.
+    """
+    values = {**settings, **{k: v for k, v in special.items() if v is not None}, "vocab_size": vocab_size}
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError("model.policy.init has no model_type: no architecture is chosen. Add model_type: llama, say.")
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        raise ConfigError(f"model.policy.init does not describe a {model_type} model: {_first_line(error)}") from error
+    return without_dropout(model)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Every dropout at 0: two passes over the same tokens must agree, or the ratio would not begin at 1."""
+    for config in (model.config, model.config.get_text_config()):
+        for name, value in vars(config).items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(config, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> Any:
+    """Wrap `model` in a peft adapter; the base is frozen, the adapter float32. Seeded: A is random, B zero."""
+    import peft
+
+    targets = lora.targets
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"model.lora.targets={targets!r} fits no layer: {_first_line(error)}") from error
+
+
+def context_length(config: Any) -> int | None:
+    """Longest sequence in tokens that the model has positions for; None if it does not say."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+@contextmanager
+def _only_errors_from_transformers() -> Iterator[None]:
+    """Missing weights become our ModelError: transformers' table of them would only be noise beside it."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# ---------------------------------------------------------------- from hidden states to log-probs
+
+
+@dataclass
+class LanguageModel:
+    """A causal LM seen as trunk and head: hidden states out of one, log-probs of chosen tokens out of the other."""
+
+    lm: Any  # the model that `transformers` would run, adapters included
+    dtype: torch.dtype  # compute precision
+    full: bool = False  # read log-probs off the model's own logits: for heads that ours does not know
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.plain.base_model
+
+    @property
+    def plain(self) -> Any:
+        """The transformers model itself, adapters injected but unwrapped."""
+        return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+
+    @property
+    def config(self) -> Any:
+        return self.plain.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.plain.parameters()).device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 matmuls over float32 masters; nothing to do in float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def hidden(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        """[B, T, D] hidden states after the last norm, for tokens [B, T]."""
+        return self.trunk(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
+
+    def head(self) -> dict[str, Any]:
+        """What the head does after the trunk, for `token_logprobs`: weight, bias, scale and soft-cap."""
+        output = self.plain.get_output_embeddings()
+        scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere multiplies
+        scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite divides
+        return {
+            "weight": output.weight,
+            "bias": getattr(output, "bias", None),
+            "scale": scale,
+            "softcap": getattr(self.config, "final_logit_softcapping", None),  # Gemma
+        }
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] float32 logits of hidden states [N, D], after scale and soft-cap, before temperature."""
+        head = self.head()
+        logits = nn.functional.linear(hidden.to(head["weight"].dtype), head["weight"], head["bias"]).float()
+        logits = logits * head["scale"] if head["scale"] != 1.0 else logits
+        return torch.tanh(logits / head["softcap"]) * head["softcap"] if head["softcap"] else logits
+
+    def response_logprobs(self, rows: Rows, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward pass; ([N] log-probs in nats, [N] entropies in nats, [N, D] hidden states) of N response tokens.
+
+        Position t's come from the hidden state before token t. Without `entropy`, entropies are zeros.
+        """
+        row, column = rows.before_targets
+        with self.autocast():
+            if self.full:
+                output = self.plain(input_ids=rows.tokens, use_cache=False, output_hidden_states=True)
+                hidden = output.hidden_states[-1][row, column]
+                logits = output.logits[row, column]
+                return *full_logprobs(logits, rows.targets, temperature=temperature, entropy=entropy), hidden
+            hidden = self.hidden(rows.tokens)[row, column]
+            return *token_logprobs(hidden, targets=rows.targets, temperature=temperature, entropy=entropy,
+                                   **self.head()), hidden  # fmt: skip
+
+    def check_head(self) -> str | None:
+        """Compare our log-probs with the model's own logits on a probe; on a mismatch use those, and say so.
+
+        Some architectures scale, cap or otherwise change logits after the head in ways that no config key names.
+        """
+        output = self.plain.get_output_embeddings()
+        if not hasattr(output, "weight") or type(output).__module__.startswith("peft"):
+            self.full = True
+            return "the head is not a plain linear layer: log-probs come from full logits, which takes more memory"
+        vocabulary = self.config.vocab_size
+        tokens = (torch.arange(12, device=self.device) * 7919 % vocabulary)[None]
+        rows = Rows(tokens, torch.tensor([1], device=self.device), torch.tensor([11], device=self.device))
+        with torch.no_grad():
+            ours = self.response_logprobs(rows, temperature=1.0, entropy=False)[0]
+            with self.autocast():
+                logits = self.plain(input_ids=tokens, use_cache=False).logits[0, :-1]
+        theirs = full_logprobs(logits, rows.targets, temperature=1.0, entropy=False)[0]
+        gap = (ours - theirs).abs().max().item()
+        if gap <= (1e-3 if self.dtype == torch.float32 else 0.1):
+            return None
+        self.full = True
+        return (
+            f"chunked log-probs differ from {type(self.plain).__name__}'s own by {gap:.2g} nats: "
+            "log-probs come from full logits, which takes more memory"
+        )
+
+
+# ---------------------------------------------------------------- policy, critic, reference
+
+
+class PolicyOutput(NamedTuple):
+    """Of every response token, 0 outside the mask."""
+
+    logprobs: Tensor  # [B, R] nats, at the sampling temperature
+    entropy: Tensor  # [B, R] nats, of the whole next-token distribution
+    values: Tensor  # [B, R] reward units: V before the token is chosen
+
+
+class Policy(nn.Module):
+    """A language model that learns, and the critic beside it: a head on its trunk, or a trunk of its own."""
+
+    def __init__(self, model: LanguageModel, critic: SeparateCritic | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.lm = model.lm  # registered, so that parameters() finds it
+        self.critic = critic
+        self.value_head = None if critic else _zero_head(model.config.hidden_size, model.device)
+        self.critic_only = False  # value warm-up: the critic learns, a shared trunk is frozen
+
+    def forward(self, rows: Rows, *, temperature: float, entropy: bool = True) -> PolicyOutput:
+        """Log-probs, entropies and values of every response token: one pass with a shared trunk, two without.
+
+        Shapes: rows B × T; each output [B, R].
+        """
+        mask = rows.response_mask
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.critic_only):
+            logprobs, entropies, hidden = self.model.response_logprobs(rows, temperature=temperature, entropy=entropy)
+        if self.critic is not None:
+            values = self.critic(rows)
+        else:
+            assert self.value_head is not None
+            values = _read_values(self.value_head, hidden)
+        return PolicyOutput(_fill(logprobs, mask), _fill(entropies, mask), _fill(values, mask))
+
+    def policy_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trained weights of the language model, by name, in a fixed order."""
+        return [(f"lm.{name}", p) for name, p in self.lm.named_parameters() if p.requires_grad]
+
+    def critic_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trained weights of the critic alone, by name, in a fixed order."""
+        module = self.critic or self.value_head
+        assert module is not None
+        return [(f"critic.{name}", p) for name, p in module.named_parameters() if p.requires_grad]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[LanguageModel]:
+        """Under LoRA: the model without its adapter, which is the model that the run began with."""
+        with self.lm.disable_adapter():
+            yield self.model
+
+    def save_critic(self, directory: Path) -> None:
+        """Write the critic: its head, and its trunk if it has one of its own."""
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.critic is not None:
+            self.critic.trunk.save_pretrained(directory)
+        head = self.critic.head if self.critic is not None else self.value_head
+        assert head is not None
+        save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, directory / "value_head.safetensors")
+
+    def load_critic(self, directory: Path) -> None:
+        """Read back what save_critic wrote, bit for bit."""
+        head = self.critic.head if self.critic is not None else self.value_head
+        assert head is not None
+        head.load_state_dict(load_file(directory / "value_head.safetensors"))
+        if self.critic is not None:
+            load_weights(self.critic.trunk, directory)
+
+
+class SeparateCritic(nn.Module):
+    """A critic with a trunk of its own: it cannot disturb the policy, and costs a second forward and backward pass."""
+
+    def __init__(self, trunk: PreTrainedModel, head: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.trunk, self.head, self.dtype = trunk, head, dtype
+
+    def forward(self, rows: Rows) -> Tensor:
+        """[N] values, one before each response token."""
+        autocast = self.dtype != torch.float32
+        with torch.autocast(rows.tokens.device.type, dtype=self.dtype) if autocast else nullcontext():
+            hidden = self.trunk(input_ids=rows.tokens, use_cache=False).last_hidden_state
+        return _read_values(self.head, hidden[rows.before_targets])
+
+
+class Reference:
+    """The frozen model that the KL is measured to."""
+
+    def __init__(self, policy: Policy, frozen: LanguageModel | None) -> None:
+        self.policy, self.frozen = policy, frozen
+
+    @torch.no_grad()
+    def logprobs(self, rows: Rows, *, temperature: float) -> Tensor:
+        """[B, R] nats, 0 outside the mask."""
+        with nullcontext(self.frozen) if self.frozen else self.policy.as_reference() as model:
+            logprobs, _, _ = model.response_logprobs(rows, temperature=temperature, entropy=False)
+        return _fill(logprobs, rows.response_mask)
+
+
+def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tuple[Policy, Reference, list[str]]:
+    """Load policy, critic and reference as the config says. The third value: notes on what fell back, for the log.
+
+    Trained weights are float32; frozen ones (the reference, the base under LoRA) are in the compute precision.
+    """
+    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    width = model_config(config.policy, **where).get_text_config().hidden_size
+    dtype = resolve_dtype(config.dtype, device, width)
+    lm = load_causal_lm(config.policy, dtype=dtype if config.lora else torch.float32, device=device, **where)
+
+    frozen = None
+    if config.reference is not None:
+        frozen = LanguageModel(load_causal_lm(config.reference, dtype=dtype, device=device, **where), dtype)
+        if frozen.config.vocab_size != lm.config.get_text_config().vocab_size:
+            raise ModelError(
+                f"model.reference={config.reference} has a vocabulary of {frozen.config.vocab_size}, the policy one of "
+                f"{lm.config.get_text_config().vocab_size}: their log-probs cannot be compared. Name a reference with the same tokenizer."
+            )
+    elif not config.lora:
+        frozen = LanguageModel(copy.deepcopy(lm).to(dtype), dtype)
+
+    critic = None
+    if config.critic != "shared":
+        critic = _load_critic(config, lm, dtype, device)
+    if config.lora:
+        lm = add_lora(lm, config.lora, seed=seed)
+    big = sum(p.numel() for p in lm.parameters()) > 1e9 and device.type == "cuda"
+    if config.gradient_checkpointing is True or (config.gradient_checkpointing == "auto" and big):
+        for module in [lm] + ([critic.trunk] if critic else []):
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.lora:
+            lm.enable_input_require_grads()
+
+    policy = Policy(LanguageModel(lm, dtype), critic).to(device)
+    notes = [note for model in (policy.model, frozen) if model and (note := model.check_head())]
+    if frozen is not None:
+        frozen.lm.eval().requires_grad_(False)
+    policy.train()
+    return policy, Reference(policy, frozen), notes
+
+
+def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> SeparateCritic:
+    if config.critic == "separate":
+        trunk = copy.deepcopy(lm.base_model).float()
+        return SeparateCritic(trunk, _zero_head(lm.config.get_text_config().hidden_size, device), dtype)
+    check_directory(config.critic)
+    kind = model_config(config.critic).architectures or [""]
+    if kind[0].endswith("ForSequenceClassification"):
+        from tether.reward_model import load_reward_model  # sideways, one way
+
+        scorer = load_reward_model(config.critic, dtype=torch.float32, device=device)
+        return SeparateCritic(without_dropout(scorer.trunk), scorer.value_head(), dtype)
+    model = load_causal_lm(config.critic, dtype=torch.float32, device=device)
+    critic = SeparateCritic(model.base_model, _zero_head(model.config.get_text_config().hidden_size, device), dtype)
+    saved = Path(config.critic) / "value_head.safetensors"
+    if saved.exists():
+        critic.head.load_state_dict(load_file(saved))
+    return critic
+
+
+def load_weights(model: nn.Module, directory: Path) -> None:
+    """Read the safetensors that save_pretrained wrote back into `model`, in place and bit for bit."""
+    index = directory / "model.safetensors.index.json"
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    tensors = {name: tensor for file in files for name, tensor in load_file(directory / file).items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    lost = [name for name in missing if name not in tied]
+    if lost or unexpected:
+        raise ModelError(f"{directory} does not fit the model: {(lost + unexpected)[0]} differs. Was it edited?")
+
+
+def _zero_head(width: int, device: torch.device) -> nn.Linear:
+    """A value head that says 0 of everything: the first cycle's advantages are then the rewards' own."""
+    head = nn.Linear(width, 1, device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _read_values(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """[N] float32 values of hidden states [N, D]: a value is a sum over the whole width, too coarse in bfloat16."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.float()).squeeze(-1)
+
+
+def _fill(values: Tensor, mask: Tensor) -> Tensor:
+    """[N] values of the counted positions -> [B, R], 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

@@ -1,0 +1,54 @@
+"""From logits to tokens: temperature, top-k, top-p, and one uniform a row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tether.errors import TrainingError
+
+
+class Draw(NamedTuple):
+    tokens: Tensor  # [B] int64
+    logprobs: Tensor  # [B] nats: at the temperature, over the whole vocabulary, before top-k and top-p
+    truncated_mass: Tensor  # [B] probability that top-k and top-p cut off
+
+
+def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Draw:
+    """Draw one token a row by inverting the cumulative distribution at that row's uniform.
+
+    logits [B, V] float32; uniforms [B] float64 in [0, 1). One uniform a row is enough, where adding Gumbel noise would
+    need V of them.
+
+    Raises TrainingError when a row's logits are not finite.
+    """
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    probs = logprobs.exp()
+    kept = truncate(probs, top_k=top_k, top_p=top_p)
+    cdf = kept.cumsum(-1)
+    mass = cdf[:, -1:]
+    tokens = torch.searchsorted(cdf, uniforms.to(cdf.dtype)[:, None] * mass, right=True).squeeze(-1)
+    # Rounding can put the uniform on the very end of the distribution, beyond the last token that has any mass.
+    tokens = torch.where(tokens < logits.shape[-1], tokens, kept.argmax(-1))
+    chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+    if not torch.isfinite(chosen).all():
+        raise TrainingError("the model's logits are not finite: no token can be drawn from them. Lower optim.lr.")
+    return Draw(tokens, chosen, (1.0 - mass.squeeze(-1)).clamp(min=0.0) if kept is not probs else torch.zeros_like(chosen))
+
+
+def truncate(probs: Tensor, *, top_k: int, top_p: float) -> Tensor:
+    """Zero all but the kept tokens of `probs` [B, V]; not renormalised. Top-k first, then top-p of what that kept.
+
+    top_p keeps the smallest set of likeliest tokens whose share of the mass reaches it (Holtzman et al. 2020), so never
+    less than one token.
+    """
+    if 0 < top_k < probs.shape[-1]:
+        values, indices = probs.topk(top_k, dim=-1)
+        probs = torch.zeros_like(probs).scatter(-1, indices, values)
+    if top_p < 1.0:
+        values, indices = probs.sort(dim=-1, descending=True, stable=True)
+        share_before = (values.cumsum(-1) - values) / values.sum(-1, keepdim=True)
+        probs = torch.zeros_like(probs).scatter(-1, indices, torch.where(share_before < top_p, values, 0.0))
+    return probs

@@ -1,0 +1,233 @@
+"""The local engine: prompts in, sampled responses out, in this process and with the policy's own weights.
+
+Continuous batching: up to `slots` rows decode together; a row that stops leaves at once and a waiting prompt takes its slot.
+Three verbs a step: admit, draw, step. Nothing in a step is done row by row in Python.
+
+Left out: paging (a slot is as wide as the longest prompt plus the length limit), sharing of common prefixes, speculation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tether.batch import Completions, Prompt, Rows, Sampling
+from tether.model import LanguageModel
+from tether.rollout.draw import draw
+from tether.rollout.slots import SlotCache
+from tether.rollout.uniforms import uniforms
+
+_PREFILL_TOKENS = 8192  # padded prompt tokens encoded at once: bounds the memory of their attention scores
+
+
+class Decoder(Protocol):
+    """Turns tokens into hidden states, remembering each slot's past."""
+
+    def admit(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor: ...
+    def step(self, tokens: Tensor) -> Tensor: ...
+    def move(self, source: Tensor, target: Tensor) -> None: ...
+
+
+class LocalSampler:
+    """Samples from a language model that lives in this process.
+
+    slots: rows decoded at once; "auto" takes as many as there are responses, up to 64, where the matmuls of small models
+    stop getting cheaper a row.
+    """
+
+    def __init__(self, model: LanguageModel, *, slots: int | str = "auto") -> None:
+        self.slots = slots
+        self.note: str | None = None  # what fell back, for the log
+        self._copied = model.dtype != torch.float32 and model.plain.dtype == torch.float32
+        self.load_weights(model)
+        self.cached = True
+        self._probe()
+
+    def load_weights(self, model: LanguageModel) -> None:
+        """Sample from `model` as it is now. In float32, and under LoRA, its very storage is used and this costs nothing;
+        else the copy in the compute precision is refreshed."""
+        if not self._copied:
+            self.model = model
+        elif not hasattr(self, "model"):
+            self.model = LanguageModel(copy.deepcopy(model.lm).to(model.dtype).requires_grad_(False), model.dtype, model.full)
+        else:
+            with torch.no_grad():
+                for ours, theirs in zip(self.model.lm.parameters(), model.lm.parameters(), strict=True):
+                    ours.copy_(theirs)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int) -> Completions:
+        """Draw `responses_per_prompt` responses to each prompt, in the prompts' order.
+
+        The uniform behind token t of response i = prompt × n + k is a function of (seed, stream, cycle, i, t) alone.
+        """
+        n = sampling.responses_per_prompt
+        asked = [p for p in prompts for _ in range(n)]
+        batch = _Batch(self.model, self._decoder(asked, sampling), asked, sampling, cycle, self._slots(len(asked)))
+        with self.model.autocast():
+            while not batch.done:
+                batch.admit()
+                batch.draw()
+                batch.step()
+        return batch.completions()
+
+    def _slots(self, rows: int) -> int:
+        return min(rows, 64 if self.slots == "auto" else int(self.slots))
+
+    def _decoder(self, asked: list[Prompt], sampling: Sampling) -> Decoder:
+        width = max(len(p.ids) for p in asked) + sampling.max_new_tokens
+        kind = SlotCache if self.cached and not self.model.full else Recompute
+        return kind(self.model, slots=self._slots(len(asked)), width=width)
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Decode a few tokens through the cache and compare with a plain forward pass: unknown kinds of attention (or none at
+        all) are then sampled by recomputing, which is slow and always right."""
+        tokens = torch.arange(10, device=self.model.device)[None] * 7919 % self.model.config.vocab_size
+        with self.model.autocast():
+            want = self.model.hidden(tokens)[0].float()
+            try:
+                cache = SlotCache(self.model, slots=1, width=10)
+                first = cache.admit(tokens[:, :5], torch.tensor([5], device=self.model.device), 0)
+                got = torch.cat([first, *[cache.step(tokens[:, t]) for t in range(5, 10)]]).float()
+                gap = ((got - want[4:]).abs().max() / want.abs().max()).item()
+            except Exception as error:  # whatever another library's attention may raise
+                gap, why = float("inf"), f"{type(error).__name__}: {error}"
+            else:
+                why = f"hidden states differ by {gap:.1e}"
+        if not gap <= (1e-4 if self.model.dtype == torch.float32 else 5e-2):
+            self.cached = False
+            self.note = f"{type(self.model.plain).__name__} does not decode through our cache ({why}): sampling recomputes every token, which is slow"
+
+
+class _Batch:
+    """The state of one `generate`: which response sits in which slot, and what has been drawn.
+
+    Slots 0 … len(row)-1 are active. `row` maps a slot to its response, `drawn` counts its tokens so far.
+    """
+
+    def __init__(
+        self, model: LanguageModel, decoder: Decoder, asked: list[Prompt], sampling: Sampling, cycle: int, slots: int
+    ) -> None:
+        self.model, self.decoder, self.asked, self.sampling, self.cycle, self.slots = model, decoder, asked, sampling, cycle, slots
+        device, limit = model.device, sampling.max_new_tokens
+        self.waiting = 0  # the next response to admit
+        self.row = torch.empty(0, dtype=torch.long, device=device)
+        self.drawn = torch.empty(0, dtype=torch.long, device=device)
+        self.hidden = torch.empty(0, device=device)  # [active, D] after each slot's newest token
+        self.uniforms = torch.zeros(slots, limit, dtype=torch.float64, device=device)
+        self.stops = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
+        self.ids = torch.zeros(len(asked), limit, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(len(asked), limit, device=device)
+        self.truncated = torch.zeros(len(asked), limit, device=device)
+        self.lengths = torch.zeros(len(asked), dtype=torch.long, device=device)
+        self.stopped = torch.zeros(len(asked), dtype=torch.bool, device=device)
+
+    @property
+    def done(self) -> bool:
+        return self.waiting == len(self.asked) and len(self.row) == 0
+
+    def admit(self) -> None:
+        """Let waiting responses into the free slots and encode their prompts."""
+        s = self.sampling
+        while self.waiting < len(self.asked) and len(self.row) < self.slots:
+            width, rows = 0, []
+            for i in range(self.waiting, min(len(self.asked), self.waiting + self.slots - len(self.row))):
+                width = max(width, len(self.asked[i].ids))
+                if rows and width * (len(rows) + 1) > _PREFILL_TOKENS:
+                    break
+                rows.append(i)
+            first = len(self.row)
+            batch = Rows.of([self.asked[i].ids for i in rows], [()] * len(rows)).to(self.model.device)
+            hidden = self.decoder.admit(batch.tokens, batch.prompt_lengths, first)
+            drawn = np.stack([uniforms(s.seed, s.stream, self.cycle, i, s.max_new_tokens) for i in rows])
+            self.uniforms[first : first + len(rows)] = torch.from_numpy(drawn).to(self.model.device)
+            self.row = torch.cat([self.row, torch.tensor(rows, device=self.model.device)])
+            self.drawn = torch.cat([self.drawn, torch.zeros(len(rows), dtype=torch.long, device=self.model.device)])
+            self.hidden = torch.cat([self.hidden, hidden]) if first else hidden
+            self.waiting += len(rows)
+
+    def draw(self) -> None:
+        """Draw a token for every active slot and let the rows go that it finishes."""
+        s, n = self.sampling, len(self.row)
+        chance = self.uniforms[:n].gather(1, self.drawn[:, None]).squeeze(1)
+        new = draw(self.decoder_logits(), chance, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        self.ids[self.row, self.drawn] = new.tokens
+        self.logprobs[self.row, self.drawn] = new.logprobs
+        self.truncated[self.row, self.drawn] = new.truncated_mass
+        self.drawn += 1
+        stopped = torch.isin(new.tokens, self.stops)
+        self.stopped[self.row] = stopped
+        self.lengths[self.row] = self.drawn
+        self.tokens = new.tokens
+        finished = stopped | (self.drawn == s.max_new_tokens)
+        if finished.any():
+            self._release(finished)
+
+    def decoder_logits(self) -> Tensor:
+        return self.hidden if self.model.full else self.model.logits(self.hidden)
+
+    def _release(self, finished: Tensor) -> None:
+        """Free the finished slots; active ones from the end move into the holes."""
+        keep = int((~finished).sum())
+        target = finished[:keep].nonzero().squeeze(1)
+        source = keep + (~finished[keep:]).nonzero().squeeze(1)
+        self.decoder.move(source, target)
+        for state in (self.row, self.drawn, self.tokens, self.uniforms):
+            state[target] = state[source]
+        self.row, self.drawn, self.tokens = self.row[:keep], self.drawn[:keep], self.tokens[:keep]
+
+    def step(self) -> None:
+        """Run the model on the tokens just drawn."""
+        self.hidden = self.decoder.step(self.tokens) if len(self.row) else self.hidden[:0]
+
+    def completions(self) -> Completions:
+        lengths = self.lengths.tolist()
+
+        def ragged(values: Tensor) -> list:
+            return [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]
+
+        return Completions(
+            prompts=self.asked,
+            response_ids=ragged(self.ids),
+            sampler_logprobs=ragged(self.logprobs),
+            truncated_mass=ragged(self.truncated),
+            finish_reasons=["stop" if stopped else "length" for stopped in self.stopped.tolist()],
+        )
+
+
+class Recompute:
+    """A decoder without a cache: every step runs the whole sequences again. For any architecture at all."""
+
+    def __init__(self, model: LanguageModel, *, slots: int, width: int) -> None:
+        self.model = model
+        self.tokens = torch.zeros(slots, width, dtype=torch.long, device=model.device)
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=model.device)
+
+    def admit(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor:
+        self.tokens[first : first + len(tokens), : tokens.shape[1]] = tokens
+        self.lengths[first : first + len(tokens)] = lengths
+        return self._last(first, first + len(tokens))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        n = len(tokens)
+        self.tokens[torch.arange(n, device=tokens.device), self.lengths[:n]] = tokens
+        self.lengths[:n] += 1
+        return self._last(0, n)
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        self.tokens[target], self.lengths[target] = self.tokens[source], self.lengths[source]
+
+    def _last(self, first: int, end: int) -> Tensor:
+        """Hidden states [n, D] at each slot's last token; where the head is not ours to apply, its logits [n, V]."""
+        lengths = self.lengths[first:end]
+        tokens = self.tokens[first:end, : int(lengths.max())]
+        rows = torch.arange(end - first, device=tokens.device)
+        if self.model.full:
+            return self.model.plain(input_ids=tokens, use_cache=False).logits[rows, lengths - 1].float()
+        return self.model.hidden(tokens)[rows, lengths - 1]
