@@ -124,7 +124,8 @@ class RunDirectory:
         run = cls(config, command, lock, resumed=True, finished=status["state"] == "finished" and not grew)
         if run.finished:
             return run
-        drop_half_line(path / "events.jsonl")
+        for name in ("events.jsonl", "metrics.jsonl"):
+            drop_half_line(path / name)
         for key, old, new in changed:
             run.event("config_changed", key=key, old=old, new=new, bit_equal=keeps_bits(key))
         for key, old, new in environment_changes(environment):

@@ -1,0 +1,179 @@
+"""Which command continues a run: one table of what may change, one of what may not."""
+
+from dataclasses import replace
+
+import pytest
+
+from tether.config import (
+    CheckpointConfig,
+    DataConfig,
+    HeldOutConfig,
+    LamConfig,
+    LogConfig,
+    MissingEosConfig,
+    PPOConfig,
+    RewardShapingConfig,
+    RewardSourceConfig,
+    SFTConfig,
+    SFTModelConfig,
+    WandbConfig,
+)
+from tether.errors import Interrupted, RunError
+from tether.runs import Run, RunDirectory
+
+
+def begin(config, **options) -> None:
+    """A run that was stopped after its first cycle."""
+    run = RunDirectory.open(config, command="ppo", **options)
+    run.append_metrics({"cycle": 1})
+    run.__exit__(Interrupted, Interrupted("by SIGTERM"), None)
+
+
+def change(config: PPOConfig, section: str, **values) -> PPOConfig:
+    return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+MAY_CHANGE = {
+    "log.rollouts_every": (lambda c: replace(c, log=LogConfig(rollouts_every=5)), True),
+    "log.wandb.project": (lambda c: replace(c, log=LogConfig(wandb=WandbConfig(project="p"))), True),
+    "checkpoint.every": (lambda c: replace(c, checkpoint=CheckpointConfig(every=7)), True),
+    "evaluate.samples": (lambda c: replace(c, evaluate=HeldOutConfig(samples=2)), True),
+    "reward[0].timeout_s": (lambda c: replace(c, reward=[replace(c.reward[0], timeout_s=9.0)]), True),
+    "ppo.microbatch_tokens": (lambda c: change(c, "ppo", microbatch_tokens=64), False),
+    "model.gradient_checkpointing": (lambda c: change(c, "model", gradient_checkpointing=True), False),
+}
+
+
+@pytest.mark.parametrize("key", MAY_CHANGE)
+def test_what_cannot_change_the_curves_may_change_and_an_event_says_so(config, key):
+    changed, bit_equal = MAY_CHANGE[key]
+    begin(config)
+    with RunDirectory.open(changed(config), command="ppo") as run:
+        assert run.resumed
+    got = Run.open(config.run)
+    assert got.config == changed(config)
+    events = {event["key"]: event for event in got.events if event["event"] == "config_changed"}
+    assert events[key]["bit_equal"] is bit_equal
+    assert events[key]["old"] != events[key]["new"]
+    assert {k.split(".")[0] for k in events} == {key.split(".")[0]}
+
+
+MUST_NOT_CHANGE = {
+    "seed was 0": lambda c: replace(c, seed=1),
+    'device was "auto"': lambda c: replace(c, device="cuda"),
+    'model.policy was "models/some"': lambda c: change(c, "model", policy="models/other"),
+    "ppo.kl.coef was 0.05": lambda c: change(c, "ppo", kl=replace(c.ppo.kl, coef=0.1)),
+    "ppo.batch was 64": lambda c: change(c, "ppo", batch=128),
+    "ppo.lam was 0.95": lambda c: change(c, "ppo", lam=LamConfig()),
+    "optim.betas[1] was 0.95": lambda c: change(c, "optim", betas=(0.9, 0.99)),
+    "reward[0].weight was 1.0": lambda c: replace(c, reward=[replace(c.reward[0], weight=2.0)]),
+    "reward[1].function was (absent)": lambda c: replace(c, reward=[*c.reward, RewardSourceConfig(function="b.py:g")]),
+    "reward_shaping.missing_eos was null": lambda c: replace(
+        c, reward_shaping=RewardShapingConfig(missing_eos=MissingEosConfig(set=-1.0))
+    ),
+    "ppo.cycles was 200": lambda c: change(c, "ppo", cycles=100),
+}
+
+
+@pytest.mark.parametrize("message", MUST_NOT_CHANGE)
+def test_anything_else_is_refused_naming_the_key_and_both_values(config, message):
+    begin(config)
+    before = {file.name: file.read_bytes() for file in Run.open(config.run).path.iterdir() if file.name != "lock"}
+    with pytest.raises(RunError) as refused:
+        RunDirectory.open(MUST_NOT_CHANGE[message](config), command="ppo")
+    assert message in str(refused.value)
+    assert " now: " in str(refused.value)
+    assert "--fresh moves" in str(refused.value) or "--fresh to move the old run aside" in str(refused.value)
+    assert refused.value.exit_code == 2
+    assert before == {
+        file.name: file.read_bytes() for file in Run.open(config.run).path.iterdir() if file.name != "lock"
+    }
+    with RunDirectory.open(config, command="ppo"):
+        pass  # the refusal has let go of the lock
+
+
+def test_cycles_may_grow_under_a_constant_schedule_alone(config):
+    constant = change(config, "optim", schedule="constant")
+    begin(constant)
+    with RunDirectory.open(change(constant, "ppo", cycles=300), command="ppo") as run:
+        assert run.resumed
+    assert Run.open(config.run).config.ppo.cycles == 300
+
+    with RunDirectory.open(config, command="ppo", fresh=True):
+        pass
+    with pytest.raises(RunError, match=r"ppo\.cycles was 200 .* is 300 now: .* optim\.schedule: constant alone"):
+        RunDirectory.open(change(config, "ppo", cycles=300), command="ppo")
+
+
+def test_a_finished_run_stays_finished_until_its_cycles_grow(config):
+    config = change(config, "optim", schedule="constant")
+    with RunDirectory.open(config, command="ppo") as run:
+        assert not run.finished
+    status = (run.path / "status.json").read_bytes()
+    with RunDirectory.open(config, command="ppo") as run:
+        assert run.finished
+    assert (run.path / "status.json").read_bytes() == status
+    with RunDirectory.open(change(config, "ppo", cycles=201), command="ppo") as run:
+        assert not run.finished
+        assert run.resumed
+
+
+def test_changed_data_is_refused(config):
+    begin(config, inputs={"prompts.path": "sha256:aa", "model.policy": "sha256:bb"})
+    with pytest.raises(RunError, match=r"prompts\.path has other content .*was sha256:aa, is sha256:cc"):
+        RunDirectory.open(config, command="ppo", inputs={"prompts.path": "sha256:cc", "model.policy": "sha256:bb"})
+
+
+def test_other_prompts_to_evaluate_on_are_no_change_of_data(config):
+    begin(config, inputs={"evaluate.prompts": "sha256:aa"})
+    with RunDirectory.open(config, command="ppo", inputs={"evaluate.prompts": "sha256:cc"}) as run:
+        assert run.resumed
+
+
+def test_another_command_is_refused(config):
+    begin(config)
+    sft = SFTConfig(run=config.run, model=SFTModelConfig(policy="m"), data=DataConfig(path="d"))
+    with pytest.raises(RunError, match="holds a run of `tether ppo`, but this is `tether sft`"):
+        RunDirectory.open(sft, command="sft")
+
+
+def test_a_run_of_another_schema_is_refused(config):
+    begin(config)
+    status = Run.open(config.run).path / "status.json"
+    status.write_text(status.read_text().replace('"schema": 1', '"schema": 2'))
+    with pytest.raises(RunError, match="has schema 2, but this version of tether writes schema 1"):
+        RunDirectory.open(config, command="ppo")
+
+
+def test_a_moved_run_continues_where_it_is(config, tmp_path):
+    begin(config)
+    Run.open(config.run).path.rename(tmp_path / "moved")
+    with RunDirectory.open(replace(config, run=str(tmp_path / "moved")), command="ppo") as run:
+        assert run.resumed
+
+
+def test_a_key_that_an_older_version_did_not_write_has_its_default(config):
+    begin(config)
+    file = Run.open(config.run).path / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if "whiten" not in line))
+    with RunDirectory.open(config, command="ppo") as run:
+        assert run.resumed
+
+
+def test_a_status_that_cannot_be_read_says_so(config):
+    begin(config)
+    (Run.open(config.run).path / "status.json").write_text('{"schema": 1,')
+    with pytest.raises(RunError, match=r"status\.json cannot be read"):
+        RunDirectory.open(config, command="ppo")
+
+
+def test_another_thread_count_voids_bit_equality_and_an_event_says_so(config):
+    begin(config)
+    file = Run.open(config.run).path / "environment.json"
+    file.write_text(file.read_text().replace('"torch_threads": ', '"torch_threads": 9'))
+    with RunDirectory.open(config, command="ppo"):
+        pass
+    event = next(e for e in Run.open(config.run).events if e["event"] == "environment_changed")
+    assert event["key"] == "hardware.torch_threads"
+    assert event["bit_equal"] is False
