@@ -102,7 +102,7 @@ def load_causal_lm(
     Raises ModelError where it cannot be loaded, or where weights are missing (they would be random).
     """
     model_config(path, revision=revision, trust_remote_code=trust_remote_code)
-    with _only_errors_from_transformers():
+    with quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -180,7 +180,7 @@ def context_length(config: Any) -> int | None:
 
 
 @contextmanager
-def _only_errors_from_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Missing weights become our ModelError: transformers' table of them would only be noise beside it."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -256,15 +256,30 @@ class LanguageModel:
 
         Position t's come from the hidden state before token t. Without `entropy`, entropies are zeros.
         """
-        row, column = rows.before_targets
+        return self.logprobs(rows.tokens, rows.before_targets, rows.targets, temperature=temperature, entropy=entropy)
+
+    def logprobs(
+        self,
+        tokens: Tensor,
+        before: tuple[Tensor, Tensor],
+        targets: Tensor,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward pass over tokens [B, T]; what `response_logprobs` returns, of any N positions.
+
+        before: ([N], [N]) row and column of the position whose hidden state predicts each of targets [N].
+        kwargs: for the trunk, such as position_ids.
+        """
         with self.autocast():
             if self.full:
-                output = self.plain(input_ids=rows.tokens, use_cache=False, output_hidden_states=True)
-                hidden = output.hidden_states[-1][row, column]
-                logits = output.logits[row, column]
-                return *full_logprobs(logits, rows.targets, temperature=temperature, entropy=entropy), hidden
-            hidden = self.hidden(rows.tokens)[row, column]
-            return *token_logprobs(hidden, targets=rows.targets, temperature=temperature, entropy=entropy,
+                output = self.plain(input_ids=tokens, use_cache=False, output_hidden_states=True, **kwargs)
+                hidden, logits = output.hidden_states[-1][before], output.logits[before]
+                return *full_logprobs(logits, targets, temperature=temperature, entropy=entropy), hidden
+            hidden = self.hidden(tokens, **kwargs)[before]
+            return *token_logprobs(hidden, targets=targets, temperature=temperature, entropy=entropy,
                                    **self.head()), hidden  # fmt: skip
 
     def check_head(self) -> str | None:

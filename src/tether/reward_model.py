@@ -26,8 +26,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from tether.errors import ModelError
-from tether.model import _only_errors_from_transformers as quiet_transformers
-from tether.model import model_config, without_dropout
+from tether.model import model_config, quiet_transformers, without_dropout
 
 
 class RewardModel(nn.Module):
