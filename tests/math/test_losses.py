@@ -183,7 +183,7 @@ def test_entropy_and_kl_are_means_over_the_denominator():
     assert kl_loss(x, 0 * x, mask, denominator=8) == (0.5 + 4.5) / 8  # k2: d²/2
 
 
-# ------------------------------------------------------------------------------------------------- padding, microbatches
+# ------------------------------------------------------------------------------------------------ padding, microbatches
 
 LENGTHS = torch.tensor([5, 1, 3, 2, 4, 1, 5, 2])
 MASK = torch.arange(5) < LENGTHS[:, None]

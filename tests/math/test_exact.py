@@ -1,0 +1,234 @@
+"""The pieces together must have the right optimum, exactly: every response is enumerated, so nothing is sampled.
+
+Maximising E[score] - β·KL(π‖ref) over all policies gives π*(y) ∝ ref(y)·e^(score(y)/β). Here the policy is a table of
+logits for every prefix, a step is the exact expected gradient of the loss under test, and what it comes to rest at is
+compared with π*. Each response is a row, its advantages weighted by its probability.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from tether.math import (
+    clipped_policy_loss,
+    entropy_mean,
+    gae,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    kl_loss,
+    masked_sum,
+    place_rewards,
+    token_logprobs,
+)
+
+
+@dataclass
+class Game:
+    """All B responses of up to R tokens: which prefix each token follows, which token it is, and the response's score."""
+
+    prefixes: Tensor  # [B, R]
+    actions: Tensor  # [B, R]
+    mask: Tensor  # [B, R]
+    scores: Tensor  # [B]
+    reference: Tensor  # [prefixes, symbols] log-probs
+
+
+def game(symbols: int, length: int, score: Callable[[tuple[int, ...]], float], *, stop: int | None = None) -> Game:
+    """Enumerate. `stop` ends a response when it comes; the reference is uniform until replaced."""
+    responses = {y[: y.index(stop) + 1] if stop in y else y for y in itertools.product(range(symbols), repeat=length)}
+    rows = sorted(responses)
+    index = {p: i for i, p in enumerate(sorted({y[:t] for y in rows for t in range(len(y))}))}
+    prefixes, actions = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(2))
+    for i, y in enumerate(rows):
+        for t, token in enumerate(y):
+            prefixes[i, t], actions[i, t] = index[y[:t]], token
+    mask = torch.arange(length) < torch.tensor([len(y) for y in rows])[:, None]
+    scores = torch.tensor([score(y) for y in rows], dtype=torch.float64)
+    return Game(prefixes, actions, mask, scores, torch.zeros(len(index), symbols).double().log_softmax(-1))
+
+
+def bandit() -> Game:
+    """E1: eight actions, ref = softmax(-0.3k), score sin k."""
+    e1 = game(8, 1, lambda y: math.sin(y[0]))
+    e1.reference = (-0.3 * torch.arange(8).double()).log_softmax(-1)[None]
+    return e1
+
+
+def sparse() -> Game:
+    """E2: three symbols, six tokens, score 1 if as many 0 as 1."""
+    return game(3, 6, lambda y: float(y.count(0) == y.count(1)))
+
+
+def variable_length() -> Game:
+    """E3: a stop token may come at any of four steps; the score depends on the length; -1 without a stop."""
+    e3 = game(3, 4, lambda y: math.sin(2.0 * len(y)) if y[-1] == 2 else -1.0, stop=2)
+    generator = torch.Generator().manual_seed(0)
+    e3.reference = torch.randn(e3.reference.shape, generator=generator, dtype=torch.float64).log_softmax(-1)
+    return e3
+
+
+def of_responses(g: Game, table: Tensor) -> Tensor:
+    """[B] log-prob of every response under a table of log-probs."""
+    return torch.where(g.mask, table[g.prefixes, g.actions], 0.0).sum(1)
+
+
+def optimum(g: Game, beta: float) -> Tensor:
+    """[B] probability of every response under π*."""
+    return torch.softmax(of_responses(g, g.reference) + g.scores / beta, 0)
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    return float((p * (p / q).log()).sum())
+
+
+Loss = Callable[[Game, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def rest(g: Game, loss: Loss, *, rate: float, steps: int, start: Tensor | None = None) -> Tensor:
+    """[B] probabilities where steps down `loss(game, new, entropy, ref, probability)` come to rest.
+
+    A step is preconditioned by each token's probability (the natural gradient of a softmax), for speed.
+    """
+    logits = (g.reference if start is None else start).clone().requires_grad_()
+    symbols = logits.shape[1]
+    for _ in range(steps):
+        # as a language model would: hidden state = the prefix's logits, head = identity
+        new, entropy = token_logprobs(logits[g.prefixes.flatten()], torch.eye(symbols).double(), g.actions.flatten())
+        new, entropy = new.view(g.mask.shape), entropy.view(g.mask.shape)
+        probability = torch.where(g.mask, new.detach(), 0.0).sum(1).exp()
+        ref = g.reference[g.prefixes, g.actions]
+        (gradient,) = torch.autograd.grad(loss(g, new, entropy, ref, probability), logits)
+        visits = torch.zeros(len(logits)).double()
+        visits.index_add_(0, g.prefixes[g.mask], probability[:, None].expand(g.mask.shape)[g.mask])
+        with torch.no_grad():
+            logits -= rate * gradient / (visits[:, None] * logits.softmax(-1))
+    return of_responses(g, logits.detach().log_softmax(-1)).exp()
+
+
+def policy_loss(g: Game, new: Tensor, rewards: Tensor, probability: Tensor) -> Tensor:
+    """Expected policy loss for these rewards, with the critic that is exact for them and λ = 0.5."""
+    _, to_go = gae(rewards, torch.zeros_like(rewards), g.mask, gamma=1.0, lam=1.0)
+    weight = probability[:, None].expand(g.mask.shape)[g.mask]
+    total, visits = (torch.zeros(len(g.reference)).double() for _ in range(2))
+    total.index_add_(0, g.prefixes[g.mask], weight * to_go[g.mask])
+    visits.index_add_(0, g.prefixes[g.mask], weight)
+    advantages, _ = gae(rewards, (total / visits)[g.prefixes], g.mask, gamma=1.0, lam=0.5)
+    advantages = advantages * probability[:, None]
+    return clipped_policy_loss(new, new.detach(), advantages, g.mask, clip=0.2, denominator=1)[0]
+
+
+def kl_in_reward(beta: float, entropy_coef: float = 0.0) -> Loss:
+    def loss(g: Game, new: Tensor, entropy: Tensor, ref: Tensor, probability: Tensor) -> Tensor:
+        rewards = place_rewards(g.scores, new.detach(), ref, g.mask, kl_coef=beta)
+        bonus = entropy_mean(entropy * probability[:, None], g.mask, denominator=1)
+        return policy_loss(g, new, rewards, probability) - entropy_coef * bonus
+
+    return loss
+
+
+def kl_in_loss(beta: float, estimator: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    def loss(g: Game, new: Tensor, entropy: Tensor, ref: Tensor, probability: Tensor) -> Tensor:
+        rewards = place_rewards(g.scores, new.detach(), ref, g.mask, kl_coef=0.0)
+        penalty = masked_sum(probability[:, None] * estimator(new, ref), g.mask)
+        return policy_loss(g, new, rewards, probability) + beta * penalty
+
+    return loss
+
+
+GAMES = {"bandit": bandit, "sparse": sparse, "variable length": variable_length}
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+@pytest.mark.parametrize("make", GAMES.values(), ids=GAMES)
+def test_with_k1_in_the_reward_the_resting_point_is_the_optimum(make, beta):
+    g = make()
+    assert kl(rest(g, kl_in_reward(beta), rate=0.5 / beta, steps=60), optimum(g, beta)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("make", "beta", "score", "divergence"),
+    [(bandit, 1.0, 0.522140, 0.140748), (bandit, 0.5, 0.700780, 0.399364), (sparse, 0.5, 0.639232, 0.473890)],
+)
+def test_score_and_kl_at_rest_are_the_known_figures(make, beta, score, divergence):
+    g = make()
+    policy = rest(g, kl_in_reward(beta), rate=0.5 / beta, steps=60)
+    assert float((policy * g.scores).sum()) == pytest.approx(score, abs=1e-6)
+    assert kl(policy, of_responses(g, g.reference).exp()) == pytest.approx(divergence, abs=1e-6)
+
+
+def test_an_entropy_bonus_tempers_the_bandits_optimum():
+    # π* ∝ (ref^β · e^score)^(1/(β + c2))
+    g = bandit()
+    beta, entropy_coef = 0.5, 0.3
+    want = torch.softmax((beta * g.reference[0] + g.scores) / (beta + entropy_coef), 0)
+    assert_close(rest(g, kl_in_reward(beta, entropy_coef), rate=0.5, steps=100), want)
+
+
+def test_in_the_reward_only_k1_returns_to_the_reference_and_k2_and_k3_drift_away():
+    g = bandit()
+    start = g.reference + 0.2 * torch.cos(3 * torch.arange(8).double())
+    reference = g.reference[0].exp()
+    before = kl(start.softmax(-1)[0], reference)
+
+    def zero_score_with(estimator):
+        def loss(g, new, entropy, ref, probability):
+            return policy_loss(g, new, -estimator(new.detach(), ref), probability)
+
+        return rest(g, loss, rate=0.1, steps=80, start=start)
+
+    assert kl(zero_score_with(kl_k1), reference) < 1e-6
+    assert kl(zero_score_with(kl_k2), reference) > 2 * before
+    assert kl(zero_score_with(kl_k3), reference) > 2 * before
+
+
+def test_in_the_loss_k2_rests_at_the_bandits_optimum_and_k3_elsewhere():
+    g = bandit()
+    for beta, gap in [(1.0, 0.0047), (0.5, 0.0306)]:
+        assert kl(rest(g, kl_in_loss(beta, kl_k2), rate=0.5 / beta, steps=60), optimum(g, beta)) < 1e-9
+        resting = rest(g, kl_in_loss(beta, kl_k3), rate=0.2, steps=400)
+        assert kl(resting, optimum(g, beta)) == pytest.approx(gap, abs=5e-5)
+
+
+@pytest.mark.parametrize("estimator", [kl_k2, kl_k3])
+def test_in_the_loss_neither_k2_nor_k3_sees_the_kl_of_the_tokens_to_come(estimator):
+    g = variable_length()
+    assert kl(rest(g, kl_in_loss(0.5, estimator), rate=0.2, steps=300), optimum(g, 0.5)) > 0.02
+
+
+def expected_gradients() -> tuple[Callable[[Callable[[Tensor, Tensor], Tensor]], Tensor], Tensor, Tensor]:
+    """A population of 8 tokens that is the policy (1/8, 1/8, 1/4, 1/2); the mean of a loss over it is an expectation."""
+    logits = torch.tensor([0.125, 0.125, 0.25, 0.5]).double().log().requires_grad_()
+    reference = torch.tensor([0.4, 0.3, 0.2, 0.1]).double().log()
+    tokens = torch.tensor([[0, 1, 2, 2, 3, 3, 3, 3]])
+
+    def gradient(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        new = logits.log_softmax(-1)[tokens]
+        return torch.autograd.grad(loss(new, reference[tokens]), logits)[0]
+
+    return gradient, logits, reference
+
+
+def test_k1_in_the_loss_has_no_gradient_on_average():
+    gradient, _, _ = expected_gradients()
+    assert gradient(lambda new, ref: kl_k1(new, ref).mean()).abs().max() < 1e-15
+
+
+def test_the_kl_loss_has_the_gradient_of_the_reverse_kl():
+    gradient, logits, reference = expected_gradients()
+    log_p = logits.log_softmax(-1)
+    (want,) = torch.autograd.grad((log_p.exp() * (log_p - reference)).sum(), logits)
+    got = gradient(lambda new, ref: kl_loss(new, ref, torch.ones_like(new, dtype=torch.bool), denominator=8))
+    assert_close(got, want)
+
+
+def test_k3_in_the_loss_has_the_gradient_of_the_kl_from_the_reference():
+    gradient, logits, reference = expected_gradients()
+    (want,) = torch.autograd.grad((reference.exp() * (reference - logits.log_softmax(-1))).sum(), logits)
+    assert_close(gradient(lambda new, ref: kl_k3(new, ref).mean()), want)
