@@ -18,7 +18,7 @@ from tether.config import (
     SFTModelConfig,
     WandbConfig,
 )
-from tether.errors import Interrupted, RunError
+from tether.errors import DataError, Interrupted, RunError
 from tether.runs import Run, RunDirectory
 
 
@@ -90,6 +90,19 @@ def test_anything_else_is_refused_naming_the_key_and_both_values(config, message
     }
     with RunDirectory.open(config, command="ppo"):
         pass  # the refusal has let go of the lock
+
+
+def test_a_run_that_failed_before_its_first_cycle_may_be_begun_anew_with_another_config(config):
+    run = RunDirectory.open(config, command="ppo", inputs={"prompts.path": "sha256:aa"})
+    run.write_evaluation(0, {"cycle": [0]})
+    run.__exit__(DataError, DataError("prompts.jsonl:3 has no column prompt"), None)
+    mended = change(config, "prompts", path="mended.jsonl")
+    with RunDirectory.open(mended, command="ppo", inputs={"prompts.path": "sha256:cc"}) as run:
+        assert not run.resumed
+    got = Run.open(config.run)
+    assert got.config == mended
+    assert got.environment["inputs"] == {"prompts.path": "sha256:cc"}
+    assert got.evaluation_cycles == []
 
 
 def test_cycles_may_grow_under_a_constant_schedule_alone(config):

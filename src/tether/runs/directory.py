@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -71,6 +72,9 @@ class RunDirectory:
     ) -> RunDirectory:
         """Create the directory `config.run`, or continue the run in it.
 
+        A run that failed before its first cycle was done has nothing to continue: it is begun anew in place, with any
+        config, so that a mistake in the first config can simply be mended.
+
         inputs: hashes of model and data by config key, {"model.policy": hash_files(…), …}: a run continues only on what
             it began with.
         fresh: move a run that is there to RUN.old-N first, and begin anew.
@@ -84,7 +88,7 @@ class RunDirectory:
                 path.rename(_aside(path.absolute()))  # the lock moves along, still held
                 lock.release()
                 lock = _make_and_lock(path)
-            if (path / "config.yaml").exists():
+            if _has_something_to_continue(path):
                 return cls._continue(config, command, lock, inputs or {})
             return cls._create(config, command, lock, inputs or {})
         except BaseException:
@@ -94,8 +98,7 @@ class RunDirectory:
     @classmethod
     def _create(cls, config: Config, command: Command, lock: Lock, inputs: dict[str, str]) -> RunDirectory:
         run = cls(config, command, lock, resumed=False, finished=False)
-        for name in ("events.jsonl", "metrics.jsonl"):  # of a process that was killed before config.yaml
-            (run.path / name).unlink(missing_ok=True)
+        _remove_what_came_to_nothing(run.path)
         environment = {"id": uuid4().hex, "created": now(), "inputs": inputs, "seed": config.seed}
         environment |= describe_environment()
         write_atomically(run.path / "environment.json", json.dumps(environment, indent=2) + "\n")
@@ -226,6 +229,21 @@ def _make_and_lock(path: Path) -> Lock:
                 "would mix with the run's. Set run to a directory that does not exist yet."
             )
         return Lock(path)
+
+
+def _has_something_to_continue(path: Path) -> bool:
+    if not (path / "config.yaml").exists():
+        return False
+    done = read_lines(path / "metrics.jsonl") or list((path / "checkpoints").glob("[!.]*"))
+    return bool(done) or read_json(path / "status.json")["state"] == "finished"
+
+
+def _remove_what_came_to_nothing(path: Path) -> None:
+    """Files of a process that ended before its first cycle did; what stays is overwritten."""
+    for name in ("events.jsonl", "metrics.jsonl"):
+        (path / name).unlink(missing_ok=True)
+    for name in ("rollouts", "evaluations", "checkpoints"):
+        shutil.rmtree(path / name, ignore_errors=True)
 
 
 def _aside(path: Path) -> Path:
