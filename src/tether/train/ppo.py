@@ -1,0 +1,327 @@
+"""Proximal policy optimisation on a language model (Schulman et al. 2017; Ziegler et al. 2019).
+
+    each cycle
+      phase 1  sample completions, score them, value every token, turn both into advantages     tether.train.experience
+      phase 2  epochs × minibatches of the clipped objective                                    tether.train.update
+
+The loop below is all of it. What a run needs besides (models, data, the run directory, signals, checkpoints) is set up
+before the loop and put away after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tether.batch import EVALUATE, TRAIN, Prompt, Reward, Sampling
+from tether.config import PPOConfig, check
+from tether.data import load_prompts
+from tether.errors import Interrupted, RewardError, TrainingError
+from tether.export import save_model
+from tether.math import next_kl_coef
+from tether.model import Policy, Reference, build_policy, context_length, load_weights, resolve_device
+from tether.rewards import RewardSet, build_reward
+from tether.rollout import LocalSampler
+from tether.runs import Run, RunDirectory, hash_files
+from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
+from tether.train import checkpoint
+from tether.train.card import ppo_card
+from tether.train.experience import Experience, collect
+from tether.train.interrupt import Signals, StopRequested
+from tether.train.log import Logger
+from tether.train.optim import HELD_OUT, PROMPTS, build_optimizer, permutation
+from tether.train.record import table
+from tether.train.update import update
+
+
+def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: bool = False) -> Run:
+    """Train a policy with PPO; returns the finished run.
+
+    config: everything, see PPOConfig. reward: a reward function as one more source, in the signature
+    f(prompts, completions, completion_ids, **columns) -> list[float | None]. fresh: move a run that is there aside.
+
+    The same call continues a run that was stopped or killed, bit for bit. Raises TetherError's children; Interrupted
+    after a signal, with everything saved.
+    """
+    check(config, reward_given=reward is not None)
+    with Signals() as signals, RunDirectory.open(config, command="ppo", fresh=fresh, inputs=_inputs(config)) as run:
+        if run.finished:
+            print(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
+            return Run.open(run.path)
+        job = prepare(config, reward)
+        state = job.restore(run)
+        with Logger(run, config.log, total=config.ppo.cycles) as log:
+            for note in job.notes:
+                log.note(note)
+            if state.cycle == 0:
+                job.evaluate(run, state, log)
+
+            while state.cycle < config.ppo.cycles:
+                cycle = state.cycle + 1
+                try:
+                    with signals.droppable():
+                        experience = job.collect(cycle, state.kl_coef, log)
+                except (StopRequested, RewardError) as stop:
+                    job.save(run, state)
+                    if isinstance(stop, RewardError):
+                        raise
+                    raise Interrupted(f"stopped in cycle {cycle}; the same command continues from its start") from None
+
+                done = job.update(run, experience, cycle, state.kl_coef, log)
+                state = state.advance(config, experience)
+                job.sampler.load_weights(job.policy.model)
+                metrics = {**experience.metrics, **done.metrics, "memory/peak_mb": _peak_mb(job.device)}
+                metrics |= job.evaluate(run, state, log)
+                job.record(run, experience, cycle, done.new_logprobs)
+                log.write(cycle, metrics)
+                if cycle % config.checkpoint.every == 0 or cycle == config.ppo.cycles or signals.requested:
+                    job.save(run, state)
+                if signals.requested and cycle < config.ppo.cycles:
+                    raise Interrupted(f"stopped after cycle {cycle}; the same command continues")
+            job.finish(run)
+            log.note(f"done: {run.path / 'final'} is the policy of the last cycle")
+    return Run.open(run.path)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a cycle hands to the next, beside weights and moments. Every draw is counted, so there is no more."""
+
+    cycle: int  # the last that is done
+    kl_coef: float
+
+    def advance(self, config: PPOConfig, experience: Experience) -> State:
+        kl, coef = config.ppo.kl, self.kl_coef
+        if kl.target is not None:
+            measured = experience.metrics["kl/ref_mean"]
+            assert measured is not None
+            coef = next_kl_coef(coef, measured, target=kl.target, horizon=kl.horizon, responses=config.ppo.batch)
+        return State(self.cycle + 1, coef)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A PPO run's loaded parts, and the verbs of its loop."""
+
+    config: PPOConfig
+    device: torch.device
+    tokenizer: Any
+    policy: Policy
+    reference: Reference
+    sampler: LocalSampler
+    reward: RewardSet
+    optimizer: torch.optim.Optimizer
+    prompts: list[Prompt]  # to train on
+    held_out: list[Prompt]  # to evaluate on
+    stop_ids: tuple[int, ...]
+    notes: list[str]
+
+    # ------------------------------------------------ the loop's verbs
+
+    def collect(self, cycle: int, kl_coef: float, log: Logger) -> Experience:
+        """Phase 1 on this cycle's prompts."""
+        c = self.config
+        return collect(
+            self._prompts_of(cycle), self.sampler, self.reward, self.policy, self.reference,
+            self.sampling(c.ppo.responses_per_prompt, TRAIN), c.ppo, kl_coef=kl_coef, cycle=cycle,
+            progress=lambda what: log.phase(f"cycle {cycle}: {what}", cycle, c.ppo.cycles),
+        )  # fmt: skip
+
+    def update(self, run: RunDirectory, experience: Experience, cycle: int, kl_coef: float, log: Logger) -> Any:
+        """Phase 2. A run that breaks here leaves the cycle's rollout behind, to look at."""
+        c = self.config
+        log.phase(f"cycle {cycle}: updating", cycle, c.ppo.cycles)
+        gap = experience.metrics["check/sampler_gap"] or 0.0
+        bound = 1e-4 if self.policy.model.dtype == torch.float32 else 5e-2
+        if gap > bound:
+            run.event("alarm", cycle=cycle, what=f"sampler gap {gap:.2g} nats a token, above {bound}")
+        try:
+            done = update(
+                self.policy, self.optimizer, experience.rollout, c.ppo, c.optim,
+                cycle=cycle, kl_coef=kl_coef, temperature=c.sampling.temperature, seed=c.seed,
+            )  # fmt: skip
+        except TrainingError:
+            self._write(run, experience, cycle, None)
+            raise
+        for alarm in done.alarms:
+            run.event("alarm", cycle=cycle, what=alarm)
+            log.note(f"cycle {cycle}: {alarm}")
+        return done
+
+    def evaluate(self, run: RunDirectory, state: State, log: Logger) -> dict[str, float | None]:
+        """On the held-out prompts, with the same draws every time, so that what differs is the policy. Metrics eval/*."""
+        c, cycle = self.config, state.cycle
+        if not c.evaluate.every or (cycle % c.evaluate.every and cycle != c.ppo.cycles):
+            return {}
+        log.phase(f"cycle {cycle}: evaluating", cycle, c.ppo.cycles)
+        experience = collect(
+            self.held_out, self.sampler, self.reward, self.policy, self.reference,
+            self.sampling(c.evaluate.samples, EVALUATE), c.ppo, kl_coef=state.kl_coef, cycle=0,
+        )  # fmt: skip
+        run.write_evaluation(
+            cycle,
+            table(experience, self.tokenizer, self.stop_ids, c.ppo, cycle=cycle, responses_per_prompt=c.evaluate.samples),
+        )
+        m = experience.metrics
+        return {f"eval/{name.rpartition('/')[2]}": m[name] for name in m if name.startswith("reward/")} | {
+            "eval/kl_ref_mean": m["kl/ref_mean"],
+            "eval/length_mean": m["response/length_mean"],
+            "eval/truncated_fraction": m["response/truncated_fraction"],
+            "eval/explained_variance": m["value/explained_variance"],
+        }
+
+    def record(self, run: RunDirectory, experience: Experience, cycle: int, new_logprobs: torch.Tensor) -> None:
+        """The cycle's rollout file, when the config asks for one."""
+        every = self.config.log.rollouts_every
+        if every and (cycle % every == 0 or cycle == 1):
+            self._write(run, experience, cycle, new_logprobs)
+
+    def save(self, run: RunDirectory, state: State) -> None:
+        """A checkpoint of everything that the next cycle depends on."""
+
+        def write(directory: Path) -> None:
+            self.policy.lm.save_pretrained(directory / "policy")
+            self.tokenizer.save_pretrained(directory / "policy")
+            self.policy.save_critic(directory / "critic")
+            checkpoint.save_optimizer(self.optimizer, self._named_parameters(), directory / "optimizer.safetensors")
+
+        state_dict = {"cycle": state.cycle, "kl_coef": state.kl_coef, "skipped": self.policy.skipped_in_a_row}
+        checkpoint.save(run.path, f"cycle-{state.cycle:06d}", state_dict, write, keep=self.config.checkpoint.keep)
+
+    def restore(self, run: RunDirectory) -> State:
+        """Put back the newest intact checkpoint; the start of the run where there is none."""
+
+        def say(text: str) -> None:
+            run.event("checkpoint_damaged", what=text)
+            print(text, flush=True)
+
+        found = checkpoint.latest(run.path, say)
+        if found is None:
+            run.cut_back(0)
+            return State(0, self.config.ppo.kl.coef)
+        directory, state = found
+        if self.config.model.lora:
+            import peft
+            from safetensors.torch import load_file
+
+            adapter = load_file(directory / "policy" / "adapter_model.safetensors")
+            peft.set_peft_model_state_dict(self.policy.lm, adapter)
+        else:
+            load_weights(self.policy.lm, directory / "policy")
+        self.policy.load_critic(directory / "critic")
+        self.policy.skipped_in_a_row = state["skipped"]
+        checkpoint.load_optimizer(self.optimizer, self._named_parameters(), directory / "optimizer.safetensors")
+        self.sampler.load_weights(self.policy.model)
+        run.cut_back(state["cycle"])
+        return State(state["cycle"], state["kl_coef"])
+
+    def finish(self, run: RunDirectory) -> None:
+        """final/: the last policy as a plain Hugging Face directory, its critic beside it."""
+        s = self.config.sampling
+        save_model(
+            self.policy.model, self.tokenizer, run.path / "final", card=ppo_card(Run(run.path), self.config),
+            temperature=s.temperature, max_new_tokens=s.max_new_tokens, stop_ids=self.stop_ids,
+        )  # fmt: skip
+        self.policy.save_critic(run.path / "final" / "critic")
+
+    # ------------------------------------------------ details
+
+    def sampling(self, responses_per_prompt: int, stream: int) -> Sampling:
+        s = self.config.sampling
+        return Sampling(
+            s.temperature, s.top_k, s.top_p, s.max_new_tokens, self.stop_ids, responses_per_prompt, self.config.seed, stream
+        )
+
+    def _prompts_of(self, cycle: int) -> list[Prompt]:
+        """The cycle's prompts: shuffled passes over the data set, one after the other, without a cursor to save."""
+        count = self.config.ppo.batch // self.config.ppo.responses_per_prompt
+        orders: dict[int, list[int]] = {}
+        chosen = []
+        for position in range((cycle - 1) * count, cycle * count):
+            epoch, place = divmod(position, len(self.prompts))
+            if epoch not in orders:
+                orders[epoch] = permutation(len(self.prompts), seed=self.config.seed, stream=PROMPTS, counter=(epoch,))
+            chosen.append(self.prompts[orders[epoch][place]])
+        return chosen
+
+    def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return self.policy.policy_parameters() + self.policy.critic_parameters()
+
+    def _write(self, run: RunDirectory, experience: Experience, cycle: int, new_logprobs: torch.Tensor | None) -> None:
+        ppo = self.config.ppo
+        run.write_rollouts(
+            cycle,
+            table(experience, self.tokenizer, self.stop_ids, ppo, cycle=cycle,
+                  responses_per_prompt=ppo.responses_per_prompt, new_logprobs=new_logprobs),
+        )  # fmt: skip
+
+
+def prepare(config: PPOConfig, reward: Callable[..., Any] | None = None) -> Job:
+    """Load and check everything that a run needs: cheapest first, so that a mistake is found before a model is loaded."""
+    m = config.model
+    device = resolve_device(config.device)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    tokenizer = load_tokenizer(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
+    policy, reference, notes = build_policy(m, device=device, seed=config.seed)
+    check_vocabulary(tokenizer, policy.model.config.vocab_size)
+    stop_ids = stop_token_ids(tokenizer, policy.model.plain.generation_config, config.sampling.stop_token_ids)
+    room = {"context": context_length(policy.model.config), "max_new_tokens": config.sampling.max_new_tokens}
+    prompts = load_prompts(config.prompts, tokenizer, **room)
+    if config.evaluate.prompts is not None:
+        held_out = load_prompts(_other_file(config), tokenizer, **room)[: config.evaluate.count]
+    else:
+        prompts, held_out, note = hold_out(prompts, config.evaluate.count if config.evaluate.every else 0, config.seed)
+        notes += [note] if note else []
+    scorer = build_reward(config.reward, config.reward_shaping, tokenizer, stop_ids, device, reward)
+    scorer.check(prompts + held_out)
+    sampler = LocalSampler(policy.model, slots=config.sampling.slots)
+    notes += [sampler.note] if sampler.note else []
+    optimizer = build_optimizer(
+        config.optim, policy.policy_parameters(), policy.critic_parameters(),
+        lora=m.lora is not None, critic_is_head=policy.critic is None,
+    )  # fmt: skip
+    return Job(
+        config, device, tokenizer, policy, reference, sampler, scorer, optimizer, prompts, held_out, stop_ids, notes
+    )
+
+
+def hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt], str | None]:
+    """(prompts to train on, prompts to evaluate on, a note): never more than a quarter is held out."""
+    if count == 0:
+        return prompts, [], None
+    if len(prompts) < 4:
+        return prompts, prompts, f"only {len(prompts)} prompts: evaluation uses the ones that are trained on"
+    taken = set(permutation(len(prompts), seed=seed, stream=HELD_OUT)[: min(count, len(prompts) // 4)])
+    note = None if len(taken) == count else f"only {len(prompts)} prompts: {len(taken)} are held out, not {count}"
+    train = [p for i, p in enumerate(prompts) if i not in taken]
+    return train, [p for i, p in enumerate(prompts) if i in taken], note
+
+
+def _other_file(config: PPOConfig) -> Any:
+    from dataclasses import replace
+
+    assert config.evaluate.prompts is not None
+    return replace(config.prompts, path=config.evaluate.prompts, limit=None)
+
+
+def _inputs(config: PPOConfig) -> dict[str, str]:
+    """Hashes of what the run reads: it continues only on the same."""
+    m = config.model
+    paths = {"model.policy": m.policy, "model.reference": m.reference, "prompts.path": config.prompts.path,
+             "evaluate.prompts": config.evaluate.prompts,
+             "model.critic": m.critic if m.critic not in ("shared", "separate") else None,
+             **{f"reward[{i}].model": s.model for i, s in enumerate(config.reward)}}  # fmt: skip
+    return {key: hash_files(path, m.revision) for key, path in paths.items() if path is not None}
+
+
+def _peak_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,255 @@
+"""Supervised fine-tuning: imitate examples, from a checkpoint or from scratch.
+
+The loss is the mean over the trained tokens of the whole optimiser step, so it does not matter how a step is cut into
+microbatches, nor how long its examples are. Which examples a step sees follows from (seed, epoch) alone; a run that is
+killed and continued therefore ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tether.config import InitModelConfig, SFTConfig, SFTModelConfig, check
+from tether.data import Example, load_examples
+from tether.errors import ConfigError, Interrupted
+from tether.math import nll_loss
+from tether.model import (
+    LanguageModel,
+    add_lora,
+    context_length,
+    init_causal_lm,
+    load_causal_lm,
+    model_config,
+    quiet_transformers,
+    resolve_device,
+    resolve_dtype,
+)
+from tether.runs import Run, RunDirectory, hash_files
+from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
+from tether.train import checkpoint
+from tether.train.interrupt import Signals
+from tether.train.log import Logger
+from tether.train.optim import SHUFFLE, Named, build_optimizer, microbatches, permutation, set_lr, step_if_finite
+from tether.train.weights import restore_weights, save_weights
+
+Row = list[Example]  # what stands in one row of tokens: one example, or several when packed
+
+
+def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
+    """Train, or continue the run in `config.run`; returns it, with the trained model in `.final`.
+
+    fresh: move a run that is there aside and begin anew.
+    """
+    check(config)
+    device = resolve_device(config.device)
+    with RunDirectory.open(config, command="sft", fresh=fresh, inputs=_inputs(config)) as run:
+        if run.finished:
+            print(f"{run.path} is finished; --fresh begins anew.")
+            return Run.open(run.path)
+        model, tokenizer, notes = load_model(config.model, device=device, seed=config.seed)
+        stop_id = next(iter(stop_token_ids(tokenizer, model.plain.generation_config, None)), None)
+        examples = load_examples(
+            config.data, tokenizer, stop_id=stop_id, train_on=config.sft.train_on, context=context_length(model.config)
+        )
+        if config.sft.packing:
+            check_packing(model)
+        plan = plan_steps([len(e.ids) for e in examples], config)
+        named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
+        optimizer = build_optimizer(config.optim, named, lora=config.model.lora is not None)
+        done = _restore(run, model, optimizer, named)
+        with Signals() as signals, Logger(run, config.log, total=len(plan)) as log:
+            for note in notes:
+                log.note(note)
+            for step in range(done + 1, len(plan) + 1):
+                rows = [[examples[i] for i in row] for row in plan[step - 1]]
+                began = time.perf_counter()
+                metrics = accumulate(model, rows, config.sft.microbatch_tokens)
+                metrics["optim/lr"] = set_lr(optimizer, config.optim, step - 1, len(plan))
+                metrics["optim/grad_norm"], finite = step_if_finite(optimizer, config.optim.max_grad_norm)
+                metrics["optim/skipped_steps"] = int(not finite)
+                metrics["time/update_s"] = time.perf_counter() - began
+                log.write(step, metrics)
+                if step % config.checkpoint.every == 0 or step == len(plan) or signals.requested:
+                    _save(run, step, model, optimizer, named, keep=config.checkpoint.keep)
+                if signals.requested and step < len(plan):
+                    raise Interrupted(f"stopped after step {step} of {len(plan)}, saved; the same command continues.")
+        _export(model, tokenizer, run.path / "final")
+    return Run.open(run.path)
+
+
+def accumulate(model: LanguageModel, rows: Sequence[Row], microbatch_tokens: int) -> dict[str, float]:
+    """Add one optimiser step's gradients to the model's, microbatch by microbatch; no step.
+
+        L = - Σ log π(token | what precedes it in its example) / trained tokens of the step
+
+    Returns the step's metrics: loss in nats a token, trained tokens.
+    """
+    total = sum(sum(example.trained) for row in rows for example in row)
+    loss_sum = 0.0
+    for index in microbatches([sum(len(e.ids) for e in row) for row in rows], microbatch_tokens):
+        batch = Batch.of([rows[i] for i in index.tolist()], model.device)
+        logprobs, _, _ = model.logprobs(batch.tokens, batch.before, batch.targets, **batch.positions)
+        loss = nll_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator=total)
+        loss.backward()
+        loss_sum += loss.item()
+    return {"loss": loss_sum, "tokens/trained": total}
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of tokens padded on the right, and which of them are trained."""
+
+    tokens: Tensor  # [B, T] int64
+    before: tuple[Tensor, Tensor]  # ([N], [N]) row and column before each trained token
+    targets: Tensor  # [N] int64
+    positions: dict[str, Tensor]  # position_ids [B, T] where rows hold several examples, else nothing
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device) -> Batch:
+        """Position ids begin anew with every example: without an attention mask, transformers takes that as the border
+        between sequences that must not see each other."""
+        width = max(sum(len(e.ids) for e in row) for row in rows)
+        tokens, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
+        trained = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            start = 0
+            for example in row:
+                end = start + len(example.ids)
+                tokens[i, start:end] = torch.tensor(example.ids)
+                positions[i, start:end] = torch.arange(end - start)
+                trained[i, start:end] = torch.tensor(example.trained)
+                start = end
+        packed = any(len(row) > 1 for row in rows)
+        row_index, column = trained.nonzero(as_tuple=True)
+        return cls(
+            tokens.to(device),
+            (row_index.to(device), column.to(device) - 1),
+            tokens[row_index, column].to(device),
+            {"position_ids": positions.to(device)} if packed else {},
+        )
+
+
+# ---------------------------------------------------------------- which examples a step sees
+
+
+def plan_steps(lengths: Sequence[int], config: SFTConfig) -> list[list[list[int]]]:
+    """Every optimiser step of the run: its rows, each a list of examples; a function of the seed alone.
+
+    lengths: tokens of each example. Every epoch sees every example once; its last step may be smaller.
+    """
+    section, plan = config.sft, []
+    for epoch in range(section.epochs):
+        order = permutation(len(lengths), seed=config.seed, stream=SHUFFLE, counter=(epoch,))
+        rows = pack(order, lengths, config.data.max_tokens) if section.packing else [[i] for i in order]
+        plan += [rows[start : start + section.batch] for start in range(0, len(rows), section.batch)]
+    return plan
+
+
+def pack(order: Sequence[int], lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Rows of `width` tokens, filled in this order, each example into the fullest row that has room (best fit)."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row) of rows that are not full, ascending
+    for i in order:
+        place = bisect.bisect_left(room, (lengths[i], -1))
+        if place == len(room):
+            room.append((width, len(rows)))
+            rows.append([])
+        free, row = room.pop(place)
+        rows[row].append(i)
+        if free > lengths[i]:
+            bisect.insort(room, (free - lengths[i], row))
+    return rows
+
+
+@torch.no_grad()
+def check_packing(model: LanguageModel) -> None:
+    """Raise ConfigError if this architecture lets packed examples see each other, found out on a probe."""
+    ids = [i * 7919 % model.config.vocab_size for i in range(12)]
+    row = [Example(ids[:5], [False] * 5, 0), Example(ids[5:], [False] * 7, 1)]
+    batch = Batch.of([row], model.device)
+    with model.autocast():
+        packed = model.hidden(batch.tokens, **batch.positions)[0, 5:]
+        alone = model.hidden(batch.tokens[:, 5:])[0]
+    if (packed - alone).abs().max() > (1e-3 if model.dtype == torch.float32 else 0.1) * alone.abs().max():
+        raise ConfigError(
+            f"sft.packing=true, but {type(model.plain).__name__} lets examples in one row see each other: it would "
+            "learn from borders that do not exist. Set sft.packing to false."
+        )
+
+
+# ---------------------------------------------------------------- loading and saving
+
+
+def load_model(
+    config: SFTModelConfig, *, device: torch.device, seed: int
+) -> tuple[LanguageModel, PreTrainedTokenizerBase, list[str]]:
+    """(model ready to train, its tokenizer, notes for the log). Trained weights are float32."""
+    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if isinstance(config.policy, InitModelConfig):
+        tokenizer = load_tokenizer(config.policy.tokenizer, **where)
+        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        vocab_size = max(tokenizer.get_vocab().values()) + 1
+        lm: Any = init_causal_lm(config.policy.init, vocab_size=vocab_size, special=special, seed=seed).to(device)
+        dtype = resolve_dtype(config.dtype, device, lm.config.get_text_config().hidden_size)
+    else:
+        tokenizer = load_tokenizer(config.policy, **where)
+        width = model_config(config.policy, **where).get_text_config().hidden_size
+        dtype = resolve_dtype(config.dtype, device, width)
+        weights = dtype if config.lora else torch.float32
+        lm = load_causal_lm(config.policy, dtype=weights, device=device, **where)
+    check_vocabulary(tokenizer, lm.get_input_embeddings().weight.shape[0])
+    if config.lora:
+        lm = add_lora(lm, config.lora, seed=seed)
+    model = LanguageModel(lm, dtype)
+    note = model.check_head()
+    lm.train()
+    return model, tokenizer, [note] if note else []
+
+
+def _inputs(config: SFTConfig) -> dict[str, str]:
+    """Hashes of what the run reads: it continues on the same only."""
+    policy = config.model.policy
+    if isinstance(policy, InitModelConfig):
+        model = {"model.policy.tokenizer": hash_files(policy.tokenizer, config.model.revision)}
+    else:
+        model = {"model.policy": hash_files(policy, config.model.revision)}
+    return {**model, "data.path": hash_files(config.data.path)}
+
+
+def _save(
+    run: RunDirectory, step: int, model: LanguageModel, optimizer: torch.optim.Optimizer, named: Named, *, keep: int
+) -> None:
+    def write(directory: Path) -> None:
+        save_weights(model.lm, directory / "policy")
+        checkpoint.save_optimizer(optimizer, named, directory / "optimizer.safetensors")
+
+    checkpoint.save(run.path, f"step-{step:06d}", {"step": step}, write, keep=keep)
+
+
+def _restore(run: RunDirectory, model: LanguageModel, optimizer: torch.optim.Optimizer, named: Named) -> int:
+    """Put model and optimiser back to the newest checkpoint; returns the steps that were done."""
+    found = checkpoint.latest(run.path, lambda what: run.event("fallback", what=what))
+    if found is None:
+        run.cut_back(0)
+        return 0
+    directory, state = found
+    restore_weights(model.lm, directory / "policy")
+    checkpoint.load_optimizer(optimizer, named, directory / "optimizer.safetensors")
+    run.cut_back(state["step"])
+    return int(state["step"])
+
+
+def _export(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    lm = model.lm.merge_and_unload() if hasattr(model.lm, "merge_and_unload") else model.lm
+    with quiet_transformers():
+        lm.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
