@@ -11,8 +11,15 @@
     └── Interrupted        a signal asked us to stop, and we stopped after saving
 
 Every message says three things: the value, what would go wrong because of it, and what to do. `exit_code` is what the
-command line returns: 2 for the user's mistake, 3 for a stop by signal, 1 for anything else.
+command line returns: 2 for the user's mistake, 3 for a stop by signal, 1 for anything else. The helpers that
+messages are made with stand at the end.
 """
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
 
 
 class TetherError(Exception):
@@ -63,3 +70,25 @@ class Interrupted(TetherError):
     """Stopped by a signal after saving; the same command continues."""
 
     exit_code = 3
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean …?', or '' if nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def did_you_mean_path(path: str) -> str:
+    """' Did you mean …?' with what the same folder holds, or where the path breaks off; '' if nothing is near."""
+    folder = Path(path).parent
+    if folder.is_dir():
+        return did_you_mean(Path(path).name, (entry.name for entry in folder.iterdir()))
+    while not folder.is_dir():
+        folder = folder.parent
+    return f" The path breaks off after {folder.resolve()}."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library said, for use inside our own message."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")

@@ -26,8 +26,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tether.batch import Completions, Prompt
-from tether.errors import RewardError
-from tether.tokens import completion_text, did_you_mean, did_you_mean_path
+from tether.errors import RewardError, did_you_mean, did_you_mean_path
+from tether.tokens import completion_text
 
 RewardFunction = Callable[..., Any]
 

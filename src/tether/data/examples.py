@@ -1,0 +1,111 @@
+"""Examples for supervised training: what to imitate, and which part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from tether.config import DataConfig
+from tether.data.cells import as_answer, as_messages, as_prompt, as_text
+from tether.data.encode import encode_answers, encode_prompt_column, stopped
+from tether.data.limit import Limit, keep_right
+from tether.data.table import Table, listed, read_table
+from tether.errors import DataError, did_you_mean
+from tether.tokens import encode_conversation, encode_texts
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A sequence to imitate in part."""
+
+    ids: list[int]
+    trained: list[bool]  # as long as ids; never the first, which nothing predicts; True at least once
+    row: int  # its row in the data set, from 0
+
+
+def load_examples(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_id: int | None,
+    train_on: str = "completion",
+    context: int | None = None,
+) -> list[Example]:
+    """Every example of a data set, tokenized, in the first of the forms messages · prompt, completion · text.
+
+    stop_id: appended to what is learned, and learned, where it does not stand there yet; None leaves it off.
+    train_on: completion, or all for every token.
+    context: tokens that the model has positions for, None for no limit.
+    """
+    table = read_table(config.path, config.split, config.limit)
+    columns = table.rows[0]
+    if "messages" in columns:
+        column, encoded = "messages", _encode_conversations(table, config, tokenizer, stop_id)
+    elif "prompt" in columns and "completion" in columns:
+        column, encoded = "completion", _encode_prompt_completion(table, config, tokenizer, stop_id)
+    elif "text" in columns:
+        column, encoded = "text", _encode_whole_texts(table, tokenizer, stop_id)
+    else:
+        near = (
+            did_you_mean("messages", columns) or did_you_mean("completion", columns) or did_you_mean("prompt", columns)
+        )
+        raise DataError(
+            f"{table.path} has the columns {listed(columns)}, none of them to imitate.{near} Write "
+            '{"messages": […]}, {"prompt": "…", "completion": "…"} or {"text": "…"}.'
+        )
+    limit = Limit.of_data(config, context)
+    examples = []
+    for i in limit.apply(table, column, [len(ids) for ids, _ in encoded]):
+        ids, trained = encoded[i]
+        ids = keep_right(ids, limit.tokens, tokenizer)
+        trained = [True] * len(ids) if train_on == "all" else trained[len(trained) - len(ids) :]
+        trained[0] = False
+        if True not in trained:
+            raise table.error(i, column, "holds nothing to learn: no token follows another. Write a text.")
+        examples.append(Example(ids, trained, i))
+    return examples
+
+
+Encoded = list[tuple[list[int], list[bool]]]  # ids and trained, of every row
+
+
+def _encode_conversations(
+    table: Table, config: DataConfig, tokenizer: PreTrainedTokenizerBase, stop_id: int | None
+) -> Encoded:
+    table.require(
+        ["messages"], '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+    )
+    encoded = []
+    for i, row in enumerate(table.rows):
+        with table.at(i, "messages"):
+            messages = as_messages(row["messages"])
+            encoded.append(
+                encode_conversation(tokenizer, messages, stop_id=stop_id, kwargs=config.chat_template_kwargs)
+            )
+    return encoded
+
+
+def _encode_prompt_completion(
+    table: Table, config: DataConfig, tokenizer: PreTrainedTokenizerBase, stop_id: int | None
+) -> Encoded:
+    table.require(["prompt", "completion"], '{"prompt": "…", "completion": "…"}')
+    prompts, completions = [], []
+    for i, row in enumerate(table.rows):
+        with table.at(i, "prompt"):
+            prompts.append(as_prompt(row["prompt"]))
+        with table.at(i, "completion"):
+            completions.append(as_answer(prompts[i], row["completion"]))
+    prompt_ids = encode_prompt_column(table, prompts, tokenizer, config.chat_template_kwargs)
+    answers = encode_answers(table, "completion", prompts, completions, config, tokenizer, stop_id)
+    return [(p + a, [False] * len(p) + [True] * len(a)) for p, a in zip(prompt_ids, answers, strict=True)]
+
+
+def _encode_whole_texts(table: Table, tokenizer: PreTrainedTokenizerBase, stop_id: int | None) -> Encoded:
+    table.require(["text"], '{"text": "…"}')
+    texts = []
+    for i, row in enumerate(table.rows):
+        with table.at(i, "text"):
+            texts.append(as_text(row["text"]))
+    stopped = [stopped(ids, stop_id) for ids in encode_texts(tokenizer, texts, special=True)]
+    return [(ids, [True] * len(ids)) for ids in stopped]

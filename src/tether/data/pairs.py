@@ -1,0 +1,92 @@
+"""Preferences for reward models: pairs of completions, one of them chosen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from transformers import PreTrainedTokenizerBase
+
+from tether.batch import Text
+from tether.config import DataConfig
+from tether.data.cells import as_answer, as_prompt, as_text_or_messages
+from tether.data.encode import encode_answers, encode_prompt_column
+from tether.data.limit import Limit, keep_right
+from tether.data.table import Table, kind, read_table
+from tether.errors import DataError
+from tether.preferences import Pair, split_transcripts
+from tether.tokens import common_prefix
+
+
+def load_pairs(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, context: int | None = None
+) -> list[Pair]:
+    """Every preference of a data set, tokenized; stop_id and context as in `load_examples`."""
+    table = read_table(config.path, config.split, config.limit)
+    table.require(["chosen", "rejected"], '{"prompt": "…", "chosen": "…", "rejected": "…"}')
+    triples = [_triple(table, i) for i in range(len(table))]
+    prompts, chosen, rejected = (list(column) for column in zip(*triples, strict=True))
+    prompt_ids = encode_prompt_column(table, prompts, tokenizer, config.chat_template_kwargs)
+    chosen_ids, rejected_ids = (
+        encode_answers(table, name, prompts, answers, config, tokenizer, stop_id)
+        for name, answers in (("chosen", chosen), ("rejected", rejected))
+    )
+    limit = Limit.of_data(config, context)
+    answer_lengths = [max(len(c), len(r)) for c, r in zip(chosen_ids, rejected_ids, strict=True)]
+    pairs = []
+    for i in limit.apply(table, "chosen", [len(p) + n for p, n in zip(prompt_ids, answer_lengths, strict=True)]):
+        if chosen_ids[i] == rejected_ids[i]:
+            raise table.error(
+                i, "rejected", "has the same tokens as chosen, so there is nothing to prefer. Remove the row."
+            )
+        prompt = keep_right(prompt_ids[i], max(1, limit.tokens - answer_lengths[i]), tokenizer)
+        room = limit.tokens - len(prompt)  # an answer that is too long by itself loses its beginning as well
+        group = table.rows[i].get("group")
+        pairs.append(
+            Pair(
+                prompt_ids=prompt,
+                chosen_ids=chosen_ids[i][-room:],
+                rejected_ids=rejected_ids[i][-room:],
+                row=i,
+                prompt_key=hashlib.sha256(json.dumps(prompts[i], sort_keys=True).encode()).hexdigest()[:32],
+                group=None if group is None else str(group),
+            )
+        )
+    return pairs
+
+
+def _triple(table: Table, row: int) -> tuple[Text, Text, Text]:
+    """(prompt, chosen, rejected) of a row; without a prompt, or with whole conversations, from what the two share."""
+    cells = table.rows[row]
+    with table.at(row, "chosen"):
+        chosen = as_text_or_messages(cells["chosen"])
+    with table.at(row, "rejected"):
+        rejected = as_text_or_messages(cells["rejected"])
+        if isinstance(chosen, str) != isinstance(rejected, str):
+            raise DataError(f"is {kind(rejected)}, but chosen is {kind(chosen)}. Write both in the same form.")
+        if chosen == rejected:
+            raise DataError("equals chosen, so there is nothing to prefer. Remove the row.")
+    prompt = cells.get("prompt")
+    if isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
+        with table.at(row, "chosen"):
+            return split_transcripts(chosen, rejected)
+    if not isinstance(chosen, str) and not isinstance(rejected, str):
+        if chosen[0]["role"] != "assistant":
+            shared = common_prefix(chosen, rejected)
+            if not shared:
+                raise table.error(
+                    row,
+                    "rejected",
+                    "shares no message with chosen, so there is no prompt. Begin both with the same messages, or write "
+                    "a column 'prompt' and only the assistant's answers here.",
+                )
+            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        elif isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+    with table.at(row, "prompt"):
+        prompt = as_prompt(prompt)
+    with table.at(row, "chosen"):
+        chosen = as_answer(prompt, chosen)
+    with table.at(row, "rejected"):
+        rejected = as_answer(prompt, rejected)
+    return prompt, chosen, rejected

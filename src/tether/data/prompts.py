@@ -1,0 +1,48 @@
+"""Prompts for PPO, evaluation and generation."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from tether.batch import Prompt
+from tether.config import PromptsConfig
+from tether.data.cells import as_prompt
+from tether.data.encode import encode_prompt_column
+from tether.data.limit import Limit, keep_right
+from tether.data.table import read_table
+from tether.errors import DataError
+
+_REWARD_ARGUMENTS = {"prompts", "completions", "completion_ids"}
+
+
+def load_prompts(
+    config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, *, context: int | None, max_new_tokens: int
+) -> list[Prompt]:
+    """Every prompt of a data set, tokenized.
+
+    context: tokens that the model has positions for, None for no limit; a prompt leaves max_new_tokens of them free.
+    """
+    table = read_table(config.path, config.split, config.limit)
+    table.require(["prompt"], '{"prompt": "…"}')
+    names = dict.fromkeys(name for row in table.rows for name in row if name != "prompt")
+    for name in names:
+        if name in _REWARD_ARGUMENTS:
+            raise DataError(
+                f"{table.path} has a column {name!r}, and reward functions get something else by that name. Rename it."
+            )
+    sources = []
+    for i, row in enumerate(table.rows):
+        with table.at(i, "prompt"):
+            sources.append(as_prompt(row["prompt"]))
+    ids = encode_prompt_column(table, sources, tokenizer, config.chat_template_kwargs)
+    limit = Limit.of_prompts(config, context, max_new_tokens)
+    kept = limit.apply(table, "prompt", [len(x) for x in ids])
+    return [
+        Prompt(
+            ids=tuple(keep_right(ids[i], limit.tokens, tokenizer)),
+            source=sources[i],
+            row=i,
+            columns={name: table.rows[i].get(name) for name in names},
+        )
+        for i in kept
+    ]
