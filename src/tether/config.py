@@ -1,9 +1,9 @@
 """What a run is made of: nested frozen dataclasses, checked before a model is loaded.
 
-One dataclass a command: `PPOConfig`, `SFTConfig`, `RewardConfig`, `EvaluateConfig`. Their fields are the keys of the YAML
-file and the dotted flags of the command line; the text under a field is its help. `check` holds the rules that need more
-than one key, or a range, and raises `ConfigError`. Reading YAML and flags is in `tether.parse`; nothing here imports
-anything heavier than dataclasses.
+One dataclass a command: `PPOConfig`, `SFTConfig`, `RewardConfig`, `EvaluateConfig`. Their fields are the keys of the
+YAML file and the dotted flags of the command line; the text under a field is its help. `check` holds the rules that
+need more than one key, or a range, and raises `ConfigError`. Reading YAML and flags is in `tether.parse`; nothing here
+imports anything heavier than dataclasses.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class RewardSourceConfig:
     """One source of scores: a Python function or a reward model."""
 
     function: str | None = None
-    """FILE.py:NAME or package.module:NAME of f(prompts, completions, completion_ids, **columns) -> list[float | None]."""
+    """FILE.py:NAME or package.module:NAME of f(prompts, completions, completion_ids, **columns), which returns a list
+    of numbers, None where it has no answer."""
     model: str | None = None
     """Directory or hub id of a sequence classifier with one label."""
     weight: float = 1.0
@@ -130,7 +131,7 @@ class SamplingConfig:
     temperature: float = 1.0
     """Divides the logits in every pass, here and in training; > 0."""
     top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all. Anything else makes sampler and policy differ (check/truncated_mass)."""
+    """Keep the k likeliest tokens; 0 keeps all. More makes sampler and policy differ, by check/truncated_mass."""
     top_p: float = 1.0
     """Keep the smallest set of likeliest tokens with at least this mass; 1 keeps all."""
     max_new_tokens: int = 64
@@ -453,8 +454,10 @@ def check(config: Config, *, reward_given: bool = False) -> None:
     for key, value in _leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value} is not a finite number: nothing computed with it would be. Set a number.")
-    if config.seed < 0:
-        raise ConfigError(f"seed={config.seed} is negative: the counted generator takes 64 bits. Set it to 0 or more.")
+        if value == "":
+            raise ConfigError(f"{key} is empty: it would name nothing. Give it a value, or leave it out.")
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError(f"seed={config.seed} is outside [0, 2^63): generators take no other. Set e.g. 0.")
     match config:
         case PPOConfig():
             _check_ppo(config, reward_given)
@@ -518,7 +521,9 @@ def _check_ppo(config: PPOConfig, reward_given: bool) -> None:
         _unit(key, lam, "GAE weights the k-step advantages by λ^k, which would grow without bound")
     clips = p.clip if isinstance(p.clip, list) else [p.clip]
     if len(clips) not in (1, 2):
-        raise ConfigError(f"ppo.clip={p.clip} has {len(clips)} numbers: it is ε or [low, high]. Write e.g. [0.2, 0.28].")
+        raise ConfigError(
+            f"ppo.clip={p.clip} has {len(clips)} numbers: it is ε or [low, high]. Write e.g. [0.2, 0.28]."
+        )
     for eps in clips:
         _above_zero("ppo.clip", eps, "every ratio would be clipped and nothing learned")
     if clips[0] >= 1:
@@ -543,6 +548,12 @@ def _check_ppo(config: PPOConfig, reward_given: bool) -> None:
             f"ppo.value_warmup_cycles={p.value_warmup_cycles} is not below ppo.cycles={p.cycles}: the policy would "
             "never learn. Set fewer warm-up cycles or more cycles."
         )
+    steps = p.cycles * p.epochs * (p.batch // p.minibatch)
+    if config.optim.warmup >= steps:
+        raise ConfigError(
+            f"optim.warmup={config.optim.warmup} is not below the run's {steps} optimiser steps: the learning rate "
+            "would never arrive. Set a shorter warm-up."
+        )
     e = config.evaluate
     _at_least("evaluate.every", e.every, 0, "0 already means never")
     _at_least("evaluate.count", e.count, 1, "there would be nothing to evaluate; evaluate.every 0 turns it off")
@@ -559,7 +570,7 @@ def _check_sft(config: SFTConfig) -> None:
     _at_least("sft.batch", config.sft.batch, 1, "an optimiser step would have no examples")
     _at_least("sft.microbatch_tokens", config.sft.microbatch_tokens, 1, "not one token would fit in memory")
     _check_data(config.data)
-    _check_lora(config.model.lora)
+    _check_model(config.model)
     _check_training(config.optim, config.log, config.checkpoint)
 
 
@@ -575,7 +586,7 @@ def _check_reward(config: RewardConfig) -> None:
             "accuracy can be reported, without training pairs nothing learned. Set e.g. 0.1."
         )
     _check_data(config.data)
-    _check_lora(config.model.lora)
+    _check_model(config.model)
     _check_training(config.optim, config.log, config.checkpoint)
 
 
@@ -618,6 +629,15 @@ def _check_sampling(s: SamplingConfig) -> None:
         _at_least("sampling.stop_token_ids", token, 0, "token ids count from 0")
 
 
+def _check_model(model: SFTModelConfig) -> None:
+    if isinstance(model.policy, InitModelConfig) and "model_type" not in model.policy.init:
+        raise ConfigError(
+            "model.policy.init has no model_type: it would be unclear which architecture to build. Add e.g. "
+            "model_type: llama."
+        )
+    _check_lora(model.lora)
+
+
 def _check_lora(lora: LoraConfig | None) -> None:
     if lora is not None:
         _at_least("model.lora.rank", lora.rank, 1, "the adapter would be empty; lora: null trains every weight")
@@ -648,6 +668,11 @@ def _check_sources(sources: list[RewardSourceConfig], shaping: RewardShapingConf
             raise ConfigError(
                 f"reward[{i}] is called {name!r} like one before it: their metrics would overwrite each other. "
                 f"Set reward[{i}].name."
+            )
+        if name in ("score", "total"):
+            raise ConfigError(
+                f"reward[{i}] is called {name!r}, as the metric reward/{name}_mean already is: it would be "
+                f"overwritten. Set reward[{i}].name."
             )
         names.add(name)
     if shaping.clip is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -204,7 +205,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in args
     if hint in (int, float) and isinstance(value, bool):
         return False  # Python's bool is an int; a config's is not
-    return isinstance(value, (int, float) if hint is float else hint)
+    if hint is float and isinstance(value, int):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, hint)
 
 
 # ---------------------------------------------------------------- messages
@@ -228,8 +231,9 @@ def _unknown(key: str, kind: str) -> ConfigError:
         for i in range(len(parts)):
             endings.setdefault(_squash(".".join(parts[i:])), []).append(known.name)
     for attempt in (key, key.rpartition(".")[2]):
-        for match in difflib.get_close_matches(_squash(attempt), endings, n=1, cutoff=0.82):
-            return ConfigError(f"unknown key {key} for tether {kind}: did you mean {' or '.join(endings[match][:3])}?")
+        for match in difflib.get_close_matches(_squash(attempt), endings, n=1, cutoff=0.79):
+            meant = [name for name in endings[match] if _squash(name) == match] or endings[match][:3]
+            return ConfigError(f"unknown key {key} for tether {kind}: did you mean {' or '.join(meant)}?")
     return ConfigError(
         f"unknown key {key} for tether {kind}: nothing would read it. tether {kind} --help lists all keys."
     )

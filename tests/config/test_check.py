@@ -1,0 +1,145 @@
+"""Values out of range and keys that contradict each other: each is refused before a model is loaded, and says why."""
+
+import pytest
+
+from tether.config import check
+from tether.errors import ConfigError
+from tether.parse import parse_args
+
+LEAST = {
+    "ppo": ["--run", "r", "--model.policy", "m", "--prompts.path", "p", "--reward", "[{function: a.py:f}]"],
+    "sft": ["--run", "r", "--model.policy", "m", "--data.path", "d"],
+    "reward": ["--run", "r", "--model.policy", "m", "--data.path", "d"],
+    "evaluate": ["--models", "[m]", "--prompts.path", "p", "--reward", "[{function: a.py:f}]"],
+}
+
+BAD = [  # kind, flags, the message's start, what it tells to do
+    (
+        "ppo",
+        "--ppo.minibatch 24",
+        "ppo.minibatch=24 does not divide ppo.batch=64: the last 16 responses",
+        "divisor of 64",
+    ),
+    ("ppo", "--ppo.responses_per_prompt 3", "ppo.responses_per_prompt=3 does not divide ppo.batch=64", "divisor of 64"),
+    ("ppo", "--ppo.cycles 0", "ppo.cycles=0 is below 1: nothing would be trained", "1 or more"),
+    ("ppo", "--ppo.batch -4", "ppo.batch=-4 is below 1", "1 or more"),
+    ("ppo", "--ppo.epochs 0", "ppo.epochs=0 is below 1", "1 or more"),
+    ("ppo", "--ppo.minibatch 0", "ppo.minibatch=0 is below 1", "1 or more"),
+    ("ppo", "--ppo.microbatch_tokens 0", "ppo.microbatch_tokens=0 is below 1", "1 or more"),
+    ("ppo", "--ppo.gamma 1.1", "ppo.gamma=1.1 is outside [0, 1]", "between 0 and 1"),
+    ("ppo", "--ppo.lam 1.5", "ppo.lam=1.5 is outside [0, 1]", "between 0 and 1"),
+    ("ppo", "--ppo.lam.critic -0.1", "ppo.lam.critic=-0.1 is outside [0, 1]", "between 0 and 1"),
+    ("ppo", "--ppo.clip 0", "ppo.clip=0.0 is not above 0: every ratio would be clipped", "positive"),
+    ("ppo", "--ppo.clip [0.2,-1]", "ppo.clip=-1.0 is not above 0", "positive"),
+    ("ppo", "--ppo.clip [0.1,0.2,0.3]", "ppo.clip=[0.1, 0.2, 0.3] has 3 numbers", "[0.2, 0.28]"),
+    ("ppo", "--ppo.clip []", "ppo.clip=[] has 0 numbers", "[0.2, 0.28]"),
+    ("ppo", "--ppo.clip 1.0", "ppo.clip=1.0: the lower ratio bound 1 - 1.0 is not above 0", "below 1"),
+    ("ppo", "--ppo.value_clip 0", "ppo.value_clip=0.0 is not above 0", "null turns the clip off"),
+    ("ppo", "--ppo.value_coef -1", "ppo.value_coef=-1.0 is below 0", "0 or more"),
+    ("ppo", "--ppo.entropy_coef -1", "ppo.entropy_coef=-1.0 is below 0", "0 or more"),
+    ("ppo", "--ppo.kl.coef -0.1", "ppo.kl.coef=-0.1 is below 0", "0 or more"),
+    ("ppo", "--ppo.kl.target 0", "ppo.kl.target=0.0 is not above 0", "positive"),
+    ("ppo", "--ppo.kl.target 6 --ppo.kl.coef 0", "ppo.kl.coef=0.0 is not above 0: an adaptive β", "positive"),
+    ("ppo", "--ppo.kl.horizon 0", "ppo.kl.horizon=0.0 is not above 0", "positive"),
+    ("ppo", "--ppo.stop_epoch_at_kl 0", "ppo.stop_epoch_at_kl=0.0 is not above 0", "null turns it off"),
+    ("ppo", "--ppo.value_warmup_cycles 200", "ppo.value_warmup_cycles=200 is not below ppo.cycles=200", "fewer"),
+    (
+        "ppo",
+        "--sampling.temperature 0",
+        "sampling.temperature=0.0 is not above 0: logits are divided by it",
+        "positive",
+    ),
+    ("ppo", "--sampling.top_k -1", "sampling.top_k=-1 is below 0", "0 or more"),
+    ("ppo", "--sampling.top_p 0", "sampling.top_p=0.0 is outside (0, 1]", "1 to keep all"),
+    (
+        "ppo",
+        "--sampling.max_new_tokens 0",
+        "sampling.max_new_tokens=0 is below 1: responses would be empty",
+        "1 or more",
+    ),
+    ("ppo", "--sampling.slots 0", "sampling.slots=0 is below 1", "auto chooses"),
+    ("ppo", "--sampling.stop_token_ids [3,-1]", "sampling.stop_token_ids=-1 is below 0", "0 or more"),
+    ("ppo", "--prompts.max_tokens 0", "prompts.max_tokens=0 is below 1", "1 or more"),
+    ("ppo", "--prompts.limit 0", "prompts.limit=0 is below 1", "null uses all"),
+    ("ppo", "--model.lora.rank 0", "model.lora.rank=0 is below 1", "lora: null trains every weight"),
+    ("ppo", "--model.lora.alpha 0", "model.lora.alpha=0.0 is not above 0", "positive"),
+    ("ppo", "--reward []", "reward is empty: nothing would score the responses", "Add {function: FILE.py:NAME}"),
+    ("ppo", "--reward [{}]", "reward[0] needs exactly one of function and model", "drop one"),
+    (
+        "ppo",
+        "--reward [{function:\ta.py:f,\tmodel:\tm}]",
+        "reward[0] needs exactly one of function and model",
+        "drop one",
+    ),
+    ("ppo", "--reward [{function:\ta.py}]", "reward[0].function='a.py' does not name a function", "FILE.py:NAME"),
+    (
+        "ppo",
+        "--reward [{model:\ta/x},{model:\tb/x}]",
+        "reward[1] is called 'x' like one before it",
+        "Set reward[1].name",
+    ),
+    ("ppo", "--reward [{function:\ta.py:score}]", "reward[0] is called 'score', as the metric", "Set reward[0].name"),
+    ("ppo", "--reward [{model:\tm,\ttimeout_s:\t0}]", "reward[0].timeout_s=0.0 is not above 0", "positive"),
+    ("ppo", "--reward [{model:\tm,\tweight:\t.nan}]", "reward[0].weight=nan is not a finite number", "Set a number"),
+    ("ppo", "--reward_shaping.clip 0", "reward_shaping.clip=0.0 is not above 0", "null turns it off"),
+    ("ppo", "--reward_shaping.missing_eos {}", "reward_shaping.missing_eos needs exactly one of", "Write {set: -1.0}"),
+    ("ppo", "--optim.lr 0", "optim.lr=0.0 is not above 0: nothing would be learned", "positive"),
+    ("ppo", "--optim.lr .inf", "optim.lr=inf is not a finite number", "Set a number"),
+    ("ppo", "--optim.betas [0.9,1.0]", "optim.betas=(0.9, 1.0): 1.0 is outside [0, 1)", "decay"),
+    ("ppo", "--optim.eps 0", "optim.eps=0.0 is not above 0", "positive"),
+    ("ppo", "--optim.weight_decay -1", "optim.weight_decay=-1.0 is below 0", "0 or more"),
+    ("ppo", "--optim.max_grad_norm 0", "optim.max_grad_norm=0.0 is not above 0", "positive"),
+    ("ppo", "--optim.warmup 3200", "optim.warmup=3200 is not below the run's 3200 optimiser steps", "shorter"),
+    ("ppo", "--checkpoint.keep 1", "checkpoint.keep=1 is below 2", "2 or more"),
+    ("ppo", "--checkpoint.every 0", "checkpoint.every=0 is below 1: the run could not be resumed", "1 or more"),
+    ("ppo", "--evaluate.count 0", "evaluate.count=0 is below 1", "evaluate.every 0 turns it off"),
+    ("ppo", "--log.rollouts_every -1", "log.rollouts_every=-1 is below 0", "0 or more"),
+    ("ppo", "--seed -1", "seed=-1 is outside [0, 2^63)", "Set e.g. 0"),
+    ("ppo", "--run=", "run is empty: it would name nothing", "Give it a value"),
+    ("sft", "--sft.epochs 0", "sft.epochs=0 is below 1", "1 or more"),
+    ("sft", "--sft.batch 0", "sft.batch=0 is below 1", "1 or more"),
+    ("sft", "--data.max_tokens 1", "data.max_tokens=1 is below 2: no example would fit", "2 or more"),
+    ("sft", "--model.policy {init:\t{},tokenizer:\tt}", "model.policy.init has no model_type", "model_type: llama"),
+    (
+        "reward",
+        "--reward_model.test_fraction 0",
+        "reward_model.test_fraction=0.0 is not between 0 and 1",
+        "Set e.g. 0.1",
+    ),
+    ("reward", "--reward_model.centre -1", "reward_model.centre=-1.0 is below 0", "0 or more"),
+    ("evaluate", "--models []", "models is empty: there is nothing to evaluate", "List at least one"),
+    ("evaluate", "--samples 0", "samples=0 is below 1", "1 or more"),
+]
+
+
+@pytest.mark.parametrize(("kind", "flags", "says", "advises"), BAD, ids=[f"{kind} {flags}" for kind, flags, *_ in BAD])
+def test_a_bad_config_is_refused_with_the_value_the_reason_and_the_remedy(kind, flags, says, advises):
+    argv = [word.replace("\t", " ") for word in flags.split(" ")]
+    with pytest.raises(ConfigError) as caught:
+        parse_args(kind, LEAST[kind] + argv)
+    message = str(caught.value)
+    assert message.startswith(says)
+    assert advises in message
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("kind", LEAST)
+def test_the_least_config_is_accepted(kind):
+    check(parse_args(kind, LEAST[kind])[0])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--ppo.gamma 0 --ppo.lam 1",
+        "--ppo.clip [0.2,0.28] --ppo.value_clip null",
+        "--ppo.kl.coef 0",
+        "--ppo.minibatch 64 --ppo.responses_per_prompt 64",
+        "--sampling.top_p 1 --sampling.top_k 0 --sampling.stop_token_ids []",
+        "--optim.warmup 3199",
+        "--evaluate.every 0 --log.rollouts_every 0",
+    ],
+)
+def test_values_at_the_edge_are_accepted(flags):
+    parse_args("ppo", LEAST["ppo"] + flags.split())

@@ -1,0 +1,113 @@
+"""Every default is the one that was promised: this page was written by hand, not printed by the code."""
+
+import pytest
+import yaml
+
+from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.keys import KINDS, keys
+from tether.parse import load_config, to_yaml
+
+PPO = """
+run: r
+seed: 0
+device: auto
+deterministic: false
+model: {policy: m, critic: shared, reference: null, lora: null, dtype: auto, gradient_checkpointing: auto,
+        revision: null, trust_remote_code: false}
+prompts: {path: p, split: train, max_tokens: 512, overlong: error, limit: null, chat_template_kwargs: {}}
+reward:
+  - {function: "f.py:f", model: null, weight: 1.0, name: null, timeout_s: 60.0, dtype: auto}
+reward_shaping: {clip: null, missing_eos: null}
+sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto}
+ppo:
+  cycles: 200
+  batch: 64
+  responses_per_prompt: 1
+  epochs: 4
+  minibatch: 16
+  microbatch_tokens: 8192
+  gamma: 1.0
+  lam: 0.95
+  whiten: true
+  clip: 0.2
+  value_clip: 0.2
+  value_coef: 0.1
+  entropy_coef: 0.0
+  kl: {coef: 0.05, target: null, horizon: 10000.0, place: reward}
+  stop_epoch_at_kl: null
+  value_warmup_cycles: 0
+optim: {lr: null, critic_lr: null, schedule: linear, warmup: 0, betas: [0.9, 0.95], eps: 1.0e-5, weight_decay: 0.0,
+        max_grad_norm: 1.0}
+log: {rollouts_every: 1, tensorboard: true, wandb: null}
+checkpoint: {every: 50, keep: 2}
+evaluate: {every: 10, prompts: null, count: 16, samples: 4}
+"""
+
+SFT = """
+run: r
+seed: 0
+device: auto
+deterministic: false
+model: {policy: m, lora: null, dtype: auto, gradient_checkpointing: auto, revision: null, trust_remote_code: false}
+data: {path: d, split: train, max_tokens: 512, overlong: error, limit: null, chat_template_kwargs: {}}
+sft: {epochs: 1, batch: 32, microbatch_tokens: 8192, packing: false, train_on: completion}
+optim: {lr: null, critic_lr: null, schedule: linear, warmup: 0, betas: [0.9, 0.95], eps: 1.0e-5, weight_decay: 0.0,
+        max_grad_norm: 1.0}
+log: {rollouts_every: 1, tensorboard: true, wandb: null}
+checkpoint: {every: 50, keep: 2}
+"""
+
+REWARD = SFT.replace(
+    "sft: {epochs: 1, batch: 32, microbatch_tokens: 8192, packing: false, train_on: completion}",
+    "reward_model: {epochs: 1, batch: 32, microbatch_tokens: 8192, centre: 0.0, test_fraction: 0.1}",
+)
+
+EVALUATE = """
+models: [m]
+baseline: null
+run: null
+samples: 8
+seed: 0
+device: auto
+dtype: auto
+trust_remote_code: false
+prompts: {path: p, split: train, max_tokens: 512, overlong: error, limit: null, chat_template_kwargs: {}}
+reward:
+  - {function: "f.py:f", model: null, weight: 1.0, name: null, timeout_s: 60.0, dtype: auto}
+reward_shaping: {clip: null, missing_eos: null}
+sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto}
+"""
+
+LEAST = {
+    "ppo": "{run: r, model: {policy: m}, prompts: {path: p}, reward: [{function: 'f.py:f'}], ppo: {}}",
+    "sft": "{run: r, model: {policy: m}, data: {path: d}, sft: {}}",
+    "reward": "{run: r, model: {policy: m}, data: {path: d}, reward_model: {}}",
+    "evaluate": "{models: [m], prompts: {path: p}, reward: [{function: 'f.py:f'}]}",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole"), [("ppo", PPO), ("sft", SFT), ("reward", REWARD), ("evaluate", EVALUATE)], ids=str
+)
+def test_the_least_config_has_exactly_the_promised_keys_and_defaults(tmp_path, kind, whole):
+    path = tmp_path / "least.yaml"
+    path.write_text(LEAST[kind])
+    assert yaml.safe_load(to_yaml(load_config(path))) == yaml.safe_load(whole)
+
+
+def test_defaults_inside_optional_parts(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(LEAST["ppo"].replace("policy: m", "policy: m, lora: {}").replace("ppo: {}", "ppo: {lam: {}}"))
+    config = load_config(path)
+    assert (config.model.lora.rank, config.model.lora.alpha, config.model.lora.targets) == (16, 32.0, "all-linear")
+    assert (config.ppo.lam.actor, config.ppo.lam.critic) == (0.95, 1.0)
+
+
+@pytest.mark.parametrize("cls", [PPOConfig, SFTConfig, RewardConfig, EvaluateConfig])
+def test_configs_are_frozen(cls):
+    assert cls.__dataclass_params__.frozen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_key_has_a_help_text(kind):
+    assert [key.name for key in keys(KINDS[kind]) if not key.help] == []

@@ -1,0 +1,108 @@
+"""What --print-config prints loads back as the very same config, whatever is in it."""
+
+import string
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tether.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    InitModelConfig,
+    KLConfig,
+    LamConfig,
+    LogConfig,
+    LoraConfig,
+    MissingEosConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    PPOSection,
+    PromptsConfig,
+    RewardShapingConfig,
+    RewardSourceConfig,
+    SamplingConfig,
+    SFTConfig,
+    SFTModelConfig,
+    WandbConfig,
+)
+from tether.parse import load_config, to_yaml
+
+text = st.one_of(
+    st.text(st.characters(codec="utf-8"), min_size=1),
+    st.text(string.digits + "+-.eE_xob:~# ,[]{}'\"\n\t&*!|>%@`=<?", min_size=1),
+    st.sampled_from(
+        ["null", "~", "true", "No", "1e-5", "1_000", "0o7", ".inf", "<<", "=", "2020-01-01", "- a", "a: b"]
+    ),
+)
+above_zero = st.floats(1e-30, 1e30)
+maybe = lambda strategy: st.none() | strategy  # noqa: E731
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**18), 10**18)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=8,
+)
+mapping = st.dictionaries(text, plain, max_size=4)
+lora = maybe(
+    st.builds(LoraConfig, rank=st.integers(1, 99), alpha=above_zero, targets=text | st.lists(text, max_size=3))
+)
+init = st.builds(InitModelConfig, init=mapping.map(lambda keys: keys | {"model_type": "llama"}), tokenizer=text)
+optim = st.builds(
+    OptimConfig,
+    lr=maybe(above_zero),
+    schedule=st.sampled_from(["linear", "constant", "cosine"]),
+    betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+    eps=above_zero,
+)
+ppo_configs = st.builds(
+    PPOConfig,
+    run=text,
+    model=st.builds(ModelConfig, policy=text, critic=text, reference=maybe(text), lora=lora, revision=maybe(text),
+                    gradient_checkpointing=st.sampled_from(["auto", True, False])),
+    prompts=st.builds(PromptsConfig, path=text, chat_template_kwargs=mapping),
+    reward=st.lists(st.builds(RewardSourceConfig, model=text, name=text, weight=above_zero), min_size=1, max_size=3,
+                    unique_by=lambda source: source.name),
+    reward_shaping=st.builds(RewardShapingConfig, clip=maybe(above_zero),
+                             missing_eos=maybe(st.builds(MissingEosConfig, set=st.floats(-9, 9)))),
+    seed=st.integers(0, 2**32),
+    sampling=st.builds(SamplingConfig, stop_token_ids=maybe(st.lists(st.integers(0, 10**6), max_size=3)),
+                       slots=st.just("auto") | st.integers(1, 99)),
+    ppo=st.builds(PPOSection, lam=st.floats(0, 1) | st.builds(LamConfig, actor=st.floats(0, 1)),
+                  clip=st.floats(0.01, 0.99) | st.lists(st.floats(0.01, 0.99), min_size=2, max_size=2),
+                  kl=st.builds(KLConfig, coef=above_zero, target=maybe(above_zero)), value_clip=maybe(above_zero)),
+    optim=optim,
+    log=st.builds(LogConfig, wandb=maybe(st.builds(WandbConfig, project=text))),
+)  # fmt: skip
+sft_configs = st.builds(
+    SFTConfig,
+    run=text,
+    model=st.builds(SFTModelConfig, policy=text | init, lora=lora),
+    data=st.builds(DataConfig, path=text, chat_template_kwargs=mapping),
+    optim=optim,
+)
+evaluate_configs = st.builds(
+    EvaluateConfig,
+    models=st.lists(text, min_size=1, max_size=3),
+    prompts=st.builds(PromptsConfig, path=text),
+    reward=st.just([RewardSourceConfig(function="a.py:f")]),
+    baseline=maybe(text),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(config=ppo_configs | sft_configs | evaluate_configs)
+def test_a_printed_config_loads_back_equal(tmp_path_factory, config: Config):
+    path = tmp_path_factory.mktemp("roundtrip", numbered=True) / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_two_configs_that_differ_print_differently():
+    config = PPOConfig(run="r", model=ModelConfig("m"), prompts=PromptsConfig("p"))
+    assert to_yaml(config) != to_yaml(replace(config, seed=1))

@@ -1,0 +1,145 @@
+"""The house stands: imports go down a floor, or sideways without a circle, wherever in a file they are written."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "tether"
+
+FLOORS = [
+    {"errors", "config", "keys", "parse", "batch"},
+    {"math"},
+    {"model", "reward_model", "tokens", "data", "preferences", "runs"},
+    {"rollout", "rewards"},
+    {"train", "export", "diagnose"},
+    {"web", "report", "demo", "cli", "help"},
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules(source: Path) -> dict[str, Path]:
+    """Every module below `source` by its dotted name; the package itself, which may name anything, is left out."""
+    found = {}
+    for path in sorted(source.rglob("*.py")):
+        parts = path.relative_to(source.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found.pop("tether", None)
+    return found
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """Modules that a file names in an import, at its top or inside a function; our own with their full name."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
+
+
+def complaints(source: Path) -> list[str]:
+    """What is wrong with the house, one line each."""
+    known = modules(source)
+    found = []
+    graph: dict[str, set[str]] = {}
+    for name, path in known.items():
+        room = name.split(".")[1]
+        if room not in FLOOR_OF:
+            found.append(f"{name} has no floor: add it to FLOORS")
+            continue
+        floor = FLOOR_OF[room]
+        graph[name] = set()
+        for target in imports(name, path, known):
+            top, *rest = target.split(".")
+            if top != "tether":
+                if floor == 0 and top not in {
+                    *sys.stdlib_module_names,
+                    "yaml",
+                    *(["torch"] if room == "batch" else []),
+                }:
+                    found.append(f"{name} imports {target}: floor 0 is the standard library and yaml")
+                if floor == 1 and top not in {*sys.stdlib_module_names, "torch"}:
+                    found.append(f"{name} imports {target}: floor 1 is torch and the standard library")
+            elif not rest:
+                if floor < 5:
+                    found.append(f"{name} imports tether, which names every floor")
+            elif FLOOR_OF.get(rest[0], 9) > floor:
+                found.append(f"{name} on floor {floor} imports {target} above it")
+            elif floor == 1 and rest[0] not in ("math", "errors"):
+                found.append(f"{name} imports {target}: arithmetic knows no config")
+            elif target != name:
+                graph[name].add(target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found.append("a circle: " + " → ".join(error.args[1]))
+    return found
+
+
+def test_imports_go_down_or_sideways_without_a_circle():
+    assert complaints(SOURCE) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({"model.py": "from tether.train.ppo import ppo", "train/ppo.py": ""}, "above it"),
+        ({"model.py": "def f():\n    import tether.rollout", "rollout/__init__.py": ""}, "above it"),
+        ({"runs/reader.py": "from ..cli import main", "cli.py": ""}, "above it"),
+        ({"train/sft.py": "import tether"}, "names every floor"),
+        ({"math/kl.py": "from tether.config import check", "config.py": ""}, "arithmetic knows no config"),
+        ({"math/kl.py": "import numpy"}, "floor 1 is torch"),
+        ({"config.py": "def f():\n    import torch"}, "floor 0 is the standard library"),
+        ({"data.py": "import tether.tokens", "tokens.py": "from tether import data"}, "a circle"),
+        ({"math/__init__.py": "from tether.math.kl import k1", "math/kl.py": "from tether.math import k2"}, "a circle"),
+        ({"attic.py": ""}, "has no floor"),
+    ],
+)
+def test_a_house_with_one_wrong_import_is_refused(tmp_path, files, complaint):
+    for name, text in files.items():
+        path = tmp_path / "tether" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert [line for line in complaints(tmp_path / "tether") if complaint in line]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import tether; tether.load_config; tether.PPOConfig; tether.ConfigError; tether.__version__",
+        "import tether.config, tether.errors, tether.keys, tether.parse",
+        "import tether.cli; tether.cli.main(['--help'])",
+        "import tether.cli; tether.cli.main(['ppo', '--help'])",
+        "import tether.cli; tether.cli.main(['evaluate', '--help'])",
+    ],
+)
+def test_import_and_help_load_no_torch(statement):
+    code = f"{statement}\nimport sys\nassert not {{'torch', 'transformers', 'numpy'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+
+def test_functions_keep_their_names_after_the_modules_of_those_names_are_imported():
+    # tether.reward_model is a module and a function; so are export and report. The function is the public one.
+    code = (
+        "import tether, sys, types\n"
+        "sys.modules['tether.report'] = module = types.ModuleType('tether.report')\n"
+        "module.report = lambda run: 'written'\n"
+        "tether.report = module  # what an import statement does\n"
+        "assert tether.report('run') == 'written'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+
+def test_public_names_are_typed_and_listed():
+    import tether
+
+    listed = set(tether._HOME) | {"__version__"}
+    assert set(tether.__all__) == listed == set(dir(tether))
