@@ -31,7 +31,7 @@ from tether.math import (
 
 @dataclass
 class Game:
-    """All B responses of up to R tokens: which prefix each token follows, which token it is, and the response's score."""
+    """All B responses of up to R tokens: prefix before each token, the token, the response's score."""
 
     prefixes: Tensor  # [B, R]
     actions: Tensor  # [B, R]
@@ -165,10 +165,9 @@ def test_score_and_kl_at_rest_are_the_known_figures(make, beta, score, divergenc
 
 def test_an_entropy_bonus_tempers_the_bandits_optimum():
     # π* ∝ (ref^β · e^score)^(1/(β + c2))
-    g = bandit()
-    beta, entropy_coef = 0.5, 0.3
+    g, beta, entropy_coef = bandit(), 0.5, 0.3
     want = torch.softmax((beta * g.reference[0] + g.scores) / (beta + entropy_coef), 0)
-    assert_close(rest(g, kl_in_reward(beta, entropy_coef), rate=0.5, steps=100), want)
+    assert_close(rest(g, kl_in_reward(beta, entropy_coef), rate=1.0, steps=40), want)
 
 
 def test_in_the_reward_only_k1_returns_to_the_reference_and_k2_and_k3_drift_away():
@@ -192,18 +191,18 @@ def test_in_the_loss_k2_rests_at_the_bandits_optimum_and_k3_elsewhere():
     g = bandit()
     for beta, gap in [(1.0, 0.0047), (0.5, 0.0306)]:
         assert kl(rest(g, kl_in_loss(beta, kl_k2), rate=0.5 / beta, steps=60), optimum(g, beta)) < 1e-9
-        resting = rest(g, kl_in_loss(beta, kl_k3), rate=0.2, steps=400)
+        resting = rest(g, kl_in_loss(beta, kl_k3), rate=0.5, steps=150)
         assert kl(resting, optimum(g, beta)) == pytest.approx(gap, abs=5e-5)
 
 
 @pytest.mark.parametrize("estimator", [kl_k2, kl_k3])
 def test_in_the_loss_neither_k2_nor_k3_sees_the_kl_of_the_tokens_to_come(estimator):
     g = variable_length()
-    assert kl(rest(g, kl_in_loss(0.5, estimator), rate=0.2, steps=300), optimum(g, 0.5)) > 0.02
+    assert kl(rest(g, kl_in_loss(0.5, estimator), rate=0.5, steps=60), optimum(g, 0.5)) > 0.02
 
 
 def expected_gradients() -> tuple[Callable[[Callable[[Tensor, Tensor], Tensor]], Tensor], Tensor, Tensor]:
-    """A population of 8 tokens that is the policy (1/8, 1/8, 1/4, 1/2); the mean of a loss over it is an expectation."""
+    """Eight tokens that are the policy (1/8, 1/8, 1/4, 1/2): the mean of a loss over them is its expectation."""
     logits = torch.tensor([0.125, 0.125, 0.25, 0.5]).double().log().requires_grad_()
     reference = torch.tensor([0.4, 0.3, 0.2, 0.1]).double().log()
     tokens = torch.tensor([[0, 1, 2, 2, 3, 3, 3, 3]])

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-_CHUNK_BYTES = 16 * 2**20  # of fp32 logits at once, on a CPU: near its caches; about five such buffers are alive
-_CHUNK_BYTES_ACCELERATOR = 256 * 2**20  # enough rows that reading the whole head for each chunk does not dominate
+_CHUNK_BYTES = 8 * 2**20  # of fp32 logits at once, on a CPU: near its caches; about six such buffers are alive
+_CHUNK_BYTES_ACCELERATOR = 256 * 2**20  # there, a matmul needs hundreds of rows to be worth reading the head for
+_LEAST_ROWS = 32
 
 
 def token_logprobs(
@@ -53,7 +54,7 @@ def token_logprobs(
     """
     if chunk is None:
         budget = _CHUNK_BYTES if hidden.device.type == "cpu" else _CHUNK_BYTES_ACCELERATOR
-        chunk = max(1, budget // (4 * weight.shape[0]))
+        chunk = max(_LEAST_ROWS, budget // (4 * weight.shape[0]))
     head = _Head(temperature, scale, softcap, _matmul_dtype(hidden))
     logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets, head, entropy, chunk)  # type: ignore[no-untyped-call]
     return logprobs, entropies
