@@ -111,6 +111,8 @@ def test_cycles_may_grow_under_a_constant_schedule_alone(config):
     with RunDirectory.open(change(constant, "ppo", cycles=300), command="ppo") as run:
         assert run.resumed
     assert Run.open(config.run).config.ppo.cycles == 300
+    with pytest.raises(RunError, match=r"ppo\.cycles was 300 .* is 299 now: its curves"):
+        RunDirectory.open(change(constant, "ppo", cycles=299), command="ppo")
 
     with RunDirectory.open(config, command="ppo", fresh=True):
         pass

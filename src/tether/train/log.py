@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -142,6 +143,7 @@ class _WandB:
             id=Run(run.path).environment["id"],  # the same after a resume, another after --fresh
             resume="allow",
             dir=str(run.path),
+            config=asdict(run.config),
         )
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
