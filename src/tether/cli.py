@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
     except TetherError as error:
         if os.environ.get("TETHER_DEBUG"):
             traceback.print_exc()
@@ -99,10 +100,12 @@ def _doctor(argv: list[str]) -> None:
     if "-h" in argv or "--help" in argv:
         print(DOCTOR)
         return
-    from tether.diagnose import doctor
     from tether.parse import parse_args
 
-    print(doctor(parse_args(None, argv)[0] if argv else None))
+    config = parse_args(None, argv)[0] if argv else None
+    from tether.diagnose import doctor
+
+    print(doctor(config))
 
 
 def _help_wanted(kind: str, argv: list[str]) -> bool:
@@ -186,8 +189,7 @@ def _export(argv: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--to", metavar="DIR", required=True, help="where to write it")
     args = parser.parse_args(argv)
-    tether.export(args.run, args.to)
-    print(args.to)
+    print(tether.export(args.run, args.to))
 
 
 COMMANDS = {
@@ -225,3 +227,7 @@ usage: tether doctor [C.yaml or RUN] [--key VALUE …]
 
 Without a config: what this machine has. With one: checks its data and models, and predicts
 peak memory by part. Keys are those of the command that the config is for."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
