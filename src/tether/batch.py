@@ -162,6 +162,23 @@ class Rollout:
         return Rollout(rows, *(getattr(self, name)[index, :width] for name in names))
 
 
+def microbatches(lengths: Tensor | Sequence[int], max_tokens: int) -> list[Tensor]:
+    """Split rows into groups of similar length, none above `max_tokens` padded tokens unless it is a single row.
+
+    lengths: [B] tokens of each row. Returns index tensors that partition 0 … B-1. Longest first: if memory does not
+    suffice, one learns it at once.
+    """
+    lengths = torch.as_tensor(lengths)
+    order = torch.argsort(lengths, descending=True, stable=True)
+    groups, start = [], 0
+    while start < len(order):
+        width = max(1, int(lengths[order[start]]))
+        count = max(1, max_tokens // width)
+        groups.append(order[start : start + count])
+        start += count
+    return groups
+
+
 # ---------------------------------------------------------------- extension points: these three, and no others
 
 

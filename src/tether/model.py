@@ -157,13 +157,16 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> Any:
-    """Wrap `model` in a peft adapter; the base is frozen, the adapter float32. Seeded: A is random, B zero."""
+def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, task: str = "CAUSAL_LM") -> Any:
+    """Wrap `model` in a peft adapter; the base is frozen, the adapter float32. Seeded: A is random, B zero.
+
+    task: peft's word for what the model returns; FEATURE_EXTRACTION for a trunk without a head.
+    """
     import peft
 
     targets = lora.targets
     config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, task_type=task
     )
     try:
         with torch.random.fork_rng():
@@ -171,6 +174,12 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> Any:
             return peft.get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"model.lora.targets={targets!r} fits no layer: {_first_line(error)}") from error
+
+
+def wants_checkpointing(setting: str | bool, model: nn.Module, device: torch.device) -> bool:
+    """Whether to recompute activations in the backward pass; auto: for models above 1B on a GPU."""
+    big = sum(p.numel() for p in model.parameters()) > 1e9 and device.type == "cuda"
+    return setting is True or (setting == "auto" and big)
 
 
 def context_length(config: Any) -> int | None:
@@ -436,8 +445,7 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
         critic = _load_critic(config, lm, dtype, device)
     if config.lora:
         lm = add_lora(lm, config.lora, seed=seed)
-    big = sum(p.numel() for p in lm.parameters()) > 1e9 and device.type == "cuda"
-    if config.gradient_checkpointing is True or (config.gradient_checkpointing == "auto" and big):
+    if wants_checkpointing(config.gradient_checkpointing, lm, device):
         for module in [lm] + ([critic.trunk] if critic else []):
             module.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora:

@@ -8,7 +8,7 @@ where pad and eos are the same; `save_reward_model` chooses a pad id with which 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from tether.batch import microbatches
 from tether.errors import ModelError
 from tether.model import model_config, quiet_transformers, without_dropout
 
@@ -82,21 +83,9 @@ class RewardModel(nn.Module):
     def score(self, rows: Sequence[Sequence[int]], *, batch_tokens: int = 16384) -> Tensor:
         """Normalised scores [B] float32 on the CPU, in the order of `rows`; batch_tokens: padded tokens at once."""
         scores = torch.empty(len(rows))
-        for index in batches_by_length([len(row) for row in rows], batch_tokens):
-            scores[index] = self([rows[i] for i in index]).float().cpu()
+        for index in microbatches([len(row) for row in rows], batch_tokens):
+            scores[index] = self([rows[i] for i in index.tolist()]).float().cpu()
         return (scores - self.mean) / self.std
-
-
-def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length, longest first; a batch is one row or at most `batch_tokens` padded tokens."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 # ---------------------------------------------------------------- loading

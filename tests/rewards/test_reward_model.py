@@ -11,7 +11,6 @@ from transformers import AutoModelForSequenceClassification
 from conftest import ARCHITECTURES
 from tether.errors import ModelError
 from tether.reward_model import (
-    batches_by_length,
     choose_pad_id,
     compare_with_stock,
     init_head,
@@ -139,14 +138,6 @@ def test_the_critics_head_says_the_normalised_score(tiny_model):
 def test_scoring_in_small_batches_changes_neither_order_nor_scores(tiny_model):
     model = fresh(tiny_model())
     assert_close(model.score(ROWS, batch_tokens=1), model.score(ROWS), atol=1e-5, rtol=0)
-
-
-def test_batches_hold_every_row_once_within_the_budget():
-    lengths = [3, 9, 1, 4, 4, 20, 2]
-    batches = list(batches_by_length(lengths, 12))
-    assert sorted(i for batch in batches for i in batch) == list(range(7))
-    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 12 for b in batches)
-    assert len(batches) == 4  # 20 | 9 | 4 4 3 | 2 1
 
 
 def test_float64_stays_float64(tiny_model):

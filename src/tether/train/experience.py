@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tether.batch import Completions, Prompt, Rollout, Sampler, Sampling
+from tether.batch import Completions, Prompt, Rollout, Sampler, Sampling, microbatches
 from tether.config import LamConfig, PPOSection
 from tether.math import explained_variance, gae, masked_mean, masked_var, optimality_gap, place_rewards, whiten
 from tether.model import Policy, Reference
 from tether.rewards import RewardSet, ScoredBatch
-from tether.train.optim import microbatches
 
 Metrics = dict[str, float | None]
 

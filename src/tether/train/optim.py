@@ -1,4 +1,4 @@
-"""What every trainer's optimiser step is made of: AdamW, a learning rate from the step's number, and microbatches."""
+"""What every trainer's optimiser step is made of: AdamW, learning rates, and counted shuffles."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tether.config import OptimConfig
 
 Named = Sequence[tuple[str, nn.Parameter]]
+
+MAX_SKIPPED_IN_A_ROW = 5  # steps with gradients that are not finite: one is bad luck, five a broken run
 
 SHUFFLE, PROMPTS, HELD_OUT = 101, 102, 103  # streams of `permutation`: one for each thing that is shuffled
 
@@ -69,20 +71,3 @@ def step_if_finite(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[f
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
-
-
-def microbatches(lengths: Tensor | Sequence[int], max_tokens: int) -> list[Tensor]:
-    """Split rows into groups of similar length, none above `max_tokens` padded tokens unless it is a single row.
-
-    lengths: [B] tokens of each row. Returns index tensors that partition 0 … B-1. Longest first: if memory does not suffice,
-    one learns it at once.
-    """
-    lengths = torch.as_tensor(lengths)
-    order = torch.argsort(lengths, descending=True, stable=True)
-    groups, start = [], 0
-    while start < len(order):
-        width = max(1, int(lengths[order[start]]))
-        count = max(1, max_tokens // width)
-        groups.append(order[start : start + count])
-        start += count
-    return groups

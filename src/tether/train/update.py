@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tether.batch import Rollout
+from tether.batch import Rollout, microbatches
 from tether.config import OptimConfig, PPOSection
 from tether.errors import TrainingError
 from tether.math import clipped_policy_loss, entropy_mean, kl_loss, value_loss
 from tether.model import Policy
 from tether.train.experience import Metrics
-from tether.train.optim import SHUFFLE, microbatches, permutation, set_lr, step_if_finite
-
-MAX_SKIPPED_IN_A_ROW = 5  # steps with gradients that are not finite: one is bad luck, five a broken run
+from tether.train.optim import MAX_SKIPPED_IN_A_ROW, SHUFFLE, permutation, set_lr, step_if_finite
 
 
 @dataclass(frozen=True, slots=True)
