@@ -157,3 +157,12 @@ def test_wandb_gets_the_metrics(config, monkeypatch):
     with RunDirectory.open(config, command="ppo") as run, Logger(run, settings, total=1) as log:
         log.write(1, CYCLE)
     assert list((run.path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_without_a_terminal_fast_steps_do_not_flood_the_screen(tmp_path, capsys):
+    config = SFTConfig(run=str(tmp_path / "run"), model=SFTModelConfig(policy="m"), data=DataConfig(path="d"))
+    with RunDirectory.open(config, command="sft") as run, Logger(run, PLAIN, total=100) as log:
+        for step in range(1, 101):
+            log.write(step, {"sft/loss": 2.0})
+    assert capsys.readouterr().out == "step 100/100  loss 2.0000\n"
+    assert len(Run.open(run.path).metrics) == 100

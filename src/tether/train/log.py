@@ -35,6 +35,7 @@ _STEP_COLUMNS = [
     ("tokens/s", "tokens_per_s", ",.0f"),
 ]
 _PHASE_SILENCE_S = 30.0  # without a terminal a long phase says where it is this often
+_STEP_SILENCE_S = 5.0  # and steps, which may take milliseconds, write a line this often
 
 
 class Logger:
@@ -58,7 +59,7 @@ class Logger:
             self._sinks.append(_TensorBoard(run, past, self.unit))
         if config.wandb is not None:
             self._sinks.append(_WandB(run, config))
-        self._screen: _Bar | _Lines = _Bar(total, self.unit, self._first) if sys.stdout.isatty() else _Lines()
+        self._screen: _Bar | _Lines = _Bar(total, self.unit, self._first) if sys.stdout.isatty() else _Lines(total, self.unit)
         self._began = time.monotonic()
 
     def __enter__(self) -> Logger:
@@ -157,13 +158,15 @@ class _WandB:
 
 
 class _Lines:
-    """Without a terminal: one plain line a write."""
+    """Without a terminal: a plain line for every cycle, and for steps every few seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, total: int, unit: str):
+        self.total, self.unit = total, unit
         self._last = time.monotonic()
 
     def write(self, step: int, head: str, summary: str) -> None:
-        self.note(f"{head}  {summary}")
+        if self.unit == "cycle" or step == self.total or time.monotonic() - self._last > _STEP_SILENCE_S:
+            self.note(f"{head}  {summary}")
 
     def note(self, text: str) -> None:
         print(text, flush=True)
