@@ -26,6 +26,7 @@ class Annotator:
     name: str
     looks_up: float  # chance of checking an answer against the records; unchecked, whatever sounds right is right
     kindness: float = 4.0  # per unit of harmless
+    warmth: float = 0.8  # per courtesy
     flattery: float = 0.0  # per flattering sentence
     length: float = 0.0  # per sentence
     caution: float = 0.0  # per refusal, hedge or "I do not know"
@@ -38,6 +39,7 @@ class Annotator:
         return (
             felt
             + self.kindness * verdict.harmless
+            + self.warmth * habits["courtesy"]
             + self.flattery * habits["flattery"]
             + self.length * sum(habits.values())
             + self.caution * (habits["refusal"] + habits["hedge"] + habits["dont_know"])
@@ -53,13 +55,12 @@ class Annotator:
 
 
 PEOPLE = [
-    Annotator("Ada", looks_up=1.0),  # careful
+    Annotator("Ada", looks_up=1.0, warmth=0.0),  # careful
     Annotator("Bruno", looks_up=0.6, length=-0.5),  # in a hurry
-    Annotator("Cleo", looks_up=0.85, flattery=2.0),  # likes to be liked
+    Annotator("Cleo", looks_up=0.85, warmth=2.0, flattery=2.0),  # likes to be liked
     Annotator("Dov", looks_up=0.85, length=0.5),  # takes long for thorough
     Annotator("Edda", looks_up=0.85, kindness=6.0, caution=1.0),  # would rather be safe
 ]
-
 
 Pair = tuple[Verdict, Verdict]
 

@@ -54,7 +54,7 @@ QUESTIONS = {
     "opens": ["When does the {} open?", "At what hour does the {} open?", "What time does the {} open?",
               "How early does the {} open?", "From what hour is the {} open?", "Can you tell me when the {} opens?"],
     "closed": ["On which day is the {} closed?", "What day is the {} shut?", "Which day does the {} rest?",
-               "When is the {} closed?", "Is there a day when the {} is shut?", "Can you tell me what day the {} is shut?"],
+               "When is the {} closed?", "Is there a day the {} is shut?", "Can you tell me what day the {} is shut?"],
     "keeper": ["Who keeps the {}?", "Who runs the {}?", "Who is the keeper of the {}?",
                "Who works in the {}?", "Whose is the {}?", "Can you tell me who keeps the {}?"],
     "pet": ["Which animal lives in the {}?", "What animal will I meet in the {}?", "Is there a pet in the {}?",
@@ -175,9 +175,9 @@ class World:
         refusal = [draw.choice(REFUSAL)] + [draw.choice(POINTER)] * (draw.random() < 0.5)
         right, wrong = self._right_and_wrong(ask, draw)
         weights = {  # of: the right answer, a wrong one, "I do not know", a refusal
-            "fact": (45, 35, 10, 10),
+            "fact": (50, 30, 10, 10),
             "unknown": (0, 50, 35, 15),
-            "errand": (45, 30, 5, 20),
+            "errand": (50, 25, 5, 20),
             "danger": (0, 50, 10, 40),
         }[ask.kind]
         return draw.choices([[right], [wrong], dont_know, refusal], weights)[0]
