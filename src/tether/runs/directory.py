@@ -254,4 +254,4 @@ def _aside(path: Path) -> Path:
 
 
 def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, TetherError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, TetherError) else f"{type(error).__name__}: {error}".removesuffix(": ")
