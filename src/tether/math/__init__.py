@@ -6,6 +6,7 @@
     advantages   rewards per token, generalised advantage estimation
     losses       policy, value, entropy, KL, preference and likelihood
     diagnostics  how good the critic is, and how far the policy is from the optimum
+    bootstrap    how sure a mean is
 
 Shape letters: `B` rows, `R` response positions, `N` tokens, `D` hidden width, `V` vocabulary; `[]` is a scalar.
 In a mask, True means *counts*, and a response's mask is True from its first token to its last: a prefix of each row.
@@ -13,6 +14,7 @@ Positions that do not count may hold anything, NaN included. Log-probabilities a
 """
 
 from tether.math.advantages import gae, place_rewards
+from tether.math.bootstrap import Interval, bootstrap_mean
 from tether.math.diagnostics import explained_variance, optimality_gap, optimality_gap_logmeanexp
 from tether.math.kl import kl_k1, kl_k2, kl_k3, next_kl_coef
 from tether.math.logprobs import full_logprobs, token_logprobs
@@ -20,6 +22,8 @@ from tether.math.losses import bradley_terry_loss, clipped_policy_loss, entropy_
 from tether.math.masked import masked_mean, masked_sum, masked_var, whiten
 
 __all__ = [
+    "Interval",
+    "bootstrap_mean",
     "bradley_terry_loss",
     "clipped_policy_loss",
     "entropy_mean",
