@@ -1,0 +1,349 @@
+"""Does PPO reach the optimum that can be written down?
+
+For the KL-regularised objective the best policy is known: π*(y|x) ∝ ref(y|x)·e^(score(y)/β). With a small vocabulary and
+length every response can be enumerated, so KL(π‖π*), and the value V* of every prefix, are exact. Each task is trained by
+`tether.ppo` as a user would call it, on a two-layer transformer; nothing here knows how PPO works.
+
+    python bench/exact.py                       every task, 5 seeds, table and docs/exact.svg
+    python bench/exact.py --tasks E2 --seeds 0  one
+
+Needs about a minute a run on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread would only wait for the first
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import tether
+from tether.batch import GENERATE, Prompt, Rows, Sampling
+from tether.config import (
+    CheckpointConfig, HeldOutConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, PPOSection,
+    PromptsConfig, SamplingConfig,
+)  # fmt: skip
+from tether.math import optimality_gap_logmeanexp
+from tether.model import LanguageModel, Policy, load_causal_lm
+from tether.rollout import LocalSampler
+
+CPU = torch.device("cpu")
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt-response world small enough to enumerate. Symbols are the ids 0 … symbols-1; `stop` may be one of them."""
+
+    name: str
+    about: str
+    symbols: int
+    length: int  # longest response
+    stop: int | None
+    beta: float
+    prompts: tuple[int, ...]  # each a single symbol
+    score: Callable[[int, Ids], float]  # (prompt, response) -> score
+    reference: str  # "uniform", "bandit" (softmax(-0.3 k)) or "random" (a random transformer)
+    known: tuple[float, float] | None = None  # (E score, KL) of π*, where published
+
+    def responses(self) -> list[Ids]:
+        """Every response that can be sampled: up to the first stop, or the length limit."""
+        found: list[Ids] = []
+        others = [s for s in range(self.symbols) if s != self.stop]
+        if self.stop is not None:
+            found = [(*y, self.stop) for n in range(self.length) for y in itertools.product(others, repeat=n)]
+        return found + list(itertools.product(others, repeat=self.length))
+
+
+def _balanced(_: int, y: Ids) -> float:
+    return float(y.count(0) == y.count(1))
+
+
+def _right_length(_: int, y: Ids) -> float:
+    return 1.0 - abs(len(y) - 3) / 2 if y[-1] == 3 else -1.0
+
+
+def _echo(prompt: int, y: Ids) -> float:
+    return 0.6 * y.count(prompt) - 0.25 * len(y) if y[-1] == 3 else -1.0
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("E1 β=1", "bandit of 8 arms, r = sin k", 8, 1, None, 1.0, (0,), lambda _, y: math.sin(y[0]), "bandit", (0.522140, 0.140748)),
+        Task("E1 β=.5", "the same, looser leash", 8, 1, None, 0.5, (0,), lambda _, y: math.sin(y[0]), "bandit", (0.700780, 0.399364)),
+        Task("E2", "6 of 3 symbols, 1 if as many 0 as 1", 3, 6, None, 0.5, (0,), _balanced, "uniform", (0.639232, 0.473890)),
+        Task("E3 length", "stop at the third token; never stopping scores -1", 4, 5, 3, 0.5, (0,), _right_length, "random"),
+        Task("E3 echo", "two prompts: repeat the prompt's symbol, length costs, stop", 4, 5, 3, 0.5, (0, 1), _echo, "random"),
+    )
+}  # fmt: skip
+
+# ---------------------------------------------------------------- the optimum, by enumeration
+
+
+@dataclass(frozen=True)
+class Exact:
+    """One model against the optimum, over every response to every prompt."""
+
+    kl_to_optimum: float  # KL(π‖π*), nats, mean over prompts
+    score: float  # E score under π
+    kl_to_reference: float  # KL(π‖ref), nats
+    value_rmse: float  # critic against V*, weighted by visits under π
+
+
+def response_logprobs(model: LanguageModel, prompt: int, responses: Sequence[Ids]) -> torch.Tensor:
+    """[n] log-probability of every response, float64: plain log-softmax of the model's own logits."""
+    rows = Rows.of([(prompt,)] * len(responses), responses)
+    with torch.no_grad():
+        logits = model.plain(input_ids=rows.tokens, use_cache=False).logits.double()
+    logprobs = logits.log_softmax(-1)[:, :-1].gather(-1, rows.tokens[:, 1:, None]).squeeze(-1)
+    return (logprobs * rows.response_mask).sum(1)
+
+
+def compare(task: Task, policy: LanguageModel, reference: LanguageModel, values: Callable[[Rows], Any] | None) -> Exact:
+    responses = task.responses()
+    totals = [0.0, 0.0, 0.0, 0.0]
+    for prompt in task.prompts:
+        score = torch.tensor([task.score(prompt, y) for y in responses], dtype=torch.float64)
+        ref, pi = (response_logprobs(m, prompt, responses) for m in (reference, policy))
+        best = ref + score / task.beta
+        best = best - best.logsumexp(0)
+        p = pi.exp()
+        assert abs(float(p.sum()) - 1) < 1e-4, "the enumeration missed a response"
+        totals[0] += float((p * (pi - best)).sum())
+        totals[1] += float((p * score).sum())
+        totals[2] += float((p * (pi - ref)).sum())
+        totals[3] += _value_error(task, prompt, responses, ref, p, score, values) if values else 0.0
+    n = len(task.prompts)
+    return Exact(totals[0] / n, totals[1] / n, totals[2] / n, math.sqrt(totals[3] / n))
+
+
+def _value_error(task: Task, prompt: int, responses: list[Ids], ref: Any, p: Any, score: Any, values: Any) -> float:
+    """Mean squared error of V against V*(s) = β·log Σ ref(y|s)·e^(score/β), over the prefixes s that π visits."""
+    rows = Rows.of([(prompt,)] * len(responses), responses)
+    with torch.no_grad():
+        said = values(rows)
+    error = visits = 0.0
+    for t in range(task.length):
+        groups: dict[Ids, list[int]] = {}
+        for i, y in enumerate(responses):
+            if len(y) > t:
+                groups.setdefault(y[:t], []).append(i)
+        for members in groups.values():
+            index = torch.tensor(members)
+            below = ref[index] - ref[index].logsumexp(0)  # ref of the rest, given the prefix
+            best = task.beta * float((below + score[index] / task.beta).logsumexp(0))
+            weight = float(p[index].sum())
+            error += weight * (float(said[members[0], t]) - best) ** 2
+            visits += weight
+    return error / visits
+
+
+# ---------------------------------------------------------------- the world on disk, and a run
+
+
+def build(task: Task, directory: Path, seed: int) -> None:
+    """A two-layer, 64-wide transformer over the task's symbols, as a Hugging Face directory, and its prompts."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=task.symbols, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=32, tie_word_embeddings=False, initializer_range=0.1,
+        bos_token_id=None, eos_token_id=task.stop, pad_token_id=None,
+    ))  # fmt: skip
+    with torch.no_grad():
+        if task.reference == "uniform":
+            model.lm_head.weight.zero_()
+        if task.reference == "bandit":  # logits W·h = -0.3 k for the one hidden state h that there is
+            hidden = model.model(torch.tensor([[task.prompts[0]]])).last_hidden_state[0, 0]
+            model.lm_head.weight.copy_(torch.outer(-0.3 * torch.arange(8.0), hidden) / hidden.dot(hidden))
+    model.save_pretrained(directory / "model")
+    words = {chr(ord("a") + i): i for i in range(task.symbols)}
+    plain = Tokenizer(models.WordLevel(words, unk_token="a"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    stop = chr(ord("a") + task.stop) if task.stop is not None else None
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=stop).save_pretrained(directory / "model")
+    lines = [json.dumps({"prompt": chr(ord("a") + p), "symbol": p}) for p in task.prompts]
+    (directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def config(task: Task, directory: Path, seed: int, cycles: int) -> PPOConfig:
+    return PPOConfig(
+        run=str(directory / "run"), seed=seed, device="cpu",
+        model=ModelConfig(policy=str(directory / "model")),
+        prompts=PromptsConfig(path=str(directory / "prompts.jsonl")),
+        sampling=SamplingConfig(max_new_tokens=task.length, stop_token_ids=[] if task.stop is None else [task.stop], slots=256),
+        ppo=PPOSection(
+            cycles=cycles, batch=256, responses_per_prompt=256 // len(task.prompts), epochs=4, minibatch=64,
+            lam=0.95, value_coef=0.5, kl=KLConfig(coef=task.beta),
+        ),
+        optim=OptimConfig(lr=2e-3, critic_lr=2e-3),
+        log=LogConfig(rollouts_every=0, tensorboard=False),
+        checkpoint=CheckpointConfig(every=10, keep=1000),
+        evaluate=HeldOutConfig(every=0),
+    )  # fmt: skip
+
+
+def run(name: str, seed: int, cycles: int) -> dict[str, Any]:
+    """Train one task with one seed and compare every checkpoint with the optimum."""
+    torch.set_num_threads(1)
+    task = TASKS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        build(task, directory, seed)
+
+        def score(
+            prompts: list[str], completions: list[str], completion_ids: list[list[int]], symbol: list[int]
+        ) -> list[float]:
+            return [task.score(p, tuple(y)) for p, y in zip(symbol, completion_ids, strict=True)]
+
+        done = tether.ppo(config(task, directory, seed, cycles), reward=score)
+        reference = LanguageModel(
+            load_causal_lm(str(directory / "model"), dtype=torch.float32, device=CPU), torch.float32
+        )
+        curve, gaps = [], []
+        for checkpoint in sorted((done.path / "checkpoints").glob("cycle-*")):
+            policy = Policy(
+                LanguageModel(
+                    load_causal_lm(str(checkpoint / "policy"), dtype=torch.float32, device=CPU), torch.float32
+                )
+            )
+            policy.load_critic(checkpoint / "critic")
+            exact = compare(
+                task, policy.model, reference, lambda rows, policy=policy: policy(rows, temperature=1.0).values
+            )
+            cycle = int(checkpoint.name.removeprefix("cycle-"))
+            curve.append((cycle, exact.kl_to_optimum))
+            if 0.01 <= exact.kl_to_optimum <= 0.5:
+                gaps.append((cycle, exact.kl_to_optimum, sampled_gap(task, policy.model, reference, seed, cycle)))
+    return {"task": name, "seed": seed, "curve": curve, "gaps": gaps, **vars(exact)}
+
+
+def sampled_gap(task: Task, policy: LanguageModel, reference: LanguageModel, seed: int, cycle: int) -> float:
+    """The log-mean-exp form of the optimality gap on 4,096 fresh samples of each prompt: no enumeration."""
+    stops = () if task.stop is None else (task.stop,)
+    sampling = Sampling(
+        max_new_tokens=task.length, stop_token_ids=stops, responses_per_prompt=4096, seed=seed, stream=GENERATE
+    )
+    prompts = [Prompt((p,), "", i) for i, p in enumerate(task.prompts)]
+    drawn = LocalSampler(policy, slots=1024).generate(prompts, sampling, cycle=cycle)
+    g = torch.empty(len(drawn), dtype=torch.float64)
+    for prompt in task.prompts:
+        rows = [i for i, p in enumerate(drawn.prompts) if p.ids == (prompt,)]
+        responses = [tuple(drawn.response_ids[i]) for i in rows]
+        ratio = response_logprobs(policy, prompt, responses) - response_logprobs(reference, prompt, responses)
+        scores = torch.tensor([task.score(prompt, y) for y in responses], dtype=torch.float64)
+        g[torch.tensor(rows)] = scores - task.beta * ratio
+    return optimality_gap_logmeanexp(g.view(len(task.prompts), -1), task.beta)
+
+
+# ---------------------------------------------------------------- table and plot
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| task | E score | KL(π‖ref) | KL(π‖π*), each seed | critic RMSE, each seed | reached | gap off by (worst) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(r["task"] for r in results):
+        mine = [r for r in results if r["task"] == name]
+        reached = sum(r["kl_to_optimum"] <= 0.01 and r["value_rmse"] <= 0.05 for r in mine)
+        gaps = [g for r in mine for g in r["gaps"]]
+        worst = max((min(abs(s - t) / t / 0.15, abs(s - t) / 0.002) for _, t, s in gaps), default=0.0)
+        known = TASKS[name].known
+        lines.append(
+            f"| {name} | {_mean(mine, 'score')}{f' (optimum {known[0]:.4f})' if known else ''} "
+            f"| {_mean(mine, 'kl_to_reference')}{f' ({known[1]:.4f})' if known else ''} "
+            f"| {' '.join(format(r['kl_to_optimum'], '.4f') for r in mine)} "
+            f"| {' '.join(format(r['value_rmse'], '.3f') for r in mine)} | {reached}/{len(mine)} "
+            f"| {worst:.2f} of the bound, {len(gaps)} checkpoints |"
+        )
+    return "\n".join(lines)
+
+
+def _mean(results: list[dict[str, Any]], key: str) -> str:
+    return f"{sum(r[key] for r in results) / len(results):.4f}"
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """KL(π‖π*) over cycles, one thin line a seed: an SVG written by hand, so that it needs nothing to draw it."""
+    width, height, left, top, low, high = 760, 360, 60, 20, -4.0, 0.7
+    names = list(dict.fromkeys(r["task"] for r in results))
+    colours = ["#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7"]
+    last = max(c for r in results for c, _ in r["curve"])
+
+    def x(cycle: float) -> float:
+        return left + (width - left - 130) * cycle / last
+
+    def y(kl: float) -> float:
+        level = min(max(math.log10(max(kl, 1e-12)), low), high)
+        return top + (height - top - 40) * (high - level) / (high - low)
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+             f'<rect width="{width}" height="{height}" fill="#fff"/>']  # fmt: skip
+    for power in range(-4, 1):
+        level = y(10.0**power)
+        parts.append(f'<line x1="{left}" x2="{x(last):.0f}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{level + 4:.1f}" text-anchor="end" fill="#444">{10.0**power:g}</text>')
+    parts.append(
+        f'<line x1="{left}" x2="{x(last):.0f}" y1="{y(0.01):.1f}" y2="{y(0.01):.1f}" stroke="#444" stroke-dasharray="4 3"/>'
+    )
+    for cycle in range(0, last + 1, 50):
+        parts.append(f'<text x="{x(cycle):.0f}" y="{height - 20}" text-anchor="middle" fill="#444">{cycle}</text>')
+    parts.append(
+        f'<text x="{x(last / 2):.0f}" y="{height - 4}" text-anchor="middle" fill="#444">cycle of 256 responses</text>'
+    )
+    parts.append(f'<text x="{left}" y="14" fill="#444">KL(π‖π*), nats; dashed: the bar</text>')
+    for r in results:
+        points = " ".join(f"{x(c):.1f},{y(kl):.1f}" for c, kl in r["curve"])
+        colour = colours[names.index(r["task"]) % len(colours)]
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-opacity=".7"/>')
+    for i, name in enumerate(names):
+        parts.append(
+            f'<text x="{width - 120}" y="{top + 20 + 20 * i}" fill="{colours[i % len(colours)]}">{name}</text>'
+        )
+    path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=", ".join(TASKS)
+    )
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--cycles", type=int, default=300)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--plot", type=Path, help="write the plot here")
+    args = parser.parse_args()
+    wanted = [(task, seed, args.cycles) for task in args.tasks for seed in args.seeds]
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        results = []
+        for result in pool.map(run, *zip(*wanted, strict=True)):
+            results.append(result)
+            print(f"{result['task']} seed {result['seed']}: KL(π‖π*) {result['kl_to_optimum']:.4f}, "
+                  f"critic RMSE {result['value_rmse']:.3f}", file=sys.stderr, flush=True)  # fmt: skip
+    print(table(results))
+    if args.json:
+        args.json.write_text(json.dumps(results))
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
