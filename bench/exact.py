@@ -34,6 +34,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tether
+from chart import Line, draw
 from tether.batch import GENERATE, Prompt, Rows, Sampling
 from tether.config import (
     CheckpointConfig, HeldOutConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, PPOSection,
@@ -281,43 +282,9 @@ def _mean(results: list[dict[str, Any]], key: str) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """KL(π‖π*) over cycles, one thin line a seed: an SVG written by hand, so that it needs nothing to draw it."""
-    width, height, left, top, low, high = 760, 360, 60, 20, -4.0, 0.7
-    names = list(dict.fromkeys(r["task"] for r in results))
-    colours = ["#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7"]
-    last = max(c for r in results for c, _ in r["curve"])
-
-    def x(cycle: float) -> float:
-        return left + (width - left - 130) * cycle / last
-
-    def y(kl: float) -> float:
-        level = min(max(math.log10(max(kl, 1e-12)), low), high)
-        return top + (height - top - 40) * (high - level) / (high - low)
-
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-             f'<rect width="{width}" height="{height}" fill="#fff"/>']  # fmt: skip
-    for power in range(-4, 1):
-        level = y(10.0**power)
-        parts.append(f'<line x1="{left}" x2="{x(last):.0f}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{level + 4:.1f}" text-anchor="end" fill="#444">{10.0**power:g}</text>')
-    parts.append(
-        f'<line x1="{left}" x2="{x(last):.0f}" y1="{y(0.01):.1f}" y2="{y(0.01):.1f}" stroke="#444" stroke-dasharray="4 3"/>'
-    )
-    for cycle in range(0, last + 1, 50):
-        parts.append(f'<text x="{x(cycle):.0f}" y="{height - 20}" text-anchor="middle" fill="#444">{cycle}</text>')
-    parts.append(
-        f'<text x="{x(last / 2):.0f}" y="{height - 4}" text-anchor="middle" fill="#444">cycle of 256 responses</text>'
-    )
-    parts.append(f'<text x="{left}" y="14" fill="#444">KL(π‖π*), nats; dashed: the bar</text>')
-    for r in results:
-        points = " ".join(f"{x(c):.1f},{y(kl):.1f}" for c, kl in r["curve"])
-        colour = colours[names.index(r["task"]) % len(colours)]
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-opacity=".7"/>')
-    for i, name in enumerate(names):
-        parts.append(
-            f'<text x="{width - 120}" y="{top + 20 + 20 * i}" fill="{colours[i % len(colours)]}">{name}</text>'
-        )
-    path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+    """KL(π‖π*) over cycles, one thin line a seed."""
+    lines = [Line(r["task"], r["curve"]) for r in results]
+    draw(path, lines, x="cycle of 256 responses", y="KL(π‖π*), nats; dashed: the bar", log_y=(-4, 0.7), bar=0.01)
 
 
 def main() -> None:

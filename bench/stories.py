@@ -1,0 +1,123 @@
+"""A real language model and a reward that comes from people: stories260K learns to write happier stories.
+
+Trains examples/stories with several seeds, then compares on the same openings: one sample of the trained model with the
+best of 8 of the start model (the strongest thing one can do without training), the KL that was spent, and whether the
+stories still differ from one another (distinct-2: distinct pairs of words over all pairs).
+
+    python bench/stories.py --model DIR [--seeds 0 1 2] [--plot docs/stories.svg]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import tether
+from chart import Line, draw
+from tether.config import PPOConfig
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "stories"
+N, KEPT = 8, 256  # samples an opening; samples whose variety is measured
+
+
+@dataclass(frozen=True)
+class Result:
+    seed: int
+    minutes: float
+    score: float  # one sample of the trained model, mean
+    best_of_8: float  # of the start model
+    kl: float  # nats a response
+    variety: float  # distinct-2 over the start's
+    curve: list[tuple[float, float]]  # (KL, score) of every cycle
+    best_of_n: list[tuple[float, float]]  # (KL, score) of the start model for n = 1 … 8
+    samples: list[tuple[str, str, str]]  # opening, before, after
+
+
+def measure(model: str, seed: int, cycles: int | None) -> Result:
+    config = tether.load_config(EXAMPLE / "ppo.yaml")
+    assert isinstance(config, PPOConfig)
+    openings = [p["prompt"] for p in _read(config.prompts.path)]
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(config, run=f"{folder}/run", seed=seed, model=replace(config.model, policy=model))
+        if cycles:
+            config = replace(config, ppo=replace(config.ppo, cycles=cycles))
+        began = time.monotonic()
+        run = tether.ppo(config)
+        minutes = (time.monotonic() - began) / 60
+        before = [g.completion for g in tether.generate(model, openings, samples=N, max_new_tokens=64, seed=seed)]
+        after = [g.completion for g in tether.generate(str(run.final), openings, samples=N, max_new_tokens=64, seed=seed)]
+        metrics = run.metrics
+    from sentiment import sentiment
+
+    start, end = sentiment(before), sentiment(after)
+    groups = [start[i : i + N] for i in range(0, len(start), N)]
+    return Result(
+        seed=seed,
+        minutes=minutes,
+        score=sum(end) / len(end),
+        best_of_8=_best_of(groups, N),
+        kl=metrics[-1]["kl/ref_mean"],
+        variety=distinct_2(after, seed) / distinct_2(before, seed),
+        curve=[(m["kl/ref_mean"], m["reward/score_mean"]) for m in metrics],
+        best_of_n=[(math.log(n) - (n - 1) / n, _best_of(groups, n)) for n in range(1, N + 1)],
+        samples=[(openings[i], before[i * N], after[i * N]) for i in range(4)],
+    )
+
+
+def _read(path: str) -> list[dict[str, str]]:
+    import json
+
+    return [json.loads(line) for line in (EXAMPLE / path).read_text().splitlines()]
+
+
+def _best_of(groups: list[list[float]], n: int) -> float:
+    """Expected best of n, from all N samples of each opening: Σ over ranks of P(that rank is the best of n)."""
+    total = 0.0
+    for scores in groups:
+        ranked = sorted(scores)
+        total += sum(s * math.comb(i, n - 1) for i, s in enumerate(ranked)) / math.comb(len(ranked), n)
+    return total / len(groups)
+
+
+def distinct_2(texts: list[str], seed: int) -> float:
+    """Distinct pairs of neighbouring words over all pairs, in KEPT texts cut to an equal number of words."""
+    words = [t.split() for t in random.Random(seed).sample(texts, KEPT)]
+    pairs = [pair for w in words for pair in zip(w[:30], w[1:30], strict=False)]
+    return len(set(pairs)) / len(pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory of stories260K")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--cycles", type=int)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    model = str(Path(args.model).resolve())
+    plot = args.plot.resolve() if args.plot else None
+    os.chdir(EXAMPLE)
+    sys.path.insert(0, str(EXAMPLE))
+    results = [measure(model, seed, args.cycles) for seed in args.seeds]
+    print("| seed | minutes | trained, one sample | start, best of 8 | start, one sample | KL, nats | distinct-2 against the start |")
+    print("|---|---|---|---|---|---|---|")
+    for r in results:
+        print(f"| {r.seed} | {r.minutes:.1f} | {r.score:.3f} | {r.best_of_8:.3f} | {r.best_of_n[0][1]:.3f} | {r.kl:.1f} | {r.variety:.0%} |")
+    for opening, before, after in results[0].samples:
+        print(f"\n{opening}\n  before: {' '.join(before.split())}\n  after:  {' '.join(after.split())}")
+    if plot:
+        lines = [Line(f"PPO, seed {r.seed}", sorted(r.curve)) for r in results]
+        lines.append(Line("best of n = 1 … 8", results[0].best_of_n))
+        draw(plot, lines, x="KL to the start model, nats a response", y="sentiment of one sample")
+
+
+if __name__ == "__main__":
+    main()
