@@ -8,6 +8,7 @@ where pad and eos are the same; `save_reward_model` chooses a pad id with which 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -209,24 +210,33 @@ def _ensure_classifier(config: PretrainedConfig) -> None:
 # ---------------------------------------------------------------- saving
 
 
-def save_reward_model(model: RewardModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, stop_id: int) -> None:
+def save_reward_model(
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, stop_id: int | None, card: str = ""
+) -> None:
     """Write a Hugging Face directory that the stock classifier scores as we do, normalisation in its config.json.
 
-    Stock scores are raw; a normalised one is (raw - tether_reward_mean) / tether_reward_std.
-    Raises ModelError where the reloaded stock model scores a probe differently.
+    stop_id: the token that ended the sequences it was trained on. card: the model card.
+    Stock scores are raw; a normalised one is (raw - tether_reward_mean) / tether_reward_std. A directory appears whole
+    or not at all. Raises ModelError where the reloaded stock model scores a probe differently.
     """
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     config = model.classifier.config
     pad_id = choose_pad_id(tokenizer, stop_id=stop_id, vocab_size=config.get_text_config().vocab_size)
     config.pad_token_id = config.get_text_config().pad_token_id = pad_id
     config.tether_reward_mean, config.tether_reward_std = model.mean, model.std
+    config.eos_token_id = stop_id
     tokenizer.pad_token = None if pad_id is None else tokenizer.convert_ids_to_tokens(pad_id)
     with quiet_transformers():
-        model.classifier.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    compare_with_stock(model, directory, stop_id=stop_id)
+        model.classifier.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    compare_with_stock(model, partial, stop_id=stop_id)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
 
 
-def choose_pad_id(tokenizer: PreTrainedTokenizerBase, *, stop_id: int, vocab_size: int) -> int | None:
+def choose_pad_id(tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, vocab_size: int) -> int | None:
     """A pad id that no scored sequence ends with: the tokenizer's own, else unk, else another special token.
 
     None if there is no such token: the stock model then scores one sequence at a time and refuses padded batches, which
@@ -240,7 +250,7 @@ def choose_pad_id(tokenizer: PreTrainedTokenizerBase, *, stop_id: int, vocab_siz
     return None
 
 
-def compare_with_stock(model: RewardModel, directory: Path, *, stop_id: int) -> None:
+def compare_with_stock(model: RewardModel, directory: Path, *, stop_id: int | None) -> None:
     """Reload `directory` in plain transformers and compare raw scores on a padded batch with rows that end with a stop.
 
     Raises ModelError where they differ by more than rounding.
@@ -250,8 +260,9 @@ def compare_with_stock(model: RewardModel, directory: Path, *, stop_id: int) -> 
     stock = stock.to(model.device).eval()
     config = stock.config.get_text_config()
     pad_id = config.pad_token_id
-    ordinary = [i for i in range(min(config.vocab_size, 64)) if i not in (pad_id, stop_id)] or [stop_id]
-    rows = [[*ordinary[:9], stop_id], ordinary[:5], [*ordinary[3:6], stop_id]]
+    stop = [] if stop_id is None else [stop_id]
+    ordinary = [i for i in range(min(config.vocab_size, 64)) if i not in (pad_id, stop_id)] or stop
+    rows = [ordinary[:9] + stop, ordinary[:5], ordinary[-3:] + stop]
     with torch.no_grad():
         ours = model(rows)
         if pad_id is None:

@@ -81,7 +81,7 @@ class ModelReward:
         prompts = encode_prompts(tokenizer, [prompt.source for prompt in completions.prompts])
         texts = [completion_text(self._tokenizer, ids, self._stop_ids) for ids in completions.response_ids]
         answers = encode_texts(tokenizer, texts, special=False)
-        stop = list(stop_token_ids(tokenizer, None, None))[:1]
+        stop = list(stop_token_ids(tokenizer, self.model.classifier.config, None))[:1]
         return [
             [*prompt, *answer, *(stop if reason == "stop" else [])]
             for prompt, answer, reason in zip(prompts, answers, completions.finish_reasons, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tether.config import PPOConfig
+from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.runs import Run
 
 
@@ -43,6 +43,56 @@ def ppo_card(run: Run, config: PPOConfig) -> str:
         "generation_config.json says the same.",
         "",
         "A score is what the reward sources say, not what people would: look at samples before you trust it.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def sft_card(run: Run, config: SFTConfig) -> str:
+    """A model card: what was imitated, and how the loss fell."""
+    metrics, policy = run.metrics, config.model.policy
+    scratch = isinstance(policy, InitModelConfig)
+    start = "random weights" if isinstance(policy, InitModelConfig) else f"`{policy}`"
+    lines = [
+        "---",
+        *([] if scratch else [f"base_model: {policy}"]),
+        "library_name: transformers",
+        "tags: [tether, sft]",
+        "---",
+        "",
+        f"# {run.path.name}",
+        "",
+        f"Supervised fine-tuning by Tether from {start} on `{config.data.path}`: {config.sft.epochs} epochs, "
+        f"{len(metrics)} optimiser steps, seed {config.seed}.",
+        "",
+        f"Loss, nats a token: {metrics[0]['loss']:.4g} before the first step, {metrics[-1]['loss']:.4g} before the last.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def reward_card(run: Run, config: RewardConfig, report: str) -> str:
+    """A model card: what the reward model learned, as its own report says, and how to read its scores."""
+    policy = config.model.policy
+    start = "random weights" if isinstance(policy, InitModelConfig) else f"`{policy}`"
+    lines = [
+        "---",
+        *([] if isinstance(policy, InitModelConfig) else [f"base_model: {policy}"]),
+        "library_name: transformers",
+        "tags: [tether, reward-model]",
+        "---",
+        "",
+        f"# {run.path.name}",
+        "",
+        f"A reward model fitted by Tether from {start} to the preferences in `{config.data.path}`, seed {config.seed}.",
+        "",
+        report,
+        "",
+        "The score is read at the last token, stop token included. Plain transformers gives it raw; normalised it is "
+        "(raw - tether_reward_mean) / tether_reward_std, both in config.json.",
+        "",
+        "It says what the people who labelled these pairs would prefer among answers like theirs, and nothing about "
+        "others.",
         "",
     ]
     return "\n".join(lines)

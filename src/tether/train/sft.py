@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tether.config import InitModelConfig, SFTConfig, SFTModelConfig, check
+from tether.batch import microbatches
+from tether.config import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig, check
 from tether.data import Example, load_examples
-from tether.errors import ConfigError, Interrupted
+from tether.errors import ConfigError, Interrupted, TrainingError
+from tether.export import save_model
 from tether.math import nll_loss
 from tether.model import (
     LanguageModel,
@@ -29,16 +31,25 @@ from tether.model import (
     init_causal_lm,
     load_causal_lm,
     model_config,
-    quiet_transformers,
     resolve_device,
     resolve_dtype,
+    wants_checkpointing,
 )
 from tether.runs import Run, RunDirectory, hash_files
 from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.train import checkpoint
+from tether.train.card import sft_card
 from tether.train.interrupt import Signals
 from tether.train.log import Logger
-from tether.train.optim import SHUFFLE, Named, build_optimizer, microbatches, permutation, set_lr, step_if_finite
+from tether.train.optim import (
+    MAX_SKIPPED_IN_A_ROW,
+    SHUFFLE,
+    Named,
+    build_optimizer,
+    permutation,
+    set_lr,
+    step_if_finite,
+)
 from tether.train.weights import restore_weights, save_weights
 
 Row = list[Example]  # what stands in one row of tokens: one example, or several when packed
@@ -51,14 +62,20 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
     """
     check(config)
     device = resolve_device(config.device)
-    with RunDirectory.open(config, command="sft", fresh=fresh, inputs=_inputs(config)) as run:
+    with RunDirectory.open(config, command="sft", fresh=fresh, inputs=input_hashes(config.model, config.data)) as run:
         if run.finished:
-            print(f"{run.path} is finished; --fresh begins anew.")
+            print(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
             return Run.open(run.path)
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
         model, tokenizer, notes = load_model(config.model, device=device, seed=config.seed)
-        stop_id = next(iter(stop_token_ids(tokenizer, model.plain.generation_config, None)), None)
+        stop_ids = stop_token_ids(tokenizer, model.plain.generation_config, None)
         examples = load_examples(
-            config.data, tokenizer, stop_id=stop_id, train_on=config.sft.train_on, context=context_length(model.config)
+            config.data,
+            tokenizer,
+            stop_id=stop_ids[0] if stop_ids else None,
+            train_on=config.sft.train_on,
+            context=context_length(model.config),
         )
         if config.sft.packing:
             check_packing(model)
@@ -66,6 +83,7 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
         named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
         optimizer = build_optimizer(config.optim, named, lora=config.model.lora is not None)
         done = _restore(run, model, optimizer, named)
+        skipped = 0  # in a row
         with Signals() as signals, Logger(run, config.log, total=len(plan)) as log:
             for note in notes:
                 log.note(note)
@@ -77,12 +95,19 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
                 metrics["optim/grad_norm"], finite = step_if_finite(optimizer, config.optim.max_grad_norm)
                 metrics["optim/skipped_steps"] = int(not finite)
                 metrics["time/update_s"] = time.perf_counter() - began
+                metrics["tokens_per_s/update"] = metrics["tokens/trained"] / metrics["time/update_s"]
                 log.write(step, metrics)
+                skipped = 0 if finite else skipped + 1
+                if skipped == MAX_SKIPPED_IN_A_ROW:
+                    raise TrainingError(
+                        f"the gradients of {skipped} optimiser steps in a row are not finite: nothing can be learned "
+                        "any more. Lower optim.lr, or set model.dtype to float32."
+                    )
                 if step % config.checkpoint.every == 0 or step == len(plan) or signals.requested:
                     _save(run, step, model, optimizer, named, keep=config.checkpoint.keep)
                 if signals.requested and step < len(plan):
                     raise Interrupted(f"stopped after step {step} of {len(plan)}, saved; the same command continues.")
-        _export(model, tokenizer, run.path / "final")
+        save_model(model, tokenizer, run.path / "final", card=sft_card(Run(run.path), config), stop_ids=stop_ids)
     return Run.open(run.path)
 
 
@@ -196,9 +221,7 @@ def load_model(
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if isinstance(config.policy, InitModelConfig):
         tokenizer = load_tokenizer(config.policy.tokenizer, **where)
-        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        vocab_size = max(tokenizer.get_vocab().values()) + 1
-        lm: Any = init_causal_lm(config.policy.init, vocab_size=vocab_size, special=special, seed=seed).to(device)
+        lm = init_model(config.policy, tokenizer, seed=seed).to(device)
         dtype = resolve_dtype(config.dtype, device, lm.config.get_text_config().hidden_size)
     else:
         tokenizer = load_tokenizer(config.policy, **where)
@@ -209,20 +232,28 @@ def load_model(
     check_vocabulary(tokenizer, lm.get_input_embeddings().weight.shape[0])
     if config.lora:
         lm = add_lora(lm, config.lora, seed=seed)
+    if wants_checkpointing(config.gradient_checkpointing, lm, device):
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
     model = LanguageModel(lm, dtype)
     note = model.check_head()
     lm.train()
     return model, tokenizer, [note] if note else []
 
 
-def _inputs(config: SFTConfig) -> dict[str, str]:
-    """Hashes of what the run reads: it continues on the same only."""
-    policy = config.model.policy
-    if isinstance(policy, InitModelConfig):
-        model = {"model.policy.tokenizer": hash_files(policy.tokenizer, config.model.revision)}
+def init_model(config: InitModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Any:
+    """A causal language model with random weights, made for `tokenizer`: its vocabulary, its special ids."""
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    return init_causal_lm(config.init, vocab_size=vocab_size, special=special, seed=seed)
+
+
+def input_hashes(model: SFTModelConfig, data: DataConfig) -> dict[str, str]:
+    """Hashes of what a run reads, by config key: it continues only on the same."""
+    if isinstance(model.policy, InitModelConfig):
+        hashes = {"model.policy.tokenizer": hash_files(model.policy.tokenizer, model.revision)}
     else:
-        model = {"model.policy": hash_files(policy, config.model.revision)}
-    return {**model, "data.path": hash_files(config.data.path)}
+        hashes = {"model.policy": hash_files(model.policy, model.revision)}
+    return hashes | {"data.path": hash_files(data.path)}
 
 
 def _save(
@@ -237,19 +268,22 @@ def _save(
 
 def _restore(run: RunDirectory, model: LanguageModel, optimizer: torch.optim.Optimizer, named: Named) -> int:
     """Put model and optimiser back to the newest checkpoint; returns the steps that were done."""
-    found = checkpoint.latest(run.path, lambda what: run.event("fallback", what=what))
+    found = newest_checkpoint(run)
     if found is None:
-        run.cut_back(0)
         return 0
     directory, state = found
     restore_weights(model.lm, directory / "policy")
     checkpoint.load_optimizer(optimizer, named, directory / "optimizer.safetensors")
-    run.cut_back(state["step"])
     return int(state["step"])
 
 
-def _export(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    lm = model.lm.merge_and_unload() if hasattr(model.lm, "merge_and_unload") else model.lm
-    with quiet_transformers():
-        lm.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+def newest_checkpoint(run: RunDirectory) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint, the run's files cut back to it; None, cut back to nothing, if there is none."""
+
+    def say(what: str) -> None:
+        run.event("checkpoint_damaged", what=what)
+        print(what, flush=True)
+
+    found = checkpoint.latest(run.path, say)
+    run.cut_back(found[1]["step"] if found else 0)
+    return found

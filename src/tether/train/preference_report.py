@@ -1,0 +1,180 @@
+"""What a reward model learned, told so that nobody is fooled: interval, baselines, calibration.
+
+An accuracy alone says little. People agree with each other on 63–77 % of such pairs, so that is a ceiling; longer
+answers are often preferred, so a ruler is a baseline; and a model may rank well while its probabilities are far off.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from tether.preferences import Pair
+
+_Z = 1.959964  # two-sided 95 %
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A share of pairs with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Held-out pairs about whose winner the model was equally sure."""
+
+    pairs: int
+    confidence: float  # mean σ(|r_w - r_l|): the probability that the model gave its favourite
+    accuracy: Share  # how often the favourite was the chosen one
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceReport:
+    """How well scores agree with people on held-out pairs, and the scale of the scores."""
+
+    train_pairs: int
+    test_pairs: int
+    accuracy: Share  # strictly higher score for the chosen one; a tie is no success
+    train_accuracy: float
+    loss: float  # nats a held-out pair; knowing nothing is log 2 = 0.693
+    length_prefers: str  # "longer" or "shorter": what wins more often among the training pairs
+    length_accuracy: Share  # of that rule on the held-out pairs, ties half
+    calibration_error: float  # mean |confidence - accuracy| over the bins, weighted by pairs
+    calibration: list[Bin]
+    mean: float  # of the raw scores of the answers that were trained on
+    std: float
+    learned: bool  # the interval lies above chance, and the loss below log 2
+
+    def text(self) -> str:
+        """A few lines for the console and the model card."""
+        lines = [
+            f"Held-out accuracy {self.accuracy} on {self.test_pairs} pairs (95 % interval); training pairs "
+            f"{self.train_accuracy:.3f}.",
+            f"Preferring the {self.length_prefers} answer alone: {self.length_accuracy}. People agree with each other "
+            "on 0.63 to 0.77 of such pairs.",
+            f"Loss {self.loss:.4f} nats a pair (knowing nothing: 0.6931); calibration error "
+            f"{self.calibration_error:.3f}.",
+        ]
+        if not self.learned:
+            lines.append("Nothing was learned that can be told from chance: do not use this reward model.")
+        elif self.accuracy.low <= self.length_accuracy.value:
+            lines.append("It cannot be told from a ruler: length alone does as well.")
+        return "\n".join(lines)
+
+    def write(self, run: Path) -> None:
+        """reward_report.json, and calibration.html to look at."""
+        (run / "reward_report.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        (run / "calibration.html").write_text(calibration_plot(self), encoding="utf-8")
+
+
+def judge(train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], test_scores: Tensor) -> PreferenceReport:
+    """The report from raw scores: [2B] for B pairs, first of every chosen answer, then of every rejected one."""
+    margin = _margin(test_scores)
+    longer = _length_sign(train)
+    prefers = "longer" if longer.sum() >= 0 else "shorter"
+    by_length = (_length_sign(test) * (1 if prefers == "longer" else -1) + 1) / 2
+    witnesses = [pair.group or pair.prompt_key for pair in test]
+    accuracy = share((margin > 0).double(), witnesses)
+    loss = -logsigmoid(margin).mean().item()
+    bins = calibrate(margin, witnesses)
+    std = train_scores.std().item()
+    return PreferenceReport(
+        train_pairs=len(train),
+        test_pairs=len(test),
+        accuracy=accuracy,
+        train_accuracy=(_margin(train_scores) > 0).double().mean().item(),
+        loss=loss,
+        length_prefers=prefers,
+        length_accuracy=share(by_length, witnesses),
+        calibration_error=sum(b.pairs * abs(b.confidence - b.accuracy.value) for b in bins) / len(test),
+        calibration=bins,
+        mean=train_scores.mean().item(),
+        std=std if std > 1e-6 else 1.0,  # a constant model has no scale to bring to 1
+        learned=accuracy.low > 0.5 and loss < math.log(2),
+    )
+
+
+def share(success: Tensor, witnesses: Sequence[str]) -> Share:
+    """Mean of success [N] in [0, 1], with Wilson's 95 % interval.
+
+    Pairs of one witness (a prompt, a group) succeed and fail together, so they count as fewer: the number of pairs is
+    divided by the design effect, the variance of the mean over witnesses by that over independent pairs.
+    """
+    n, p = len(success), success.mean().item()
+    sums: dict[str, float] = {}
+    for witness, value in zip(witnesses, success.tolist(), strict=True):
+        sums[witness] = sums.get(witness, 0.0) + value - p
+    independent = p * (1 - p) * n
+    effect = sum(s * s for s in sums.values()) / independent if independent > 0 else n / len(sums)
+    return wilson(p, n / max(1.0, effect))
+
+
+def wilson(p: float, n: float) -> Share:
+    """Wilson's score interval of a share p among n (1927): stays within [0, 1], and says something at 0 and 1 too."""
+    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    return Share(p, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def calibrate(margin: Tensor, witnesses: Sequence[str], bins: int = 5) -> list[Bin]:
+    """Pairs by how sure the model was, from σ(0) = 0.5 to 1 in equal steps; bins without pairs are left out."""
+    confidence = torch.sigmoid(margin.abs())
+    place = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    found = []
+    for i in range(bins):
+        inside = (place == i).nonzero().flatten().tolist()
+        if inside:
+            right = share((margin[inside] > 0).double(), [witnesses[k] for k in inside])
+            found.append(Bin(len(inside), confidence[inside].mean().item(), right))
+    return found
+
+
+def calibration_plot(report: PreferenceReport) -> str:
+    """A page of its own: confidence against accuracy, with intervals, and the diagonal where they agree."""
+    import plotly.graph_objects as go
+
+    bins = report.calibration
+    figure = go.Figure()
+    figure.add_scatter(x=[0.5, 1], y=[0.5, 1], mode="lines", name="calibrated", line={"dash": "dash", "color": "gray"})
+    figure.add_scatter(
+        x=[b.confidence for b in bins],
+        y=[b.accuracy.value for b in bins],
+        error_y={
+            "array": [b.accuracy.high - b.accuracy.value for b in bins],
+            "arrayminus": [b.accuracy.value - b.accuracy.low for b in bins],
+        },
+        mode="lines+markers+text",
+        text=[f"{b.pairs}" for b in bins],
+        textposition="bottom right",
+        name="held-out pairs",
+    )
+    figure.update_layout(
+        title=f"Calibration on {report.test_pairs} held-out pairs (numbers: pairs; bars: 95 % intervals)",
+        xaxis={"title": "probability that the model gives its favourite", "range": [0.48, 1.02]},
+        yaxis={"title": "how often the favourite was chosen", "range": [0, 1.05]},
+    )
+    return str(figure.to_html(include_plotlyjs=True, full_html=True))
+
+
+def _margin(scores: Tensor) -> Tensor:
+    chosen, rejected = scores.chunk(2)
+    return chosen - rejected
+
+
+def _length_sign(pairs: Sequence[Pair]) -> Tensor:
+    """[B] 1 where the chosen answer is the longer one, -1 where it is the shorter, 0 where neither."""
+    return torch.tensor([float(len(p.chosen_ids) - len(p.rejected_ids)) for p in pairs], dtype=torch.float64).sign()

@@ -1,0 +1,228 @@
+"""Fitting a reward model to human preferences: Bradley–Terry on pairs, then an honest look at what it learned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from tether.batch import microbatches
+from tether.config import InitModelConfig, RewardConfig, SFTModelConfig, check
+from tether.data import load_pairs
+from tether.errors import Interrupted, TrainingError
+from tether.math import bradley_terry_loss
+from tether.model import (
+    add_lora,
+    context_length,
+    model_config,
+    resolve_device,
+    resolve_dtype,
+    wants_checkpointing,
+)
+from tether.preferences import Pair, split_pairs
+from tether.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
+from tether.runs import Run, RunDirectory
+from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
+from tether.train import checkpoint
+from tether.train.card import reward_card
+from tether.train.interrupt import Signals
+from tether.train.log import Logger
+from tether.train.optim import (
+    MAX_SKIPPED_IN_A_ROW,
+    SHUFFLE,
+    Named,
+    build_optimizer,
+    permutation,
+    set_lr,
+    step_if_finite,
+)
+from tether.train.preference_report import PreferenceReport, judge
+from tether.train.sft import init_model, input_hashes, newest_checkpoint
+from tether.train.weights import restore_weights, save_weights
+
+
+def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
+    """Train, or continue the run in `config.run`; returns it, with the reward model in `.final`.
+
+    Held-out accuracy with its interval, the length-only baseline and calibration are printed, and written to
+    reward_report.json and calibration.html in the run directory.
+
+    fresh: move a run that is there aside and begin anew.
+    """
+    check(config)
+    section, device = config.reward_model, resolve_device(config.device)
+    inputs = input_hashes(config.model, config.data)
+    with RunDirectory.open(config, command="reward", fresh=fresh, inputs=inputs) as run:
+        if run.finished:
+            print(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
+            return Run.open(run.path)
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
+        model, adapter, tokenizer = load_model(config.model, device=device, seed=config.seed)
+        stop_id = stop_token(config.model, tokenizer)
+        pairs = load_pairs(config.data, tokenizer, stop_id=stop_id, context=context_length(model.classifier.config))
+        train, test = split_pairs(pairs, section.test_fraction, config.seed)
+        plan = plan_steps(len(train), config)
+        trunk, head = trained_parameters(model)
+        optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
+        done = _restore(run, model, adapter, optimizer)
+        skipped = 0  # in a row
+        with Signals() as signals, Logger(run, config.log, total=len(plan)) as log:
+            for step in range(done + 1, len(plan) + 1):
+                batch = [train[i] for i in plan[step - 1]]
+                began = time.perf_counter()
+                metrics = accumulate(model, batch, section.centre, section.microbatch_tokens)
+                metrics["optim/lr"] = set_lr(optimizer, config.optim, step - 1, len(plan))
+                metrics["optim/grad_norm"], finite = step_if_finite(optimizer, config.optim.max_grad_norm)
+                metrics["optim/skipped_steps"] = int(not finite)
+                metrics["time/update_s"] = time.perf_counter() - began
+                log.write(step, metrics)
+                skipped = 0 if finite else skipped + 1
+                if skipped == MAX_SKIPPED_IN_A_ROW:
+                    raise TrainingError(
+                        f"the gradients of {skipped} optimiser steps in a row are not finite: nothing can be learned "
+                        "any more. Lower optim.lr, or set model.dtype to float32."
+                    )
+                if step % config.checkpoint.every == 0 or step == len(plan) or signals.requested:
+                    _save(run, step, model, adapter, optimizer, keep=config.checkpoint.keep)
+                if signals.requested and step < len(plan):
+                    raise Interrupted(f"stopped after step {step} of {len(plan)}, saved; the same command continues.")
+        if adapter is not None:
+            adapter.merge_and_unload()  # in place: the classifier's own layers are whole again
+        report = finish(model, train, test)
+        report.write(run.path)
+        print(report.text())
+        card = reward_card(Run(run.path), config, report.text())
+        save_reward_model(model, tokenizer, run.path / "final", stop_id=stop_id, card=card)
+    return Run.open(run.path)
+
+
+def accumulate(model: RewardModel, pairs: Sequence[Pair], centre: float, microbatch_tokens: int) -> dict[str, float]:
+    """Add one optimiser step's gradients to the model's, microbatch by microbatch; no step.
+
+    Returns the step's metrics: reward_model/loss, reward_model/accuracy, reward_model/margin.
+    """
+    widths = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs]
+    metrics: dict[str, float] = {}
+    for index in microbatches(widths, microbatch_tokens):
+        part = [pairs[i] for i in index.tolist()]
+        chosen, rejected = model(rows_of(part)).chunk(2)
+        loss, sums = bradley_terry_loss(chosen, rejected, centre=centre, denominator=len(pairs))
+        loss.backward()
+        for name, value in sums.items():
+            metrics[name] = metrics.get(name, 0.0) + value.item()
+    return metrics
+
+
+def rows_of(pairs: Sequence[Pair]) -> list[list[int]]:
+    """2B sequences of B pairs: first every chosen one, then every rejected one."""
+    return [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
+
+
+def plan_steps(count: int, config: RewardConfig) -> list[list[int]]:
+    """The pairs of every optimiser step, a function of the seed alone; an epoch's last step may be smaller."""
+    section, plan = config.reward_model, []
+    for epoch in range(section.epochs):
+        order = permutation(count, seed=config.seed, stream=SHUFFLE, counter=(epoch,))
+        plan += [order[start : start + section.batch] for start in range(0, count, section.batch)]
+    return plan
+
+
+def finish(model: RewardModel, train: Sequence[Pair], test: Sequence[Pair]) -> PreferenceReport:
+    """Judge the model on the held-out pairs, and normalise it: the answers it was trained on score mean 0, deviation 1.
+
+    Source of the normalisation: Ziegler et al. 2019. It makes β, clips and the score of a missing stop token mean the
+    same whatever the reward model; differences times the deviation are still Bradley–Terry's log-odds.
+    """
+    model.mean, model.std = 0.0, 1.0
+    raw = model.score(rows_of(train)).double()
+    held_out = model.score(rows_of(test)).double()
+    report = judge(train, raw, test, held_out)
+    model.mean, model.std = report.mean, report.std
+    return report
+
+
+# ---------------------------------------------------------------- loading and saving
+
+
+def stop_token(config: SFTModelConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that a policy grown from this model would end answers with; a classifier has no generation config."""
+    generation = None
+    if isinstance(config.policy, str):
+        with suppress(OSError):  # it has none: the tokenizer's eos then
+            generation = GenerationConfig.from_pretrained(config.policy, revision=config.revision)
+    return next(iter(stop_token_ids(tokenizer, generation, None)), None)
+
+
+def load_model(
+    config: SFTModelConfig, *, device: torch.device, seed: int
+) -> tuple[RewardModel, Any | None, PreTrainedTokenizerBase]:
+    """(model ready to train, its peft adapter under LoRA, its tokenizer). Trained weights are float32."""
+    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if isinstance(config.policy, InitModelConfig):
+        tokenizer = load_tokenizer(config.policy.tokenizer, **where)
+        lm = init_model(config.policy, tokenizer, seed=seed)
+        dtype = resolve_dtype(config.dtype, device, lm.config.get_text_config().hidden_size)
+        model = reward_model_from_config(lm.config, dtype=dtype, seed=seed).to(device)
+    else:
+        tokenizer = load_tokenizer(config.policy, **where)
+        width = model_config(config.policy, **where).get_text_config().hidden_size
+        dtype = resolve_dtype(config.dtype, device, width)
+        weights = dtype if config.lora else torch.float32
+        model = init_reward_model(config.policy, dtype=dtype, weights_dtype=weights, device=device, seed=seed, **where)
+    check_vocabulary(tokenizer, model.classifier.get_input_embeddings().weight.shape[0])
+    adapter = None
+    if config.lora:
+        adapter = add_lora(model.trunk, config.lora, seed=seed, task="FEATURE_EXTRACTION")
+        model.head.float()
+    if wants_checkpointing(config.gradient_checkpointing, model, device):
+        model.classifier.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train(), adapter, tokenizer
+
+
+def trained_parameters(model: RewardModel) -> tuple[Named, Named]:
+    """(trunk, head): weights that are trained, by name; the head learns faster."""
+    named = [(name, p) for name, p in model.classifier.named_parameters() if p.requires_grad]
+    is_head = [name.startswith("score.") for name, _ in named]
+    return (
+        [item for item, head in zip(named, is_head, strict=True) if not head],
+        [item for item, head in zip(named, is_head, strict=True) if head],
+    )
+
+
+def _save(
+    run: RunDirectory,
+    step: int,
+    model: RewardModel,
+    adapter: Any | None,
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
+) -> None:
+    trunk, head = trained_parameters(model)
+
+    def write(directory: Path) -> None:
+        save_weights(adapter or model.classifier, directory / "policy")
+        save_file(dict(model.head.state_dict()), directory / "head.safetensors")  # an adapter does not hold it
+        checkpoint.save_optimizer(optimizer, [*trunk, *head], directory / "optimizer.safetensors")
+
+    checkpoint.save(run.path, f"step-{step:06d}", {"step": step}, write, keep=keep)
+
+
+def _restore(run: RunDirectory, model: RewardModel, adapter: Any | None, optimizer: torch.optim.Optimizer) -> int:
+    """Put model and optimiser back to the newest checkpoint; returns the steps that were done."""
+    found = newest_checkpoint(run)
+    if found is None:
+        return 0
+    directory, state = found
+    restore_weights(adapter or model.classifier, directory / "policy")
+    model.head.load_state_dict(load_file(directory / "head.safetensors"))
+    trunk, head = trained_parameters(model)
+    checkpoint.load_optimizer(optimizer, [*trunk, *head], directory / "optimizer.safetensors")
+    return int(state["step"])
