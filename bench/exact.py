@@ -31,7 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import tether
 from chart import Line, draw
@@ -162,16 +162,17 @@ def _value_error(task: Task, prompt: int, responses: list[Ids], ref: Any, p: Any
 def build(task: Task, directory: Path, seed: int) -> None:
     """A two-layer, 64-wide transformer over the task's symbols, as a Hugging Face directory, and its prompts."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=task.symbols, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=32, tie_word_embeddings=False, initializer_range=0.1,
+    # Learned positions: rotary ones cannot count how often a prompt's own symbol was repeated, so some V* would be out of reach.
+    model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=task.symbols, n_embd=64, n_inner=128, n_layer=2, n_head=4, n_positions=32, initializer_range=0.1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=task.stop, pad_token_id=None,
     ))  # fmt: skip
     with torch.no_grad():
         if task.reference == "uniform":
             model.lm_head.weight.zero_()
         if task.reference == "bandit":  # logits W·h = -0.3 k for the one hidden state h that there is
-            hidden = model.model(torch.tensor([[task.prompts[0]]])).last_hidden_state[0, 0]
+            hidden = model.transformer(torch.tensor([[task.prompts[0]]])).last_hidden_state[0, 0]
             model.lm_head.weight.copy_(torch.outer(-0.3 * torch.arange(8.0), hidden) / hidden.dot(hidden))
     model.save_pretrained(directory / "model")
     words = {chr(ord("a") + i): i for i in range(task.symbols)}

@@ -95,10 +95,8 @@ class Rows:
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Rows:
         """Pad ragged ids into rows."""
-        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-        for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
-            tokens[i, : lengths[i]] = torch.tensor([*p, *r], dtype=torch.long)
+        whole = [torch.tensor([*p, *r], dtype=torch.long) for p, r in zip(prompts, responses, strict=True)]
+        tokens = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
         return cls(tokens, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses]))
 
     def __len__(self) -> int:

@@ -36,7 +36,7 @@ def build_optimizer(
     critic_lr = config.critic_lr if config.critic_lr is not None else (10 * lr if critic_is_head else lr)
     groups = [{"params": [p for _, p in named], "lr": peak, "peak": peak}
               for named, peak in ((policy, lr), (critic, critic_lr)) if named]  # fmt: skip
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total: int) -> float:
