@@ -43,7 +43,6 @@ def clipped_policy_loss(
     gradient is cut), policy/ratio_mean, policy/ratio_min, policy/ratio_max.
     """
     low, high = (clip, clip) if isinstance(clip, (int, float)) else clip
-    advantages = torch.where(mask, advantages, 0.0)
     log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0.0)  # before exp: padding may be -inf
     ratio = log_ratio.clamp(-20, 20).exp()  # e^20 ≈ 5e8: a lost token costs much, but not inf
     loss = masked_sum(torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)), mask)
