@@ -18,8 +18,9 @@ from tether.config import (
     SFTModelConfig,
     WandbConfig,
 )
-from tether.errors import DataError, Interrupted, RunError
+from tether.errors import Interrupted, RewardError, RunError
 from tether.runs import Run, RunDirectory
+from tether.train import checkpoint
 
 
 def begin(config, **options) -> None:
@@ -38,6 +39,8 @@ MAY_CHANGE = {
     "log.wandb.project": (lambda c: replace(c, log=LogConfig(wandb=WandbConfig(project="p"))), True),
     "checkpoint.every": (lambda c: replace(c, checkpoint=CheckpointConfig(every=7)), True),
     "evaluate.samples": (lambda c: replace(c, evaluate=HeldOutConfig(samples=2)), True),
+    "evaluate.every": (lambda c: replace(c, evaluate=HeldOutConfig(every=5)), True),
+    "evaluate.count": (lambda c: replace(c, evaluate=HeldOutConfig(count=8)), False),  # the others are trained on
     "reward[0].timeout_s": (lambda c: replace(c, reward=[replace(c.reward[0], timeout_s=9.0)]), True),
     "ppo.microbatch_tokens": (lambda c: change(c, "ppo", microbatch_tokens=64), False),
     "model.gradient_checkpointing": (lambda c: change(c, "model", gradient_checkpointing=True), False),
@@ -95,7 +98,8 @@ def test_anything_else_is_refused_naming_the_key_and_both_values(config, message
 def test_a_run_that_failed_before_its_first_cycle_may_be_begun_anew_with_another_config(config):
     run = RunDirectory.open(config, command="ppo", inputs={"prompts.path": "sha256:aa"})
     run.write_evaluation(0, {"cycle": [0]})
-    run.__exit__(DataError, DataError("prompts.jsonl:3 has no column prompt"), None)
+    checkpoint.save(run.path, "cycle-000000", {}, lambda folder: None)
+    run.__exit__(RewardError, RewardError("reward function helpful raised KeyError"), None)
     mended = change(config, "prompts", path="mended.jsonl")
     with RunDirectory.open(mended, command="ppo", inputs={"prompts.path": "sha256:cc"}) as run:
         assert not run.resumed
@@ -103,6 +107,7 @@ def test_a_run_that_failed_before_its_first_cycle_may_be_begun_anew_with_another
     assert got.config == mended
     assert got.environment["inputs"] == {"prompts.path": "sha256:cc"}
     assert got.evaluation_cycles == []
+    assert checkpoint.names(run.path) == []
 
 
 def test_cycles_may_grow_under_a_constant_schedule_alone(config):

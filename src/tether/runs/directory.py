@@ -130,7 +130,7 @@ class RunDirectory:
         for name in ("events.jsonl", "metrics.jsonl"):
             drop_half_line(path / name)
         for key, old, new in changed:
-            run.event("config_changed", key=key, old=old, new=new, bit_equal=keeps_bits(key))
+            run.event("config_changed", key=key, old=old, new=new, bit_equal=keeps_bits((key, old, new)))
         for key, old, new in environment_changes(environment):
             run.event("environment_changed", key=key, old=old, new=new, bit_equal=False)
         write_atomically(path / "config.yaml", to_yaml(config))
@@ -234,8 +234,9 @@ def _make_and_lock(path: Path) -> Lock:
 def _has_something_to_continue(path: Path) -> bool:
     if not (path / "config.yaml").exists():
         return False
-    done = read_lines(path / "metrics.jsonl") or list((path / "checkpoints").glob("[!.]*"))
-    return bool(done) or read_json(path / "status.json")["state"] == "finished"
+    if read_lines(path / "metrics.jsonl") or any((path / "checkpoints").glob("[!.]*[1-9]*")):  # -000000 is the start
+        return True
+    return read_json(path / "status.json")["state"] == "finished"
 
 
 def _remove_what_came_to_nothing(path: Path) -> None:

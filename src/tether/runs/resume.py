@@ -18,8 +18,8 @@ _MAY_CHANGE = re.compile(
     r"run$|(log|checkpoint|evaluate)(\.|$)|reward\[\d+\]\.timeout_s$"
     r"|(ppo|sft|reward_model)\.microbatch_tokens$|model\.gradient_checkpointing$"
 )
-# These change the order of floating-point sums: the rest of the run is equal up to rounding, not bit for bit.
-_ROUNDING = re.compile(r".*\.(microbatch_tokens|gradient_checkpointing)$")
+# The first two change the order of floating-point sums, the others which prompts are held out of training.
+_NOT_BIT_EQUAL = re.compile(r".*\.(microbatch_tokens|gradient_checkpointing)$|evaluate\.(prompts|count)$")
 _ABSENT = "(absent)"
 
 
@@ -51,9 +51,12 @@ def check_inputs(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
             )
 
 
-def keeps_bits(key: str) -> bool:
-    """Whether a run is still bit-equal to an uninterrupted one after `key` changed."""
-    return not _ROUNDING.match(key)
+def keeps_bits(change: Change) -> bool:
+    """Whether the rest of the run is still bit-equal to an uninterrupted one after this change."""
+    key, before, now = change
+    if key == "evaluate.every":
+        return bool(before) == bool(now)  # 0 holds no prompts out
+    return not _NOT_BIT_EQUAL.match(key)
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:

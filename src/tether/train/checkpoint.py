@@ -63,11 +63,17 @@ def save(run: Path, name: str, state: dict[str, Any], write: Callable[[Path], No
         raise failure from error
     finally:
         _remove_hidden(folder)
-    # What is newer than this one is damaged: the run was continued from before it.
-    current = names(run).index(name)
-    for old in names(run)[: max(0, current + 1 - keep)] + names(run)[current + 1 :]:
-        shutil.rmtree(folder / old)
+    _drop_all_but(keep, name, folder)
     return target
+
+
+def _drop_all_but(keep: int, newest: str, folder: Path) -> None:
+    """Keep `newest` and the `keep - 1` before it. What is newer is damaged: the run was continued from before it."""
+    present = names(folder.parent)
+    end = present.index(newest) + 1
+    for name in set(present) - set(present[max(0, end - keep) : end]):
+        (folder / name).rename(folder / f".{name}.dropped")  # at once, so that no half of it is taken for a checkpoint
+    _remove_hidden(folder)
 
 
 def latest(run: Path, on_fallback: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:
@@ -194,6 +200,6 @@ def _sync(path: Path) -> None:
 
 
 def _remove_hidden(folder: Path) -> None:
-    """What was begun and not finished, or replaced."""
+    """What was begun and not finished, replaced or dropped."""
     for path in folder.glob(".*"):
         shutil.rmtree(path, ignore_errors=True)
