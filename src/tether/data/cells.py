@@ -11,6 +11,7 @@ from tether.tokens import Messages
 
 
 def as_text(value: Any) -> str:
+    """A text that a tokenizer can take."""
     if not isinstance(value, str):
         raise DataError(f"is {kind(value)}, where a text belongs. Write it in quotes.")
     if not value.isascii():
@@ -24,6 +25,7 @@ def as_text(value: Any) -> str:
 
 
 def as_text_or_messages(value: Any) -> Text:
+    """Either of the two."""
     if isinstance(value, list):
         return as_messages(value)
     if isinstance(value, str):
@@ -35,6 +37,7 @@ def as_text_or_messages(value: Any) -> Text:
 
 
 def as_messages(value: Any) -> Messages:
+    """A conversation: at least one message, each with a role, and a content or tool calls."""
     if not isinstance(value, list) or not value:
         raise DataError(
             f"is {kind(value)}, where a list of messages belongs. Write "
@@ -60,6 +63,7 @@ def as_messages(value: Any) -> Messages:
 
 
 def as_prompt(value: Any) -> Text:
+    """A text, or messages that wait for an answer."""
     source = as_text_or_messages(value)
     if not isinstance(source, str) and source[-1]["role"] == "assistant":
         raise DataError(

@@ -17,6 +17,7 @@ from tether.tokens import encode_answer, encode_prompt, encode_prompts, encode_t
 def encode_prompt_column(
     table: Table, sources: Sequence[Text], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]
 ) -> list[list[int]]:
+    """The ids of each prompt, at least one."""
     try:
         encoded = encode_prompts(tokenizer, sources, kwargs)
     except DataError:  # all at once is fast, one by one tells which
@@ -60,4 +61,5 @@ def encode_answers(
 
 
 def stopped(ids: list[int], stop_id: int | None) -> list[int]:
+    """`ids` with a stop token at the end."""
     return ids if stop_id is None or ids[-1:] == [stop_id] else [*ids, stop_id]

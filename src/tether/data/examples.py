@@ -56,14 +56,18 @@ def load_examples(
         )
     limit = Limit.of_data(config, context)
     examples = []
+    torn = 0
     for i in limit.apply(table, column, [len(ids) for ids, _ in encoded]):
         ids, trained = encoded[i]
         ids = keep_right(ids, limit.tokens, tokenizer)
-        trained = [True] * len(ids) if train_on == "all" else trained[len(trained) - len(ids) :]
-        trained[0] = False
+        trained = [True] * len(trained) if train_on == "all" else trained
+        cut = len(trained) - len(ids)
+        torn += cut > 0 and True in trained[: cut + 1]
+        trained = [False, *trained[cut + 1 :]]
         if True not in trained:
             raise table.error(i, column, "holds nothing to learn: no token follows another. Write a text.")
         examples.append(Example(ids, trained, i))
+    limit.say_torn(table, torn)
     return examples
 
 
@@ -107,5 +111,5 @@ def _encode_whole_texts(table: Table, tokenizer: PreTrainedTokenizerBase, stop_i
     for i, row in enumerate(table.rows):
         with table.at(i, "text"):
             texts.append(as_text(row["text"]))
-    stopped = [stopped(ids, stop_id) for ids in encode_texts(tokenizer, texts, special=True)]
-    return [(ids, [True] * len(ids)) for ids in stopped]
+    encoded = [stopped(ids, stop_id) for ids in encode_texts(tokenizer, texts, special=True)]
+    return [(ids, [True] * len(ids)) for ids in encoded]

@@ -67,6 +67,11 @@ class Limit:
         gone = set(over)
         return [i for i in range(len(lengths)) if i not in gone]
 
+    def say_torn(self, table: Table, torn: int) -> None:
+        """Say on stderr how many rows lost more than a part of their prompt."""
+        if torn:
+            print(f"{table.path}: {torn} of them lost some of what is to be learned, not only prompt", file=sys.stderr)
+
 
 def keep_right(ids: list[int], tokens: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The last `tokens` ids; a bos stays in front, where the model has always seen one."""

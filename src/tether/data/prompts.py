@@ -10,9 +10,6 @@ from tether.data.cells import as_prompt
 from tether.data.encode import encode_prompt_column
 from tether.data.limit import Limit, keep_right
 from tether.data.table import read_table
-from tether.errors import DataError
-
-_REWARD_ARGUMENTS = {"prompts", "completions", "completion_ids"}
 
 
 def load_prompts(
@@ -25,11 +22,6 @@ def load_prompts(
     table = read_table(config.path, config.split, config.limit)
     table.require(["prompt"], '{"prompt": "…"}')
     names = dict.fromkeys(name for row in table.rows for name in row if name != "prompt")
-    for name in names:
-        if name in _REWARD_ARGUMENTS:
-            raise DataError(
-                f"{table.path} has a column {name!r}, and reward functions get something else by that name. Rename it."
-            )
     sources = []
     for i, row in enumerate(table.rows):
         with table.at(i, "prompt"):

@@ -30,9 +30,11 @@ class Table:
         return len(self.rows)
 
     def place(self, row: int) -> str:
+        """FILE, line N."""
         return f"{self.path}, " + (f"line {self.lines[row]}" if self.lines else f"row {row} (from 0)")
 
     def error(self, row: int, column: str, problem: str) -> DataError:
+        """What to raise about a cell."""
         return DataError(f"{self.place(row)}, column {column!r}: {problem}")
 
     @contextmanager
@@ -142,25 +144,28 @@ def _parse(place: str, line: bytes, *, first: bool) -> Row:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{place} is not UTF-8: byte {line[error.start]:#04x} at position {error.start}. Save the file as UTF-8, "
-            "e.g. iconv -f LATIN1 -t UTF-8."
+            f"{place} is not UTF-8: it holds {line[error.start]:#04x} as its byte {error.start + 1}. Save the file as "
+            "UTF-8, e.g. iconv -f LATIN1 -t UTF-8."
         ) from error
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
+        why = (
+            f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
+        )
         if first and text.strip() in ("[", "{"):
             raise DataError(
                 f"{place} is only {text.strip()!r}: the file is one JSON document spread over lines. {_ONE_A_LINE} "
-                "(jq -c '.[]' makes that of a list)."
+                f"(jq -c {'.[]' if text.strip() == '[' else '.'} makes that of it)."
             ) from error
-        if not text.endswith("\n"):
+        if text.startswith("{") and not text.endswith("\n"):
             raise DataError(
-                f"{place}, the last, is not whole JSON ({error}): was its writer interrupted? Remove the line or write "
+                f"{place}, the last, is not whole JSON ({why}): was its writer interrupted? Remove the line or write "
                 "the file again."
             ) from error
-        raise DataError(f"{place} is not JSON ({error}). {_ONE_A_LINE}.") from error
+        raise DataError(f"{place} is not JSON ({why}). {_ONE_A_LINE}.") from error
     if not isinstance(row, dict):
-        remedy = " (jq -c '.[]' makes that of a list)" if isinstance(row, list) else ""
+        remedy = " (jq -c .[] makes that of a list)" if isinstance(row, list) else ""
         raise DataError(f"{place} is {kind(row)}, where a row is an object. {_ONE_A_LINE}{remedy}.")
     return row
 
@@ -210,4 +215,5 @@ def kind(value: Any) -> str:
 
 
 def listed(row: Iterable[str]) -> str:
+    """Names as an error lists them."""
     return ", ".join(map(repr, row)) or "none at all"

@@ -1,0 +1,91 @@
+"""Rows: what is written comes back, from every kind of file."""
+
+import gzip
+import json
+import tempfile
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tether.data import read_rows
+from tether.errors import DataError
+
+leaves = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8)
+cells = leaves | st.lists(st.dictionaries(st.sampled_from(["role", "content"]), leaves), max_size=2)
+rows = st.lists(st.dictionaries(st.text(max_size=6), cells, max_size=3), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    rows=rows,
+    escaped=st.booleans(),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    last=st.booleans(),
+    mark=st.sampled_from([b"", b"\xef\xbb\xbf"]),
+    zipped=st.booleans(),
+)
+def test_json_lines_come_back_as_written(rows, escaped, newline, last, mark, zipped):
+    text = newline.join(json.dumps(row, ensure_ascii=escaped) for row in rows) + (newline if last else "")
+    content = mark + text.encode()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "rows.jsonl"
+        path.write_bytes(gzip.compress(content) if zipped else content)
+        assert read_rows(str(path)) == rows
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_what_unicode_calls_a_line_break_does_not_end_a_line(write, separator):
+    # str.splitlines would; JSON allows them unescaped (from U+0020 on)
+    row = {"prompt": f"one{separator}two"}
+    line = json.dumps(row, ensure_ascii=separator < " ").encode()
+    assert read_rows(write("a.jsonl", line + b"\n")) == [row]
+
+
+def test_blank_lines_are_no_rows_but_count_as_lines(write):
+    path = write("a.jsonl", b'\n{"prompt": "a"}\n\n  \n{"text": "b"}\n\n')
+    with pytest.raises(DataError, match="line 5: there is no column 'prompt'"):
+        read_rows(path, columns=["prompt"])
+
+
+@settings(deadline=None, max_examples=25)
+@given(texts=st.lists(st.text(max_size=12), min_size=1, max_size=8))
+def test_parquet_comes_back_as_written(texts):
+    rows = [{"prompt": text, "turns": [{"role": "user", "content": text}], "n": i} for i, text in enumerate(texts)]
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/rows.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        assert read_rows(path) == rows
+        assert read_rows(path, limit=2) == rows[:2]
+
+
+def test_a_file_is_read_by_what_it_holds_whatever_its_name(write, tmp_path):
+    rows = [{"prompt": "a"}]
+    zipped = tmp_path / "zipped.jsonl"
+    zipped.write_bytes(gzip.compress(b'{"prompt": "a"}\n'))
+    assert read_rows(str(zipped)) == rows
+    plain = tmp_path / "plain.gz"
+    plain.write_bytes(b'{"prompt": "a"}\n')
+    assert read_rows(str(plain)) == rows
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data")
+    assert read_rows(str(tmp_path / "data")) == rows
+
+
+def test_limit_takes_the_first_rows_and_reads_no_further(write):
+    assert read_rows(write("a.jsonl", b'{"a": 1}\n{"a": 2}\nnot JSON\n'), limit=2) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_hub_data_set_gives_the_rows_of_its_split(monkeypatch):
+    asked = []
+
+    def load_dataset(path, split):  # the hub is out of reach here; the data set is a real one
+        asked.append((path, split))
+        return datasets.Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_rows("somebody/prompts", "test", limit=2) == [{"prompt": "a"}, {"prompt": "b"}]
+    assert asked == [("somebody/prompts", "test")]
