@@ -33,17 +33,19 @@ _LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+_MIXED = ["sliding_attention", "full_attention"]
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA | {"tie_word_embeddings": True},
     "qwen2": _LLAMA,
     "qwen3": _LLAMA | {"head_dim": 8},
     "mistral": _LLAMA | {"sliding_window": 8},
     "gemma2": _LLAMA | {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0},
-    "gemma3_text": _LLAMA | {"head_dim": 8, "sliding_window": 8},
+    "gemma3_text": _LLAMA | {"head_dim": 8, "sliding_window": 8, "layer_types": _MIXED},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"},
     "granite": _LLAMA | {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
     "cohere": _LLAMA | {"logit_scale": 0.25},
+    "cohere2": _LLAMA | {"logit_scale": 0.25, "sliding_window": 8, "layer_types": _MIXED},
 }
 
 

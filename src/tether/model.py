@@ -1,7 +1,7 @@
 """The models of a PPO run: the policy with its critic, and the frozen reference.
 
-Model code is transformers': any causal language model, by directory or hub id. Ours is what surrounds it: loading it in the
-right precision, reading log-probs off hidden states without ever holding [B, T, V], and a value head.
+Model code is transformers': any causal language model, by directory or hub id. Ours is what surrounds it: loading it in
+the right precision, reading log-probs off hidden states without ever holding [B, T, V], and a value head.
 
 Every forward pass here sees whole rows, prompt and response, padded on the right and without an attention mask: under
 causal attention no token sees what comes after it (see `tether.batch`).
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tether.batch import Rows
@@ -29,6 +29,8 @@ from tether.errors import ConfigError, ModelError
 from tether.math import full_logprobs, token_logprobs
 
 transformers_logging.disable_progress_bar()
+
+_VALUE_HEAD = "value_head.safetensors"  # in a critic's directory, beside its trunk if it has one
 
 # ---------------------------------------------------------------- device and precision
 
@@ -95,16 +97,24 @@ def check_directory(path: str) -> None:
 
 
 def load_causal_lm(
-    path: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, trust_remote_code: bool = False
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    trunk_only: bool = False,
 ) -> PreTrainedModel:
     """A causal language model from a directory or hub id; safetensors only, every dropout 0.
 
+    trunk_only: without its head, and from a directory that need not have one.
     Raises ModelError where it cannot be loaded, or where weights are missing (they would be random).
     """
     model_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    auto: Any = AutoModel if trunk_only else AutoModelForCausalLM
     with quiet_transformers():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto.from_pretrained(
                 path,
                 dtype=dtype,
                 revision=revision,
@@ -120,7 +130,7 @@ def load_causal_lm(
             f"{path} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} first: they would be random. "
             "Name a directory that holds a whole causal language model."
         )
-    return without_dropout(model).to(device)
+    return without_dropout(model.to(device))
 
 
 def init_causal_lm(settings: dict[str, Any], *, vocab_size: int, special: dict[str, int | None], seed: int) -> Any:
@@ -143,17 +153,16 @@ def init_causal_lm(settings: dict[str, Any], *, vocab_size: int, special: dict[s
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Every dropout at 0: two passes over the same tokens must agree, or the ratio would not begin at 1."""
-    for config in (model.config, model.config.get_text_config()):
-        for name, value in vars(config).items():
-            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
-                setattr(config, name, 0.0)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "hidden_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    """Every dropout at 0: two passes over the same tokens must agree, or the ratio would not begin at 1.
+
+    A rate may be in the config, in a module's attribute, or in a module of torch's own; all go by a name with `drop`.
+    """
+    for holder in (model.config, model.config.get_text_config(), *model.modules()):
+        for name, value in list(vars(holder).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(holder, name, 0.0)
+        if isinstance(holder, nn.Dropout):
+            holder.p = 0.0
     return model
 
 
@@ -165,9 +174,8 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, task: str =
     import peft
 
     targets = lora.targets
-    config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, task_type=task
-    )
+    alpha: Any = lora.alpha  # peft takes any number and declares int
+    config = peft.LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type=task)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -232,10 +240,8 @@ class LanguageModel:
         return next(self.plain.parameters()).device
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 matmuls over float32 masters; nothing to do in float32."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        """bfloat16 matmuls over float32 masters; nothing to do in float32 (or float64)."""
+        return torch.autocast(self.device.type, self.dtype) if self.dtype == torch.bfloat16 else nullcontext()
 
     def hidden(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """[B, T, D] hidden states after the last norm, for tokens [B, T]."""
@@ -352,8 +358,7 @@ class Policy(nn.Module):
         if self.critic is not None:
             values = self.critic(rows)
         else:
-            assert self.value_head is not None
-            values = _read_values(self.value_head, hidden)
+            values = _read_values(self._head(), hidden)
         return PolicyOutput(_fill(logprobs, mask), _fill(entropies, mask), _fill(values, mask))
 
     def policy_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -377,30 +382,32 @@ class Policy(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         if self.critic is not None:
             self.critic.trunk.save_pretrained(directory)
-        head = self.critic.head if self.critic is not None else self.value_head
-        assert head is not None
-        save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, directory / "value_head.safetensors")
+        head = {name: tensor.detach().cpu().contiguous() for name, tensor in self._head().state_dict().items()}
+        save_file(head, directory / _VALUE_HEAD)
 
     def load_critic(self, directory: Path) -> None:
         """Read back what save_critic wrote, bit for bit."""
-        head = self.critic.head if self.critic is not None else self.value_head
-        assert head is not None
-        head.load_state_dict(load_file(directory / "value_head.safetensors"))
+        self._head().load_state_dict(load_file(directory / _VALUE_HEAD))
         if self.critic is not None:
             load_weights(self.critic.trunk, directory)
+
+    def _head(self) -> nn.Linear:
+        head = self.critic.head if self.critic is not None else self.value_head
+        assert head is not None
+        return head
 
 
 class SeparateCritic(nn.Module):
     """A critic with a trunk of its own: it cannot disturb the policy, and costs a second forward and backward pass."""
 
-    def __init__(self, trunk: PreTrainedModel, head: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, trunk: Any, head: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.trunk, self.head, self.dtype = trunk, head, dtype
 
     def forward(self, rows: Rows) -> Tensor:
         """[N] values, one before each response token."""
-        autocast = self.dtype != torch.float32
-        with torch.autocast(rows.tokens.device.type, dtype=self.dtype) if autocast else nullcontext():
+        autocast = self.dtype == torch.bfloat16
+        with torch.autocast(rows.tokens.device.type, self.dtype) if autocast else nullcontext():
             hidden = self.trunk(input_ids=rows.tokens, use_cache=False).last_hidden_state
         return _read_values(self.head, hidden[rows.before_targets])
 
@@ -424,19 +431,16 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
 
     Trained weights are float32; frozen ones (the reference, the base under LoRA) are in the compute precision.
     """
-    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     width = model_config(config.policy, **where).get_text_config().hidden_size
     dtype = resolve_dtype(config.dtype, device, width)
-    lm = load_causal_lm(config.policy, dtype=dtype if config.lora else torch.float32, device=device, **where)
+    lm: Any = load_causal_lm(config.policy, dtype=dtype if config.lora else torch.float32, device=device, **where)
 
     frozen = None
     if config.reference is not None:
-        frozen = LanguageModel(load_causal_lm(config.reference, dtype=dtype, device=device, **where), dtype)
-        if frozen.config.vocab_size != lm.config.get_text_config().vocab_size:
-            raise ModelError(
-                f"model.reference={config.reference} has a vocabulary of {frozen.config.vocab_size}, the policy one of "
-                f"{lm.config.get_text_config().vocab_size}: their log-probs cannot be compared. Name a reference with the same tokenizer."
-            )
+        other = load_causal_lm(config.reference, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
+        frozen = LanguageModel(other, dtype)
+        _check_same_vocabulary("model.reference", config.reference, frozen.lm, lm)
     elif not config.lora:
         frozen = LanguageModel(copy.deepcopy(lm).to(dtype), dtype)
 
@@ -448,8 +452,6 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
     if wants_checkpointing(config.gradient_checkpointing, lm, device):
         for module in [lm] + ([critic.trunk] if critic else []):
             module.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.lora:
-            lm.enable_input_require_grads()
 
     policy = Policy(LanguageModel(lm, dtype), critic).to(device)
     notes = [note for model in (policy.model, frozen) if model and (note := model.check_head())]
@@ -461,28 +463,39 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
 
 def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> SeparateCritic:
     if config.critic == "separate":
-        trunk = copy.deepcopy(lm.base_model).float()
-        return SeparateCritic(trunk, _zero_head(lm.config.get_text_config().hidden_size, device), dtype)
-    check_directory(config.critic)
-    kind = model_config(config.critic).architectures or [""]
+        trunk: Any = copy.deepcopy(lm.base_model).float()
+        return SeparateCritic(trunk, _zero_head(trunk.config.get_text_config().hidden_size, device), dtype)
+    where: dict[str, Any] = {"device": device, "trust_remote_code": config.trust_remote_code}
+    kind = model_config(config.critic, trust_remote_code=config.trust_remote_code).architectures or [""]
     if kind[0].endswith("ForSequenceClassification"):
         from tether.reward_model import load_reward_model  # sideways, one way
 
-        scorer = load_reward_model(config.critic, dtype=torch.float32, device=device)
-        return SeparateCritic(without_dropout(scorer.trunk), scorer.value_head(), dtype)
-    model = load_causal_lm(config.critic, dtype=torch.float32, device=device)
-    critic = SeparateCritic(model.base_model, _zero_head(model.config.get_text_config().hidden_size, device), dtype)
-    saved = Path(config.critic) / "value_head.safetensors"
-    if saved.exists():
-        critic.head.load_state_dict(load_file(saved))
-    return critic
+        scorer = load_reward_model(config.critic, dtype=torch.float32, **where)
+        trunk, head = scorer.trunk, scorer.value_head()
+    else:
+        trunk = load_causal_lm(config.critic, dtype=torch.float32, trunk_only=True, **where)
+        head = _zero_head(trunk.config.get_text_config().hidden_size, device)
+        saved = Path(config.critic) / _VALUE_HEAD  # another run's critic
+        if saved.exists():
+            head.load_state_dict(load_file(saved))
+    _check_same_vocabulary("model.critic", config.critic, trunk, lm)
+    return SeparateCritic(trunk, head, dtype)
+
+
+def _check_same_vocabulary(key: str, path: str, other: PreTrainedModel, policy: PreTrainedModel) -> None:
+    theirs, ours = (m.config.get_text_config().vocab_size for m in (other, policy))
+    if theirs != ours:
+        raise ModelError(
+            f"{key}={path} has a vocabulary of {theirs} tokens, the policy one of {ours}: the same ids would mean "
+            "other words to it. Name a model with the policy's tokenizer."
+        )
 
 
 def load_weights(model: nn.Module, directory: Path) -> None:
     """Read the safetensors that save_pretrained wrote back into `model`, in place and bit for bit."""
     index = directory / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    tensors = {name: tensor for file in files for name, tensor in load_file(directory / file).items()}
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    tensors = {name: tensor for file in sorted(shards) for name, tensor in load_file(directory / file).items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     lost = [name for name in missing if name not in tied]
@@ -499,9 +512,9 @@ def _zero_head(width: int, device: torch.device) -> nn.Linear:
 
 
 def _read_values(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """[N] float32 values of hidden states [N, D]: a value is a sum over the whole width, too coarse in bfloat16."""
+    """[N] values of hidden states [N, D], in the head's float32: bfloat16 is too coarse to sum the whole width in."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return head(hidden.float()).squeeze(-1)
+        return head(hidden.to(head.weight.dtype)).squeeze(-1)
 
 
 def _fill(values: Tensor, mask: Tensor) -> Tensor:
