@@ -136,13 +136,13 @@ def test_without_a_clip_the_value_loss_is_half_the_squared_error():
 
 def test_bradley_terry_worked_by_hand():
     # margins 2 and -1: -ln σ(2) = .126928, -ln σ(-1) = 1.313262
-    chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0])
+    chosen, rejected = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])
     loss, metrics = bradley_terry_loss(chosen, rejected, centre=0.0, denominator=2)
     assert_close(loss, torch.tensor((0.126928 + 1.313262) / 2))
     assert metrics["reward_model/accuracy"] == 0.5
     assert metrics["reward_model/margin"] == 0.5
     centred, metrics = bradley_terry_loss(chosen, rejected, centre=0.1, denominator=2)
-    assert_close(centred - loss, torch.tensor(0.1 * (4 + 1) / 2))
+    assert_close(centred - loss, torch.tensor(0.1 * (4**2 + 3**2) / 2))
     assert_close(metrics["reward_model/loss"], loss)
 
 
@@ -203,15 +203,20 @@ def fixed_inputs():
     return [torch.randn(8, 5, generator=generator, dtype=torch.float64) * 0.3 for _ in range(4)]
 
 
-def test_nan_in_the_padding_reaches_neither_losses_nor_gradients_nor_metrics():
-    clean = [torch.randn(8, 5, dtype=torch.float64) for _ in range(7)]
-    results = []
-    for padding in (0.0, math.nan, math.inf):
-        inputs = [torch.where(MASK, x, padding).requires_grad_(i < 3) for i, x in enumerate(clean)]
+@pytest.mark.parametrize("padding", [math.nan, math.inf, -math.inf])
+def test_what_the_padding_holds_reaches_neither_losses_nor_gradients_nor_metrics(padding):
+    clean = [torch.where(MASK, torch.randn(8, 5, dtype=torch.float64), 0.0) for _ in range(7)]
+
+    def everything(inputs):
+        inputs = [x.clone().requires_grad_(i < 3) for i, x in enumerate(inputs)]
         loss, metrics = losses(*inputs, MASK, float(MASK.sum()))
-        results.append([loss, *metrics.values(), *torch.autograd.grad(loss, inputs[:3])])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
+        return [loss, *metrics.values(), *torch.autograd.grad(loss, inputs[:3])]
+
+    want = everything(clean)
+    dirty = [torch.where(MASK, x, padding) for x in clean]
+    each_alone = [[*clean[:i], dirty[i], *clean[i + 1 :]] for i in range(7)]
+    for inputs in [dirty, *each_alone]:
+        for a, b in zip(want, everything(inputs), strict=True):
             assert torch.equal(a, b)
 
 
