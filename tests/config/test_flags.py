@@ -34,6 +34,13 @@ def test_overrides_win_before_and_after_the_file(file):
     assert ppo("--ppo.kl.coef", "0.02", file).ppo.kl.horizon == 7.0  # what no flag names stays
 
 
+def test_a_key_below_a_value_of_the_file_takes_its_place(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(FILE.replace("policy: m", "policy: m, lora: null").replace("kl:", "lam: 0.9, kl:"))
+    config = ppo(str(path), "--ppo.lam.actor", "0.5", "--model.lora.rank", "8")
+    assert (config.ppo.lam, config.model.lora) == (LamConfig(actor=0.5), LoraConfig(rank=8))
+
+
 def test_the_last_of_two_flags_wins(file):
     assert ppo("--seed", "1", file, "--seed", "2").seed == 2
 
