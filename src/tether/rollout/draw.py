@@ -19,23 +19,24 @@ class Draw(NamedTuple):
 def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Draw:
     """Draw one token a row by inverting the cumulative distribution at that row's uniform.
 
-    logits [B, V] float32; uniforms [B] float64 in [0, 1). One uniform a row is enough, where adding Gumbel noise would
-    need V of them.
+    logits [B, V] float32; uniforms [B] in [0, 1), float64 where the device has it: probabilities are summed in their
+    precision. One uniform a row is enough, where adding Gumbel noise would need V of them.
 
     Raises TrainingError when a row's logits are not finite.
     """
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
     probs = logprobs.exp()
     kept = truncate(probs, top_k=top_k, top_p=top_p)
-    cdf = kept.cumsum(-1)
+    cdf = kept.cumsum(-1, dtype=uniforms.dtype)
     mass = cdf[:, -1:]
-    tokens = torch.searchsorted(cdf, uniforms.to(cdf.dtype)[:, None] * mass, right=True).squeeze(-1)
+    tokens = torch.searchsorted(cdf, uniforms[:, None] * mass, right=True).squeeze(-1)
     # Rounding can put the uniform on the very end of the distribution, beyond the last token that has any mass.
     tokens = torch.where(tokens < logits.shape[-1], tokens, kept.argmax(-1))
     chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
     if not torch.isfinite(chosen).all():
         raise TrainingError("the model's logits are not finite: no token can be drawn from them. Lower optim.lr.")
-    return Draw(tokens, chosen, (1.0 - mass.squeeze(-1)).clamp(min=0.0) if kept is not probs else torch.zeros_like(chosen))
+    cut = torch.zeros_like(chosen) if kept is probs else (1.0 - mass.squeeze(-1)).clamp(min=0.0)
+    return Draw(tokens, chosen, cut.to(chosen.dtype))
 
 
 def truncate(probs: Tensor, *, top_k: int, top_p: float) -> Tensor:

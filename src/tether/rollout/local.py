@@ -1,16 +1,16 @@
 """The local engine: prompts in, sampled responses out, in this process and with the policy's own weights.
 
-Continuous batching: up to `slots` rows decode together; a row that stops leaves at once and a waiting prompt takes its slot.
-Three verbs a step: admit, draw, step. Nothing in a step is done row by row in Python.
+Continuous batching: up to `slots` rows decode together; a row that stops leaves at once and a waiting prompt takes its
+slot. Three verbs a step: admit, draw, step. Nothing in a step is done row by row in Python.
 
-Left out: paging (a slot is as wide as the longest prompt plus the length limit), sharing of common prefixes, speculation.
+Left out: paging (a slot is as wide as the longest prompt plus the length limit), sharing common prefixes, speculation.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,42 +23,51 @@ from tether.rollout.slots import SlotCache
 from tether.rollout.uniforms import uniforms
 
 _PREFILL_TOKENS = 8192  # padded prompt tokens encoded at once: bounds the memory of their attention scores
+_MOST_SLOTS = 64  # of "auto": there the matmuls of small models stop getting cheaper a row
 
 
 class Decoder(Protocol):
-    """Turns tokens into hidden states, remembering each slot's past."""
+    """Turns tokens into hidden states, remembering each slot's past. The active slots are always 0 … n-1."""
 
-    def admit(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor: ...
-    def step(self, tokens: Tensor) -> Tensor: ...
-    def move(self, source: Tensor, target: Tensor) -> None: ...
+    def admit(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor:
+        """Encode prompts [m, P] (padded right) into slots first … first+m-1; [m, D] at their last tokens."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token [n] to each active slot; [n, D]."""
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots `source` [k] over slots `target` [k]."""
 
 
 class LocalSampler:
     """Samples from a language model that lives in this process.
 
-    slots: rows decoded at once; "auto" takes as many as there are responses, up to 64, where the matmuls of small models
-    stop getting cheaper a row.
+    slots  rows decoded at once; "auto" takes as many as there are responses, up to 64.
+    note   what fell back, for the log; None if nothing did.
     """
 
     def __init__(self, model: LanguageModel, *, slots: int | str = "auto") -> None:
         self.slots = slots
-        self.note: str | None = None  # what fell back, for the log
-        self._copied = model.dtype != torch.float32 and model.plain.dtype == torch.float32
-        self.load_weights(model)
-        self.cached = True
-        self._probe()
+        self._copied = model.dtype == torch.bfloat16 and model.plain.dtype == torch.float32
+        self.model = model
+        if self._copied:
+            lm = copy.deepcopy(model.lm).to(model.dtype).requires_grad_(False)
+            self.model = LanguageModel(lm, model.dtype, model.full)
+        self.note = self._why_not_cached()
+        self.cached = self.note is None
 
     def load_weights(self, model: LanguageModel) -> None:
-        """Sample from `model` as it is now. In float32, and under LoRA, its very storage is used and this costs nothing;
-        else the copy in the compute precision is refreshed."""
+        """Sample from `model` as it is now.
+
+        In float32, and under LoRA, its very storage is used and this costs nothing; else the copy in the compute
+        precision is refreshed.
+        """
         if not self._copied:
             self.model = model
-        elif not hasattr(self, "model"):
-            self.model = LanguageModel(copy.deepcopy(model.lm).to(model.dtype).requires_grad_(False), model.dtype, model.full)
-        else:
-            with torch.no_grad():
-                for ours, theirs in zip(self.model.lm.parameters(), model.lm.parameters(), strict=True):
-                    ours.copy_(theirs)
+            return
+        with torch.no_grad():
+            for ours, theirs in zip(self.model.lm.parameters(), model.lm.parameters(), strict=True):
+                ours.copy_(theirs)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int) -> Completions:
@@ -66,9 +75,11 @@ class LocalSampler:
 
         The uniform behind token t of response i = prompt × n + k is a function of (seed, stream, cycle, i, t) alone.
         """
-        n = sampling.responses_per_prompt
-        asked = [p for p in prompts for _ in range(n)]
-        batch = _Batch(self.model, self._decoder(asked, sampling), asked, sampling, cycle, self._slots(len(asked)))
+        asked = [p for p in prompts for _ in range(sampling.responses_per_prompt)]
+        slots = min(len(asked), _MOST_SLOTS if self.slots == "auto" else int(self.slots))
+        width = max(len(p.ids) for p in asked) + sampling.max_new_tokens
+        decoder: Decoder = (SlotCache if self.cached else Recompute)(self.model, slots=slots, width=width)
+        batch = _Batch(self.model, decoder, asked, sampling, cycle, slots)
         with self.model.autocast():
             while not batch.done:
                 batch.admit()
@@ -76,33 +87,30 @@ class LocalSampler:
                 batch.step()
         return batch.completions()
 
-    def _slots(self, rows: int) -> int:
-        return min(rows, 64 if self.slots == "auto" else int(self.slots))
-
-    def _decoder(self, asked: list[Prompt], sampling: Sampling) -> Decoder:
-        width = max(len(p.ids) for p in asked) + sampling.max_new_tokens
-        kind = SlotCache if self.cached and not self.model.full else Recompute
-        return kind(self.model, slots=self._slots(len(asked)), width=width)
-
     @torch.no_grad()
-    def _probe(self) -> None:
-        """Decode a few tokens through the cache and compare with a plain forward pass: unknown kinds of attention (or none at
-        all) are then sampled by recomputing, which is slow and always right."""
-        tokens = torch.arange(10, device=self.model.device)[None] * 7919 % self.model.config.vocab_size
+    def _why_not_cached(self) -> str | None:
+        """Decode a few tokens through the cache and compare with a plain forward pass.
+
+        Unknown kinds of attention (or none at all) are then sampled by recomputing, which is slow and always right.
+        """
+        slow = "sampling recomputes every token, which is slow"
+        if self.model.full:
+            return f"the head is not ours to apply to a single token: {slow}"
+        device = self.model.device
+        tokens = torch.arange(10, device=device)[None] * 7919 % self.model.config.vocab_size
         with self.model.autocast():
-            want = self.model.hidden(tokens)[0].float()
+            want = self.model.hidden(tokens)[0, 4:].float()
             try:
                 cache = SlotCache(self.model, slots=1, width=10)
-                first = cache.admit(tokens[:, :5], torch.tensor([5], device=self.model.device), 0)
+                first = cache.admit(tokens[:, :5], torch.tensor([5], device=device), 0)
                 got = torch.cat([first, *[cache.step(tokens[:, t]) for t in range(5, 10)]]).float()
-                gap = ((got - want[4:]).abs().max() / want.abs().max()).item()
+                gap = ((got - want).abs().max() / want.abs().max()).item()
+                why = f"off by {gap:.2g}"
             except Exception as error:  # whatever another library's attention may raise
                 gap, why = float("inf"), f"{type(error).__name__}: {error}"
-            else:
-                why = f"hidden states differ by {gap:.1e}"
-        if not gap <= (1e-4 if self.model.dtype == torch.float32 else 5e-2):
-            self.cached = False
-            self.note = f"{type(self.model.plain).__name__} does not decode through our cache ({why}): sampling recomputes every token, which is slow"
+        if gap <= (5e-2 if self.model.dtype == torch.bfloat16 else 1e-4):
+            return None
+        return f"{type(self.model.plain).__name__} does not decode through our cache ({why}): {slow}"
 
 
 class _Batch:
@@ -114,13 +122,16 @@ class _Batch:
     def __init__(
         self, model: LanguageModel, decoder: Decoder, asked: list[Prompt], sampling: Sampling, cycle: int, slots: int
     ) -> None:
-        self.model, self.decoder, self.asked, self.sampling, self.cycle, self.slots = model, decoder, asked, sampling, cycle, slots
+        self.model, self.decoder, self.asked = model, decoder, asked
+        self.sampling, self.cycle, self.slots = sampling, cycle, slots
         device, limit = model.device, sampling.max_new_tokens
         self.waiting = 0  # the next response to admit
         self.row = torch.empty(0, dtype=torch.long, device=device)
         self.drawn = torch.empty(0, dtype=torch.long, device=device)
-        self.hidden = torch.empty(0, device=device)  # [active, D] after each slot's newest token
-        self.uniforms = torch.zeros(slots, limit, dtype=torch.float64, device=device)
+        self.tokens = torch.empty(0, dtype=torch.long, device=device)  # each slot's newest token
+        self.hidden = torch.empty(0, device=device)  # [active, D] after it
+        precise = torch.float32 if device.type == "mps" else torch.float64
+        self.uniforms = torch.zeros(slots, limit, dtype=precise, device=device)
         self.stops = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
         self.ids = torch.zeros(len(asked), limit, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(len(asked), limit, device=device)
@@ -134,43 +145,46 @@ class _Batch:
 
     def admit(self) -> None:
         """Let waiting responses into the free slots and encode their prompts."""
-        s = self.sampling
+        s, device = self.sampling, self.model.device
         while self.waiting < len(self.asked) and len(self.row) < self.slots:
-            width, rows = 0, []
-            for i in range(self.waiting, min(len(self.asked), self.waiting + self.slots - len(self.row))):
-                width = max(width, len(self.asked[i].ids))
-                if rows and width * (len(rows) + 1) > _PREFILL_TOKENS:
-                    break
-                rows.append(i)
-            first = len(self.row)
-            batch = Rows.of([self.asked[i].ids for i in rows], [()] * len(rows)).to(self.model.device)
+            first, rows = len(self.row), self._next_rows()
+            batch = Rows.of([self.asked[i].ids for i in rows], [()] * len(rows)).to(device)
             hidden = self.decoder.admit(batch.tokens, batch.prompt_lengths, first)
-            drawn = np.stack([uniforms(s.seed, s.stream, self.cycle, i, s.max_new_tokens) for i in rows])
-            self.uniforms[first : first + len(rows)] = torch.from_numpy(drawn).to(self.model.device)
-            self.row = torch.cat([self.row, torch.tensor(rows, device=self.model.device)])
-            self.drawn = torch.cat([self.drawn, torch.zeros(len(rows), dtype=torch.long, device=self.model.device)])
+            chance = np.stack([uniforms(s.seed, s.stream, self.cycle, i, s.max_new_tokens) for i in rows])
+            self.uniforms[first : first + len(rows)] = torch.from_numpy(chance).to(self.uniforms)
+            self.row = torch.cat([self.row, torch.tensor(rows, device=device)])
+            self.drawn = torch.cat([self.drawn, torch.zeros(len(rows), dtype=torch.long, device=device)])
             self.hidden = torch.cat([self.hidden, hidden]) if first else hidden
             self.waiting += len(rows)
 
+    def _next_rows(self) -> list[int]:
+        """Waiting responses for the free slots, as many as are encoded at once."""
+        rows: list[int] = []
+        width = 0
+        for i in range(self.waiting, min(len(self.asked), self.waiting + self.slots - len(self.row))):
+            width = max(width, len(self.asked[i].ids))
+            if rows and width * (len(rows) + 1) > _PREFILL_TOKENS:
+                break
+            rows.append(i)
+        return rows
+
     def draw(self) -> None:
         """Draw a token for every active slot and let the rows go that it finishes."""
-        s, n = self.sampling, len(self.row)
-        chance = self.uniforms[:n].gather(1, self.drawn[:, None]).squeeze(1)
-        new = draw(self.decoder_logits(), chance, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        s = self.sampling
+        logits = self.hidden if self.model.full else self.model.logits(self.hidden)
+        chance = self.uniforms[: len(self.row)].gather(1, self.drawn[:, None]).squeeze(1)
+        new = draw(logits, chance, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         self.ids[self.row, self.drawn] = new.tokens
         self.logprobs[self.row, self.drawn] = new.logprobs
         self.truncated[self.row, self.drawn] = new.truncated_mass
         self.drawn += 1
-        stopped = torch.isin(new.tokens, self.stops)
-        self.stopped[self.row] = stopped
-        self.lengths[self.row] = self.drawn
         self.tokens = new.tokens
+        stopped = torch.isin(new.tokens, self.stops)
         finished = stopped | (self.drawn == s.max_new_tokens)
         if finished.any():
+            self.lengths[self.row] = self.drawn
+            self.stopped[self.row] = stopped
             self._release(finished)
-
-    def decoder_logits(self) -> Tensor:
-        return self.hidden if self.model.full else self.model.logits(self.hidden)
 
     def _release(self, finished: Tensor) -> None:
         """Free the finished slots; active ones from the end move into the holes."""
@@ -184,12 +198,13 @@ class _Batch:
 
     def step(self) -> None:
         """Run the model on the tokens just drawn."""
-        self.hidden = self.decoder.step(self.tokens) if len(self.row) else self.hidden[:0]
+        if len(self.row):
+            self.hidden = self.decoder.step(self.tokens)
 
     def completions(self) -> Completions:
         lengths = self.lengths.tolist()
 
-        def ragged(values: Tensor) -> list:
+        def ragged(values: Tensor) -> list[list[Any]]:
             return [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]
 
         return Completions(
@@ -202,7 +217,10 @@ class _Batch:
 
 
 class Recompute:
-    """A decoder without a cache: every step runs the whole sequences again. For any architecture at all."""
+    """A decoder without a cache: every step runs the whole sequences again. For any architecture at all.
+
+    Where the head is not ours to apply it returns logits [n, V] in place of hidden states.
+    """
 
     def __init__(self, model: LanguageModel, *, slots: int, width: int) -> None:
         self.model = model
@@ -224,10 +242,10 @@ class Recompute:
         self.tokens[target], self.lengths[target] = self.tokens[source], self.lengths[source]
 
     def _last(self, first: int, end: int) -> Tensor:
-        """Hidden states [n, D] at each slot's last token; where the head is not ours to apply, its logits [n, V]."""
         lengths = self.lengths[first:end]
         tokens = self.tokens[first:end, : int(lengths.max())]
-        rows = torch.arange(end - first, device=tokens.device)
+        at = torch.arange(end - first, device=tokens.device), lengths - 1
         if self.model.full:
-            return self.model.plain(input_ids=tokens, use_cache=False).logits[rows, lengths - 1].float()
-        return self.model.hidden(tokens)[rows, lengths - 1]
+            logits: Tensor = self.model.plain(input_ids=tokens, use_cache=False).logits[at]
+            return logits.float()
+        return self.model.hidden(tokens)[at]

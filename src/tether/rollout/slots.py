@@ -1,8 +1,8 @@
 """A key-value cache of slots, written in place, behind transformers' own attention modules.
 
-transformers lets a program register an attention function by name. Ours writes each new key and value into its row's slot
-and attends over the slot, so that nothing is ever concatenated, and rows of different lengths decode side by side. The model
-code stays as it is: projections, rotary positions, norms and MLPs are the architecture's own.
+transformers lets a program register an attention function by name. Ours writes each new key and value into its row's
+slot and attends over the slot, so that nothing is ever concatenated, and rows of different lengths decode side by side.
+The model code stays as it is: projections, rotary positions, norms and MLPs are the architecture's own.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class SlotCache:
         """Append one token [n] to each of the active slots 0 … n-1; their hidden states [n, D]."""
         self.decoding, self._visible = True, {}
         n = len(tokens)
-        self._rows, self._at, self._longest = torch.arange(n, device=tokens.device), self.lengths[:n].clone(), int(self.lengths[:n].max()) + 1
+        self._rows, self._at = torch.arange(n, device=tokens.device), self.lengths[:n].clone()
+        self._longest = int(self._at.max()) + 1
         with attending(self):
             hidden = self.model.hidden(tokens[:, None], position_ids=self._at[:, None])
         self.lengths[:n] += 1
@@ -142,8 +143,8 @@ def _slot_attention(
     if s_aux is not None:
         raise NotImplementedError("attention sinks")  # found by the sampler's probe, which then recomputes instead
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    cache = _active[-1]
-    return cache.attend(module.layer_idx, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap), None
+    settings = {"scaling": scaling, "window": sliding_window, "softcap": softcap}
+    return _active[-1].attend(module.layer_idx, query, key, value, **settings), None
 
 
 AttentionInterface.register(_NAME, _slot_attention)

@@ -1,8 +1,9 @@
 """Counted randomness: every draw is a function of what it is for, never of when it happens.
 
-Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a key and a counter into random bits. The
-key is (seed, stream), the counter (cycle, row, token), so the uniform behind token t of response i in cycle c does not
-depend on batch size, slot, worker, or on what was drawn before: a resumed run draws what an uninterrupted one would.
+Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a key and a counter into random bits.
+The key is (seed, stream), the counter (cycle, row, token), so the uniform behind token t of response i in cycle c does
+not depend on batch size, slot, worker, or on what was drawn before: a resumed run draws what an uninterrupted one
+would.
 """
 
 from __future__ import annotations
