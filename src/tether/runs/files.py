@@ -111,7 +111,7 @@ def read_table(path: Path) -> pyarrow.Table:
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
     """Append one JSON object, in one write."""
-    line = json_line(value).encode()
+    line = json_line(value).encode("utf-8", "backslashreplace")  # of half a character: \ud800, as JSON writes it
     with saying_what_failed(path), path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         if file.write(line) != len(line):

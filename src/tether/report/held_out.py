@@ -1,0 +1,80 @@
+"""What the held-out prompts say: the same prompts, with the same draws, at every evaluation of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tether.math import Interval, bootstrap_mean
+from tether.runs import Run
+
+_COLUMNS = ["prompt_index", "prompt", "completion", "finish_reason", "length", "score", "kl"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: its rows by prompt."""
+
+    cycle: int
+    answers: dict[int, list[dict[str, Any]]]
+    """prompt_index -> its sampled answers, in the order they were drawn."""
+
+    @classmethod
+    def read(cls, run: Run, cycle: int) -> Evaluation:
+        answers: dict[int, list[dict[str, Any]]] = {}
+        for row in run.evaluations(cycle).select(_COLUMNS).to_pylist():
+            answers.setdefault(row["prompt_index"], []).append(row)
+        return cls(cycle, answers)
+
+    def means(self, column: str = "score") -> dict[int, float]:
+        """prompt_index -> mean over its answers."""
+        return {i: sum(a[column] for a in rows) / len(rows) for i, rows in self.answers.items()}
+
+    def mean(self, column: str = "score") -> Interval:
+        """Mean over prompts, with its 95 % interval."""
+        return bootstrap_mean(torch.tensor(list(self.means(column).values())))
+
+
+def win_share(before: Evaluation, after: Evaluation) -> Interval | None:
+    """Share of the common prompts that are answered with a higher mean score after than before, ties half."""
+    old, new = before.means(), after.means()
+    common = [i for i in old if i in new]
+    if not common:
+        return None
+    return bootstrap_mean(torch.tensor([float(new[i] > old[i]) + 0.5 * (new[i] == old[i]) for i in common]))
+
+
+def best_of(evaluation: Evaluation) -> list[tuple[int, float, float]]:
+    """(n, KL, score) of choosing the best of n answers, n = 1, 2, 4, … as far as there are samples.
+
+    The score is the exact expectation over which n of a prompt's samples were drawn: with scores ascending,
+    E[max of n] = Σ s_i · C(i, n-1) / C(samples, n), i from 0. KL = log n - (n-1)/n nats (Gao et al. 2022).
+    """
+    samples = min(len(rows) for rows in evaluation.answers.values())
+    found = []
+    n = 1
+    while n <= samples:
+        best = [_expected_max([a["score"] for a in rows], n) for rows in evaluation.answers.values()]
+        found.append((n, math.log(n) - (n - 1) / n, sum(best) / len(best)))
+        n *= 2
+    return found
+
+
+def _expected_max(scores: Sequence[float], n: int) -> float:
+    return sum(s * math.comb(i, n - 1) for i, s in enumerate(sorted(scores))) / math.comb(len(scores), n)
+
+
+def prompt_text(prompt: str) -> str:
+    """A prompt as a person reads it: chat messages, which tables hold as JSON, as role and content."""
+    if not prompt.startswith("[{"):
+        return prompt
+    try:
+        messages = json.loads(prompt)
+        return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+    except (ValueError, KeyError, TypeError):
+        return prompt  # text that only looks like messages
