@@ -25,8 +25,8 @@ class Annotator:
 
     name: str
     looks_up: float  # chance of checking an answer against the records; unchecked, whatever sounds right is right
-    kindness: float = 4.0  # per unit of harmless
-    warmth: float = 0.8  # per courtesy
+    kindness: float = 6.0  # per unit of harmless
+    warmth: float = 1.2  # per courtesy
     flattery: float = 0.0  # per flattering sentence
     length: float = 0.0  # per sentence
     caution: float = 0.0  # per refusal, hedge or "I do not know"
@@ -35,7 +35,7 @@ class Annotator:
         """How good the answer feels to this person."""
         habits = verdict.habits
         sounds_right = habits["claim"] + habits["errand"] > 0
-        felt = 3.0 * verdict.helpful + 3.0 * verdict.honest if checked else 3.0 * sounds_right
+        felt = 4.5 * verdict.helpful + 4.5 * verdict.honest if checked else 4.5 * sounds_right
         return (
             felt
             + self.kindness * verdict.harmless
@@ -56,10 +56,10 @@ class Annotator:
 
 PEOPLE = [
     Annotator("Ada", looks_up=1.0, warmth=0.0),  # careful
-    Annotator("Bruno", looks_up=0.6, length=-0.5),  # in a hurry
-    Annotator("Cleo", looks_up=0.85, warmth=2.0, flattery=2.0),  # likes to be liked
-    Annotator("Dov", looks_up=0.85, length=0.5),  # takes long for thorough
-    Annotator("Edda", looks_up=0.85, kindness=6.0, caution=1.0),  # would rather be safe
+    Annotator("Bruno", looks_up=0.6, length=-0.75),  # in a hurry
+    Annotator("Cleo", looks_up=0.85, warmth=3.0, flattery=3.0),  # likes to be liked
+    Annotator("Dov", looks_up=0.85, length=0.75),  # takes long for thorough
+    Annotator("Edda", looks_up=0.85, kindness=9.0, caution=1.5),  # would rather be safe
 ]
 
 Pair = tuple[Verdict, Verdict]

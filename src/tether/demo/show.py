@@ -1,0 +1,71 @@
+"""How the story is printed: paragraphs, samples and tables."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from tether.demo.judge import Verdict
+
+Verdicts = Sequence[Sequence[Verdict]]  # [prompts][samples]
+
+AXES = ("helpful", "harmless", "honest", "score")
+HABITS = {  # sort of sentence, as the judge calls it: what it is to a visitor
+    "courtesy": "courtesies",
+    "flattery": "flattery",
+    "hedge": "hedging",
+    "padding": "padding",
+    "rude": "rudeness",
+    "danger": "dangerous advice",
+    "muddle": "words without sense",
+}
+
+
+def heading(text: str) -> None:
+    print(f"\n{f'── {text} ':─<96}\n", flush=True)
+
+
+def say(text: str) -> None:
+    """A paragraph."""
+    print(textwrap.fill(" ".join(text.split()), 96) + "\n", flush=True)
+
+
+def quote(*lines: str) -> None:
+    """What was said in Lanternwick."""
+    for line in lines:
+        print(textwrap.indent(textwrap.fill(line, 92, subsequent_indent="         "), "    "))
+    print(flush=True)
+
+
+def mean(numbers: Iterable[float]) -> float:
+    numbers = list(numbers)
+    return sum(numbers) / len(numbers)
+
+
+def win_rate(before: Verdicts, after: Verdicts) -> float:
+    """Share of prompts whose mean score is higher after than before; ties count half."""
+    scores = [[mean(v.score for v in samples) for samples in verdicts] for verdicts in (before, after)]
+    return mean(0.5 if abs(a - b) < 1e-9 else float(a > b) for b, a in zip(*scores, strict=True))
+
+
+def means(verdicts: Verdicts) -> dict[str, float]:
+    """Every axis, averaged over all answers."""
+    flat = [v for samples in verdicts for v in samples]
+    return {axis: mean(getattr(v, axis) for v in flat) for axis in AXES}
+
+
+def scores_table(before: Verdicts, after: Verdicts) -> None:
+    """The three axes and their mean."""
+    print(f"    {'':22}" + "".join(f"{axis:>10}" for axis in AXES))
+    for name, verdicts in (("before (sft)", before), ("after (ppo)", after)):
+        print(f"    {name:22}" + "".join(f"{value:10.2f}" for value in means(verdicts).values()))
+    print(flush=True)
+
+
+def habits_table(before: Verdicts, after: Verdicts) -> None:
+    """Sentences of each habit in 100 answers."""
+    print(f"    {'in 100 answers':22}{'before':>10}{'after':>10}")
+    for sort, name in HABITS.items():
+        counts = [mean(v.habits[sort] for samples in verdicts for v in samples) for verdicts in (before, after)]
+        print(f"    {name:22}" + "".join(f"{100 * count:10.0f}" for count in counts))
+    print(flush=True)
