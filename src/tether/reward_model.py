@@ -43,12 +43,14 @@ class RewardModel(nn.Module):
     @property
     def trunk(self) -> PreTrainedModel:
         """The transformer without its head: tokens in, hidden states out."""
-        return self.classifier.base_model
+        trunk: Any = self.classifier.base_model
+        return trunk
 
     @property
     def head(self) -> nn.Linear:
         """The linear layer from width to one number."""
-        return self.classifier.score
+        head: Any = self.classifier.score
+        return head
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +103,7 @@ def load_reward_model(
     trust_remote_code: bool = False,
 ) -> RewardModel:
     """A trained reward model with its normalisation; weights in `dtype`, dropout 0."""
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = model_config(path, **where)
     if config.num_labels != 1:
         raise ModelError(
@@ -115,7 +117,7 @@ def load_reward_model(
             "train a reward model from it with `tether reward`."
         )
     mean, std = getattr(config, "tether_reward_mean", 0.0), getattr(config, "tether_reward_std", 1.0)
-    return RewardModel(classifier.to(device), dtype=dtype, mean=mean, std=std)
+    return RewardModel(classifier.to(device=device), dtype=dtype, mean=mean, std=std)
 
 
 def init_reward_model(
@@ -132,7 +134,7 @@ def init_reward_model(
 
     dtype: compute precision. weights_dtype: float32 for masters, the compute precision for a frozen base.
     """
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = model_config(path, **where)
     if config.num_labels != 1:
         config.num_labels = 1
@@ -145,7 +147,7 @@ def init_reward_model(
         )
     if missing:
         init_head(classifier, seed)
-    return RewardModel(classifier.to(device), dtype=dtype)
+    return RewardModel(classifier.to(device=device), dtype=dtype)
 
 
 def reward_model_from_config(config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> RewardModel:
@@ -164,7 +166,7 @@ def init_head(classifier: PreTrainedModel, seed: int) -> None:
 
     Source: Ziegler et al. 2019 and its code; "The N+ Implementation Details" (arXiv:2403.17031).
     """
-    head = classifier.score
+    head: Any = classifier.score
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
     with torch.no_grad():
@@ -201,7 +203,7 @@ def _ensure_classifier(config: PretrainedConfig) -> None:
     kind = type(config)
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_MAPPING:
         return
-    trunk = MODEL_MAPPING[kind]
+    trunk: Any = MODEL_MAPPING[kind]
     name = trunk.__name__.removesuffix("Model") + "ForSequenceClassification"
     classifier = type(name, (GenericForSequenceClassification, trunk.__bases__[0]), {"config_class": kind})
     AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)

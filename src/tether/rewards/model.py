@@ -64,9 +64,9 @@ class ModelReward:
                 )
         scores = self.model.score(rows)
         if not scores.isfinite().all():
-            row = int((~scores.isfinite()).nonzero()[0, 0])
+            bad = int((~scores.isfinite()).nonzero()[0, 0])
             raise RewardError(
-                f"reward model {self.name} gives {scores[row].item()} for {describe_row(completions, row)}: one such "
+                f"reward model {self.name} gives {scores[bad].item()} for {describe_row(completions, bad)}: one such "
                 "score would make every weight NaN. Its weights or its normalisation are damaged, or dtype is too "
                 "coarse: set dtype: float32 for this source."
             )

@@ -19,6 +19,7 @@ from tether.errors import Interrupted, TrainingError
 from tether.math import bradley_terry_loss
 from tether.model import (
     add_lora,
+    checkpoint_activations,
     context_length,
     model_config,
     resolve_device,
@@ -156,7 +157,7 @@ def stop_token(config: SFTModelConfig, tokenizer: PreTrainedTokenizerBase) -> in
     generation = None
     if isinstance(config.policy, str):
         with suppress(OSError):  # it has none: the tokenizer's eos then
-            generation = GenerationConfig.from_pretrained(config.policy, revision=config.revision)
+            generation = GenerationConfig.from_pretrained(config.policy, revision=config.revision or "main")
     return next(iter(stop_token_ids(tokenizer, generation, None)), None)
 
 
@@ -164,7 +165,7 @@ def load_model(
     config: SFTModelConfig, *, device: torch.device, seed: int
 ) -> tuple[RewardModel, Any | None, PreTrainedTokenizerBase]:
     """(model ready to train, its peft adapter under LoRA, its tokenizer). Trained weights are float32."""
-    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if isinstance(config.policy, InitModelConfig):
         tokenizer = load_tokenizer(config.policy.tokenizer, **where)
         lm = init_model(config.policy, tokenizer, seed=seed)
@@ -176,13 +177,14 @@ def load_model(
         dtype = resolve_dtype(config.dtype, device, width)
         weights = dtype if config.lora else torch.float32
         model = init_reward_model(config.policy, dtype=dtype, weights_dtype=weights, device=device, seed=seed, **where)
-    check_vocabulary(tokenizer, model.classifier.get_input_embeddings().weight.shape[0])
+    embeddings: Any = model.classifier.get_input_embeddings()
+    check_vocabulary(tokenizer, embeddings.weight.shape[0])
     adapter = None
     if config.lora:
         adapter = add_lora(model.trunk, config.lora, seed=seed, task="FEATURE_EXTRACTION")
         model.head.float()
     if wants_checkpointing(config.gradient_checkpointing, model, device):
-        model.classifier.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model.classifier)
     return model.train(), adapter, tokenizer
 
 

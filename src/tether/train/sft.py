@@ -27,6 +27,7 @@ from tether.math import nll_loss
 from tether.model import (
     LanguageModel,
     add_lora,
+    checkpoint_activations,
     context_length,
     init_causal_lm,
     load_causal_lm,
@@ -136,7 +137,7 @@ class Batch:
     tokens: Tensor  # [B, T] int64
     before: tuple[Tensor, Tensor]  # ([N], [N]) row and column before each trained token
     targets: Tensor  # [N] int64
-    positions: dict[str, Tensor]  # position_ids [B, T] where rows hold several examples, else nothing
+    positions: dict[str, Any]  # position_ids [B, T] where rows hold several examples, else nothing
 
     @classmethod
     def of(cls, rows: Sequence[Row], device: torch.device) -> Batch:
@@ -218,7 +219,7 @@ def load_model(
     config: SFTModelConfig, *, device: torch.device, seed: int
 ) -> tuple[LanguageModel, PreTrainedTokenizerBase, list[str]]:
     """(model ready to train, its tokenizer, notes for the log). Trained weights are float32."""
-    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if isinstance(config.policy, InitModelConfig):
         tokenizer = load_tokenizer(config.policy.tokenizer, **where)
         lm = init_model(config.policy, tokenizer, seed=seed).to(device)
@@ -233,7 +234,7 @@ def load_model(
     if config.lora:
         lm = add_lora(lm, config.lora, seed=seed)
     if wants_checkpointing(config.gradient_checkpointing, lm, device):
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(lm)
     model = LanguageModel(lm, dtype)
     note = model.check_head()
     lm.train()
