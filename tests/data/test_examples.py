@@ -222,9 +222,8 @@ def test_a_token_that_would_straddle_the_border_of_prompt_and_answer_is_split(wr
     )
     turns = chat(("user", "a"), ("assistant", " the"))
     (example,) = load(write("a.jsonl", [{"messages": turns}]), tokenizer, stop_id=2)
-    pieces = tokenizer.convert_ids_to_tokens(example.ids)
-    assert pieces[:2] == ["▁a", "▁t"]
-    assert example.trained[:3] == [False, False, True]
+    assert tokenizer.convert_ids_to_tokens(example.ids) == ["▁a", "▁t", "▁", "he", "</s>"]
+    assert example.trained == [False, False, True, True, True]
 
 
 def test_inside_a_rendering_no_space_is_put_before_an_answer(write, spaced_tokenizer):

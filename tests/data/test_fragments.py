@@ -7,6 +7,8 @@ from os.path import commonprefix
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from tether.tokens import completion_text, encode_completion, fragments
 
@@ -35,6 +37,24 @@ def test_a_fragment_ends_where_the_tokens_up_to_it_agree_with_the_whole(any_toke
     agreed = [len(commonprefix([before, decoded[-1]])) for before in decoded]  # noqa: RUF071
     got = fragments(any_tokenizer, ids, [])
     assert [len("".join(got[:i])) for i in range(len(ids) + 1)] == list(accumulate(agreed, max))
+
+
+@anything
+@given(ids=st.lists(st.integers(0, 9), max_size=30))
+def test_fragments_join_even_where_a_decoder_tidies_up_what_it_has_written(ids):
+    # WordPiece takes back the space before "." and "'s", so that a token shows more or less than it does by itself
+    pieces = ["[UNK]", "a", "##b", ".", "'", "s", "do", "not", "n", "##'t"]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece(cleanup=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    assert "".join(fragments(tokenizer, ids, [])) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_what_tokens_show_only_together_goes_to_the_last_of_them():
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "x": 1, "y": 2}, merges=[]))
+    backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("xy", "xyz")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert fragments(tokenizer, [0, 1, 2], []) == ["a", "x", "yz"]
 
 
 def test_the_last_byte_of_a_character_gets_it(tiny_tokenizer):

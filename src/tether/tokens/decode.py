@@ -29,7 +29,7 @@ def fragments(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: 
     settled = [0]  # settled[i]: characters of text that stand once the first i tokens are decoded
     while len(settled) <= len(body):
         settled += _settle(tokenizer, body, text, settled)
-    settled[-1] = len(text)
+    settled[-1] = len(text)  # where the end shows more than its tokens do by themselves, the last one gets it
     return [text[a:b] for a, b in pairwise(settled)] + [""] * (len(ids) - len(body))
 
 
@@ -39,7 +39,7 @@ def _settle(tokenizer: PreTrainedTokenizerBase, body: list[int], text: str, sett
     found, end = [], done
     for i, token in enumerate(body[begin:], begin):
         piece = _piece(tokenizer, token, opens=i == 0)
-        if "\ufffd" in piece or not text.startswith(piece, end):
+        if not text.startswith(piece, end):
             break
         end += len(piece)
         found.append(end)
