@@ -117,7 +117,7 @@ def load_reward_model(
             "train a reward model from it with `tether reward`."
         )
     mean, std = getattr(config, "tether_reward_mean", 0.0), getattr(config, "tether_reward_std", 1.0)
-    return RewardModel(classifier.to(device=device), dtype=dtype, mean=mean, std=std)
+    return RewardModel(classifier.to(device), dtype=dtype, mean=mean, std=std)
 
 
 def init_reward_model(
@@ -147,7 +147,7 @@ def init_reward_model(
         )
     if missing:
         init_head(classifier, seed)
-    return RewardModel(classifier.to(device=device), dtype=dtype)
+    return RewardModel(classifier.to(device), dtype=dtype)
 
 
 def reward_model_from_config(config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> RewardModel:
@@ -175,9 +175,7 @@ def init_head(classifier: PreTrainedModel, seed: int) -> None:
             head.bias.zero_()
 
 
-def _load_classifier(
-    path: str, config: PretrainedConfig, dtype: torch.dtype, **where: Any
-) -> tuple[PreTrainedModel, list[str]]:
+def _load_classifier(path: str, config: PretrainedConfig, dtype: torch.dtype, **where: Any) -> tuple[Any, list[str]]:
     """(classifier, names of the weights that the directory did not have)."""
     _ensure_classifier(config)
     with quiet_transformers():
