@@ -41,6 +41,7 @@ BAD = [  # kind, flags, the message's start, what it tells to do
     ("ppo", "--ppo.kl.target 0", "ppo.kl.target=0.0 is not above 0", "positive"),
     ("ppo", "--ppo.kl.target 6 --ppo.kl.coef 0", "ppo.kl.coef=0.0 is not above 0: an adaptive β", "positive"),
     ("ppo", "--ppo.kl.horizon 0", "ppo.kl.horizon=0.0 is not above 0", "positive"),
+    ("ppo", "--ppo.kl.target 6 --ppo.kl.horizon 12", "ppo.kl.horizon=12 is too short for ppo.batch=64", "above 12.8"),
     ("ppo", "--ppo.stop_epoch_at_kl 0", "ppo.stop_epoch_at_kl=0.0 is not above 0", "null turns it off"),
     ("ppo", "--ppo.value_warmup_cycles 200", "ppo.value_warmup_cycles=200 is not below ppo.cycles=200", "fewer"),
     (
