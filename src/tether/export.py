@@ -21,8 +21,8 @@ def save_model(
 ) -> None:  # fmt: skip
     """Write weights (adapters merged), tokenizer, generation_config and model card, then reload and compare.
 
-    The generation config samples as training did: at its temperature, without top-k or top-p. A directory appears whole or
-    not at all. Raises ModelError when the reloaded model's logits differ.
+    The generation config samples as training did: at its temperature, without top-k or top-p. A directory appears whole
+    or not at all. Raises ModelError when the reloaded model's logits differ.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

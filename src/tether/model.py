@@ -190,6 +190,14 @@ def wants_checkpointing(setting: str | bool, model: nn.Module, device: torch.dev
     return setting is True or (setting == "auto" and big)
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Keep only what goes into each layer, and compute the rest again in the backward pass."""
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    )  # the old name
+    enable({"use_reentrant": False})
+
+
 def context_length(config: Any) -> int | None:
     """Longest sequence in tokens that the model has positions for; None if it does not say."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -451,7 +459,7 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
         lm = add_lora(lm, config.lora, seed=seed)
     if wants_checkpointing(config.gradient_checkpointing, lm, device):
         for module in [lm] + ([critic.trunk] if critic else []):
-            module.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(module)
 
     policy = Policy(LanguageModel(lm, dtype), critic).to(device)
     notes = [note for model in (policy.model, frozen) if model and (note := model.check_head())]

@@ -31,14 +31,15 @@ def ppo_card(run: Run, config: PPOConfig) -> str:
         ("entropy, nats a token", "policy/entropy"), ("length, tokens", "response/length_mean"),
         ("cut at the limit, share", "response/truncated_fraction"),
     ):  # fmt: skip
-        lines.append(f"| {label} | {first[name]:.4g} | {last[name]:.4g} |")
+        lines.append(f"| {label} | {_shown(first[name])} | {_shown(last[name])} |")
     if evaluated:
         best = max(evaluated, key=lambda m: m["eval/score_mean"])
         lines += ["", f"Best on the held-out prompts: cycle {best['cycle']} (score {best['eval/score_mean']:.4g}); "
                       f"the last one scores {evaluated[-1]['eval/score_mean']:.4g}."]  # fmt: skip
     lines += [
         "",
-        f"Prompts: `{config.prompts.path}`. {config.ppo.cycles} cycles of {config.ppo.batch} responses, seed {config.seed}.",
+        f"Prompts: `{config.prompts.path}`. {config.ppo.cycles} cycles of {config.ppo.batch} responses, "
+        f"seed {config.seed}.",
         f"Sampled at temperature {config.sampling.temperature:g}, at most {config.sampling.max_new_tokens} new tokens; "
         "generation_config.json says the same.",
         "",
@@ -65,7 +66,8 @@ def sft_card(run: Run, config: SFTConfig) -> str:
         f"Supervised fine-tuning by Tether from {start} on `{config.data.path}`: {config.sft.epochs} epochs, "
         f"{len(metrics)} optimiser steps, seed {config.seed}.",
         "",
-        f"Loss, nats a token: {metrics[0]['loss']:.4g} before the first step, {metrics[-1]['loss']:.4g} before the last.",
+        f"Loss, nats a token: {_shown(metrics[0]['loss'])} before the first step, {_shown(metrics[-1]['loss'])} before "
+        "the last.",
         "",
     ]
     return "\n".join(lines)
@@ -96,3 +98,8 @@ def reward_card(run: Run, config: RewardConfig, report: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    """A metric in few digits; one that was not finite is null in the run."""
+    return "not finite" if value is None else f"{value:.4g}"

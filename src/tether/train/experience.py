@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tether.batch import Completions, Prompt, Rollout, Sampler, Sampling, microbatches
 from tether.config import LamConfig, PPOSection
+from tether.errors import TrainingError
 from tether.math import explained_variance, gae, masked_mean, masked_var, optimality_gap, place_rewards, whiten
 from tether.model import Policy, Reference
 from tether.rewards import RewardSet, ScoredBatch
@@ -32,11 +33,13 @@ class Experience:
 
 def collect(
     prompts: Sequence[Prompt], sampler: Sampler, reward: RewardSet, policy: Policy, reference: Reference,
-    sampling: Sampling, ppo: PPOSection, *, kl_coef: float, cycle: int, progress: Callable[[str], None] = lambda _: None,
+    sampling: Sampling, ppo: PPOSection, *, kl_coef: float, cycle: int,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Experience:  # fmt: skip
     """Sample, score, value, and turn all three into advantages.
 
-    The KL penalty is in the rewards unless ppo.kl.place says loss. Advantages are whitened over the cycle's counted tokens.
+    The KL penalty is in the rewards unless ppo.kl.place says loss. Advantages are whitened over the cycle's counted
+    tokens, if the config says so.
     """
     clock = _Clock()
     progress("sampling")
@@ -61,8 +64,9 @@ def collect(
     clock.lap("time/forward_s")
 
     in_reward = kl_coef if ppo.kl.place == "reward" else 0.0
-    scores = scored.scores.to(mask.device)
+    scores = scored.scores.to(old)
     rewards = place_rewards(scores, old, ref, mask, kl_coef=in_reward)
+    _check_placement(rewards + in_reward * (old - ref), scores, rows.response_lengths)
     lam = ppo.lam if isinstance(ppo.lam, LamConfig) else LamConfig(ppo.lam, ppo.lam)
     advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.actor)
     if lam.critic != lam.actor:
@@ -74,17 +78,17 @@ def collect(
     exact = ppo.gamma == 1 and ppo.entropy_coef == 0 and not sampling.top_k and sampling.top_p == 1
     if exact and in_reward > 0 and sampling.responses_per_prompt >= 2:
         gap = optimality_gap(
-            scores, log_ratio_sums, responses_per_prompt=sampling.responses_per_prompt, kl_coef=in_reward
+            scored.scores, log_ratio_sums.cpu(), responses_per_prompt=sampling.responses_per_prompt, kl_coef=in_reward
         )
     sampled = torch.zeros_like(old)
     sampled[mask] = torch.tensor([x for row in completions.sampler_logprobs for x in row], device=mask.device)
     cut = [x for row in completions.truncated_mass for x in row]
-    lengths = rows.response_lengths.double()
+    lengths = rows.response_lengths.float()
     metrics: Metrics = {
-        "reward/score_mean": float(scores.mean()),
-        "reward/score_std": float(scores.std(correction=0)),
-        "reward/score_min": float(scores.min()),
-        "reward/score_max": float(scores.max()),
+        "reward/score_mean": float(scored.scores.mean()),
+        "reward/score_std": float(scored.scores.std(correction=0)),
+        "reward/score_min": float(scored.scores.min()),
+        "reward/score_max": float(scored.scores.max()),
         **{f"reward/{name}_mean": _mean_of_answers(answers) for name, answers in scored.parts.items()},
         "reward/total_mean": float(rewards.sum(1).mean()),
         "kl/ref_mean": float(log_ratio_sums.mean()),
@@ -105,6 +109,21 @@ def collect(
         **clock.laps,
     }
     return Experience(completions, scored, rollout, advantages, entropy, metrics)
+
+
+def _check_placement(without_kl: Tensor, scores: Tensor, lengths: Tensor) -> None:
+    """Before anything is learned from them: a row's rewards [B, R] are its score, on its last token, and nothing else.
+
+    One past the stop token, where some implementations put it, the score would be masked and lost.
+    """
+    want = torch.zeros_like(without_kl).scatter(1, lengths[:, None] - 1, scores[:, None])
+    wrong = ~torch.isclose(without_kl, want, rtol=1e-3, atol=1e-3, equal_nan=True)
+    if wrong.any():
+        row, t = wrong.nonzero()[0].tolist()
+        raise TrainingError(
+            f"the reward of token {t} of response {row} is off by {float((without_kl - want)[row, t]):.3g}: the score "
+            "is not on the last token, and the policy would learn something else. Please report it."
+        )
 
 
 def _mean_of_answers(answers: Sequence[float | None]) -> float | None:

@@ -59,7 +59,9 @@ class Logger:
             self._sinks.append(_TensorBoard(run, past, self.unit))
         if config.wandb is not None:
             self._sinks.append(_WandB(run, config))
-        self._screen: _Bar | _Lines = _Bar(total, self.unit, self._first) if sys.stdout.isatty() else _Lines(total, self.unit)
+        self._screen: _Bar | _Lines = (
+            _Bar(total, self.unit, self._first) if sys.stdout.isatty() else _Lines(total, self.unit)
+        )
         self._began = time.monotonic()
 
     def __enter__(self) -> Logger:

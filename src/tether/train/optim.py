@@ -19,18 +19,19 @@ SHUFFLE, PROMPTS, HELD_OUT = 101, 102, 103  # streams of `permutation`: one for 
 
 
 def permutation(count: int, *, seed: int, stream: int, counter: Sequence[int] = ()) -> list[int]:
-    """A shuffle of 0 … count-1 that is a function of (seed, stream, counter) alone: nothing to save, nothing to resume."""
+    """A shuffle of 0 … count-1, a function of (seed, stream, counter) alone: there is nothing to save or resume."""
     words = [*counter, 0, 0, 0][:3]
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, *words])).permutation(count).tolist()
+    shuffled = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, *words])).permutation(count)
+    return [int(i) for i in shuffled]
 
 
 def build_optimizer(
     config: OptimConfig, policy: Named, critic: Named = (), *, lora: bool, critic_is_head: bool = True
 ) -> torch.optim.AdamW:
-    """AdamW with the policy's weights in one group and the critic's in another, each with a peak learning rate of its own.
+    """AdamW with the policy's weights in one group and the critic's in another, each with its own peak learning rate.
 
-    lr null is 1e-5, with LoRA 1e-4. critic_lr null is 10·lr for a head: it starts at zero, and under Adam a weight moves by
-    at most about lr a step, so at 1e-5 thousands of steps would pass before it said anything.
+    lr null is 1e-5, with LoRA 1e-4. critic_lr null is 10·lr for a head: it starts at zero, and under Adam a weight
+    moves by at most about lr a step, so at 1e-5 thousands of steps would pass before it said anything.
     """
     lr = config.lr if config.lr is not None else (1e-4 if lora else 1e-5)
     critic_lr = config.critic_lr if config.critic_lr is not None else (10 * lr if critic_is_head else lr)
@@ -64,7 +65,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[float, bool]:
-    """Clip and step; (gradient norm before clipping, True). With a norm that is not finite, leave the weights as they are."""
+    """Clip and step: (gradient norm before clipping, True). Where that is not finite, leave the weights as they are."""
     norm = clip_gradients(optimizer, max_norm)
     finite = math.isfinite(norm)
     if finite:

@@ -10,20 +10,21 @@ before the loop and put away after it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tether.batch import EVALUATE, TRAIN, Prompt, Reward, Sampling
+from tether.batch import EVALUATE, TRAIN, Prompt, Sampling
 from tether.config import PPOConfig, check
 from tether.data import load_prompts
 from tether.errors import Interrupted, RewardError, TrainingError
 from tether.export import save_model
 from tether.math import next_kl_coef
-from tether.model import Policy, Reference, build_policy, context_length, load_weights, resolve_device
+from tether.model import Policy, Reference, build_policy, context_length, model_config, resolve_device
 from tether.rewards import RewardSet, build_reward
 from tether.rollout import LocalSampler
 from tether.runs import Run, RunDirectory, hash_files
@@ -36,6 +37,7 @@ from tether.train.log import Logger
 from tether.train.optim import HELD_OUT, PROMPTS, build_optimizer, permutation
 from tether.train.record import table
 from tether.train.update import update
+from tether.train.weights import restore_weights, save_weights
 
 
 def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: bool = False) -> Run:
@@ -65,23 +67,30 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
                 try:
                     with signals.droppable():
                         experience = job.collect(cycle, state.kl_coef, log)
-                except (StopRequested, RewardError) as stop:
+                except RewardError:
                     job.save(run, state)
-                    if isinstance(stop, RewardError):
-                        raise
+                    raise
+                except StopRequested:
+                    job.save(run, state)
                     raise Interrupted(f"stopped in cycle {cycle}; the same command continues from its start") from None
 
                 done = job.update(run, experience, cycle, state.kl_coef, log)
                 state = state.advance(config, experience)
                 job.sampler.load_weights(job.policy.model)
-                metrics = {**experience.metrics, **done.metrics, "memory/peak_mb": _peak_mb(job.device)}
-                metrics |= job.evaluate(run, state, log)
                 job.record(run, experience, cycle, done.new_logprobs)
+                metrics = {**experience.metrics, **done.metrics, "memory/peak_mb": _peak_mb(job.device)}
+                stop: RewardError | Interrupted | None = None
+                try:
+                    metrics |= job.evaluate(run, state, log)
+                except RewardError as error:  # the cycle itself is done, and kept
+                    stop = error
                 log.write(cycle, metrics)
-                if cycle % config.checkpoint.every == 0 or cycle == config.ppo.cycles or signals.requested:
-                    job.save(run, state)
                 if signals.requested and cycle < config.ppo.cycles:
-                    raise Interrupted(f"stopped after cycle {cycle}; the same command continues")
+                    stop = stop or Interrupted(f"stopped after cycle {cycle}; the same command continues")
+                if stop or cycle % config.checkpoint.every == 0 or cycle == config.ppo.cycles:
+                    job.save(run, state)
+                if stop:
+                    raise stop
             job.finish(run)
             log.note(f"done: {run.path / 'final'} is the policy of the last cycle")
     return Run.open(run.path)
@@ -153,7 +162,7 @@ class Job:
         return done
 
     def evaluate(self, run: RunDirectory, state: State, log: Logger) -> dict[str, float | None]:
-        """On the held-out prompts, with the same draws every time, so that what differs is the policy. Metrics eval/*."""
+        """Metrics eval/* on the held-out prompts, with the same draws every time: what differs is the policy."""
         c, cycle = self.config, state.cycle
         if not c.evaluate.every or (cycle % c.evaluate.every and cycle != c.ppo.cycles):
             return {}
@@ -162,10 +171,10 @@ class Job:
             self.held_out, self.sampler, self.reward, self.policy, self.reference,
             self.sampling(c.evaluate.samples, EVALUATE), c.ppo, kl_coef=state.kl_coef, cycle=0,
         )  # fmt: skip
-        run.write_evaluation(
-            cycle,
-            table(experience, self.tokenizer, self.stop_ids, c.ppo, cycle=cycle, responses_per_prompt=c.evaluate.samples),
+        columns = table(
+            experience, self.tokenizer, self.stop_ids, c.ppo, cycle=cycle, responses_per_prompt=c.evaluate.samples
         )
+        run.write_evaluation(cycle, columns)
         m = experience.metrics
         return {f"eval/{name.rpartition('/')[2]}": m[name] for name in m if name.startswith("reward/")} | {
             "eval/kl_ref_mean": m["kl/ref_mean"],
@@ -184,7 +193,7 @@ class Job:
         """A checkpoint of everything that the next cycle depends on."""
 
         def write(directory: Path) -> None:
-            self.policy.lm.save_pretrained(directory / "policy")
+            save_weights(self.policy.lm, directory / "policy")
             self.tokenizer.save_pretrained(directory / "policy")
             self.policy.save_critic(directory / "critic")
             checkpoint.save_optimizer(self.optimizer, self._named_parameters(), directory / "optimizer.safetensors")
@@ -204,14 +213,7 @@ class Job:
             run.cut_back(0)
             return State(0, self.config.ppo.kl.coef)
         directory, state = found
-        if self.config.model.lora:
-            import peft
-            from safetensors.torch import load_file
-
-            adapter = load_file(directory / "policy" / "adapter_model.safetensors")
-            peft.set_peft_model_state_dict(self.policy.lm, adapter)
-        else:
-            load_weights(self.policy.lm, directory / "policy")
+        restore_weights(self.policy.lm, directory / "policy")
         self.policy.load_critic(directory / "critic")
         self.policy.skipped_in_a_row = state["skipped"]
         checkpoint.load_optimizer(self.optimizer, self._named_parameters(), directory / "optimizer.safetensors")
@@ -231,9 +233,9 @@ class Job:
     # ------------------------------------------------ details
 
     def sampling(self, responses_per_prompt: int, stream: int) -> Sampling:
-        s = self.config.sampling
+        s, seed = self.config.sampling, self.config.seed
         return Sampling(
-            s.temperature, s.top_k, s.top_p, s.max_new_tokens, self.stop_ids, responses_per_prompt, self.config.seed, stream
+            s.temperature, s.top_k, s.top_p, s.max_new_tokens, self.stop_ids, responses_per_prompt, seed, stream
         )
 
     def _prompts_of(self, cycle: int) -> list[Prompt]:
@@ -253,30 +255,26 @@ class Job:
 
     def _write(self, run: RunDirectory, experience: Experience, cycle: int, new_logprobs: torch.Tensor | None) -> None:
         ppo = self.config.ppo
-        run.write_rollouts(
-            cycle,
-            table(experience, self.tokenizer, self.stop_ids, ppo, cycle=cycle,
-                  responses_per_prompt=ppo.responses_per_prompt, new_logprobs=new_logprobs),
+        columns = table(
+            experience, self.tokenizer, self.stop_ids, ppo,
+            cycle=cycle, responses_per_prompt=ppo.responses_per_prompt, new_logprobs=new_logprobs,
         )  # fmt: skip
+        run.write_rollouts(cycle, columns)
 
 
 def prepare(config: PPOConfig, reward: Callable[..., Any] | None = None) -> Job:
-    """Load and check everything that a run needs: cheapest first, so that a mistake is found before a model is loaded."""
+    """Load and check all that a run needs, cheap things first: most mistakes are found before a model is loaded."""
     m = config.model
     device = resolve_device(config.device)
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     tokenizer = load_tokenizer(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
+    architecture = model_config(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
+    check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
+    prompts, held_out, note = _load_prompts(config, tokenizer, context_length(architecture))
     policy, reference, notes = build_policy(m, device=device, seed=config.seed)
-    check_vocabulary(tokenizer, policy.model.config.vocab_size)
+    notes += [note] if note else []
     stop_ids = stop_token_ids(tokenizer, policy.model.plain.generation_config, config.sampling.stop_token_ids)
-    room = {"context": context_length(policy.model.config), "max_new_tokens": config.sampling.max_new_tokens}
-    prompts = load_prompts(config.prompts, tokenizer, **room)
-    if config.evaluate.prompts is not None:
-        held_out = load_prompts(_other_file(config), tokenizer, **room)[: config.evaluate.count]
-    else:
-        prompts, held_out, note = hold_out(prompts, config.evaluate.count if config.evaluate.every else 0, config.seed)
-        notes += [note] if note else []
     scorer = build_reward(config.reward, config.reward_shaping, tokenizer, stop_ids, device, reward)
     scorer.check(prompts + held_out)
     sampler = LocalSampler(policy.model, slots=config.sampling.slots)
@@ -288,6 +286,18 @@ def prepare(config: PPOConfig, reward: Callable[..., Any] | None = None) -> Job:
     return Job(
         config, device, tokenizer, policy, reference, sampler, scorer, optimizer, prompts, held_out, stop_ids, notes
     )
+
+
+def _load_prompts(
+    config: PPOConfig, tokenizer: Any, context: int | None
+) -> tuple[list[Prompt], list[Prompt], str | None]:
+    """(prompts to train on, prompts to evaluate on, a note)."""
+    limit, e = config.sampling.max_new_tokens, config.evaluate
+    prompts = load_prompts(config.prompts, tokenizer, context=context, max_new_tokens=limit)
+    if e.prompts is None:
+        return hold_out(prompts, e.count if e.every else 0, config.seed)
+    other = replace(config.prompts, path=e.prompts, limit=None)
+    return prompts, load_prompts(other, tokenizer, context=context, max_new_tokens=limit)[: e.count], None
 
 
 def hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt], str | None]:
@@ -302,26 +312,21 @@ def hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt]
     return train, [p for i, p in enumerate(prompts) if i in taken], note
 
 
-def _other_file(config: PPOConfig) -> Any:
-    from dataclasses import replace
-
-    assert config.evaluate.prompts is not None
-    return replace(config.prompts, path=config.evaluate.prompts, limit=None)
-
-
 def _inputs(config: PPOConfig) -> dict[str, str]:
     """Hashes of what the run reads: it continues only on the same."""
     m = config.model
-    paths = {"model.policy": m.policy, "model.reference": m.reference, "prompts.path": config.prompts.path,
+    paths = {"model.reference": m.reference, "prompts.path": config.prompts.path,
              "evaluate.prompts": config.evaluate.prompts,
              "model.critic": m.critic if m.critic not in ("shared", "separate") else None,
              **{f"reward[{i}].model": s.model for i, s in enumerate(config.reward)}}  # fmt: skip
-    return {key: hash_files(path, m.revision) for key, path in paths.items() if path is not None}
+    hashes = {key: hash_files(path) for key, path in paths.items() if path is not None}
+    return {"model.policy": hash_files(m.policy, m.revision)} | hashes
 
 
 def _peak_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
+    import resource  # not on every system
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # there in bytes, elsewhere in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
+from tether.batch import Text
 from tether.config import PPOSection
 from tether.tokens import completion_text, fragments
 from tether.train.experience import Experience
@@ -20,11 +21,10 @@ def table(
 ) -> dict[str, list[Any]]:  # fmt: skip
     """Columns of B rows, one a response; per-token columns are lists as long as the response.
 
-    new_logprobs [B, R]: of the last epoch's own passes; without them (evaluations) new_logprob, ratio and clipped are null.
+    new_logprobs [B, R]: of the last epoch's own passes; in evaluations there are none, and what they give is null.
     """
     completions, rollout = experience.completions, experience.rollout
-    lengths = completions.lengths
-    prompts = completions.prompts
+    lengths, prompts = completions.lengths, completions.prompts
 
     def ragged(values: Tensor) -> list[list[Any]]:
         return [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]
@@ -34,7 +34,7 @@ def table(
         "cycle": [cycle] * len(completions),
         "prompt_index": [p.row for p in prompts],
         "response_index": [i % responses_per_prompt for i in range(len(completions))],
-        "prompt": [p.source if isinstance(p.source, str) else json.dumps(p.source, ensure_ascii=False) for p in prompts],
+        "prompt": [_as_text(p.source) for p in prompts],
         "completion": [completion_text(tokenizer, ids, stop_ids) for ids in completions.response_ids],
         "finish_reason": completions.finish_reasons,
         "length": lengths,
@@ -63,3 +63,8 @@ def table(
         "ratio": ragged(ratio),
         "clipped": ragged(((a > 0) & (ratio > 1 + high)) | ((a < 0) & (ratio < 1 - low))),
     }
+
+
+def _as_text(source: Text) -> str:
+    """A prompt as one string; messages as JSON."""
+    return source if isinstance(source, str) else json.dumps(source, ensure_ascii=False)

@@ -32,8 +32,8 @@ def update(
 ) -> Update:  # fmt: skip
     """Maximise the clipped objective over the cycle's rollout; changes `policy` and `optimizer` in place.
 
-    Every metric is taken before its minibatch's step and averaged over the cycle by tokens. The learning rate follows from the
-    step's number in the whole run, so nothing of the schedule needs saving.
+    Every metric is taken before its minibatch's step and averaged over the cycle by tokens. The learning rate follows
+    from the step's number in the whole run, so nothing of the schedule needs saving.
 
     Raises TrainingError when gradients stay not finite, or when the first ratio of the cycle is not 1.
     """
@@ -42,14 +42,16 @@ def update(
     step = (cycle - 1) * ppo.epochs * steps
     total = ppo.cycles * ppo.epochs * steps
     new_logprobs = rollout.old_logprobs.clone()
-    averages, alarms, first_ratio_error, skipped, tokens_done = _Averages(), [], 0.0, 0, 0
+    averages, first_ratio_error, skipped, tokens_done = _Averages(), 0.0, 0, 0
+    alarms: list[str] = []
     policy.critic_only = cycle <= ppo.value_warmup_cycles
 
     for epoch in range(ppo.epochs):
         order = permutation(len(rollout.rows), seed=seed, stream=SHUFFLE, counter=(cycle, epoch))
         epoch_kl, epoch_tokens = 0.0, 0.0
         for m in range(steps):
-            index = torch.tensor(sorted(order[m * ppo.minibatch : (m + 1) * ppo.minibatch]), device=rollout.values.device)
+            chosen = sorted(order[m * ppo.minibatch : (m + 1) * ppo.minibatch])
+            index = torch.tensor(chosen, device=rollout.values.device)
             minibatch = rollout.select(index)
             metrics, logprobs = accumulate(policy, minibatch, ppo, kl_coef=kl_coef, temperature=temperature)
             new_logprobs[index, : logprobs.shape[1]] = logprobs
@@ -64,8 +66,8 @@ def update(
                 alarms.append(f"optimiser step {step + epoch * steps + m} skipped: its gradient is not finite")
             if policy.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise TrainingError(
-                    f"the gradients of {MAX_SKIPPED_IN_A_ROW} optimiser steps in a row are not finite: nothing can be learned any "
-                    "more. Lower optim.lr, or look at the scores in the cycle's rollout file."
+                    f"the gradients of {MAX_SKIPPED_IN_A_ROW} optimiser steps in a row are not finite: nothing can be "
+                    "learned any more. Lower optim.lr, or look at the scores in the cycle's rollout file."
                 )
             tokens = float(minibatch.rows.response_lengths.sum())
             averages.add(metrics, tokens)
@@ -101,8 +103,7 @@ def accumulate(
     """
     rows = minibatch.rows
     denominator = float(rows.response_lengths.sum())
-    clip = tuple(ppo.clip) if isinstance(ppo.clip, list) and len(ppo.clip) == 2 else ppo.clip
-    clip = clip[0] if isinstance(clip, list) else clip
+    clip = (ppo.clip[0], ppo.clip[-1]) if isinstance(ppo.clip, list) else ppo.clip
     metrics: dict[str, float] = {}
     new_logprobs = torch.zeros_like(minibatch.old_logprobs)
     for index in microbatches(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
@@ -118,10 +119,12 @@ def accumulate(
         entropy = entropy_mean(output.entropy, mask, denominator=denominator)
         loss = ppo.value_coef * loss_value
         if not policy.critic_only:
-            loss = loss + loss_policy - ppo.entropy_coef * entropy
+            loss = loss + loss_policy
+            if ppo.entropy_coef:  # only then is its gradient worth the work
+                loss = loss - ppo.entropy_coef * entropy
             if ppo.kl.place == "loss":
                 loss = loss + kl_coef * kl_loss(output.logprobs, part.ref_logprobs, mask, denominator=denominator)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         _combine(metrics, {**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()})
         new_logprobs[index, : mask.shape[1]] = output.logprobs.detach()
     return metrics, new_logprobs
@@ -159,14 +162,14 @@ class _Averages:
 
 
 def _check_first_ratio(logprobs: Tensor, minibatch: Rollout, policy: Policy, alarms: list[str]) -> float:
-    """Before anything is learned the ratio must be 1: anything else is a bug, in us or in a kernel. Returns mean |ρ - 1|."""
+    """Before anything is learned the ratio must be 1: anything else is a bug, in us or in a kernel. Mean of |ρ - 1|."""
     mask = minibatch.rows.response_mask
     error = ((logprobs - minibatch.old_logprobs)[mask].exp() - 1).abs()
     mean, largest = float(error.mean()), float(error.max())
     if mean > 5e-2:
         raise TrainingError(
-            f"the first ratio of the cycle is off 1 by {mean:.2g} on average: old and new log-probs come from different "
-            "arithmetic, and the objective would be wrong. Set model.dtype to float32, and please report it."
+            f"the first ratio of the cycle is off 1 by {mean:.2g} on average: old and new log-probs come from "
+            "different arithmetic, and the objective would be wrong. Set model.dtype to float32, and please report it."
         )
     precise = policy.model.dtype == torch.float32
     if mean > (1e-5 if precise else 1e-2) or (precise and largest > 1e-4):
