@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import tether
+from tether.config import EvaluateConfig
 from tether.errors import ConfigError, TetherError
 
 
@@ -93,6 +94,7 @@ def _evaluate(argv: list[str]) -> None:
     if options.print_config:
         print(to_yaml(config), end="")
     else:
+        assert isinstance(config, EvaluateConfig)
         print(tether.evaluate(config))
 
 
@@ -152,6 +154,8 @@ def _generate(argv: list[str]) -> None:
     parser.add_argument(
         "--temperature", metavar="T", type=float, default=1.0, help="divides the logits, above 0 (%(default)s)"
     )
+    parser.add_argument("--top-k", metavar="K", type=int, default=0, help="keep the K likeliest tokens; 0: all")
+    parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="keep the likeliest with mass P; 1: all")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="longest response (%(default)s)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same responses (%(default)s)")
     args = parser.parse_args(argv)
@@ -162,18 +166,22 @@ def _generate(argv: list[str]) -> None:
         prompts += [row["prompt"] for row in read_rows(args.prompts, "train", ["prompt"], None)]
     if not prompts:
         raise ConfigError("no prompt: there is nothing to answer. Give --prompt TEXT or --prompts FILE.")
-    answers = tether.generate(
+    from tether.report.text import visible  # what a model wrote must not act on the terminal
+
+    generations = tether.generate(
         args.model,
         prompts,
         samples=args.samples,
         temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
     )
-    for prompt, responses in zip(prompts, answers, strict=True):
-        print(f"── {prompt}")
-        for response in responses:
-            print(f"{response}\n")
+    for i, generation in enumerate(generations):
+        if i % args.samples == 0:
+            print(f"── {visible(generation.prompt)}")
+        print(f"{visible(generation.completion)}\n")
 
 
 def _report(argv: list[str]) -> None:

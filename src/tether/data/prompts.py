@@ -9,7 +9,7 @@ from tether.config import PromptsConfig
 from tether.data.cells import as_prompt
 from tether.data.encode import encode_prompt_column
 from tether.data.limit import Limit, keep_right
-from tether.data.table import read_table
+from tether.data.table import Table, read_table
 
 
 def load_prompts(
@@ -20,6 +20,18 @@ def load_prompts(
     context: tokens that the model has positions for, None for no limit; a prompt leaves max_new_tokens of them free.
     """
     table = read_table(config.path, config.split, config.limit)
+    return prompts_of(table, config, tokenizer, context=context, max_new_tokens=max_new_tokens)
+
+
+def prompts_of(
+    table: Table,
+    config: PromptsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int | None,
+    max_new_tokens: int,
+) -> list[Prompt]:
+    """The prompts of a table that has been read."""
     table.require(["prompt"], '{"prompt": "…"}')
     names = dict.fromkeys(name for row in table.rows for name in row if name != "prompt")
     sources = []

@@ -1,0 +1,304 @@
+"""Models on prompts without training: sample from one, or compare several on the same prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tether.batch import EVALUATE, GENERATE, Completions, Prompt, Rows, Sampling, Text, microbatches
+from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig, check
+from tether.data import load_prompts
+from tether.data.prompts import prompts_of
+from tether.data.table import Table
+from tether.errors import ConfigError, DataError, RunError
+from tether.math import Interval, bootstrap_mean
+from tether.model import (
+    LanguageModel,
+    context_length,
+    load_causal_lm,
+    model_config,
+    resolve_device,
+    resolve_dtype,
+)
+from tether.rewards import build_reward
+from tether.rollout import LocalSampler
+from tether.tokens import check_vocabulary, completion_text, load_tokenizer, stop_token_ids
+
+_FORWARD_TOKENS = 8192  # padded tokens in one forward pass without gradient
+
+# ---------------------------------------------------------------- generate
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One sampled response."""
+
+    prompt: Text
+    """As it was given."""
+    completion: str
+    """Without its stop token, special tokens skipped."""
+    token_ids: list[int]
+    """With its stop token."""
+    finish_reason: str
+    """stop, or length: cut at max_new_tokens."""
+
+
+def generate(
+    model: str | Path, prompts: Sequence[Text], *, samples: int = 1, temperature: float = 1.0, top_k: int = 0,
+    top_p: float = 1.0, max_new_tokens: int = 64, seed: int = 0, device: str = "auto", dtype: str = "auto",
+    stop_token_ids: list[int] | None = None, trust_remote_code: bool = False,
+) -> list[Generation]:  # fmt: skip
+    """`samples` responses to each prompt, in the prompts' order.
+
+    model: a directory or hub id. prompts: texts, or chat messages. The other names are those of `tether ppo --help`.
+    Same seed, same responses: the draws behind response k to prompt i follow from (seed, i, k) alone.
+    """
+    sampling = SamplingConfig("local", temperature, top_k, top_p, max_new_tokens, stop_token_ids)
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"dtype={dtype!r} is not a precision that models run in here. Set auto, float32 or bfloat16.")
+    anywhere = PromptsConfig("the prompts given", max_tokens=sys.maxsize)
+    check(EvaluateConfig([str(model)], anywhere, samples=samples, seed=seed, sampling=sampling), reward_given=True)
+    if not prompts:
+        return []
+    source = _Source.of(str(model), sampling, trust_remote_code)
+    table = Table(anywhere.path, [{"prompt": prompt} for prompt in prompts])
+    asked = prompts_of(table, anywhere, source.tokenizer, **source.room)
+    loaded = source.load(resolve_device(device), dtype)
+    found = source.sample(loaded, asked, samples, seed=seed, stream=GENERATE)
+    stop_ids = source.stop_ids(loaded)
+    return [
+        Generation(p.source, completion_text(source.tokenizer, ids, stop_ids), ids, reason)
+        for p, ids, reason in zip(found.prompts, found.response_ids, found.finish_reasons, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One model. Every interval is a 95 % bootstrap over prompts."""
+
+    model: str
+    score: Interval
+    """Mean of the prompts' mean scores."""
+    kl: Interval | None
+    """KL(model‖baseline) in nats a response, from the model's own samples; None where `note` says why."""
+    win_rate: Interval | None
+    """Share of prompts whose mean score is above the baseline's, ties half; None for the baseline."""
+    length: float
+    """Tokens a response."""
+    truncated: float
+    """Share of responses cut at the length limit."""
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Several models on the same prompts, answered with the same random numbers."""
+
+    baseline: str
+    prompts: int
+    samples: int
+    """Responses to each prompt."""
+    results: list[Result]
+    """The baseline first."""
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """The results as lines of text."""
+        head = ("model", "score", "KL to baseline", "win rate", "length", "cut")
+        rows = [
+            (
+                _short(r.model) + (" (baseline)" if r.model == self.baseline else ""),
+                _shown(r.score, ".3f"),
+                _shown(r.kl, ".2f"),
+                _shown(r.win_rate, ".2f"),
+                f"{r.length:.1f}",
+                f"{r.truncated:.0%}",
+            )
+            for r in self.results
+        ]
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+        ]
+        lines += [f"{_short(r.model)}: {r.note}" for r in self.results if r.note]
+        lines.append(
+            f"{self.prompts} prompts, {self.samples} responses to each; [95 % intervals] over prompts; KL in nats a "
+            "response"
+        )
+        return "\n".join(lines)
+
+
+def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None) -> Evaluation:
+    """Sample from every model, score the answers, and compare with the baseline.
+
+    reward: a reward function as one more source, as in `tether.ppo`. With config.run, evaluation.json is written there.
+    At most two models are in memory, the baseline and another, beside the reward sources.
+    """
+    check(config, reward_given=reward is not None)
+    device = resolve_device(config.device)
+    baseline = config.baseline or config.models[0]
+    names = list(dict.fromkeys([baseline, *config.models]))
+    sources = {name: _Source.of(name, config.sampling, config.trust_remote_code) for name in names}
+    prompts = _common({name: load_prompts(config.prompts, s.tokenizer, **s.room) for name, s in sources.items()})
+    base = sources[baseline].load(device, config.dtype)
+    results: list[Result] = []
+    base_scores = torch.empty(0)
+    for name, source in sources.items():
+        model = base if name == baseline else source.load(device, config.dtype)
+        found = source.sample(model, prompts[name], config.samples, seed=config.seed, stream=EVALUATE)
+        stop_ids = source.stop_ids(model)
+        rewards = build_reward(config.reward, config.reward_shaping, source.tokenizer, stop_ids, device, reward)
+        rewards.check(prompts[name])
+        scores = _by_prompt(rewards.score(found).scores, config.samples)
+        kl: Tensor | None = None
+        note: str | None = "its vocabulary is not the baseline's, so there is no KL between them"
+        if source.tokenizer.get_vocab() == sources[baseline].tokenizer.get_vocab():
+            asked = [p for p in prompts[baseline] for _ in range(config.samples)]
+            ratios = _log_ratios(model, base, found, asked, config.sampling.temperature)
+            kl, note = _by_prompt(ratios, config.samples), None
+        if name == baseline:
+            base_scores = scores
+        wins = (scores > base_scores).double() + 0.5 * (scores == base_scores)
+
+        def interval(values: Tensor) -> Interval:
+            return bootstrap_mean(values, seed=config.seed)
+
+        results.append(
+            Result(
+                model=name,
+                score=interval(scores),
+                kl=None if kl is None else interval(kl),
+                win_rate=None if name == baseline else interval(wins),
+                length=sum(found.lengths) / len(found),
+                truncated=found.finish_reasons.count("length") / len(found),
+                note=note,
+            )
+        )
+        del model, rewards  # before the next ones are loaded
+    evaluation = Evaluation(baseline, len(prompts[baseline]), config.samples, results)
+    if config.run is not None:
+        _write(evaluation, config, Path(config.run))
+    return evaluation
+
+
+@torch.no_grad()
+def _log_ratios(
+    model: LanguageModel, baseline: LanguageModel, found: Completions, asked: Sequence[Prompt], temperature: float
+) -> Tensor:
+    """[B] Σ log(model/baseline) over each response, in nats.
+
+    asked: the baseline's own encoding of each prompt: under another chat template the same answer follows other ids.
+    """
+    theirs = Rows.of([p.ids for p in asked], found.response_ids)
+    return _summed_logprobs(model, found.rows(), temperature) - _summed_logprobs(baseline, theirs, temperature)
+
+
+def _summed_logprobs(model: LanguageModel, rows: Rows, temperature: float) -> Tensor:
+    """[B] log-probability of each response, in nats."""
+    rows = rows.to(model.device)
+    sums = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
+    for index in microbatches(rows.prompt_lengths + rows.response_lengths, _FORWARD_TOKENS):
+        part = rows.select(index)
+        logprobs, _, _ = model.response_logprobs(part, temperature=temperature, entropy=False)
+        sums.index_add_(0, index.to(sums.device)[part.before_targets[0]], logprobs.double())
+    return sums.cpu()
+
+
+def _by_prompt(values: Tensor, samples: int) -> Tensor:
+    """[P] means over the `samples` responses to each prompt, of values [P · samples]."""
+    return values.double().view(-1, samples).mean(1)
+
+
+def _common(prompts: dict[str, list[Prompt]]) -> dict[str, list[Prompt]]:
+    """The prompts that every model takes: tokenizers differ, and so does what is too long for a context."""
+    kept = set.intersection(*({p.row for p in found} for found in prompts.values()))
+    if not kept:
+        raise DataError("no prompt fits every model: nothing could be compared. Raise prompts.max_tokens.")
+    most = max(len(found) for found in prompts.values())
+    if len(kept) < most:
+        print(f"{most - len(kept)} prompts are too long for one of the models: left out for all", file=sys.stderr)
+    return {name: [p for p in found if p.row in kept] for name, found in prompts.items()}
+
+
+def _write(evaluation: Evaluation, config: EvaluateConfig, directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        content = {"schema": 1, **asdict(evaluation), "config": asdict(config)}
+        (directory / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"run={directory}: evaluation.json cannot be written ({error.strerror or error}): the results "
+            "would be in no file. Name a directory that is writable."
+        ) from error
+
+
+# ---------------------------------------------------------------- a model and what surrounds it
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A model that need not be loaded yet: its tokenizer and its config answer what can be answered early."""
+
+    path: str
+    tokenizer: PreTrainedTokenizerBase
+    config: Any  # transformers' own
+    sampling: SamplingConfig
+    trust_remote_code: bool
+
+    @classmethod
+    def of(cls, path: str, sampling: SamplingConfig, trust_remote_code: bool) -> _Source:
+        config = model_config(path, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        check_vocabulary(tokenizer, config.get_text_config().vocab_size)
+        return cls(path, tokenizer, config, sampling, trust_remote_code)
+
+    @property
+    def room(self) -> dict[str, Any]:
+        """What limits a prompt."""
+        return {"context": context_length(self.config), "max_new_tokens": self.sampling.max_new_tokens}
+
+    def load(self, device: torch.device, dtype: str) -> LanguageModel:
+        resolved = resolve_dtype(dtype, device, self.config.get_text_config().hidden_size)
+        lm = load_causal_lm(self.path, dtype=resolved, device=device, trust_remote_code=self.trust_remote_code)
+        model = LanguageModel(lm.eval().requires_grad_(False), resolved)
+        _say(model.check_head())
+        return model
+
+    def stop_ids(self, model: LanguageModel) -> tuple[int, ...]:
+        return stop_token_ids(self.tokenizer, model.plain.generation_config, self.sampling.stop_token_ids)
+
+    def sample(
+        self, model: LanguageModel, prompts: Sequence[Prompt], samples: int, *, seed: int, stream: int
+    ) -> Completions:
+        s = self.sampling
+        sampler = LocalSampler(model, slots=s.slots)
+        _say(sampler.note)
+        drawn = Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, self.stop_ids(model), samples, seed, stream)
+        return sampler.generate(prompts, drawn, cycle=0)
+
+
+def _say(note: str | None) -> None:
+    if note:
+        print(note, file=sys.stderr)
+
+
+def _short(path: str) -> str:
+    """The last two parts of a path: runs/a/final and runs/b/final differ in the first of them."""
+    return "/".join(Path(path).parts[-2:])
+
+
+def _shown(interval: Interval | None, form: str) -> str:
+    return "–" if interval is None else f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"

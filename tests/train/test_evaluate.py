@@ -1,0 +1,207 @@
+"""Sampling from models and comparing them; log-probs and greedy answers are checked against plain transformers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import tether
+from tether.cli import main
+from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig
+from tether.errors import ConfigError, DataError, ModelError
+
+PROMPTS = ["Hello", "The sun", "A dog and"]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model) -> tuple[Path, Path]:
+    return tiny_model("llama"), tiny_model("llama", seed=1)
+
+
+@pytest.fixture
+def prompts(tmp_path) -> PromptsConfig:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    return PromptsConfig(str(path))
+
+
+def config(models, prompts, **changes) -> EvaluateConfig:
+    return EvaluateConfig(
+        [str(m) for m in models], prompts, **{"samples": 2, "sampling": SamplingConfig(max_new_tokens=6), **changes}
+    )
+
+
+def length(prompts, completions, completion_ids, **columns):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+# ---------------------------------------------------------------- generate
+
+
+def test_the_likeliest_token_alone_is_what_transformers_decodes_greedily(models, tiny_tokenizer):
+    theirs = AutoModelForCausalLM.from_pretrained(models[0]).eval()
+    for answer in tether.generate(models[0], PROMPTS, top_k=1, max_new_tokens=10):
+        ids = tiny_tokenizer(answer.prompt, return_tensors="pt").input_ids
+        want = theirs.generate(ids, do_sample=False, max_new_tokens=10)[0, ids.shape[1] :].tolist()
+        assert answer.token_ids == want
+
+
+def test_responses_stand_in_the_order_of_prompts_and_repeat_with_the_seed(models):
+    first = tether.generate(models[0], PROMPTS, samples=2, seed=3)
+    assert [g.prompt for g in first] == [p for p in PROMPTS for _ in range(2)]
+    assert first == tether.generate(models[0], PROMPTS, samples=2, seed=3)
+    other = tether.generate(models[0], PROMPTS, samples=2, seed=4)
+    assert [g.token_ids for g in first] != [g.token_ids for g in other]
+
+
+def test_a_response_does_not_depend_on_the_prompts_after_it(models):
+    alone, together = (tether.generate(models[0], PROMPTS[:n], seed=5) for n in (1, 3))
+    assert alone[0] == together[0]
+
+
+def test_a_stop_token_ends_a_response_and_is_in_its_ids_but_not_in_its_text(models, tiny_tokenizer):
+    every = list(range(2, len(tiny_tokenizer)))  # all but <pad> and <eos>
+    (one,) = tether.generate(models[0], ["Hi"], stop_token_ids=every, seed=2)
+    assert (len(one.token_ids), one.completion, one.finish_reason) == (1, "", "stop")
+    (cut,) = tether.generate(models[0], ["Hi"], stop_token_ids=[], max_new_tokens=5)
+    assert (len(cut.token_ids), cut.finish_reason) == (5, "length")
+
+
+def test_chat_messages_go_through_the_template(models, tiny_tokenizer):
+    chat = [{"role": "user", "content": "Hi"}]
+    (answer,) = tether.generate(models[0], [chat], top_k=1, max_new_tokens=4)
+    (same,) = tether.generate(models[0], ["<user>Hi<assistant>"], top_k=1, max_new_tokens=4)
+    assert answer.prompt == chat
+    assert answer.token_ids == same.token_ids
+
+
+def test_nothing_asked_is_nothing_answered(models):
+    assert tether.generate(models[0], []) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        (["Hi"], {"temperature": 0.0}, ConfigError, "temperature=0.0 is not above 0"),
+        (["Hi"], {"samples": 0}, ConfigError, "samples=0 is below 1"),
+        (["Hi"], {"dtype": "fp16"}, ConfigError, "dtype='fp16' is not a precision"),
+        (["Hi"], {"device": "abacus"}, ConfigError, "device='abacus' is not a device"),
+        (["Hi"], {"stop_token_ids": [999]}, ConfigError, "stop_token_ids holds 999"),
+        (["Hi", ""], {}, DataError, r"the prompts given, row 1 .*is empty"),
+        (["x" * 200], {}, DataError, r"the prompts given, row 0 .*has 200 tokens.*the model's context of 128"),
+    ],
+)
+def test_what_cannot_be_sampled_is_named(models, prompts, options, error, message):
+    with pytest.raises(error, match=message):
+        tether.generate(models[0], prompts, **options)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ModelError, match="nothing does not exist"):
+        tether.generate(tmp_path / "nothing", ["Hi"])
+
+
+def test_the_command_prints_what_the_function_answers_and_no_control_characters(models, capsys):
+    assert main(["generate", str(models[0]), "--prompt", "A\x1b[31m", "--samples", "2", "--seed", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("── A␛[31m\n")
+    assert not {c for c in printed if ord(c) < 32} - {"\n", "\t"}
+    assert len(printed.split("──")) == 2
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def summed(model, tokenizer, prompt: str, ids: list[int], temperature: float) -> float:
+    """Log-probability of a response, from transformers' own logits."""
+    before = tokenizer(prompt).input_ids
+    logits = model(torch.tensor([[*before, *ids]])).logits[0, len(before) - 1 : -1] / temperature
+    return logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum().item()
+
+
+@torch.no_grad()
+def test_kl_is_the_log_ratio_of_the_models_own_samples(models, prompts, tiny_tokenizer):
+    seen = []
+
+    def record(prompts, completions, completion_ids, **columns):
+        seen.append(list(zip(prompts, completion_ids, strict=True)))
+        return [0.0] * len(prompts)
+
+    sampling = SamplingConfig(max_new_tokens=6, temperature=0.7)
+    found = tether.evaluate(config(models, prompts, sampling=sampling), reward=record)
+    ours, base = (AutoModelForCausalLM.from_pretrained(m).eval() for m in (models[1], models[0]))
+    ratios = [
+        summed(ours, tiny_tokenizer, p, ids, 0.7) - summed(base, tiny_tokenizer, p, ids, 0.7) for p, ids in seen[1]
+    ]
+    assert found.results[1].kl.mean == pytest.approx(sum(ratios) / len(ratios), abs=1e-4)
+    assert found.results[0].kl == (0.0, 0.0, 0.0)
+
+
+def test_a_win_is_a_higher_mean_over_a_prompts_samples_and_ties_count_half(models, prompts):
+    given = iter([[0, 2, 1, 1, 5, 5], [3, 0, 1, 1, 5, 4]])  # means 1 1 5 against 1.5 1 4.5: win, tie, loss
+
+    def scripted(prompts, completions, completion_ids, **columns):
+        return [float(s) for s in next(given)]
+
+    base, other = tether.evaluate(config(models, prompts), reward=scripted).results
+    assert base.win_rate is None
+    assert other.win_rate.mean == pytest.approx((1 + 0.5 + 0) / 3)
+    assert (base.score.mean, other.score.mean) == (pytest.approx(7 / 3), pytest.approx(7 / 3))
+    assert other.score.low < other.score.mean < other.score.high
+
+
+def test_the_baseline_may_stand_anywhere_and_is_evaluated_once(models, prompts):
+    start = str(models[0])
+    last = tether.evaluate(config((models[1], models[0]), prompts, baseline=start), reward=length)
+    outside = tether.evaluate(config((models[1],), prompts, baseline=start), reward=length)
+    assert [r.model for r in last.results] == [start, str(models[1])]
+    assert last == outside
+
+
+def test_the_same_model_twice_draws_the_same_answers(models, tmp_path, prompts):
+    copy = tmp_path / "copy"
+    copy.symlink_to(models[0])
+    base, same = tether.evaluate(config((models[0], copy), prompts), reward=length).results
+    assert (same.score, same.kl.mean, same.win_rate.mean) == (base.score, 0.0, 0.5)
+
+
+def test_another_vocabulary_has_no_kl_and_says_so(models, prompts, tmp_path):
+    other = tmp_path / "other"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(models[1])
+    tokenizer.add_tokens(["\U0001f600"])
+    model = AutoModelForCausalLM.from_pretrained(models[1])
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    found = tether.evaluate(config((models[0], other), prompts), reward=length)
+    assert found.results[1].kl is None
+    assert "vocabulary is not the baseline's" in found.table()
+    assert found.results[1].win_rate is not None
+
+
+def test_prompts_too_long_for_one_model_are_left_out_for_all(tiny_model, models, tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ["short", "x" * 40, "also short"]))
+    small = tiny_model("gpt2", n_positions=32)
+    found = tether.evaluate(config((models[0], small), PromptsConfig(str(path), overlong="drop")), reward=length)
+    assert found.prompts == 2
+    assert "1 prompts are too long for one of the models" in capsys.readouterr().err
+
+
+def test_the_table_and_the_file_say_the_same(models, prompts, tmp_path):
+    found = tether.evaluate(config(models, prompts, run=str(tmp_path / "out")), reward=length)
+    saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert saved["baseline"] == str(models[0])
+    assert saved["config"]["samples"] == 2
+    for result, row in zip(found.results, saved["results"], strict=True):
+        assert tuple(row["score"]) == result.score
+        assert f"{result.score.mean:.3f}" in found.table()
+    assert str(found) == found.table()
+
+
+def test_a_place_that_cannot_be_written_is_named(models, prompts, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(tether.RunError, match=r"evaluation.json cannot be written"):
+        tether.evaluate(config(models[:1], prompts, run=str(tmp_path / "file")), reward=length)
