@@ -10,7 +10,6 @@ causal attention no token sees what comes after it (see `tether.batch`).
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from tether.batch import Rows
 from tether.config import LoraConfig, ModelConfig
-from tether.errors import ConfigError, ModelError
+from tether.errors import ConfigError, ModelError, first_line
 from tether.math import full_logprobs, token_logprobs
 
 transformers_logging.disable_progress_bar()
@@ -72,7 +71,7 @@ def model_config(path: str, *, revision: str | None = None, trust_remote_code: b
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no usable config.json: {_first_line(error)}") from error
+        raise ModelError(f"{path}: no usable config.json: {first_line(error)}") from error
 
 
 def check_directory(path: str) -> None:
@@ -123,7 +122,7 @@ def load_causal_lm(
                 output_loading_info=True,
             )
         except Exception as error:
-            raise ModelError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from error
+            raise ModelError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -148,7 +147,7 @@ def init_causal_lm(settings: dict[str, Any], *, vocab_size: int, special: dict[s
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
-        raise ConfigError(f"model.policy.init does not describe a {model_type} model: {_first_line(error)}") from error
+        raise ConfigError(f"model.policy.init does not describe a {model_type} model: {first_line(error)}") from error
     return without_dropout(model)
 
 
@@ -181,7 +180,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, task: str =
             torch.manual_seed(seed)
             return peft.get_peft_model(model, config)
     except ValueError as error:
-        raise ConfigError(f"model.lora.targets={targets!r} fits no layer: {_first_line(error)}") from error
+        raise ConfigError(f"model.lora.targets={targets!r} fits no layer: {first_line(error)}") from error
 
 
 def wants_checkpointing(setting: str | bool, model: nn.Module, device: torch.device) -> bool:
@@ -215,8 +214,8 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip().rstrip(".")
 
 
 # ---------------------------------------------------------------- from hidden states to log-probs
@@ -499,16 +498,22 @@ def _check_same_vocabulary(key: str, path: str, other: PreTrainedModel, policy: 
         )
 
 
-def load_weights(model: nn.Module, directory: Path) -> None:
-    """Read the safetensors that save_pretrained wrote back into `model`, in place and bit for bit."""
-    index = directory / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    tensors = {name: tensor for file in sorted(shards) for name, tensor in load_file(directory / file).items()}
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    lost = [name for name in missing if name not in tied]
-    if lost or unexpected:
-        raise ModelError(f"{directory} does not fit the model: {(lost + unexpected)[0]} differs. Was it edited?")
+def load_weights(model: PreTrainedModel, directory: Path) -> None:
+    """Read back what save_pretrained wrote, in place and bit for bit.
+
+    By way of from_pretrained: the names in the files are not always the parameters' own (mixtures of experts).
+    """
+    kind: Any = type(model)
+    with quiet_transformers():
+        saved, info = kind.from_pretrained(
+            directory, dtype=next(model.parameters()).dtype, use_safetensors=True, output_loading_info=True
+        )
+    try:
+        if info["missing_keys"]:
+            raise RuntimeError(f"{min(info['missing_keys'])} is missing")
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise ModelError(f"{directory} does not fit the model: {_last_line(error)}. Was it edited?") from error
 
 
 def _zero_head(width: int, device: torch.device) -> nn.Linear:

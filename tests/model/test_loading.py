@@ -111,6 +111,18 @@ def test_weights_come_back_bit_for_bit_also_in_several_files(tiny_model, tmp_pat
         assert torch.equal(a, b)
 
 
+def test_weights_whose_names_in_the_file_are_others_come_back_too(tmp_path):
+    """A mixture of experts: one parameter for all experts, one tensor an expert in the file."""
+    settings = {"model_type": "mixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}  # fmt: skip
+    model, other = (init_causal_lm(settings, vocab_size=40, special={}, seed=s) for s in (0, 1))
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) != set(model.state_dict())
+    load_weights(other, tmp_path)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_weights_of_another_model_are_not_put_in(tiny_model, tmp_path):
     load(tiny_model("llama")).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="does not fit the model"):

@@ -1,4 +1,4 @@
-"""Policy, reference and critic as a config asks for them: which weights there are, in which precision, and who learns."""
+"""Policy, reference and critic as a config asks for them: which weights, in which precision, and who learns."""
 
 import copy
 

@@ -143,8 +143,9 @@ def _slot_attention(
     if s_aux is not None:
         raise NotImplementedError("attention sinks")  # found by the sampler's probe, which then recomputes instead
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    settings = {"scaling": scaling, "window": sliding_window, "softcap": softcap}
-    return _active[-1].attend(module.layer_idx, query, key, value, **settings), None
+    cache, layer = _active[-1], module.layer_idx
+    attended = cache.attend(layer, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap)
+    return attended, None
 
 
 AttentionInterface.register(_NAME, _slot_attention)

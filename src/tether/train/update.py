@@ -124,7 +124,7 @@ def accumulate(
                 loss = loss - ppo.entropy_coef * entropy
             if ppo.kl.place == "loss":
                 loss = loss + kl_coef * kl_loss(output.logprobs, part.ref_logprobs, mask, denominator=denominator)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         _combine(metrics, {**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()})
         new_logprobs[index, : mask.shape[1]] = output.logprobs.detach()
     return metrics, new_logprobs

@@ -1,0 +1,80 @@
+"""Every architecture goes the whole way: sft → reward → ppo, full and with adapters, export, reload, same logits."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import tether
+from conftest import ARCHITECTURES
+from tether.config import (
+    DataConfig,
+    LogConfig,
+    LoraConfig,
+    OptimConfig,
+    RewardConfig,
+    RewardModelSection,
+    RewardSourceConfig,
+    SFTConfig,
+    SFTModelConfig,
+    SFTSection,
+)
+from tether.train import ppo as ppo_module
+from tiny_ppo import STOPS, tiny_config
+
+QUIET, FAST = LogConfig(tensorboard=False), OptimConfig(lr=1e-2)
+PAIRS = [{"prompt": f"{letter}?", "chosen": "yes", "completion": "yes", "rejected": "no"} for letter in "abcdefgh"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Preference pairs that are examples to imitate as well."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    return DataConfig(path=str(path), max_tokens=64)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["full", "adapters"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_goes_the_whole_way(tiny_model, pairs, tmp_path, monkeypatch, architecture, lora):
+    padded = tiny_model(architecture, vocab_size=264)  # more embeddings than tokens, as many real models have
+    base = SFTModelConfig(policy=str(padded), lora=lora)
+    imitated = tether.sft(
+        SFTConfig(run=str(tmp_path / "sft"), model=base, data=pairs, sft=SFTSection(batch=4), optim=FAST, log=QUIET)
+    )
+    judged = tether.reward_model(
+        RewardConfig(
+            run=str(tmp_path / "reward"), model=base, data=pairs, optim=FAST, log=QUIET,
+            reward_model=RewardModelSection(batch=4, test_fraction=0.25),
+        )
+    )  # fmt: skip
+
+    jobs = []
+    prepare = ppo_module.prepare
+    monkeypatch.setattr(ppo_module, "prepare", lambda *a: jobs.append(prepare(*a)) or jobs[-1])
+    config = tiny_config(
+        tmp_path / "ppo", imitated.final, ppo={"cycles": 1}, evaluate={"every": 0}, optim={"lr": 1e-2},
+        model={"policy": str(imitated.final), "lora": lora},
+    )  # fmt: skip
+    run = tether.ppo(replace(config, reward=[RewardSourceConfig(model=str(judged.final))]))
+    assert run.metrics[0]["check/first_ratio_error"] <= 1e-5
+    assert run.metrics[0]["check/sampler_gap"] <= 1e-4
+    assert jobs[0].notes == []  # nothing fell back: the head is ours, and the cache holds
+
+    tether.export(run, tmp_path / "exported")
+    tokens = torch.arange(20)[None] * 7 % 258  # longer than the sliding windows
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    trained = jobs[0].policy.eval()
+    with torch.no_grad():
+        want = trained.lm(input_ids=tokens).logits
+        assert_close(exported(input_ids=tokens).logits, want, atol=1e-4, rtol=1e-4)
+        start = AutoModelForCausalLM.from_pretrained(imitated.final).eval()(input_ids=tokens).logits
+        assert not torch.allclose(want, start, atol=1e-3)  # it did learn
+        assert AutoModelForSequenceClassification.from_pretrained(judged.final)(tokens).logits.shape == (1, 1)
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "exported")("a?", return_tensors="pt")
+    answer = exported.generate(**prompt)[0, 2:].tolist()
+    assert 1 <= len(answer) <= 10
+    assert len(answer) == 10 or answer[-1] in STOPS
