@@ -19,7 +19,9 @@ class Line:
     dots: bool = False  # marks instead of a stroke
 
 
-def draw(path: Path, lines: list[Line], *, x: str, y: str, log_y: tuple[float, float] | None = None, bar: float | None = None) -> None:
+def draw(
+    path: Path, lines: list[Line], *, x: str, y: str, log_y: tuple[float, float] | None = None, bar: float | None = None
+) -> None:
     """Write the chart. log_y: (lowest, highest) power of ten shown. bar: a dashed level to compare with."""
     xs = [p[0] for line in lines for p in line.points]
     ys = [math.log10(max(p[1], 1e-12)) if log_y else p[1] for line in lines for p in line.points]
@@ -37,12 +39,16 @@ def draw(path: Path, lines: list[Line], *, x: str, y: str, log_y: tuple[float, f
            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>']  # fmt: skip
     levels = [10.0**p for p in range(math.ceil(low), math.floor(high) + 1)] if log_y else _ticks(low, high)
     for level in levels:
-        out.append(f'<line x1="{LEFT}" x2="{across(right):.0f}" y1="{up(level):.1f}" y2="{up(level):.1f}" stroke="#ddd"/>')
+        out.append(
+            f'<line x1="{LEFT}" x2="{across(right):.0f}" y1="{up(level):.1f}" y2="{up(level):.1f}" stroke="#ddd"/>'
+        )
         out.append(f'<text x="{LEFT - 8}" y="{up(level) + 4:.1f}" text-anchor="end" fill="#444">{level:g}</text>')
     for tick in _ticks(left, right):
         out.append(f'<text x="{across(tick):.0f}" y="{HEIGHT - 24}" text-anchor="middle" fill="#444">{tick:g}</text>')
     if bar is not None:
-        out.append(f'<line x1="{LEFT}" x2="{across(right):.0f}" y1="{up(bar):.1f}" y2="{up(bar):.1f}" stroke="#444" stroke-dasharray="4 3"/>')
+        out.append(
+            f'<line x1="{LEFT}" x2="{across(right):.0f}" y1="{up(bar):.1f}" y2="{up(bar):.1f}" stroke="#444" stroke-dasharray="4 3"/>'
+        )
     names = list(dict.fromkeys(line.name for line in lines))
     for line in lines:
         colour = COLOURS[names.index(line.name) % len(COLOURS)]
@@ -50,10 +56,16 @@ def draw(path: Path, lines: list[Line], *, x: str, y: str, log_y: tuple[float, f
             out += [f'<circle cx="{across(a):.1f}" cy="{up(b):.1f}" r="3.5" fill="{colour}"/>' for a, b in line.points]
         else:
             points = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in line.points)
-            out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-opacity=".75" stroke-width="1.5"/>')
+            out.append(
+                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-opacity=".75" stroke-width="1.5"/>'
+            )
     for i, name in enumerate(names):
-        out.append(f'<text x="{WIDTH - RIGHT + 12}" y="{TOP + 14 + 20 * i}" fill="{COLOURS[i % len(COLOURS)]}">{name}</text>')
-    out.append(f'<text x="{(LEFT + across(right)) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle" fill="#444">{x}</text>')
+        out.append(
+            f'<text x="{WIDTH - RIGHT + 12}" y="{TOP + 14 + 20 * i}" fill="{COLOURS[i % len(COLOURS)]}">{name}</text>'
+        )
+    out.append(
+        f'<text x="{(LEFT + across(right)) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle" fill="#444">{x}</text>'
+    )
     out.append(f'<text x="{LEFT - 50}" y="14" fill="#444">{y}</text>')
     path.write_text("\n".join([*out, "</svg>"]) + "\n", encoding="utf-8")
 

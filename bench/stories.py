@@ -54,7 +54,9 @@ def measure(model: str, seed: int, cycles: int | None) -> Result:
         run = tether.ppo(config)
         minutes = (time.monotonic() - began) / 60
         before = [g.completion for g in tether.generate(model, openings, samples=N, max_new_tokens=64, seed=seed)]
-        after = [g.completion for g in tether.generate(str(run.final), openings, samples=N, max_new_tokens=64, seed=seed)]
+        after = [
+            g.completion for g in tether.generate(str(run.final), openings, samples=N, max_new_tokens=64, seed=seed)
+        ]
         metrics = run.metrics
     from sentiment import sentiment
 
@@ -107,10 +109,14 @@ def main() -> None:
     os.chdir(EXAMPLE)
     sys.path.insert(0, str(EXAMPLE))
     results = [measure(model, seed, args.cycles) for seed in args.seeds]
-    print("| seed | minutes | trained, one sample | start, best of 8 | start, one sample | KL, nats | distinct-2 against the start |")
+    print(
+        "| seed | minutes | trained, one sample | start, best of 8 | start, one sample | KL, nats | distinct-2 against the start |"
+    )
     print("|---|---|---|---|---|---|---|")
     for r in results:
-        print(f"| {r.seed} | {r.minutes:.1f} | {r.score:.3f} | {r.best_of_8:.3f} | {r.best_of_n[0][1]:.3f} | {r.kl:.1f} | {r.variety:.0%} |")
+        print(
+            f"| {r.seed} | {r.minutes:.1f} | {r.score:.3f} | {r.best_of_8:.3f} | {r.best_of_n[0][1]:.3f} | {r.kl:.1f} | {r.variety:.0%} |"
+        )
     for opening, before, after in results[0].samples:
         print(f"\n{opening}\n  before: {' '.join(before.split())}\n  after:  {' '.join(after.split())}")
     if plot:

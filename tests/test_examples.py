@@ -1,0 +1,33 @@
+"""What examples/ holds works: every config loads, and the ones small enough are run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tether
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda p: str(p.relative_to(EXAMPLES)))
+def test_the_config_is_valid(path):
+    tether.load_config(path)
+
+
+@pytest.mark.slow
+def test_the_stories_example_trains_from_the_command_line(stories260k, tmp_path):
+    pytest.importorskip("vaderSentiment")
+    flags = ["--model.policy", str(stories260k), "--run", str(tmp_path / "run"), "--ppo.cycles", "2"]
+    flags += ["--ppo.batch", "16", "--ppo.minibatch", "8", "--ppo.epochs", "1"]
+    flags += ["--evaluate.count", "4", "--evaluate.samples", "1", "--evaluate.every", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tether.cli", "ppo", "ppo.yaml", *flags],
+        cwd=EXAMPLES / "stories", env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = tether.Run(tmp_path / "run")
+    assert [m["cycle"] for m in run.metrics] == [1, 2]
+    assert (run.final / "model.safetensors").exists()
