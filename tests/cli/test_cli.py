@@ -149,8 +149,10 @@ def test_ctrl_c_outside_training_is_exit_1_without_traceback():
     assert (got.returncode, got.stderr) == (1, "tether: interrupted\n")
 
 
-def test_a_reader_that_leaves_early_is_no_crash():
-    process = subprocess.Popen([TETHER, "ppo", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("argv", [["--help"], ["ppo", "--help"]])  # written at exit, and before
+def test_a_reader_that_leaves_early_is_no_crash(argv):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen([TETHER, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 1
