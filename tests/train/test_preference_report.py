@@ -1,0 +1,118 @@
+"""The report on a reward model: numbers by hand or from tables, and verdicts that cannot be fooled."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from tether.preferences import Pair
+from tether.train.preference_report import calibrate, judge, share, wilson
+
+
+def pairs(lengths, group=None):
+    """Pairs whose answers have these lengths: [(chosen, rejected), …]."""
+    return [Pair([5], [7] * c, [8] * r, i, f"p{i}", group) for i, (c, r) in enumerate(lengths)]
+
+
+def scores(chosen, rejected):
+    return torch.tensor([*chosen, *rejected], dtype=torch.float64)
+
+
+# Newcombe 1998 (Statistics in Medicine 17:857), table I, method 3.
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_is_wilsons(successes, n, low, high):
+    got = wilson(successes / n, n)
+    assert (got.low, got.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_pairs_that_succeed_and_fail_together_widen_the_interval():
+    success = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0] * 10, dtype=torch.float64)
+    apart = share(success, [str(i) for i in range(80)])
+    twins = share(success, [str(i // 2) for i in range(80)])  # of 40 prompts, two pairs each, always alike
+    assert apart == wilson(0.75, 80)
+    want = wilson(0.75, 40)
+    assert (twins.low, twins.high) == (pytest.approx(want.low), pytest.approx(want.high))
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says_where_pairs_hang_together():
+    # 60 prompts of 1 to 5 pairs; a prompt is easy (.95) or hard (.45), so its pairs are alike. Truth: their average.
+    draw, hits = random.Random(0), 0
+    for _ in range(400):
+        success, witnesses = [], []
+        for prompt in range(60):
+            p = draw.choice((0.95, 0.45))
+            for _ in range(draw.randint(1, 5)):
+                success.append(float(draw.random() < p))
+                witnesses.append(str(prompt))
+        found = share(torch.tensor(success, dtype=torch.float64), witnesses)
+        hits += found.low <= 0.7 <= found.high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_accuracy_loss_scale_and_length_baseline_by_hand():
+    train = pairs([(3, 2), (4, 2), (1, 5)])  # the longer one wins two of three times
+    test = pairs([(3, 2), (2, 4), (3, 3), (9, 1)])
+    report = judge(train, scores([1, 3, 5], [1, 1, 1]), test, scores([1, 0, 2, 0], [0, 1, 2, 1]))
+    assert report.accuracy.value == 0.25  # one right, two wrong, and a tie is no success
+    assert report.train_accuracy == pytest.approx(2 / 3)
+    log_odds = [1, -1, 0, -1]
+    assert report.loss == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in log_odds) / 4)
+    assert report.length_prefers == "longer"
+    assert report.length_accuracy.value == (1 + 0 + 0.5 + 1) / 4
+    assert report.mean == pytest.approx(2.0)
+    assert report.std == pytest.approx(math.sqrt((1 + 1 + 9 + 1 + 1 + 1) / 5))
+    assert not report.learned
+
+
+def test_a_constant_model_is_not_accurate_and_has_no_scale():
+    train, test = pairs([(2, 1)] * 50), pairs([(2, 1)] * 50)
+    report = judge(train, torch.full((100,), 3.0), test, torch.full((100,), 3.0))
+    assert report.accuracy.value == 0.0
+    assert report.loss == pytest.approx(math.log(2))
+    assert not report.learned
+    assert "Nothing was learned" in report.text()
+    assert (report.mean, report.std) == (3.0, 1.0)
+
+
+def test_a_confidently_wrong_model_is_not_called_learned_however_often_it_is_right():
+    test = pairs([(2, 1)] * 100)
+    report = judge(
+        test, scores([1.0] * 100, [0.0] * 100), test, scores([1.0] * 80 + [-9.0] * 20, [0.0] * 80 + [9.0] * 20)
+    )
+    assert report.accuracy.low > 0.7
+    assert report.loss > math.log(2)
+    assert not report.learned
+
+
+def test_a_ruler_in_disguise_is_called_one():
+    lengths = [(5, 1)] * 80 + [(1, 5)] * 20
+    by_length = scores([c for c, _ in lengths], [r for _, r in lengths])
+    report = judge(pairs(lengths), by_length / 4, pairs(lengths), by_length / 4)
+    assert report.learned
+    assert report.accuracy.value == report.length_accuracy.value == 0.8
+    assert "cannot be told from a ruler" in report.text()
+
+
+def test_calibration_puts_pairs_into_bins_by_confidence():
+    # log-odds 0 → .5; ±log(.65/.35) → .65; ±log(.95/.05) → .95; and 30 → 1, which belongs to the last bin.
+    odds = [math.log(0.65 / 0.35), math.log(0.95 / 0.05)]
+    margin = torch.tensor([0.0, odds[0], -odds[0], odds[1], odds[1], -odds[1], 30.0], dtype=torch.float64)
+    bins = calibrate(margin, [str(i) for i in range(7)])
+    assert [b.pairs for b in bins] == [1, 2, 4]
+    assert [b.confidence for b in bins] == [0.5, pytest.approx(0.65), pytest.approx((0.95 * 3 + 1) / 4)]
+    assert [b.accuracy.value for b in bins] == [0.0, 0.5, 0.75]
+
+
+@pytest.mark.parametrize(("sharpness", "calibrated"), [(1.0, True), (3.0, False)])
+def test_only_a_model_whose_log_odds_are_true_is_calibrated(sharpness, calibrated):
+    draw = random.Random(0)
+    truth = [draw.gauss(0, 1.5) for _ in range(20000)]  # log-odds that the first answer wins
+    first_wins = [draw.random() < 1 / (1 + math.exp(-t)) for t in truth]
+    margin = [t if won else -t for t, won in zip(truth, first_wins, strict=True)]  # of the chosen over the other
+    test, said = pairs([(1, 2)] * 20000), [sharpness * m for m in margin]
+    report = judge(test, scores(said, [0] * 20000), test, scores(said, [0] * 20000))
+    assert (report.calibration_error < 0.015) == calibrated
