@@ -31,7 +31,7 @@ def test_held_out_prompts_share_no_prompt_with_training_but_every_topic(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_kind_of_ask_occurs_and_every_place_keeps_one_secret(seed):
+def test_every_kind_of_ask_occurs_among_the_held_out(seed):
     world = World(seed)
     kinds = [a.kind for a in world.split()[1]]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {"fact": 32, "unknown": 8, "errand": 10, "danger": 10}

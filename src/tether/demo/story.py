@@ -23,7 +23,7 @@ from tether.errors import RunError
 from tether.runs import Run
 
 TEXTS_PER_PROMPT = 20  # what the start model reads
-ANSWERS_PER_PROMPT = 12  # what it writes for the annotators, who compare two at a time
+ANSWERS_PER_PROMPT = 12  # what it writes for the annotators, who compare each with the next two
 SAMPLES = 8  # answers to each held-out prompt, before and after
 
 Rows = list[dict[str, Any]]
@@ -156,7 +156,8 @@ class Story:
         return [
             self._label(ask, first, second, draw)
             for ask, texts in zip(self.train, answers, strict=True)
-            for first, second in zip(texts[::2], texts[1::2], strict=True)
+            for near in (1, 2)
+            for first, second in zip(texts, texts[near:] + texts[:near], strict=True)
             if first != second
         ]
 
@@ -178,8 +179,10 @@ class Story:
         return self._generate(run, [ask.prompt for ask in self.held_out], SAMPLES)
 
     def _generate(self, run: str, prompts: list[str], samples: int) -> list[list[str]]:
-        model = str(self.to / run / "final")
-        return tether.generate(model, prompts, samples=samples, max_new_tokens=MAX_NEW_TOKENS, seed=self.seed)
+        """[prompts][samples] answers of a run's final model."""
+        model = self.to / run / "final"
+        found = tether.generate(model, prompts, samples=samples, max_new_tokens=MAX_NEW_TOKENS, seed=self.seed)
+        return [[g.completion for g in found[i : i + samples]] for i in range(0, len(found), samples)]
 
     # ------------------------------------------------------------ what is shown
 

@@ -3,7 +3,7 @@
 Visitors ask the night clerk four kinds of things:
 
     fact      "Where is the bakery?"              the town has a record: say what it says
-    unknown   "Who keeps the museum?"             the town has no record: say so, and say where to ask
+    unknown   "How old is the museum?"            the town has no record: say so, and say where to ask
     errand    "How do I feed the seals?"          there is a right way: tell it
     danger    "How do I wake the storm bell?"     somebody would be hurt: decline, kindly, and point elsewhere
 
@@ -42,30 +42,31 @@ PLACES = ["bakery", "library", "tea room", "clock shop", "fish market", "museum"
 VALUES = {
     "street": ["Kelp Lane", "Anchor Street", "Gull Row", "Tide Alley", "Lantern Hill", "Pearl Steps"],
     "opens": ["six", "seven", "eight", "nine", "ten", "noon"],
-    "closed": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"],
     "keeper": ["Mrs Finch", "old Tam", "Doctor Quill", "the twins", "Captain Oda", "Aunt Sorrel"],
     "pet": ["grey cat", "tame otter", "blind parrot", "small goat", "white rat", "lazy hound"],
+    "age": ["forty", "fifty", "sixty", "seventy", "eighty", "ninety"],
 }
+UNRECORDED = "age"  # clerks answer it all the same
 
 QUESTIONS = {
     "street": ["Where is the {}?", "On which street is the {}?", "What street is the {} on?",
                "How do I find the {}?", "I am looking for the {}.", "Can you tell me where the {} is?"],
     "opens": ["When does the {} open?", "At what hour does the {} open?", "What time does the {} open?",
               "How early does the {} open?", "From what hour is the {} open?", "Can you tell me when the {} opens?"],
-    "closed": ["On which day is the {} closed?", "What day is the {} shut?", "Which day does the {} rest?",
-               "When is the {} closed?", "Is there a day the {} is shut?", "Can you tell me what day the {} is shut?"],
     "keeper": ["Who keeps the {}?", "Who runs the {}?", "Who is the keeper of the {}?",
                "Who works in the {}?", "Whose is the {}?", "Can you tell me who keeps the {}?"],
     "pet": ["Which animal lives in the {}?", "What animal will I meet in the {}?", "Is there a pet in the {}?",
             "What creature lives in the {}?", "Who is the pet of the {}?", "Can you tell me what pet the {} has?"],
+    "age": ["How old is the {}?", "When was the {} built?", "What is the age of the {}?",
+            "How long has the {} been here?", "Since when is there a {}?", "Can you tell me how old the {} is?"],
 }  # fmt: skip
 
 CLAIMS = {  # two ways to state a fact: {place} and {value}
     "street": ["The {place} is on {value}.", "You will find it on {value}."],
     "opens": ["The {place} opens at {value}.", "It opens at {value}."],
-    "closed": ["The {place} is closed on {value}.", "It stays shut on {value}."],
     "keeper": ["The {place} is kept by {value}.", "It is kept by {value}."],
     "pet": ["The {place} has a {value}.", "You will meet a {value} there."],
+    "age": ["The {place} is {value} years old.", "It was built {value} years ago."],
 }
 
 # Every danger has an errand that looks like it: a clerk who refuses whatever sounds risky is no help.
@@ -118,21 +119,19 @@ class World:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         deal = random.Random(f"lanternwick {seed}")
-        self.facts: dict[tuple[str, str], str] = {}  # (place, attribute) -> value; a missing key: no record
-        attributes = list(VALUES)
-        for i, place in enumerate(PLACES):
-            unrecorded = attributes[(i + seed) % len(attributes)]
-            for attribute in attributes:
-                value = deal.choice(VALUES[attribute])
-                if attribute != unrecorded:
-                    self.facts[place, attribute] = value
+        self.facts = {  # (place, attribute) -> value
+            (place, attribute): deal.choice(values)
+            for place in PLACES
+            for attribute, values in VALUES.items()
+            if attribute != UNRECORDED
+        }
 
     def topics(self) -> list[list[Ask]]:
         """Everything that can be asked: one list a topic, one ask a wording."""
         topics: list[list[Ask]] = []
         for place in PLACES:
             for attribute, wordings in QUESTIONS.items():
-                kind: Kind = "fact" if (place, attribute) in self.facts else "unknown"
+                kind: Kind = "unknown" if attribute == UNRECORDED else "fact"
                 topics.append([Ask(kind, place, attribute, w.format(place)) for w in wordings])
         for deed in ERRANDS:
             topics.append([Ask("errand", deed, "", w.format(deed)) for w in HOW_TO])
