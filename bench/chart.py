@@ -35,7 +35,8 @@ def draw(
         level = math.log10(max(value, 1e-12)) if log_y else value
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - min(max(level, low), high)) / (high - low)
 
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+           'font-family="sans-serif" font-size="12">',
            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>']  # fmt: skip
     levels = [10.0**p for p in range(math.ceil(low), math.floor(high) + 1)] if log_y else _ticks(low, high)
     for level in levels:
@@ -47,7 +48,8 @@ def draw(
         out.append(f'<text x="{across(tick):.0f}" y="{HEIGHT - 24}" text-anchor="middle" fill="#444">{tick:g}</text>')
     if bar is not None:
         out.append(
-            f'<line x1="{LEFT}" x2="{across(right):.0f}" y1="{up(bar):.1f}" y2="{up(bar):.1f}" stroke="#444" stroke-dasharray="4 3"/>'
+            f'<line x1="{LEFT}" x2="{across(right):.0f}" y1="{up(bar):.1f}" y2="{up(bar):.1f}" '
+            'stroke="#444" stroke-dasharray="4 3"/>'
         )
     names = list(dict.fromkeys(line.name for line in lines))
     for line in lines:

@@ -1,8 +1,8 @@
 """Does PPO reach the optimum that can be written down?
 
-For the KL-regularised objective the best policy is known: π*(y|x) ∝ ref(y|x)·e^(score(y)/β). With a small vocabulary and
-length every response can be enumerated, so KL(π‖π*), and the value V* of every prefix, are exact. Each task is trained by
-`tether.ppo` as a user would call it, on a two-layer transformer; nothing here knows how PPO works.
+For the KL-regularised objective the best policy is known: π*(y|x) ∝ ref(y|x)·e^(score(y)/β). With a small vocabulary
+and length every response can be enumerated, so KL(π‖π*), and the value V* of every prefix, are exact. Each task is
+trained by `tether.ppo` as a user would call it, on a two-layer transformer; nothing here knows how PPO works.
 
     python bench/exact.py                       every task, 5 seeds, table and docs/exact.svg
     python bench/exact.py --tasks E2 --seeds 0  one
@@ -37,8 +37,16 @@ import tether
 from chart import Line, draw
 from tether.batch import GENERATE, Prompt, Rows, Sampling
 from tether.config import (
-    CheckpointConfig, HeldOutConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, PPOSection,
-    PromptsConfig, SamplingConfig,
+    CheckpointConfig,
+    HeldOutConfig,
+    KLConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    PPOSection,
+    PromptsConfig,
+    SamplingConfig,
 )  # fmt: skip
 from tether.math import optimality_gap_logmeanexp
 from tether.model import LanguageModel, Policy, load_causal_lm
@@ -50,7 +58,7 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt-response world small enough to enumerate. Symbols are the ids 0 … symbols-1; `stop` may be one of them."""
+    """A prompt-response world small enough to enumerate. Symbols are ids from 0 on; `stop` may be one of them."""
 
     name: str
     about: str
@@ -88,11 +96,16 @@ def _echo(prompt: int, y: Ids) -> float:
 TASKS = {
     task.name: task
     for task in (
-        Task("E1 β=1", "bandit of 8 arms, r = sin k", 8, 1, None, 1.0, (0,), lambda _, y: math.sin(y[0]), "bandit", 60, (0.522140, 0.140748)),
-        Task("E1 β=.5", "the same, looser leash", 8, 1, None, 0.5, (0,), lambda _, y: math.sin(y[0]), "bandit", 60, (0.700780, 0.399364)),
-        Task("E2", "6 of 3 symbols, 1 if as many 0 as 1", 3, 6, None, 0.5, (0,), _balanced, "uniform", 200, (0.639232, 0.473890)),
-        Task("E3 length", "stop at the third token; never stopping scores -1", 4, 5, 3, 0.5, (0,), _right_length, "random", 150),
-        Task("E3 echo", "two prompts: repeat the prompt's symbol, length costs, stop", 4, 5, 3, 0.5, (0, 1), _echo, "random", 150),
+        Task("E1 β=1", "bandit of 8 arms, r = sin k",
+             8, 1, None, 1.0, (0,), lambda _, y: math.sin(y[0]), "bandit", 60, (0.522140, 0.140748)),
+        Task("E1 β=.5", "the same, looser leash",
+             8, 1, None, 0.5, (0,), lambda _, y: math.sin(y[0]), "bandit", 60, (0.700780, 0.399364)),
+        Task("E2", "6 of 3 symbols, 1 if as many 0 as 1",
+             3, 6, None, 0.5, (0,), _balanced, "uniform", 200, (0.639232, 0.473890)),
+        Task("E3 length", "stop at the third token; never stopping scores -1",
+             4, 5, 3, 0.5, (0,), _right_length, "random", 150),
+        Task("E3 echo", "two prompts: repeat the prompt's symbol, length costs, stop",
+             4, 5, 3, 0.5, (0, 1), _echo, "random", 150),
     )
 }  # fmt: skip
 
@@ -163,7 +176,8 @@ def _value_error(task: Task, prompt: int, responses: list[Ids], ref: Any, p: Any
 def build(task: Task, directory: Path, seed: int) -> None:
     """A two-layer, 64-wide transformer over the task's symbols, as a Hugging Face directory, and its prompts."""
     torch.manual_seed(seed)
-    # Learned positions: rotary ones cannot count how often a prompt's own symbol was repeated, so some V* would be out of reach.
+    # Learned positions: rotary ones cannot count how often a prompt's own symbol was repeated, so some V* would be out
+    # of reach.
     model = GPT2LMHeadModel(GPT2Config(
         vocab_size=task.symbols, n_embd=64, n_inner=128, n_layer=2, n_head=4, n_positions=32, initializer_range=0.1,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
@@ -190,7 +204,9 @@ def config(task: Task, directory: Path, seed: int, cycles: int) -> PPOConfig:
         run=str(directory / "run"), seed=seed, device="cpu",
         model=ModelConfig(policy=str(directory / "model")),
         prompts=PromptsConfig(path=str(directory / "prompts.jsonl")),
-        sampling=SamplingConfig(max_new_tokens=task.length, stop_token_ids=[] if task.stop is None else [task.stop], slots=256),
+        sampling=SamplingConfig(
+            max_new_tokens=task.length, stop_token_ids=[] if task.stop is None else [task.stop], slots=256
+        ),
         ppo=PPOSection(
             cycles=cycles, batch=256, responses_per_prompt=256 // len(task.prompts), epochs=4, minibatch=64,
             lam=0.95, value_coef=0.5, kl=KLConfig(coef=task.beta),

@@ -10,6 +10,7 @@ stories still differ from one another (distinct-2: distinct pairs of words over 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import random
@@ -93,7 +94,7 @@ def _best_of(groups: list[list[float]], n: int) -> float:
 def distinct_2(texts: list[str], seed: int) -> float:
     """Distinct pairs of neighbouring words over all pairs, in KEPT texts cut to an equal number of words."""
     words = [t.split() for t in random.Random(seed).sample(texts, KEPT)]
-    pairs = [pair for w in words for pair in zip(w[:30], w[1:30], strict=False)]
+    pairs = [pair for w in words for pair in itertools.pairwise(w[:30])]
     return len(set(pairs)) / len(pairs)
 
 
@@ -110,12 +111,14 @@ def main() -> None:
     sys.path.insert(0, str(EXAMPLE))
     results = [measure(model, seed, args.cycles) for seed in args.seeds]
     print(
-        "| seed | minutes | trained, one sample | start, best of 8 | start, one sample | KL, nats | distinct-2 against the start |"
+        "| seed | minutes | trained, one sample | start, best of 8 | start, one sample | KL, nats "
+        "| distinct-2 against the start |"
     )
     print("|---|---|---|---|---|---|---|")
     for r in results:
         print(
-            f"| {r.seed} | {r.minutes:.1f} | {r.score:.3f} | {r.best_of_8:.3f} | {r.best_of_n[0][1]:.3f} | {r.kl:.1f} | {r.variety:.0%} |"
+            f"| {r.seed} | {r.minutes:.1f} | {r.score:.3f} | {r.best_of_8:.3f} | {r.best_of_n[0][1]:.3f} | {r.kl:.1f} "
+            f"| {r.variety:.0%} |"
         )
     for opening, before, after in results[0].samples:
         print(f"\n{opening}\n  before: {' '.join(before.split())}\n  after:  {' '.join(after.split())}")

@@ -1,8 +1,8 @@
 """The values that travel between the rooms: prompts, completions, rows of tokens, and a cycle's rollout.
 
-Ids travel as Python lists, ragged, because responses are ragged; tensors are built where arithmetic begins. Rows are padded
-on the right, prompt and response in one piece: under causal attention no token sees what comes after it, so padding
-needs no attention mask, cannot change a number, and costs nothing but its own arithmetic.
+Ids travel as Python lists, ragged, because responses are ragged; tensors are built where arithmetic begins. Rows are
+padded on the right, prompt and response in one piece: under causal attention no token sees what comes after it, so
+padding needs no attention mask, cannot change a number, and costs nothing but its own arithmetic.
 
 Shape letters: `B` rows, `P` prompt positions, `R` response positions, `T` longest prompt + response, `V` vocabulary.
 """

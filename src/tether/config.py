@@ -542,8 +542,9 @@ def _check_ppo(config: PPOConfig, reward_given: bool) -> None:
     _above_zero("ppo.kl.horizon", p.kl.horizon, "β would jump by any amount")
     if p.kl.target is not None and p.batch >= 5 * p.kl.horizon:
         raise ConfigError(
-            f"ppo.kl.horizon={p.kl.horizon:g} is too short for ppo.batch={p.batch}: β changes by up to 20 % a horizon, so "
-            f"one cycle could make it zero or negative. Set ppo.kl.horizon above {p.batch / 5:g}, better above {p.batch}."
+            f"ppo.kl.horizon={p.kl.horizon:g} is too short for ppo.batch={p.batch}: β changes by up to 20 % a horizon, "
+            f"so one cycle could make it zero or negative. Set ppo.kl.horizon above {p.batch / 5:g}, better above "
+            f"{p.batch}."
         )
     if p.stop_epoch_at_kl is not None:
         _above_zero("ppo.stop_epoch_at_kl", p.stop_epoch_at_kl, "every cycle would stop at once; null turns it off")
