@@ -48,8 +48,9 @@ from tether.config import (
     PromptsConfig,
     SamplingConfig,
 )  # fmt: skip
+from tether.loading import load_causal_lm
 from tether.math import optimality_gap_logmeanexp
-from tether.model import LanguageModel, Policy, load_causal_lm
+from tether.model import LanguageModel, Policy
 from tether.rollout import LocalSampler
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tether"
 FLOORS = [
     {"errors", "config", "keys", "parse", "batch"},
     {"math"},
-    {"model", "reward_model", "tokens", "data", "preferences", "runs"},
+    {"loading", "model", "reward_model", "tokens", "data", "preferences", "runs"},
     {"rollout", "rewards"},
     {"train", "export", "diagnose"},
     {"web", "report", "demo", "cli", "help"},

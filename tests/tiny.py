@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import ARCHITECTURES
 from tether.batch import Prompt, Rows
-from tether.model import LanguageModel, Policy, without_dropout
+from tether.loading import without_dropout
+from tether.model import LanguageModel, Policy
 
 VOCABULARY = 40
 

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from tether.errors import ModelError, RunError
-from tether.model import LanguageModel, without_dropout
+from tether.loading import without_dropout
+from tether.model import LanguageModel
 from tether.runs import Run
 
 

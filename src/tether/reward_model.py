@@ -28,7 +28,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from tether.batch import microbatches
 from tether.errors import ModelError
-from tether.model import model_config, quiet_transformers, without_dropout
+from tether.loading import model_config, quiet_transformers, without_dropout
 
 
 class RewardModel(nn.Module):

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from conftest import ARCHITECTURES
 from tether.batch import Rows
-from tether.model import load_causal_lm
+from tether.loading import load_causal_lm
 from tiny import VOCABULARY, language_model, policy_of, ragged, ragged_rows
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import ARCHITECTURES
 from tether.batch import Rows
 from tether.config import LoraConfig
-from tether.model import LanguageModel, add_lora, without_dropout
+from tether.loading import add_lora, without_dropout
+from tether.model import LanguageModel
 from tiny import language_model, policy_of, ragged_rows
 
 TEMPERATURE = 0.7

@@ -9,14 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from tether.config import LoraConfig, ModelConfig
 from tether.errors import ConfigError, ModelError
-from tether.model import (
-    build_policy,
-    init_causal_lm,
-    load_causal_lm,
-    load_weights,
-    resolve_device,
-    resolve_dtype,
-)
+from tether.loading import init_causal_lm, load_causal_lm, load_weights, resolve_device, resolve_dtype
+from tether.model import build_policy
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,8 @@ from conftest import ARCHITECTURES
 from tether.batch import EVALUATE, Prompt, Sampling
 from tether.config import LoraConfig
 from tether.errors import TrainingError
-from tether.model import LanguageModel, Policy, add_lora
+from tether.loading import add_lora
+from tether.model import LanguageModel, Policy
 from tether.rollout import LocalSampler
 from tiny import language_model, prompts_of, randomise
 

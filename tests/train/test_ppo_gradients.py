@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from tether.batch import Rollout, Rows
 from tether.config import KLConfig, LoraConfig, PPOSection
-from tether.model import LanguageModel, Policy, SeparateCritic, add_lora, checkpoint_activations
+from tether.loading import add_lora, checkpoint_activations
+from tether.model import LanguageModel, Policy, SeparateCritic
 from tether.train.update import accumulate
 from tiny import VOCABULARY, ragged_rows, randomise, transformer
 

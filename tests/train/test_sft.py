@@ -27,7 +27,8 @@ from tether.config import (
 )
 from tether.data import Example
 from tether.errors import ConfigError, TrainingError
-from tether.model import LanguageModel, load_causal_lm
+from tether.loading import load_causal_lm
+from tether.model import LanguageModel
 from tether.parse import to_yaml
 from tether.train.sft import accumulate, check_packing, pack, plan_steps, sft
 

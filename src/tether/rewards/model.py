@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.batch import Completions
 from tether.errors import RewardError
-from tether.model import context_length, model_config, resolve_dtype
+from tether.loading import context_length, model_config, resolve_dtype
 from tether.reward_model import RewardModel, load_reward_model
 from tether.rewards.function import describe_row
 from tether.tokens import completion_text, encode_prompts, encode_texts, load_tokenizer, stop_token_ids

@@ -19,15 +19,9 @@ from tether.data import load_prompts
 from tether.data.prompts import prompts_of
 from tether.data.table import Table
 from tether.errors import ConfigError, DataError, RunError
+from tether.loading import context_length, load_causal_lm, model_config, resolve_device, resolve_dtype
 from tether.math import Interval, bootstrap_mean
-from tether.model import (
-    LanguageModel,
-    context_length,
-    load_causal_lm,
-    model_config,
-    resolve_device,
-    resolve_dtype,
-)
+from tether.model import LanguageModel
 from tether.rewards import build_reward
 from tether.rollout import LocalSampler
 from tether.tokens import check_vocabulary, completion_text, load_tokenizer, stop_token_ids

@@ -23,8 +23,9 @@ from tether.config import PPOConfig, check
 from tether.data import load_prompts
 from tether.errors import Interrupted, RewardError, TrainingError
 from tether.export import save_model
+from tether.loading import context_length, model_config, resolve_device
 from tether.math import next_kl_coef
-from tether.model import Policy, Reference, build_policy, context_length, model_config, resolve_device
+from tether.model import Policy, Reference, build_policy
 from tether.rewards import RewardSet, build_reward
 from tether.rollout import LocalSampler
 from tether.runs import Run, RunDirectory, hash_files
@@ -58,6 +59,7 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
         state = job.restore(run)
         with Logger(run, config.log, total=config.ppo.cycles) as log:
             for note in job.notes:
+                run.event("fallback", what=note)
                 log.note(note)
             if state.cycle == 0:
                 job.evaluate(run, state, log)

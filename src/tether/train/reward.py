@@ -16,8 +16,7 @@ from tether.batch import microbatches
 from tether.config import InitModelConfig, RewardConfig, SFTModelConfig, check
 from tether.data import load_pairs
 from tether.errors import Interrupted, TrainingError
-from tether.math import bradley_terry_loss
-from tether.model import (
+from tether.loading import (
     add_lora,
     checkpoint_activations,
     context_length,
@@ -26,6 +25,7 @@ from tether.model import (
     resolve_dtype,
     wants_checkpointing,
 )
+from tether.math import bradley_terry_loss
 from tether.preferences import Pair, split_pairs
 from tether.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
 from tether.runs import Run, RunDirectory

@@ -23,9 +23,7 @@ from tether.config import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig
 from tether.data import Example, load_examples
 from tether.errors import ConfigError, Interrupted, TrainingError
 from tether.export import save_model
-from tether.math import nll_loss
-from tether.model import (
-    LanguageModel,
+from tether.loading import (
     add_lora,
     checkpoint_activations,
     context_length,
@@ -36,6 +34,8 @@ from tether.model import (
     resolve_dtype,
     wants_checkpointing,
 )
+from tether.math import nll_loss
+from tether.model import LanguageModel
 from tether.runs import Run, RunDirectory, hash_files
 from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.train import checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from tether.model import load_weights, quiet_transformers
+from tether.loading import load_weights, quiet_transformers
 
 
 def save_weights(model: Any, directory: Path) -> None:
