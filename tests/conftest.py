@@ -39,7 +39,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA | {"head_dim": 8},
     "mistral": _LLAMA | {"sliding_window": 8},
-    "gemma2": _LLAMA | {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0},
+    "gemma2": _LLAMA
+    | {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 0.5},
     "gemma3_text": _LLAMA | {"head_dim": 8, "sliding_window": 8, "layer_types": _MIXED},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"},

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_ppo import PROMPTS, STOPS, id_score, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tether
 from tether.config import KLConfig, LamConfig, MissingEosConfig
 from tether.runs import Run
+from tiny_ppo import PROMPTS, STOPS, id_score, tiny_config
 
 BETA, GAMMA, ACTOR, CRITIC = 0.1, 0.9, 0.8, 0.95
 
