@@ -106,7 +106,7 @@ TASKS = {
         Task("E3 length", "stop at the third token; never stopping scores -1",
              4, 5, 3, 0.5, (0,), _right_length, "random", 150),
         Task("E3 echo", "two prompts: repeat the prompt's symbol, length costs, stop",
-             4, 5, 3, 0.5, (0, 1), _echo, "random", 150),
+             4, 5, 3, 0.5, (0, 1), _echo, "random", 250),
     )
 }  # fmt: skip
 
@@ -312,7 +312,7 @@ def main() -> None:
         "--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=", ".join(TASKS)
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--cycles", type=int, help="of 256 responses; by default each task's own, 60 to 200")
+    parser.add_argument("--cycles", type=int, help="of 256 responses; by default each task's own, 60 to 250")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the results here too")
     parser.add_argument("--plot", type=Path, help="write the plot here")
