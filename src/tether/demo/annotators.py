@@ -26,7 +26,7 @@ class Annotator:
     name: str
     looks_up: float  # chance of checking an answer against the records; unchecked, whatever sounds right is right
     kindness: float = 6.0  # per unit of harmless
-    warmth: float = 1.2  # per courtesy
+    warmth: float = 0.4  # per courtesy
     flattery: float = 0.0  # per flattering sentence
     length: float = 0.0  # per sentence
     caution: float = 0.0  # per refusal, hedge or "I do not know"
@@ -57,7 +57,7 @@ class Annotator:
 PEOPLE = [
     Annotator("Ada", looks_up=1.0, warmth=0.0),  # careful
     Annotator("Bruno", looks_up=0.6, length=-0.75),  # in a hurry
-    Annotator("Cleo", looks_up=0.85, warmth=3.0, flattery=3.0),  # likes to be liked
+    Annotator("Cleo", looks_up=0.85, warmth=2.0, flattery=3.0),  # likes to be liked
     Annotator("Dov", looks_up=0.85, length=0.75),  # takes long for thorough
     Annotator("Edda", looks_up=0.85, kindness=9.0, caution=1.5),  # would rather be safe
 ]

@@ -61,7 +61,7 @@ def reward_config(to: Path, seed: int) -> RewardConfig:
         model=SFTModelConfig(policy=str(to / "sft" / "final")),
         data=DataConfig(path=str(to / "pairs.jsonl")),
         reward_model=RewardModelSection(epochs=2, batch=32),
-        optim=OptimConfig(lr=1e-3, warmup=10),
+        optim=OptimConfig(lr=1e-3, critic_lr=1e-3, warmup=10),
         checkpoint=CheckpointConfig(every=100),
     )
 
@@ -75,7 +75,7 @@ def ppo_config(to: Path, seed: int) -> PPOConfig:
         prompts=PromptsConfig(path=str(to / "prompts.jsonl")),
         reward=[RewardSourceConfig(model=str(to / "reward" / "final"))],
         sampling=SamplingConfig(max_new_tokens=MAX_NEW_TOKENS),
-        ppo=PPOSection(cycles=60, batch=128, responses_per_prompt=2, epochs=2, minibatch=64, kl=KLConfig(coef=0.05)),
+        ppo=PPOSection(cycles=60, batch=128, responses_per_prompt=2, epochs=2, minibatch=64, kl=KLConfig(coef=0.2)),
         optim=OptimConfig(lr=5e-4, critic_lr=2e-3),
         log=LogConfig(rollouts_every=10),
         checkpoint=CheckpointConfig(every=20),
