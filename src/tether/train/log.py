@@ -32,7 +32,7 @@ _STEP_COLUMNS = [
     ("loss", "loss", ".4f"),
     ("accuracy", "accuracy", ".3f"),
     ("lr", "lr", ".2e"),
-    ("tokens/s", "tokens_per_s", ",.0f"),
+    ("tokens/s", "update", ",.0f"),  # tokens_per_s/update
 ]
 _PHASE_SILENCE_S = 30.0  # without a terminal a long phase says where it is this often
 _STEP_SILENCE_S = 5.0  # and steps, which may take milliseconds, write a line this often

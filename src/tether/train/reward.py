@@ -59,7 +59,7 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
     check(config)
     section, device = config.reward_model, resolve_device(config.device)
     inputs = input_hashes(config.model, config.data)
-    with RunDirectory.open(config, command="reward", fresh=fresh, inputs=inputs) as run:
+    with Signals() as signals, RunDirectory.open(config, command="reward", fresh=fresh, inputs=inputs) as run:
         if run.finished:
             print(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
             return Run.open(run.path)
@@ -74,7 +74,7 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
         optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
         done = _restore(run, model, adapter, optimizer)
         skipped = 0  # in a row
-        with Signals() as signals, Logger(run, config.log, total=len(plan)) as log:
+        with Logger(run, config.log, total=len(plan)) as log:
             for step in range(done + 1, len(plan) + 1):
                 batch = [train[i] for i in plan[step - 1]]
                 began = time.perf_counter()
@@ -85,6 +85,8 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
                 metrics["time/update_s"] = time.perf_counter() - began
                 log.write(step, metrics)
                 skipped = 0 if finite else skipped + 1
+                if skipped:
+                    run.event("alarm", step=step, what="optimiser step skipped: its gradient is not finite")
                 if skipped == MAX_SKIPPED_IN_A_ROW:
                     raise TrainingError(
                         f"the gradients of {skipped} optimiser steps in a row are not finite: nothing can be learned "

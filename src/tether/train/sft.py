@@ -63,7 +63,8 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
     """
     check(config)
     device = resolve_device(config.device)
-    with RunDirectory.open(config, command="sft", fresh=fresh, inputs=input_hashes(config.model, config.data)) as run:
+    inputs = input_hashes(config.model, config.data)
+    with Signals() as signals, RunDirectory.open(config, command="sft", fresh=fresh, inputs=inputs) as run:
         if run.finished:
             print(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
             return Run.open(run.path)
@@ -85,7 +86,7 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
         optimizer = build_optimizer(config.optim, named, lora=config.model.lora is not None)
         done = _restore(run, model, optimizer, named)
         skipped = 0  # in a row
-        with Signals() as signals, Logger(run, config.log, total=len(plan)) as log:
+        with Logger(run, config.log, total=len(plan)) as log:
             for note in notes:
                 log.note(note)
             for step in range(done + 1, len(plan) + 1):
@@ -99,6 +100,8 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
                 metrics["tokens_per_s/update"] = metrics["tokens/trained"] / metrics["time/update_s"]
                 log.write(step, metrics)
                 skipped = 0 if finite else skipped + 1
+                if skipped:
+                    run.event("alarm", step=step, what="optimiser step skipped: its gradient is not finite")
                 if skipped == MAX_SKIPPED_IN_A_ROW:
                     raise TrainingError(
                         f"the gradients of {skipped} optimiser steps in a row are not finite: nothing can be learned "
