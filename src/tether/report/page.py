@@ -128,8 +128,7 @@ def _ppo(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> Page
     lora = " with LoRA" if config.model.lora else ""
     lede = (
         f"PPO on {config.model.policy}{lora}: {done} of {config.ppo.cycles} cycles of {config.ppo.batch} responses "
-        f"to the prompts of {config.prompts.path}"
-        + (f", scored by {', '.join(sources)}." if sources else ".")
+        f"to the prompts of {config.prompts.path}" + (f", scored by {', '.join(sources)}." if sources else ".")
     )
     headlines: list[Headline] = []
     figures: list[Figure] = []
