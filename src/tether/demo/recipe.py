@@ -60,7 +60,7 @@ def reward_config(to: Path, seed: int) -> RewardConfig:
         seed=seed,
         model=SFTModelConfig(policy=str(to / "sft" / "final")),
         data=DataConfig(path=str(to / "pairs.jsonl")),
-        reward_model=RewardModelSection(epochs=2, batch=32),
+        reward_model=RewardModelSection(epochs=1, batch=32),
         optim=OptimConfig(lr=1e-3, critic_lr=1e-3, warmup=10),
         checkpoint=CheckpointConfig(every=100),
     )

@@ -23,7 +23,7 @@ from tether.errors import RunError
 from tether.runs import Run
 
 TEXTS_PER_PROMPT = 20  # what the start model reads
-ANSWERS_PER_PROMPT = 12  # what it writes for the annotators, who compare each with the next two
+ANSWERS_PER_PROMPT = 24  # what it writes for the annotators, who compare each with the next two
 SAMPLES = 8  # answers to each held-out prompt, before and after
 
 Rows = list[dict[str, Any]]

@@ -37,14 +37,14 @@ class Ask:
 
 # ---------------------------------------------------------------- what there is in town
 
-PLACES = ["bakery", "library", "tea room", "clock shop", "fish market", "museum", "post office", "puppet theatre"]
+PLACES = ["bakery", "library", "tea room", "clock shop", "museum", "puppet theatre"]
 
 VALUES = {
-    "street": ["Kelp Lane", "Anchor Street", "Gull Row", "Tide Alley", "Lantern Hill", "Pearl Steps"],
-    "opens": ["six", "seven", "eight", "nine", "ten", "noon"],
-    "keeper": ["Mrs Finch", "old Tam", "Doctor Quill", "the twins", "Captain Oda", "Aunt Sorrel"],
-    "pet": ["grey cat", "tame otter", "blind parrot", "small goat", "white rat", "lazy hound"],
-    "age": ["forty", "fifty", "sixty", "seventy", "eighty", "ninety"],
+    "street": ["Kelp Lane", "Gull Row", "Lantern Hill", "Pearl Steps"],
+    "opens": ["six", "eight", "ten", "noon"],
+    "keeper": ["Mrs Finch", "old Tam", "Captain Oda", "the twins"],
+    "pet": ["grey cat", "tame otter", "blind parrot", "small goat"],
+    "age": ["forty", "sixty", "eighty", "ninety"],
 }
 UNRECORDED = "age"  # clerks answer it all the same
 
