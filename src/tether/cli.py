@@ -77,8 +77,10 @@ def _train(kind: str, argv: list[str]) -> None:
     if options.print_config:
         print(to_yaml(config), end="")
     elif options.dry_run:
+        from tether.config import EvaluateConfig
         from tether.diagnose import dry_run
 
+        assert not isinstance(config, EvaluateConfig)  # `kind` is that of a trainer
         print(dry_run(config))
     else:
         trainer = {"sft": "sft", "reward": "reward_model", "ppo": "ppo"}[kind]

@@ -123,8 +123,11 @@ class Story:
         before, after = self._answers("sft"), self._answers("ppo")
         say("The same questions before and after, in words that were in no training text:")
         for i in self._showcase():
-            question, was, now = self.held_out[i].question, before[i][0].strip(), after[i][0].strip()
-            quote(f"Visitor: {question}", f"before:  {was}", f"after:   {now}")
+            quote(
+                f"Visitor: {self.held_out[i].question}",
+                f"before:  {before[i][0].strip()}",
+                f"after:   {after[i][0].strip()}",
+            )
         say(
             f"""Only now a hidden judge, who took no part in training, compares every answer with the town's records
             ({len(self.held_out)} questions, {SAMPLES} answers each; 1 is perfect):"""
@@ -197,7 +200,7 @@ class Story:
 
     def _showcase(self) -> list[int]:
         """Held-out prompts to print: three facts, and one of each other kind."""
-        kinds = [ask.kind for ask in self.held_out]
+        kinds: list[str] = [ask.kind for ask in self.held_out]
         facts = [i for i, kind in enumerate(kinds) if kind == "fact"]
         return [facts[0], facts[len(facts) // 2], facts[-1], *map(kinds.index, ("unknown", "errand", "danger"))]
 
