@@ -85,7 +85,7 @@ def tiny_model(
 
     def make(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
         settings = {"vocab_size": len(tiny_tokenizer), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-        config = AutoConfig.for_model(architecture, **settings | ARCHITECTURES[architecture] | changes)
+        config = AutoConfig.for_model(architecture, **settings | ARCHITECTURES.get(architecture, {}) | changes)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -77,20 +77,14 @@ DROPOUTS = {
     "llama": {"attention_dropout": 0.1},
     "gpt2": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
     "gpt_neox": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
-    "opt": {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1, "layerdrop": 0.1},
+    "opt": {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1, "layerdrop": 0.1}
+    | {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32},
 }
 
 
 @pytest.mark.parametrize("architecture", DROPOUTS)
 @torch.no_grad()
-def test_passes_in_train_mode_are_bit_identical_though_the_config_asks_for_dropout(
-    architecture, tiny_model, monkeypatch
-):
-    monkeypatch.setitem(
-        ARCHITECTURES,
-        "opt",
-        {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32},
-    )
+def test_passes_in_train_mode_are_bit_identical_though_the_config_asks_for_dropout(architecture, tiny_model):
     directory = tiny_model(architecture, **DROPOUTS[architecture])
     model = load_causal_lm(str(directory), dtype=torch.float32, device=CPU).train()
     assert model.training

@@ -127,8 +127,7 @@ def test_every_architecture_learns_what_is_preferred_and_its_export_scores_as_it
     padded = tiny_model(architecture, vocab_size=264)  # more embeddings than tokens, as many real models have
     run = reward_model(config_for(tmp_path / "run", padded, data, lora=lora))
     report = json.loads((run.path / "reward_report.json").read_text())
-    assert report["accuracy"]["value"] == 1.0
-    assert report["learned"]
+    assert report["learned"]  # the interval lies above chance; a few held-out pairs may still go wrong
     assert report["loss"] < 0.3
     # In plain transformers (which knows Granite and Cohere as classifiers once Tether has been imported):
     stock = AutoModelForSequenceClassification.from_pretrained(run.final)

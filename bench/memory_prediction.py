@@ -1,0 +1,141 @@
+"""Is the peak memory that `--dry-run` and `tether doctor` predict the peak that a run then has?
+
+Each case is a real PPO run of two cycles in a process of its own, on a Llama of random weights; measured is the largest
+resident set that the process ever had, from its imports to its export. Predicted is `tether.diagnose.memory.predict`,
+made in this process from the config alone.
+
+    python bench/memory_prediction.py             all cases: about ten minutes on two cores
+    python bench/memory_prediction.py wide lora   some of them
+    python bench/memory_prediction.py --json …    the same for a program
+
+Linux, CPU. On a GPU the same parts are predicted; there torch's own counter is what `memory/peak_mb` reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tether.config import (
+    HeldOutConfig,
+    LoraConfig,
+    ModelConfig,
+    PPOConfig,
+    PPOSection,
+    PromptsConfig,
+    SamplingConfig,
+)
+
+PROMPT = "Tell me about number {:03d}, please."  # a token a byte: 34 tokens
+
+
+# (width, layers, vocabulary), (batch, minibatch, new tokens), changes to the model's config
+CASES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], dict[str, Any]]] = {
+    "tiny": ((64, 2, 300), (16, 8, 32), {}),
+    "narrow": ((256, 4, 2_000), (16, 8, 48), {}),
+    "long": ((256, 4, 2_000), (16, 16, 400), {}),
+    "wide": ((512, 8, 32_000), (8, 4, 24), {}),
+    "wide, more tokens": ((512, 8, 32_000), (16, 8, 64), {}),
+    "checkpointing": ((512, 8, 32_000), (16, 8, 64), {"gradient_checkpointing": True}),
+    "lora": ((512, 8, 32_000), (8, 4, 24), {"lora": LoraConfig()}),
+    "separate critic": ((512, 8, 32_000), (8, 4, 24), {"critic": "separate"}),
+    "bfloat16": ((512, 8, 32_000), (8, 4, 24), {"dtype": "bfloat16"}),
+    "wider": ((768, 8, 32_000), (4, 4, 24), {}),
+}
+
+
+def config(name: str, work: Path) -> PPOConfig:
+    """The case's config; its model and prompts are in `work`."""
+    _, (batch, minibatch, new), changes = CASES[name]
+    return PPOConfig(
+        run=str(work / "run"),
+        model=replace(ModelConfig(policy=str(work / "model"), dtype="float32"), **changes),
+        prompts=PromptsConfig(str(work / "prompts.jsonl")),
+        sampling=SamplingConfig(max_new_tokens=new, stop_token_ids=[]),
+        ppo=PPOSection(cycles=2, batch=batch, minibatch=minibatch, epochs=1),
+        evaluate=HeldOutConfig(every=0),
+    )
+
+
+def prepare(name: str, work: Path) -> None:
+    """Write a random model with a tokenizer of bytes, and prompts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    (width, layers, vocabulary), _, _ = CASES[name]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(["<pad>", "<eos>", *alphabet])}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.save_pretrained(work / "model")
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
+            num_attention_heads=width // 32, num_key_value_heads=width // 64, max_position_embeddings=2048,
+            tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        )
+    )  # fmt: skip
+    model.save_pretrained(work / "model")
+    lines = (json.dumps({"prompt": PROMPT.format(i)}) + "\n" for i in range(100))
+    (work / "prompts.jsonl").write_text("".join(lines))
+
+
+def train(name: str, work: Path) -> None:
+    """The child: a run, and then the peak of this process in bytes."""
+    import tether
+
+    tether.ppo(config(name, work), reward=lambda prompts, completions, completion_ids: [0.0] * len(prompts))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Predict and run one case: bytes."""
+    from tether.diagnose.memory import predict
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        subprocess.run([sys.executable, __file__, "--prepare", folder, name], check=True, capture_output=True)
+        memory = predict(config(name, work), prompt_tokens=len(PROMPT.format(0)))
+        child = subprocess.run([sys.executable, __file__, "--child", folder, name], capture_output=True, text=True)
+        if child.returncode:
+            raise SystemExit(child.stderr)
+    parts = {part.name.strip(): part.bytes for part in memory.parts}
+    return {"case": name, "predicted": memory.peak, "measured": int(child.stdout.split()[-1]), "parts": parts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--prepare", metavar="DIR", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", metavar="DIR", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if unknown := set(args.cases) - set(CASES):
+        parser.error(f"no case {unknown.pop()!r}; there are {', '.join(CASES)}")
+    if args.prepare or args.child:
+        (prepare if args.prepare else train)(args.cases[0], args.prepare or args.child)
+        return
+    if not args.json:
+        print(f"{'case':<20}{'predicted':>12}{'measured':>12}{'off by':>9}")
+    for name in args.cases or CASES:
+        found = measure(name)
+        if args.json:
+            print(json.dumps(found), flush=True)
+            continue
+        predicted, measured = found["predicted"], found["measured"]
+        print(
+            f"{name:<20}{predicted / 2**20:>9,.0f} MB{measured / 2**20:>9,.0f} MB{predicted / measured - 1:>+9.1%}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

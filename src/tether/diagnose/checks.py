@@ -1,0 +1,86 @@
+"""`--dry-run` and `tether doctor`: what a run would do, and whether it can."""
+
+from __future__ import annotations
+
+from tether.config import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, check
+from tether.diagnose.inputs import Inputs, check_inputs
+from tether.diagnose.machine import machine, memory_of
+from tether.diagnose.memory import Memory, predict, size
+from tether.errors import ConfigError, TetherError
+from tether.loading import resolve_device
+from tether.parse import to_yaml
+
+
+def dry_run(config: PPOConfig | SFTConfig | RewardConfig) -> str:
+    """The resolved config, the data check, one rendered row with its mask, the plan and peak memory by part.
+
+    Trains nothing, loads no weights and writes no file. Raises what the run would raise about its config, data,
+    tokenizer and reward functions.
+    """
+    check(config)
+    resolve_device(config.device)
+    inputs = check_inputs(config)
+    return "\n\n".join(
+        [
+            f"config\n{_indented(to_yaml(config))}",
+            _data(inputs),
+            f"one row, token by token (1: {_MASK[type(config)]})\n{_indented(inputs.rendered)}",
+            f"plan\n  {inputs.plan}",
+            _memory(config, inputs),
+        ]
+    )
+
+
+def doctor(config: Config | None = None) -> str:
+    """What this machine has; with a config also its data check, peak memory by part, and whether that fits."""
+    text = f"machine\n{_indented(machine())}"
+    if config is None:
+        return text
+    if isinstance(config, EvaluateConfig):
+        raise ConfigError("tether doctor checks runs that train: give it a config of tether ppo, sft or reward.")
+    check(config)
+    inputs = check_inputs(config)
+    return "\n\n".join([text, _data(inputs), f"plan\n  {inputs.plan}", _memory(config, inputs)])
+
+
+_MASK = {
+    PPOConfig: "a response token, which the loss counts",
+    SFTConfig: "a token that is learned",
+    RewardConfig: "where the score is read",
+}
+
+
+def _data(inputs: Inputs) -> str:
+    return "data\n" + _indented("\n".join(inputs.facts))
+
+
+def _memory(config: PPOConfig | SFTConfig | RewardConfig, inputs: Inputs) -> str:
+    try:
+        memory = predict(config, prompt_tokens=inputs.longest)
+    except TetherError:
+        raise
+    except Exception as error:  # remote code may do what cannot be done without data
+        return f"memory\n  cannot be predicted for this architecture ({type(error).__name__}: {error})"
+    return f"memory on {memory.device}, predicted\n{memory.table()}\n  {verdict(memory, memory_of(memory.device))}"
+
+
+def verdict(memory: Memory, available: int) -> str:
+    """Whether it fits into `available` bytes, and if not, the knob that saves most."""
+    if memory.needed <= available:
+        return f"fits: needs {size(memory.needed)} of {size(available)}"
+    largest = max(memory.parts, key=lambda p: p.bytes).name.strip()
+    return f"does not fit: needs {size(memory.needed)} of {size(available)}. {_REMEDY.get(largest, _SMALLER)}"
+
+
+_SMALLER = "Use a smaller model, or model.lora."
+_REMEDY = {
+    "activations": "Lower the microbatch_tokens, or set model.gradient_checkpointing to true.",
+    "key-value cache": "Lower sampling.slots.",
+    "sampler's workspace": "Lower sampling.slots.",
+    "optimiser": "Set model.lora: {}, which trains adapters only.",
+    "gradients": "Set model.lora: {}, which trains adapters only.",
+}
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" if line else "" for line in text.rstrip("\n").splitlines())

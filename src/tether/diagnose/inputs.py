@@ -1,0 +1,163 @@
+"""Everything that a run reads, checked as the run would, without loading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from tether.batch import Prompt
+from tether.config import DataConfig, InitModelConfig, PPOConfig, PromptsConfig, RewardConfig, SFTConfig, source_name
+from tether.data import load_examples, load_pairs, load_prompts, read_rows
+from tether.errors import ModelError
+from tether.loading import context_length, model_config
+from tether.preferences import split_pairs
+from tether.rewards import FunctionReward, load_function
+from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
+from tether.train.ppo import hold_out
+from tether.train.reward import plan_steps as plan_pairs
+from tether.train.sft import plan_steps as plan_examples
+
+_SHOWN = 24  # tokens of the rendered row, at either end
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the data check found."""
+
+    facts: list[str]
+    longest: int
+    """Tokens of the longest prompt; for sft and reward, of the longest example."""
+    plan: str
+    """How much training that makes."""
+    rendered: str
+    """One row, token by token, with its mask."""
+
+
+def check_inputs(config: PPOConfig | SFTConfig | RewardConfig) -> Inputs:
+    """Read the data as the run would; raises what the run would raise."""
+    policy = config.model.policy
+    where: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    if isinstance(policy, InitModelConfig):
+        tokenizer, context = load_tokenizer(policy.tokenizer, **where), policy.init.get("max_position_embeddings")
+    else:
+        tokenizer, architecture = load_tokenizer(policy, **where), model_config(policy, **where)
+        check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
+        context = context_length(architecture)
+    override = config.sampling.stop_token_ids if isinstance(config, PPOConfig) else None
+    stops = stop_token_ids(tokenizer, _generation_config(config), override)
+    named = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in stops) or "none: only the length ends one"
+    facts = [f"stop tokens: {named}", f"context: {context or 'not limited'} tokens"]
+    if isinstance(config, PPOConfig):
+        return _ppo(config, tokenizer, context, stops, facts)
+    stop = stops[0] if stops else None
+    return (_sft if isinstance(config, SFTConfig) else _reward)(config, tokenizer, context, stop, facts)  # type: ignore[arg-type]
+
+
+def _ppo(
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, context: int | None, stops: Sequence[int], facts: list[str]
+) -> Inputs:
+    new, e, p = config.sampling.max_new_tokens, config.evaluate, config.ppo
+    prompts = load_prompts(config.prompts, tokenizer, context=context, max_new_tokens=new)
+    facts.append(_lengths(config.prompts, prompts=[len(x.ids) for x in prompts]))
+    if e.prompts is None:
+        train, held_out, note = hold_out(prompts, e.count if e.every else 0, config.seed)
+    else:
+        other = replace(config.prompts, path=e.prompts, limit=None)
+        train, note = prompts, None
+        held_out = load_prompts(other, tokenizer, context=context, max_new_tokens=new)[: e.count]
+    facts.append(f"{len(train)} prompts to train on, {len(held_out)} to evaluate on{f' ({note})' if note else ''}")
+    facts += _sources(config, train + held_out, tokenizer, stops)
+    steps = p.cycles * p.epochs * p.batch // p.minibatch
+    plan = (
+        f"{p.cycles} cycles of {p.batch} responses ({p.batch // p.responses_per_prompt} prompts): "
+        f"{p.cycles * p.batch:,} responses, {steps:,} optimiser steps of {p.minibatch}"
+    )
+    rendered = _render(tokenizer, list(train[0].ids), [False] * len(train[0].ids))
+    end = " or ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in stops)
+    rendered += f"\n  1  …  up to {new} sampled tokens" + (f", the last of them {end}" if end else "")
+    longest = max(len(x.ids) for x in [*prompts, *held_out])
+    return Inputs(facts, longest, plan, f"prompt of row {train[0].row}, and its response\n{rendered}")
+
+
+def _sft(
+    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, context: int | None, stop: int | None, facts: list[str]
+) -> Inputs:
+    examples = load_examples(config.data, tokenizer, stop_id=stop, train_on=config.sft.train_on, context=context)
+    lengths = [len(x.ids) for x in examples]
+    trained = sum(sum(x.trained) for x in examples)
+    facts.append(_lengths(config.data, examples=lengths))
+    facts.append(f"{trained:,} of {sum(lengths):,} tokens are trained")
+    steps = len(plan_examples(lengths, config))
+    plan = f"{config.sft.epochs} epochs: {steps:,} optimiser steps of up to {config.sft.batch} rows"
+    longest = config.data.max_tokens if config.sft.packing else max(lengths)
+    first = examples[0]
+    return Inputs(facts, longest, plan, f"row {first.row}\n{_render(tokenizer, first.ids, first.trained)}")
+
+
+def _reward(
+    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, context: int | None, stop: int | None, facts: list[str]
+) -> Inputs:
+    pairs = load_pairs(config.data, tokenizer, stop_id=stop, context=context)
+    lengths = [len(x.prompt_ids) + max(len(x.chosen_ids), len(x.rejected_ids)) for x in pairs]
+    facts.append(_lengths(config.data, pairs=lengths))
+    section = config.reward_model
+    train, test = split_pairs(pairs, section.test_fraction, config.seed)
+    facts.append(f"{len(train)} pairs to train on, {len(test)} held out; pairs of one prompt or group stay together")
+    steps = len(plan_pairs(len(train), config))
+    plan = f"{section.epochs} epochs: {steps:,} optimiser steps of up to {section.batch} pairs"
+    first, shown = train[0], []
+    for name, ids in (("chosen", first.chosen_ids), ("rejected", first.rejected_ids)):
+        mask = [False] * (len(first.prompt_ids) + len(ids) - 1) + [True]  # the score is read at the last token
+        shown.append(f"row {first.row}, {name}\n{_render(tokenizer, first.prompt_ids + ids, mask)}")
+    return Inputs(facts, max(lengths), plan, "\n".join(shown))
+
+
+def _sources(
+    config: PPOConfig, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
+) -> list[str]:
+    """Import the functions and read the reward models' configs."""
+    facts = []
+    for source in config.reward:
+        name = source_name(source)
+        if source.function is not None:
+            function = load_function(source.function)
+            FunctionReward(function, name=name, tokenizer=tokenizer, stop_ids=stops).check(prompts)
+            facts.append(f"reward {name}: {source.function}, weight {source.weight:g}")
+            continue
+        assert source.model is not None
+        labels = model_config(source.model).num_labels
+        if labels != 1:
+            raise ModelError(
+                f"{source.model} has {labels} labels: a reward model has one number to give. Name a sequence "
+                "classifier with num_labels=1, such as `tether reward` writes."
+            )
+        facts.append(f"reward {name}: model {source.model}, weight {source.weight:g}")
+    return facts
+
+
+def _generation_config(config: PPOConfig | SFTConfig | RewardConfig) -> Any:
+    if isinstance(config.model.policy, str):
+        with suppress(OSError):  # it has none: the tokenizer's eos then
+            return GenerationConfig.from_pretrained(config.model.policy, revision=config.model.revision or "main")
+    return None
+
+
+def _lengths(data: PromptsConfig | DataConfig, **kept: list[int]) -> str:
+    """Rows and lengths of what was kept."""
+    ((what, lengths),) = kept.items()
+    rows = len(read_rows(data.path, data.split, (), data.limit))
+    dropped = f"; {rows - len(lengths)} of {rows} rows dropped as too long" if rows > len(lengths) else ""
+    middle = sorted(lengths)[len(lengths) // 2]
+    return f"{data.path}: {len(lengths)} {what}, {min(lengths)} to {max(lengths)} tokens, half up to {middle}{dropped}"
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, ids: list[int], mask: list[bool]) -> str:
+    """One token a line: whether it counts, its id, its text."""
+    lines = [f"  {int(m)}  {i:>6}  {tokenizer.decode([i])!r}" for i, m in zip(ids, mask, strict=True)]
+    if len(lines) > 2 * _SHOWN:
+        lines[_SHOWN:-_SHOWN] = [f"  …  {len(lines) - 2 * _SHOWN} more tokens"]
+    return "\n".join(lines)

@@ -1,0 +1,212 @@
+"""Peak memory, predicted by part from a config: no weights are loaded and nothing is trained.
+
+Weights and activations are counted by running the model's own code on tensors without data, see
+`tether.diagnose.simulate`; the sampler's buffers follow from its shapes. What is left is the process itself, measured
+once. How near the predictions come: bench/memory_prediction.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig, source_name
+from tether.diagnose.simulate import Shape, Step, simulate
+from tether.loading import model_config, resolve_device, resolve_dtype
+
+TrainingConfig = PPOConfig | SFTConfig | RewardConfig
+
+MB, GB = 2**20, 2**30
+
+_PROCESS_CPU = 455 * MB  # Python, torch, transformers, TensorBoard: resident before a weight is loaded
+_CONTEXT_CUDA = 600 * MB  # the CUDA context and its libraries, which no allocator counts
+_PREFILL_TOKENS = 8192  # tether.rollout.local: padded prompt tokens encoded at once
+_CHUNK_ACCELERATOR = 256 * MB  # tether.math.logprobs: logits in memory at once on a GPU, and about six such buffers
+_CHUNK_CPU = 8 * MB
+_CHUNK_BUFFERS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One thing that takes memory."""
+
+    name: str
+    bytes: int
+    phase: str = "always"
+    """always, sampling, updating or stepping: parts of different phases are never in memory together on a GPU, whose
+    allocator hands freed blocks on; a CPU's keeps them where they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A prediction, part by part."""
+
+    device: str
+    parts: list[Part]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment: on a GPU, as torch counts them; on a CPU, the process's resident set."""
+        always = sum(p.bytes for p in self.parts if p.phase == "always")
+        phases: dict[str, int] = {}
+        for part in self.parts:
+            if part.phase != "always":
+                phases[part.phase] = phases.get(part.phase, 0) + part.bytes
+        worst = sum(phases.values()) if self.device == "cpu" else max(phases.values(), default=0)
+        return always + worst
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the device must have: on a GPU also the CUDA context, and a twentieth lost between blocks."""
+        return self.peak if self.device == "cpu" else int(self.peak * 1.05) + _CONTEXT_CUDA
+
+    def table(self) -> str:
+        """The parts as lines of text, largest first."""
+        rows = [(p.name, size(p.bytes), "" if p.phase == "always" else f"while {p.phase}")
+                for p in sorted(self.parts, key=lambda p: -p.bytes) if p.bytes >= MB]  # fmt: skip
+        rows.append(("peak", size(self.peak), "resident memory" if self.device == "cpu" else "allocated on the GPU"))
+        width = max(len(name) for name, _, _ in rows)
+        return "\n".join(f"  {name:<{width}}  {amount:>9}  {when}".rstrip() for name, amount, when in rows)
+
+
+def size(count: float) -> str:
+    """Bytes as people say them."""
+    return f"{count / GB:.2f} GB" if count >= GB else f"{count / MB:.0f} MB"
+
+
+def predict(
+    config: TrainingConfig, *, prompt_tokens: int | None = None, architecture: Any = None, device: str | None = None
+) -> Memory:
+    """What training with `config` will take at its peak.
+
+    prompt_tokens: the longest prompt (for sft and reward: the longest example) if it is known; else the config's limit.
+    architecture: a transformers config to assume for the model; None reads the one that config.model names.
+    device: cpu or cuda to assume; None is where this config would run on this machine.
+    """
+    kind = device or resolve_device(config.device).type
+    architecture = architecture or _architecture(config)
+    text = architecture.get_text_config()
+    dtype = _dtype(config, kind, text.hidden_size)
+    shape = _shape(config, prompt_tokens)
+    critic = _critic(config, architecture)
+    checkpointing = config.model.gradient_checkpointing
+    if checkpointing == "auto":
+        checkpointing = kind == "cuda" and _count(architecture) > 1e9
+    step = simulate(
+        architecture, shape, dtype=dtype, lora=config.model.lora, checkpointing=bool(checkpointing), critic=critic
+    )
+    trained = step.trained + step.critic
+    parts = [
+        Part("weights", step.weights),
+        Part("gradients", 4 * trained, "always" if kind == "cpu" else "updating"),
+        Part("optimiser", 8 * trained),
+        Part("critic", 4 * step.critic),
+        Part("activations", step.activations + _chunks(kind, text.vocab_size, shape), "updating"),
+    ]
+    if kind == "cuda":  # torch steps all weights at once there, and needs room for one more copy of them
+        parts += [Part("gradients ", 4 * trained, "stepping"), Part("optimiser's workspace", 4 * trained, "stepping")]
+    else:
+        parts.append(Part("Python and libraries", _PROCESS_CPU))
+    if isinstance(config, PPOConfig):
+        parts += _of_ppo(config, step, architecture, dtype, prompt_tokens, kind)
+    return Memory(kind, parts)
+
+
+def _of_ppo(
+    config: PPOConfig, step: Step, architecture: Any, dtype: torch.dtype, prompt_tokens: int | None, kind: str
+) -> list[Part]:
+    """Reference, engine, cache and reward models."""
+    text = architecture.get_text_config()
+    item, copied = dtype.itemsize, dtype != torch.float32 and config.model.lora is None
+    parts = []
+    if config.model.reference is not None:
+        parts.append(Part("reference", _count(_read(config, config.model.reference)) * item))
+    elif config.model.lora is None:
+        parts.append(Part("reference", step.parameters * item))
+    if copied:
+        parts.append(Part("engine's copy of the policy", step.parameters * item))
+    s, prompt = config.sampling, prompt_tokens or config.prompts.max_tokens
+    responses = max(config.ppo.batch, config.evaluate.count * config.evaluate.samples if config.evaluate.every else 0)
+    slots = min(responses, 64 if s.slots == "auto" else s.slots)
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    cache = 2 * text.num_hidden_layers * slots * kv_heads * (prompt + s.max_new_tokens) * head_dim * item
+    parts.append(Part("key-value cache", cache, "sampling"))
+    rows = max(1, min(slots, _PREFILL_TOKENS // prompt))
+    scores = rows * heads * prompt**2 * (8 + item)
+    drawn = slots * text.vocab_size * 28  # logits, log-probs, probabilities in fp32 and their sums in fp64
+    parts.append(Part("sampler's workspace", max(scores, drawn), "sampling"))
+    for source in config.reward:
+        if source.model is not None:
+            other = _read(config, source.model)
+            width = other.get_text_config().hidden_size
+            taken = resolve_dtype(source.dtype, torch.device("cpu"), width) if kind == "cpu" else dtype
+            parts.append(Part(f"reward model {source_name(source)}", _count(other) * taken.itemsize))
+    return parts
+
+
+# ---------------------------------------------------------------- what the config says
+
+
+def _architecture(config: TrainingConfig) -> Any:
+    policy = config.model.policy
+    if isinstance(policy, InitModelConfig):
+        from transformers import AutoConfig
+
+        from tether.tokens import load_tokenizer
+
+        tokenizer = load_tokenizer(policy.tokenizer)
+        return AutoConfig.for_model(**{**policy.init, "vocab_size": max(tokenizer.get_vocab().values()) + 1})
+    return _read(config, policy)
+
+
+def _read(config: TrainingConfig, path: str) -> Any:
+    revision = config.model.revision if path == config.model.policy else None
+    return model_config(path, revision=revision, trust_remote_code=config.model.trust_remote_code)
+
+
+def _critic(config: TrainingConfig, architecture: Any) -> Any:
+    """The config of a separate critic's trunk; None where it is a head on the policy's."""
+    if not isinstance(config, PPOConfig) or config.model.critic == "shared":
+        return None
+    return architecture if config.model.critic == "separate" else _read(config, config.model.critic)
+
+
+def _dtype(config: TrainingConfig, kind: str, width: int) -> torch.dtype:
+    if kind == "cuda" and config.model.dtype == "auto":
+        return torch.bfloat16  # as every GPU of the last years; asking torch would need one
+    return resolve_dtype(config.model.dtype, torch.device("cpu"), width)
+
+
+def _shape(config: TrainingConfig, tokens: int | None) -> Shape:
+    """The largest microbatch."""
+    if isinstance(config, PPOConfig):
+        new = config.sampling.max_new_tokens
+        width = (tokens or config.prompts.max_tokens) + new
+        rows = min(config.ppo.minibatch, max(1, config.ppo.microbatch_tokens // width))
+        return Shape(rows, width, new)
+    width = tokens or config.data.max_tokens
+    if isinstance(config, SFTConfig):
+        rows = min(config.sft.batch, max(1, config.sft.microbatch_tokens // width))
+        return Shape(rows, width, width - 1)
+    section = config.reward_model
+    return Shape(min(2 * section.batch, max(2, section.microbatch_tokens // width)), width, 0)
+
+
+def _chunks(kind: str, vocabulary: int, shape: Shape) -> int:
+    """Logits on a GPU come in larger chunks than the simulation's, which runs as on a CPU."""
+    whole = 4 * vocabulary * shape.rows * shape.targets
+    if kind == "cpu":
+        return 0
+    return _CHUNK_BUFFERS * (min(_CHUNK_ACCELERATOR, whole) - min(_CHUNK_CPU, whole))
+
+
+def _count(architecture: Any) -> int:
+    """Number of weights, counted on a model without data."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(architecture).parameters())

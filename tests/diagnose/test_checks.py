@@ -1,0 +1,163 @@
+"""--dry-run and doctor: what they say of runs that are right, and that they raise what the run would."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import tether
+from tether.cli import main
+from tether.config import (
+    DataConfig,
+    EvaluateConfig,
+    HeldOutConfig,
+    ModelConfig,
+    PPOConfig,
+    PPOSection,
+    PromptsConfig,
+    RewardConfig,
+    RewardModelSection,
+    RewardSourceConfig,
+    SamplingConfig,
+    SFTConfig,
+    SFTModelConfig,
+    SFTSection,
+)
+from tether.diagnose import Memory, Part, doctor, dry_run
+from tether.diagnose.checks import verdict
+from tether.parse import to_yaml
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def lines(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def ppo(tiny_model, tmp_path) -> PPOConfig:
+    (tmp_path / "rewards.py").write_text("def terse(prompts, completions, completion_ids, mood):\n    return []\n")
+    prompts = [{"prompt": f"Hi {i}", "mood": "good"} for i in range(10)] + [{"prompt": "x" * 70, "mood": "long"}]
+    return PPOConfig(
+        run=str(tmp_path / "run"),
+        model=ModelConfig(str(tiny_model("llama"))),
+        prompts=PromptsConfig(lines(tmp_path / "prompts.jsonl", prompts), max_tokens=64, overlong="drop"),
+        reward=[RewardSourceConfig(function=f"{tmp_path / 'rewards.py'}:terse")],
+        ppo=PPOSection(cycles=5, batch=8, minibatch=4, epochs=3),
+        sampling=SamplingConfig(max_new_tokens=12),
+        evaluate=HeldOutConfig(count=2),
+    )
+
+
+def test_a_ppo_dry_run_says_everything_and_touches_nothing(ppo):
+    text = dry_run(ppo)
+    assert "10 prompts, 4 to 4 tokens" in text
+    assert "1 of 11 rows dropped" in text
+    assert "8 prompts to train on, 2 to evaluate on" in text
+    assert "30 optimiser steps of 4" in text  # 5 cycles · 3 epochs · 8/4
+    assert "stop tokens: 1 '<eos>'" in text
+    assert "reward terse:" in text
+    for part in ("activations", "Python and libraries", "peak", "fits: needs"):
+        assert part in text
+    for line in to_yaml(ppo).splitlines():
+        assert f"  {line}" in text
+    assert not Path(ppo.run).exists()
+
+
+def test_the_rendered_prompt_is_masked_and_the_response_counts(ppo):
+    text = dry_run(ppo)
+    shown = text.partition("one row, token by token")[2].partition("plan")[0]
+    assert [line.split()[0] for line in shown.splitlines()[2:] if line] == ["0", "0", "0", "0", "1"]
+    assert "'H'" in shown
+    assert "up to 12 sampled tokens, the last of them '<eos>'" in shown
+
+
+def test_an_sft_dry_run_counts_what_is_trained_and_the_steps(tiny_model, tmp_path):
+    rows = [{"prompt": "ab", "completion": "cd"} for _ in range(7)]
+    config = SFTConfig(
+        str(tmp_path / "run"), SFTModelConfig(str(tiny_model("llama"))),
+        DataConfig(lines(tmp_path / "d.jsonl", rows), max_tokens=32), sft=SFTSection(epochs=2, batch=3),
+    )  # fmt: skip
+    text = dry_run(config)
+    assert "7 examples, 5 to 5 tokens" in text  # two, two and the stop token
+    assert "21 of 35 tokens are trained" in text
+    assert "6 optimiser steps" in text  # ⌈7/3⌉ an epoch
+    masked = [line.split()[0] for line in text.partition("row 0")[2].splitlines()[1:6]]
+    assert masked == ["0", "0", "1", "1", "1"]
+
+
+def test_a_reward_dry_run_splits_the_pairs_and_marks_where_the_score_is_read(tiny_model, tmp_path):
+    rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(20)]
+    config = RewardConfig(
+        str(tmp_path / "run"), SFTModelConfig(str(tiny_model("llama"))),
+        DataConfig(lines(tmp_path / "d.jsonl", rows), max_tokens=32),
+        reward_model=RewardModelSection(batch=5, test_fraction=0.25),
+    )  # fmt: skip
+    text = dry_run(config)
+    assert "15 pairs to train on, 5 held out" in text
+    assert "3 optimiser steps" in text
+    chosen = text.partition(", chosen")[2].partition(", rejected")[0]
+    assert [line.split()[0] for line in chosen.splitlines()[1:] if "'" in line][-2:] == ["0", "1"]
+
+
+def test_what_the_run_would_refuse_the_dry_run_refuses(ppo, tmp_path):
+    with pytest.raises(tether.ConfigError, match="does not divide"):
+        dry_run(replace(ppo, ppo=replace(ppo.ppo, minibatch=3)))
+    with pytest.raises(tether.DataError, match="has 70 tokens"):
+        dry_run(replace(ppo, prompts=replace(ppo.prompts, overlong="error")))
+    with pytest.raises(tether.ModelError, match="nowhere"):
+        dry_run(replace(ppo, model=ModelConfig(str(tmp_path / "nowhere"))))
+    with pytest.raises(tether.RewardError):
+        dry_run(replace(ppo, reward=[RewardSourceConfig(function=f"{tmp_path / 'rewards.py'}:missing")]))
+    (tmp_path / "other.py").write_text("def picky(prompts, completions, completion_ids, colour):\n    return []\n")
+    with pytest.raises(tether.RewardError, match="colour"):
+        dry_run(replace(ppo, reward=[RewardSourceConfig(function=f"{tmp_path / 'other.py'}:picky")]))
+
+
+def test_doctor_describes_the_machine_and_with_a_config_whether_it_fits(ppo):
+    alone = doctor()
+    for word in ("processor", "memory", "GPU", "disk", "torch", "cores usable", "bfloat16"):
+        assert word in alone
+    assert "plan" not in alone
+    text = doctor(ppo)
+    assert text.startswith("machine")
+    assert "fits: needs" in text
+    assert "8 prompts to train on" in text
+
+
+def test_doctor_wants_a_run_that_trains():
+    with pytest.raises(tether.ConfigError, match="runs that train"):
+        doctor(EvaluateConfig(["a"], PromptsConfig("p")))
+
+
+@pytest.mark.parametrize(
+    ("part", "knob"),
+    [
+        ("activations", "microbatch_tokens"),
+        ("key-value cache", "sampling.slots"),
+        ("optimiser", "model.lora"),
+        ("weights", "smaller model"),
+    ],
+)
+def test_what_does_not_fit_names_the_knob_of_the_largest_part(part, knob):
+    memory = Memory("cpu", [Part("Python and libraries", 10), Part(part, 1000)])
+    assert verdict(memory, 2000).startswith("fits")
+    assert verdict(memory, 500).startswith("does not fit")
+    assert knob in verdict(memory, 500)
+
+
+def test_the_command_line_reaches_both(ppo, tmp_path, capsys):
+    path = tmp_path / "ppo.yaml"
+    path.write_text(to_yaml(ppo))
+    assert main(["ppo", str(path), "--dry-run"]) == 0
+    assert "30 optimiser steps" in capsys.readouterr().out
+    assert main(["doctor", str(path)]) == 0
+    assert "fits: needs" in capsys.readouterr().out
+
+
+def test_the_example_for_a_gpu_is_a_valid_config():
+    config = tether.load_config(EXAMPLES / "gpu_qwen_0.5b.yaml")
+    assert isinstance(config, PPOConfig)
+    assert config.model.policy == "Qwen/Qwen2.5-0.5B-Instruct"

@@ -1,0 +1,140 @@
+"""Peak memory by part: sizes worked out by hand on a tiny model, and one real run's resident memory."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tether.config import (
+    DataConfig,
+    HeldOutConfig,
+    InitModelConfig,
+    LoraConfig,
+    ModelConfig,
+    PPOConfig,
+    PPOSection,
+    PromptsConfig,
+    RewardConfig,
+    RewardSourceConfig,
+    SamplingConfig,
+    SFTConfig,
+    SFTModelConfig,
+)
+from tether.diagnose import Memory, Part, predict
+
+BENCH = Path(__file__).parents[2] / "bench" / "memory_prediction.py"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> Path:
+    return tiny_model("llama")  # width 32, 2 layers, 4 heads, 2 of them for keys: head size 8
+
+
+@pytest.fixture(scope="module")
+def count(model) -> int:
+    return AutoModelForCausalLM.from_pretrained(model).num_parameters()
+
+
+def config(directory: Path, **changes) -> PPOConfig:
+    return PPOConfig(
+        run="run",
+        model=replace(ModelConfig(str(directory), dtype="float32"), **changes.pop("model", {})),
+        prompts=PromptsConfig("prompts.jsonl", max_tokens=20),
+        ppo=PPOSection(batch=16, minibatch=8),
+        sampling=SamplingConfig(max_new_tokens=12),
+        evaluate=HeldOutConfig(every=0),
+        **changes,
+    )
+
+
+def parts(memory: Memory) -> dict[str, int]:
+    return {p.name: p.bytes for p in memory.parts}
+
+
+def test_a_full_run_has_masters_gradients_two_moments_and_a_reference(model, count):
+    found = parts(predict(config(model), device="cpu"))
+    want = {"weights": 4, "gradients": 4, "optimiser": 8, "reference": 4}
+    assert {name: found[name] for name in want} == {name: size * count for name, size in want.items()}
+    # 2 (keys, values) · 2 layers · 16 slots · 2 heads · (20 + 12) tokens · 8 · 4 bytes
+    assert found["key-value cache"] == 2 * 2 * 16 * 2 * 32 * 8 * 4
+    assert "engine's copy of the policy" not in found  # fp32: it samples from the policy itself
+
+
+def test_in_bfloat16_the_reference_is_half_and_the_engine_needs_a_copy(model, count):
+    found = parts(predict(config(model, model={"dtype": "bfloat16"}), device="cpu"))
+    assert found["weights"] == 4 * count
+    assert found["reference"] == found["engine's copy of the policy"] == 2 * count
+
+
+def test_lora_needs_neither_reference_nor_copy_and_trains_little(model, count):
+    found = parts(predict(config(model, model={"dtype": "bfloat16", "lora": LoraConfig(rank=2)}), device="cpu"))
+    assert not {"reference", "engine's copy of the policy"} & set(found)
+    assert found["optimiser"] < 8 * count / 4
+    named = parts(predict(config(model, model={"lora": LoraConfig(), "reference": str(model)}), device="cpu"))
+    assert named["reference"] == 4 * count
+
+
+def test_a_separate_critic_is_a_second_trunk_with_gradients_and_moments(model, count):
+    shared, own = (parts(predict(config(model, model={"critic": c}), device="cpu")) for c in ("shared", "separate"))
+    trunk = AutoModelForCausalLM.from_pretrained(model).base_model.num_parameters()
+    assert own["critic"] == 4 * trunk
+    assert own["optimiser"] - shared["optimiser"] == 8 * trunk
+
+
+def test_reward_models_are_counted(model, count):
+    source = RewardSourceConfig(model=str(model), dtype="float32", name="kind")
+    assert parts(predict(config(model, reward=[source]), device="cpu"))["reward model kind"] == pytest.approx(
+        4 * count, rel=0.3
+    )
+
+
+def test_longer_prompts_and_more_tokens_at_once_cost_more(model):
+    def activations(prompt: int, **changes) -> int:
+        base = config(model)
+        return parts(predict(replace(base, ppo=replace(base.ppo, **changes)), prompt_tokens=prompt))["activations"]
+
+    assert activations(80) > 2 * activations(20)
+    assert activations(20, microbatch_tokens=64) < activations(20) / 2
+
+
+def test_a_cpu_keeps_what_a_gpu_hands_on():
+    phases = [Part("weights", 100), Part("cache", 30, "sampling"), Part("activations", 50, "updating")]
+    assert Memory("cpu", phases).peak == 180
+    assert Memory("cuda", phases).peak == 150
+    assert Memory("cuda", phases).needed > 150
+
+
+def test_on_a_gpu_the_optimisers_step_needs_room_for_one_more_copy(model, count):
+    found = predict(config(model), device="cuda")
+    step = sum(p.bytes for p in found.parts if p.phase == "stepping")
+    assert step == 8 * count  # gradients, and the square roots that torch takes of all moments at once
+
+
+def test_supervised_and_reward_training_are_predicted_too(model, count):
+    base = SFTModelConfig(str(model), dtype="float32")
+    sft = parts(predict(SFTConfig("run", base, DataConfig("data.jsonl", max_tokens=64)), device="cpu"))
+    reward = parts(predict(RewardConfig("run", base, DataConfig("data.jsonl", max_tokens=64)), device="cpu"))
+    assert sft["optimiser"] == reward["optimiser"] == 8 * count
+    assert sft["activations"] > reward["activations"]  # it reads no log-probs
+    assert "reference" not in sft
+    scratch = InitModelConfig(AutoModelForCausalLM.from_pretrained(model).config.to_diff_dict(), str(model))
+    assert parts(predict(SFTConfig("run", SFTModelConfig(scratch), DataConfig("d"))))["weights"] == 4 * count
+
+
+def test_the_table_names_every_part_that_matters_and_the_peak():
+    memory = Memory("cuda", [Part("weights", 3 * 2**30), Part("tiny", 10), Part("cache", 2**29, "sampling")])
+    lines = memory.table().splitlines()
+    assert [line.split()[0] for line in lines] == ["weights", "cache", "peak"]
+    assert "3.50 GB" in lines[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["narrow"])
+def test_the_prediction_is_within_a_fifth_of_a_real_runs_peak(case):
+    spec = importlib.util.spec_from_file_location("memory_prediction", BENCH)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    found = bench.measure(case)
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.2)
