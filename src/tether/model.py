@@ -269,7 +269,7 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
         frozen = LanguageModel(other, dtype)
         _check_same_vocabulary("model.reference", config.reference, frozen.lm, lm)
     elif not config.lora:
-        frozen = LanguageModel(copy.deepcopy(lm).to(dtype), dtype)
+        frozen = LanguageModel(copy_in(dtype, lm), dtype)
 
     critic = None
     if config.critic != "shared":
@@ -286,6 +286,17 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
         frozen.lm.eval().requires_grad_(False)
     policy.train()
     return policy, Reference(policy, frozen), notes
+
+
+def copy_in(dtype: torch.dtype, lm: Any) -> Any:
+    """A frozen copy of `lm` with its weights in `dtype`.
+
+    Its buffers stay as they are: rotary frequencies in bfloat16 would drift from the trained model's by position.
+    """
+    copied = copy.deepcopy(lm).requires_grad_(False)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return copied
 
 
 def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> SeparateCritic:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,11 +50,15 @@ def build_reward(
         built[name] = (scorer, source.weight)
     if function is not None:
         name = getattr(function, "__name__", "reward")
+        name = "reward" if name in ("score", "total", "<lambda>") else name  # reward/score_mean is the sum's own
         if name in built:
             raise ConfigError(
                 f"reward={name} has the name of a source in the config's reward list: their metrics would overwrite "
                 "each other. Set `name` of the one in the list."
             )
-        built[name] = (FunctionReward(function, name=name, tokenizer=tokenizer, stop_ids=stop_ids), 1.0)
+        scorer = FunctionReward(
+            function, name=name, tokenizer=tokenizer, stop_ids=stop_ids, timeout_s=threading.TIMEOUT_MAX
+        )
+        built[name] = (scorer, 1.0)
     order = [*(source_name(s) for s in sources), *built]  # as the config lists them, in metrics and rollouts too
     return RewardSet({name: built[name] for name in order}, shaping)

@@ -8,7 +8,6 @@ Left out: paging (a slot is as wide as the longest prompt plus the length limit)
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tether.batch import Completions, Prompt, Rows, Sampling
-from tether.model import LanguageModel
+from tether.model import LanguageModel, copy_in
 from tether.rollout.draw import draw
 from tether.rollout.slots import SlotCache
 from tether.rollout.uniforms import uniforms
@@ -51,8 +50,7 @@ class LocalSampler:
         self._copied = model.dtype == torch.bfloat16 and model.plain.dtype == torch.float32
         self.model = model
         if self._copied:
-            lm = copy.deepcopy(model.lm).to(model.dtype).requires_grad_(False)
-            self.model = LanguageModel(lm, model.dtype, model.full)
+            self.model = LanguageModel(copy_in(model.dtype, model.lm), model.dtype, model.full)
         self.note = self._why_not_cached()
         self.cached = self.note is None
 

@@ -97,7 +97,8 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
                 if signals.requested and step < len(plan):
                     raise Interrupted(f"stopped after step {step} of {len(plan)}, saved; the same command continues.")
         if adapter is not None:
-            adapter.merge_and_unload()  # in place: the classifier's own layers are whole again
+            # In place: the classifier's own layers are whole again. In float32: bfloat16 would lose a small update.
+            adapter.float().merge_and_unload()
         report = finish(model, train, test)
         report.write(run.path)
         print(report.text())
