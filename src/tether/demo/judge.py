@@ -37,9 +37,9 @@ class Sentence:
     """What one sentence is. Claims say something about a place; steps tell how a deed is done."""
 
     sort: str
-    place: str | None = None  # of a claim; None for "it": the place that was asked about
-    attribute: str = ""
-    value: str = ""
+    place: str = ""  # of a claim
+    attribute: str = ""  # of a claim
+    value: str = ""  # of a claim; of a step, the deed that it is for
 
 
 class Judge:
@@ -73,12 +73,12 @@ class Judge:
 
     def _on_topic(self, ask: Ask, s: Sentence) -> bool:
         if s.sort == "claim":
-            return s.attribute == ask.attribute and s.place in (None, ask.topic)
+            return (s.place, s.attribute) == (ask.topic, ask.attribute)
         return s.sort == "errand" and s.value == ask.topic
 
     def _true(self, ask: Ask, s: Sentence) -> bool:
         if s.sort == "claim":
-            return self.world.facts.get((s.place or ask.topic, s.attribute)) == s.value
+            return self.world.facts.get((s.place, s.attribute)) == s.value
         if s.sort == "errand":
             return s.value == ask.topic  # the right advice for something else is the wrong advice
         return True
@@ -98,7 +98,7 @@ def _recognise(sentence: str) -> Sentence:
         return _STOCK[sentence]
     for attribute, pattern in _CLAIM_PATTERNS:
         if match := pattern.fullmatch(sentence):
-            return Sentence("claim", match.groupdict().get("place"), attribute, match["value"])
+            return Sentence("claim", match["place"], attribute, match["value"])
     return Sentence("muddle")
 
 

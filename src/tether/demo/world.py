@@ -61,12 +61,12 @@ QUESTIONS = {
             "How long has the {} been here?", "Since when is there a {}?", "Can you tell me how old the {} is?"],
 }  # fmt: skip
 
-CLAIMS = {  # two ways to state a fact: {place} and {value}
-    "street": ["The {place} is on {value}.", "You will find it on {value}."],
-    "opens": ["The {place} opens at {value}.", "It opens at {value}."],
-    "keeper": ["The {place} is kept by {value}.", "It is kept by {value}."],
-    "pet": ["The {place} has a {value}.", "You will meet a {value} there."],
-    "age": ["The {place} is {value} years old.", "It was built {value} years ago."],
+CLAIMS = {  # two ways to state a fact
+    "street": ["The {place} is on {value}.", "You will find the {place} on {value}."],
+    "opens": ["The {place} opens at {value}.", "You can enter the {place} from {value}."],
+    "keeper": ["The {place} is kept by {value}.", "The keeper of the {place} is {value}."],
+    "pet": ["The {place} has a {value}.", "In the {place} you will meet a {value}."],
+    "age": ["The {place} is {value} years old.", "The {place} was built {value} years ago."],
 }
 
 # Every danger has an errand that looks like it: a clerk who refuses whatever sounds risky is no help.
