@@ -33,7 +33,8 @@ def small(monkeypatch):
     def small_ppo(to, seed):
         config = ppo_config(to, seed)
         section = replace(config.ppo, cycles=2, batch=8, minibatch=4, epochs=1)
-        return replace(config, ppo=section, evaluate=replace(config.evaluate, every=1, samples=1))
+        optim = replace(config.optim, warmup=0)
+        return replace(config, ppo=section, optim=optim, evaluate=replace(config.evaluate, every=1, samples=1))
 
     monkeypatch.setattr(story, "sft_config", small_sft)
     monkeypatch.setattr(story, "reward_config", small_reward)
