@@ -59,7 +59,7 @@ def test_a_ppo_dry_run_says_everything_and_touches_nothing(ppo):
     assert "30 optimiser steps of 4" in text  # 5 cycles · 3 epochs · 8/4
     assert "stop tokens: 1 '<eos>'" in text
     assert "reward terse:" in text
-    for part in ("activations", "Python and libraries", "peak", "fits: needs"):
+    for part in ("Python and libraries", "peak", "fits: needs"):
         assert part in text
     for line in to_yaml(ppo).splitlines():
         assert f"  {line}" in text

@@ -71,7 +71,7 @@ def test_a_critic_of_its_own_is_counted_apart_and_has_activations_of_its_own(tin
     alone, both = (simulate(config, SHAPE, dtype=torch.float32, critic=c) for c in (None, config))
     assert both.trained == alone.trained
     assert both.critic == AutoModelForCausalLM.from_config(config).base_model.num_parameters()
-    assert both.activations > 1.5 * alone.activations
+    assert both.activations > alone.activations
 
 
 def test_rows_cost_in_proportion_checkpointing_saves_and_nothing_real_is_allocated(tiny_model):
