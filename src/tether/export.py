@@ -44,10 +44,16 @@ def save_model(
 
 
 def merged(model: LanguageModel) -> Any:
-    """The transformers model without adapters: a merged copy under LoRA, else the model itself."""
+    """The transformers model without adapters: under LoRA a merged copy in float32 on the CPU, else the model itself.
+
+    A GPU that was large enough to train adapters may have no room for the whole model twice in float32.
+    """
     if not hasattr(model.lm, "merge_and_unload"):
         return model.plain
-    return copy.deepcopy(model.lm).float().merge_and_unload()
+    copies: dict[int, Any] = {id(b): b.to("cpu", copy=True) for b in model.lm.buffers()}
+    for p in model.lm.parameters():  # deepcopy takes these instead of copying where the weights are
+        copies[id(p)] = torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True), requires_grad=False)
+    return copy.deepcopy(model.lm, copies).merge_and_unload()
 
 
 @torch.no_grad()
