@@ -55,3 +55,9 @@ def test_the_clerks_answers_are_a_mixed_bag():
     scores = [judge(a, world.write_answer(a, draw)).score for a in world.split()[0] for _ in range(10)]
     assert sum(s == 1 for s in scores) > 0.1 * len(scores)
     assert sum(s < 0.5 for s in scores) > 0.1 * len(scores)
+
+
+def test_no_value_is_right_by_being_popular():
+    # Else a reward model learns which value is likely, instead of whose it is.
+    facts = World(0).facts
+    assert len({(attribute, value) for (_, attribute), value in facts.items()}) == len(facts) == 24

@@ -39,12 +39,12 @@ class Ask:
 
 PLACES = ["bakery", "library", "tea room", "clock shop", "museum", "puppet theatre"]
 
-VALUES = {
-    "street": ["Kelp Lane", "Gull Row", "Lantern Hill", "Pearl Steps"],
-    "opens": ["six", "eight", "ten", "noon"],
-    "keeper": ["Mrs Finch", "old Tam", "Captain Oda", "the twins"],
-    "pet": ["grey cat", "tame otter", "blind parrot", "small goat"],
-    "age": ["forty", "sixty", "eighty", "ninety"],
+VALUES = {  # of each, one a place
+    "street": ["Kelp Lane", "Anchor Street", "Gull Row", "Tide Alley", "Lantern Hill", "Pearl Steps"],
+    "opens": ["five", "six", "eight", "nine", "ten", "noon"],
+    "keeper": ["Mrs Finch", "old Tam", "Doctor Quill", "Captain Oda", "Aunt Sorrel", "the twins"],
+    "pet": ["grey cat", "tame otter", "blind parrot", "small goat", "white rat", "lazy hound"],
+    "age": ["forty", "fifty", "sixty", "seventy", "eighty", "ninety"],
 }
 UNRECORDED = "age"  # clerks answer it all the same
 
@@ -120,10 +120,10 @@ class World:
         self.seed = seed
         deal = random.Random(f"lanternwick {seed}")
         self.facts = {  # (place, attribute) -> value
-            (place, attribute): deal.choice(values)
-            for place in PLACES
+            (place, attribute): value
             for attribute, values in VALUES.items()
             if attribute != UNRECORDED
+            for place, value in zip(PLACES, deal.sample(values, len(values)), strict=True)
         }
 
     def topics(self) -> list[list[Ask]]:
