@@ -18,7 +18,7 @@ from tether.loading import model_config, resolve_device, resolve_dtype
 
 TrainingConfig = PPOConfig | SFTConfig | RewardConfig
 
-MB, GB = 2**20, 2**30
+KB, MB, GB = 2**10, 2**20, 2**30
 
 _PROCESS_CPU = 455 * MB  # Python, torch, transformers, TensorBoard: resident before a weight is loaded
 _CONTEXT_CUDA = 600 * MB  # the CUDA context and its libraries, which no allocator counts
@@ -65,7 +65,7 @@ class Memory:
     def table(self) -> str:
         """The parts as lines of text, largest first."""
         rows = [(p.name, size(p.bytes), "" if p.phase == "always" else f"while {p.phase}")
-                for p in sorted(self.parts, key=lambda p: -p.bytes) if p.bytes >= MB]  # fmt: skip
+                for p in sorted(self.parts, key=lambda p: -p.bytes) if p.bytes >= KB]  # fmt: skip
         rows.append(("peak", size(self.peak), "resident memory" if self.device == "cpu" else "allocated on the GPU"))
         width = max(len(name) for name, _, _ in rows)
         return "\n".join(f"  {name:<{width}}  {amount:>9}  {when}".rstrip() for name, amount, when in rows)
@@ -73,7 +73,9 @@ class Memory:
 
 def size(count: float) -> str:
     """Bytes as people say them."""
-    return f"{count / GB:.2f} GB" if count >= GB else f"{count / MB:.0f} MB"
+    if count >= GB:
+        return f"{count / GB:.2f} GB"
+    return f"{count / MB:.0f} MB" if count >= MB else f"{count / KB:.0f} KB"
 
 
 def predict(
