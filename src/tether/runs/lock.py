@@ -47,4 +47,6 @@ class Lock:
         """Let go; a second time does nothing."""
         if self._descriptor in _held:
             _held.remove(self._descriptor)
+            # Unlocked by name: closing alone would leave it to a worker forked a moment ago, until it closes its copy.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
