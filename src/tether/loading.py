@@ -6,7 +6,7 @@ Model code is transformers': any architecture, by directory or hub id, from safe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ def resolve_dtype(dtype: str, device: torch.device, hidden_size: int) -> torch.d
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast and hidden_size >= 512 else torch.float32
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 matmuls over float32 masters; nothing to do in float32 (or float64)."""
+    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
 # ---------------------------------------------------------------- loading

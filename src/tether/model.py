@@ -26,6 +26,7 @@ from tether.config import ModelConfig
 from tether.errors import ModelError
 from tether.loading import (
     add_lora,
+    autocast,
     checkpoint_activations,
     load_causal_lm,
     load_weights,
@@ -33,7 +34,7 @@ from tether.loading import (
     resolve_dtype,
     wants_checkpointing,
 )
-from tether.math import full_logprobs, token_logprobs
+from tether.math import Head, full_logprobs, token_logprobs
 from tether.reward_model import load_reward_model
 
 _VALUE_HEAD = "value_head.safetensors"  # in a critic's directory, beside its trunk if it has one
@@ -67,15 +68,15 @@ class LanguageModel:
         return next(self.plain.parameters()).device
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 matmuls over float32 masters; nothing to do in float32 (or float64)."""
-        return torch.autocast(self.device.type, self.dtype) if self.dtype == torch.bfloat16 else nullcontext()
+        """The context of a forward pass in the compute precision."""
+        return autocast(self.dtype, self.device)
 
     def hidden(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """[B, T, D] hidden states after the last norm, for tokens [B, T]."""
         return self.trunk(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
 
     def head(self) -> dict[str, Any]:
-        """What the head does after the trunk, for `token_logprobs`: weight, bias, scale and soft-cap."""
+        """What stands between the trunk and the logits, for `token_logprobs`: weight, bias, scale and soft-cap."""
         output = self.plain.get_output_embeddings()
         scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere multiplies
         scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite divides
@@ -86,12 +87,11 @@ class LanguageModel:
             "softcap": getattr(self.config, "final_logit_softcapping", None),  # Gemma
         }
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, V] float32 logits of hidden states [N, D], after scale and soft-cap, before temperature."""
-        head = self.head()
-        logits = nn.functional.linear(hidden.to(head["weight"].dtype), head["weight"], head["bias"]).float()
-        logits = logits * head["scale"] if head["scale"] != 1.0 else logits
-        return torch.tanh(logits / head["softcap"]) * head["softcap"] if head["softcap"] else logits
+    def output_head(self) -> Head:
+        """The head as a function, for many hidden states in a row: its weight is converted once."""
+        kind = self.head()
+        dtype = self.dtype if self.dtype == torch.bfloat16 else kind["weight"].dtype
+        return Head(**kind, dtype=dtype)
 
     def response_logprobs(self, rows: Rows, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
         """One forward pass; ([N] log-probs in nats, [N] entropies in nats, [N, D] hidden states) of N response tokens.
@@ -233,8 +233,7 @@ class SeparateCritic(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         """[N] values, one before each response token."""
-        autocast = self.dtype == torch.bfloat16
-        with torch.autocast(rows.tokens.device.type, self.dtype) if autocast else nullcontext():
+        with autocast(self.dtype, rows.tokens.device):
             hidden = self.trunk(input_ids=rows.tokens, use_cache=False).last_hidden_state
         return _read_values(self.head, hidden[rows.before_targets])
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from tether.batch import microbatches
 from tether.errors import ModelError
-from tether.loading import model_config, quiet_transformers, without_dropout
+from tether.loading import autocast, model_config, quiet_transformers, without_dropout
 
 
 class RewardModel(nn.Module):
@@ -75,7 +74,7 @@ class RewardModel(nn.Module):
         tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        with torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
+        with autocast(self.dtype, self.device):
             hidden = self.trunk(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
         pooled = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
         wide = torch.promote_types(pooled.dtype, torch.float32)  # a sum over the whole width is too coarse in bfloat16

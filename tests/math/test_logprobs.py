@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tether.math import full_logprobs, token_logprobs
+from tether.math import Head, full_logprobs, token_logprobs
 
 N, D, V = 7, 5, 11
 
@@ -123,11 +123,10 @@ def test_bfloat16_models_get_a_float32_softmax():
     hidden, weight, bias, targets = inputs(torch.bfloat16)
     hidden.requires_grad_()
     logprobs, entropy = token_logprobs(hidden, weight, targets, bias=bias)
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()  # the matmul alone is bfloat16
-    want = torch.distributions.Categorical(logits=logits)
+    want = oracle(*(x.detach().double() for x in (hidden, weight, bias)), targets)
     assert logprobs.dtype == entropy.dtype == torch.float32
-    assert_close(logprobs, want.log_prob(targets))
-    assert_close(entropy, want.entropy())
+    assert_close(logprobs.double(), want[0], atol=1e-5, rtol=0)
+    assert_close(entropy.double(), want[1], atol=1e-5, rtol=0)
     (gradient,) = torch.autograd.grad((logprobs + entropy).sum(), hidden)
     assert gradient.dtype == torch.bfloat16
     exact = [x.detach().double() for x in (hidden, weight, bias)]
@@ -136,14 +135,34 @@ def test_bfloat16_models_get_a_float32_softmax():
     assert_close(gradient.double(), want_gradient, rtol=0.05, atol=0.05)
 
 
-def test_under_autocast_the_matmul_is_bfloat16_and_float32_masters_get_float32_gradients():
+def test_bfloat16_rounds_the_factors_and_never_the_logits():
+    # every product of two bfloat16 is exact in float32; logits of 25 rounded to bfloat16 would be off by up to 0.06
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).mul(1.8).bfloat16() for n in (50, 300))
+    exact = hidden.double() @ weight.double().T
+    assert exact.abs().max() > 25
+    assert_close(Head(weight, dtype=torch.bfloat16).logits(hidden).double(), exact, atol=1e-4, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(Head(weight, dtype=torch.bfloat16).logits(hidden).double(), exact, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_the_samplers_head_gives_the_trainers_log_probs_to_the_bit(head, dtype):
+    hidden, weight, bias, targets = inputs(dtype)
+    kind = {k: v for k, v in head.items() if k != "temperature"}
+    logits = Head(weight, bias, **kind, dtype=dtype).logits(hidden) / head.get("temperature", 1.0)
+    sampled = torch.log_softmax(logits, -1).gather(-1, targets[:, None]).squeeze(-1)
+    assert torch.equal(token_logprobs(hidden, weight, targets, bias=bias, **head)[0], sampled)
+
+
+def test_under_autocast_factors_are_bfloat16_and_float32_masters_get_float32_gradients():
     hidden, weight, bias, targets = inputs(torch.float32)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     with torch.autocast("cpu", torch.bfloat16):
         got = token_logprobs(hidden, weight, targets, bias=bias)
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-    assert logits.dtype == torch.bfloat16
-    assert_close(got[0], torch.distributions.Categorical(logits=logits.float()).log_prob(targets))
+    rounded = (hidden.detach().bfloat16().double(), weight.detach().bfloat16().double(), bias.detach().double())
+    assert_close(got[0].double(), oracle(*rounded, targets)[0], atol=1e-5, rtol=0)
     gradients = torch.autograd.grad(sum(x.sum() for x in got), leaves)
     want = torch.autograd.grad(sum(x.sum() for x in oracle(hidden, weight, bias, targets)), leaves)
     for a, b in zip(gradients, want, strict=True):

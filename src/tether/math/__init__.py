@@ -17,11 +17,12 @@ from tether.math.advantages import gae, place_rewards
 from tether.math.bootstrap import Interval, bootstrap_mean
 from tether.math.diagnostics import explained_variance, optimality_gap, optimality_gap_logmeanexp
 from tether.math.kl import kl_k1, kl_k2, kl_k3, next_kl_coef
-from tether.math.logprobs import full_logprobs, token_logprobs
+from tether.math.logprobs import Head, full_logprobs, token_logprobs
 from tether.math.losses import bradley_terry_loss, clipped_policy_loss, entropy_mean, kl_loss, nll_loss, value_loss
 from tether.math.masked import masked_mean, masked_sum, masked_var, whiten
 
 __all__ = [
+    "Head",
     "Interval",
     "bootstrap_mean",
     "bradley_terry_loss",

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 _CHUNK_BYTES = 8 * 2**20  # of fp32 logits at once, on a CPU: near its caches; about six such buffers are alive
 _CHUNK_BYTES_ACCELERATOR = 256 * 2**20  # there, a matmul needs hundreds of rows to be worth reading the head for
 _LEAST_ROWS = 32
+_SUMS_IN_FP32 = hasattr(torch.ops.aten.mm, "dtype")  # CUDA's product of bfloat16 factors in fp32, since torch 2.8
 
 
 def token_logprobs(
@@ -40,9 +41,10 @@ def token_logprobs(
         ∂entropy/∂z_v = -p_v·(z_v - Σ_u p_u·z_u)
 
     Shapes and units:
-        hidden       [N, D]: the hidden state *before* each target. Its dtype (or autocast's) is the matmul's.
-        weight       [V, D], bias [V] or None: the output head. The softmax is fp32 in any case, and so is the sum of
-                     the weight's gradient over chunks.
+        hidden       [N, D]: the hidden state *before* each target. To its dtype (or autocast's) the matmul's factors
+                     are rounded.
+        weight       [V, D], bias [V] or None: the output head, see `Head`. Logits and softmax are fp32 in any case,
+                     and so is the sum of the weight's gradient over chunks.
         targets      [N] int64.
         temperature  > 0, divides the logits.
         scale        multiplies the logits, as Granite and Cohere do.
@@ -55,8 +57,8 @@ def token_logprobs(
     if chunk is None:
         budget = _CHUNK_BYTES if hidden.device.type == "cpu" else _CHUNK_BYTES_ACCELERATOR
         chunk = max(_LEAST_ROWS, budget // (4 * weight.shape[0]))
-    head = _Head(temperature, scale, softcap, _matmul_dtype(hidden))
-    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets, head, entropy, chunk)  # type: ignore[no-untyped-call]
+    kind = {"scale": scale, "softcap": softcap, "dtype": _matmul_dtype(hidden)}
+    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets, kind, temperature, entropy, chunk)  # type: ignore[no-untyped-call]
     return logprobs, entropies
 
 
@@ -76,27 +78,48 @@ def full_logprobs(
     return logprobs, -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)  # 0·log 0 = 0
 
 
-class _Head:
-    """From hidden states to the logits that are sampled from: z = softcap · tanh(scale · (h·Wᵀ + b) / softcap) / T."""
+class Head:
+    """An output head: hidden states [N, D] in, logits [N, V] out; sampler and trainer both take theirs from here.
 
-    def __init__(self, temperature: float, scale: float, softcap: float | None, dtype: torch.dtype) -> None:
-        self.temperature, self.scale, self.softcap, self.dtype = temperature, scale, softcap, dtype
+        z = softcap · tanh(scale · (h·Wᵀ + b) / softcap)
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """z [rows, V], at least fp32, in memory of its own. `weight` is in the matmul's dtype already."""
-        bias = None if bias is None else bias.to(self.dtype)
-        z = _at_least_fp32(linear(hidden.to(self.dtype), weight, bias))
+    Factors of the product are rounded to `dtype`, the matmul's. Its sums and all that follows are fp32 at least:
+    rounding a logit of 20 to bfloat16 would move it by up to 0.06, and its token's probability by 6 %.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, scale: float = 1.0, softcap: float | None = None,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.dtype, self.scale, self.softcap = dtype, scale, softcap
+        self.weight = self.factor(weight)
+        self.bias = None if bias is None else bias.to(torch.promote_types(dtype, torch.float32))
+
+    def factor(self, x: Tensor) -> Tensor:
+        """`x` rounded to the matmul's dtype; held in fp32 where the device cannot sum a bfloat16 product in fp32."""
+        x = x.to(self.dtype)
+        return x if x.is_cuda and _SUMS_IN_FP32 else _at_least_fp32(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """z [N, V], at least fp32, in memory of its own."""
+        h = self.factor(hidden)
+        with torch.autocast(h.device.type, enabled=False):  # `dtype` has settled it
+            if h.dtype in (torch.bfloat16, torch.float16):
+                z = torch.mm(h, self.weight.T, out_dtype=torch.float32)
+                z = z if self.bias is None else z.add_(self.bias)
+            else:
+                z = linear(h, self.weight, self.bias)
         if self.softcap is None:
-            return z.mul_(self.scale / self.temperature)
-        return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+            return z if self.scale == 1.0 else z.mul_(self.scale)
+        return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
 
-    def backward_(self, grad_z: Tensor, z: Tensor) -> Tensor:
-        """Turn ∂L/∂z into ∂L/∂(h·Wᵀ + b), in place; z is used up."""
-        grad_z.mul_(self.scale / self.temperature)
+    def backward_(self, grad: Tensor, divided: Tensor, temperature: float) -> Tensor:
+        """Turn ∂L/∂(z/T) into ∂L/∂(h·Wᵀ + b), in place; `divided` is z/T, and is used up."""
+        grad = grad.mul_(self.scale / temperature)
         if self.softcap is None:
-            return grad_z
-        tanh = z.mul_(self.temperature / self.softcap)
-        return grad_z.mul_(tanh.square_().neg_().add_(1))
+            return grad
+        tanh = divided.mul_(temperature / self.softcap)
+        return grad.mul_(tanh.square_().neg_().add_(1))
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -109,22 +132,21 @@ class _TokenLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        head: _Head,
+        kind: dict[str, Any],
+        temperature: float,
         entropy: bool,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(head.dtype, torch.float32)
-        logprobs = hidden.new_zeros(hidden.shape[0], dtype=dtype)
+        head = Head(weight, bias, **kind)
+        logprobs = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(head.dtype, torch.float32))
         entropies = torch.zeros_like(logprobs)
-        with torch.autocast(hidden.device.type, enabled=False):  # head.dtype has settled it
-            w = weight.to(head.dtype)
-            for rows in _chunks(hidden.shape[0], chunk):
-                log_p = torch.log_softmax(head.logits(hidden[rows], w, bias), dim=-1)
-                logprobs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
-                if entropy:
-                    entropies[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
+        for rows in _chunks(hidden.shape[0], chunk):
+            log_p = torch.log_softmax(_divide_(head.logits(hidden[rows]), temperature), dim=-1)
+            logprobs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
+            if entropy:
+                entropies[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
         ctx.save_for_backward(hidden, weight, bias, targets, entropies)
-        ctx.head, ctx.chunk = head, chunk
+        ctx.kind, ctx.temperature, ctx.chunk = kind, temperature, chunk
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -136,16 +158,15 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, entropies = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(entropies)
-        head: _Head = ctx.head
+        head = Head(weight, bias, **ctx.kind)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=entropies.dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=entropies.dtype) if wants_bias else None
 
         with torch.autocast(hidden.device.type, enabled=False):
-            w = weight.to(head.dtype)
             for rows in _chunks(hidden.shape[0], ctx.chunk):
-                z = head.logits(hidden[rows], w, bias)
+                z = _divide_(head.logits(hidden[rows]), ctx.temperature)
                 log_p = torch.log_softmax(z, dim=-1)
                 grad_z = log_p.exp().neg_()
                 if grad_entropies is None:
@@ -154,21 +175,26 @@ class _TokenLogprobs(torch.autograd.Function):
                     log_p.add_(entropies[rows, None]).mul_(grad_entropies[rows, None])
                     grad_z.mul_(log_p.add_(grad_logprobs[rows, None]))
                 grad_z.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
-                grad_raw = head.backward_(grad_z, z)
+                grad_raw = head.backward_(grad_z, z, ctx.temperature)
                 if grad_bias is not None:
                     grad_bias += grad_raw.sum(0)
-                grad_raw = grad_raw.to(head.dtype)
+                grad_raw = grad_raw.to(head.weight.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (grad_raw @ w).to(hidden.dtype)
-                if grad_weight is not None and grad_weight.dtype == head.dtype:
-                    grad_weight.addmm_(grad_raw.T, hidden[rows].to(head.dtype))  # saves a second [V, D]
+                    grad_hidden[rows] = (grad_raw @ head.weight).to(hidden.dtype)
+                if grad_weight is not None and grad_weight.dtype == grad_raw.dtype:
+                    grad_weight.addmm_(grad_raw.T, head.factor(hidden[rows]))  # saves a second [V, D]
                 elif grad_weight is not None:
-                    grad_weight += grad_raw.T @ hidden[rows].to(head.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+                    grad_weight += grad_raw.T @ head.factor(hidden[rows])
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _chunks(n: int, chunk: int) -> list[slice]:
     return [slice(start, start + chunk) for start in range(0, n, chunk)]
+
+
+def _divide_(x: Tensor, temperature: float) -> Tensor:
+    """x / temperature in place, as the sampler divides."""
+    return x if temperature == 1.0 else x.div_(temperature)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

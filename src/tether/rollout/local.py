@@ -121,6 +121,7 @@ class _Batch:
         self, model: LanguageModel, decoder: Decoder, asked: list[Prompt], sampling: Sampling, cycle: int, slots: int
     ) -> None:
         self.model, self.decoder, self.asked = model, decoder, asked
+        self.head = None if model.full else model.output_head()  # where it is not ours the decoder gives logits
         self.sampling, self.cycle, self.slots = sampling, cycle, slots
         device, limit = model.device, sampling.max_new_tokens
         self.waiting = 0  # the next response to admit
@@ -169,7 +170,7 @@ class _Batch:
     def draw(self) -> None:
         """Draw a token for every active slot and let the rows go that it finishes."""
         s = self.sampling
-        logits = self.hidden if self.model.full else self.model.logits(self.hidden)
+        logits = self.head.logits(self.hidden) if self.head else self.hidden
         chance = self.uniforms[: len(self.row)].gather(1, self.drawn[:, None]).squeeze(1)
         new = draw(logits, chance, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         self.ids[self.row, self.drawn] = new.tokens
