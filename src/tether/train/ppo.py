@@ -32,6 +32,7 @@ from tether.runs import Run, RunDirectory, hash_files
 from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.train import checkpoint
 from tether.train.card import ppo_card
+from tether.train.deterministic import deterministic
 from tether.train.experience import Experience, collect
 from tether.train.interrupt import Signals, StopRequested
 from tether.train.log import Logger
@@ -51,7 +52,11 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
     after a signal, with everything saved.
     """
     check(config, reward_given=reward is not None)
-    with Signals() as signals, RunDirectory.open(config, command="ppo", fresh=fresh, inputs=_inputs(config)) as run:
+    with (
+        Signals() as signals,
+        deterministic(config.deterministic),
+        RunDirectory.open(config, command="ppo", fresh=fresh, inputs=_inputs(config)) as run,
+    ):
         if run.finished:
             print(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
             return Run.open(run.path)
@@ -268,8 +273,6 @@ def prepare(config: PPOConfig, reward: Callable[..., Any] | None = None) -> Job:
     """Load and check all that a run needs, cheap things first: most mistakes are found before a model is loaded."""
     m = config.model
     device = resolve_device(config.device)
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
     tokenizer = load_tokenizer(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
     architecture = model_config(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)

@@ -32,6 +32,7 @@ from tether.runs import Run, RunDirectory
 from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.train import checkpoint
 from tether.train.card import reward_card
+from tether.train.deterministic import deterministic
 from tether.train.interrupt import Signals
 from tether.train.log import Logger
 from tether.train.optim import (
@@ -59,12 +60,14 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
     check(config)
     section, device = config.reward_model, resolve_device(config.device)
     inputs = input_hashes(config.model, config.data)
-    with Signals() as signals, RunDirectory.open(config, command="reward", fresh=fresh, inputs=inputs) as run:
+    with (
+        Signals() as signals,
+        deterministic(config.deterministic),
+        RunDirectory.open(config, command="reward", fresh=fresh, inputs=inputs) as run,
+    ):
         if run.finished:
             print(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
             return Run.open(run.path)
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True)
         model, adapter, tokenizer = load_model(config.model, device=device, seed=config.seed)
         stop_id = stop_token(config.model, tokenizer)
         pairs = load_pairs(config.data, tokenizer, stop_id=stop_id, context=context_length(model.classifier.config))

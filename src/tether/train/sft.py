@@ -40,6 +40,7 @@ from tether.runs import Run, RunDirectory, hash_files
 from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.train import checkpoint
 from tether.train.card import sft_card
+from tether.train.deterministic import deterministic
 from tether.train.interrupt import Signals
 from tether.train.log import Logger
 from tether.train.optim import (
@@ -64,12 +65,14 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
     check(config)
     device = resolve_device(config.device)
     inputs = input_hashes(config.model, config.data)
-    with Signals() as signals, RunDirectory.open(config, command="sft", fresh=fresh, inputs=inputs) as run:
+    with (
+        Signals() as signals,
+        deterministic(config.deterministic),
+        RunDirectory.open(config, command="sft", fresh=fresh, inputs=inputs) as run,
+    ):
         if run.finished:
             print(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
             return Run.open(run.path)
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True)
         model, tokenizer, notes = load_model(config.model, device=device, seed=config.seed)
         stop_ids = stop_token_ids(tokenizer, model.plain.generation_config, None)
         examples = load_examples(

@@ -1,0 +1,82 @@
+"""deterministic: true is in force for the length of a run, and for no longer."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tether
+from tether.config import DataConfig, LogConfig, RewardConfig, SFTConfig, SFTModelConfig
+from tether.train.deterministic import deterministic
+from tiny_ppo import id_score, tiny_config
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def settings() -> tuple[int, str | None]:
+    return torch.get_deterministic_debug_mode(), os.environ.get(WORKSPACE)
+
+
+@pytest.fixture(autouse=True)
+def put_back(monkeypatch):
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("mode", ["default", "warn", "error"])
+@pytest.mark.parametrize(("workspace", "inside"), [(None, ":4096:8"), (":0:0", ":4096:8"), (":16:8", ":16:8")])
+def test_torch_and_cublas_are_told_and_put_back_even_after_an_error(monkeypatch, mode, workspace, inside):
+    if workspace:
+        monkeypatch.setenv(WORKSPACE, workspace)
+    torch.set_deterministic_debug_mode(mode)
+    before = settings()
+    seen = []
+
+    def break_off():
+        seen.append(settings())
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"), deterministic(True):
+        break_off()
+    assert seen == [(2, inside)]
+    assert settings() == before
+
+
+def test_not_wanted_is_nothing_done():
+    with deterministic(False):
+        assert settings() == (0, None)
+
+
+def test_a_ppo_run_is_deterministic_while_it_runs_and_leaves_torch_as_it_was(tiny_model, tmp_path):
+    seen = []
+
+    def score(completion_ids, **rest):
+        seen.append(settings())
+        return id_score(completion_ids, **rest)
+
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"cycles": 1, "batch": 2, "minibatch": 2})
+    tether.ppo(replace(config, deterministic=True), reward=score)
+    assert set(seen) == {(2, ":4096:8")}
+    assert settings() == (0, None)
+
+
+@pytest.mark.parametrize("trainer", ["sft", "reward_model"])
+def test_sft_and_reward_are_deterministic_while_they_run_and_leave_torch_as_it_was(
+    tiny_model, tmp_path, monkeypatch, trainer
+):
+    data = tmp_path / "data.jsonl"
+    answers = {"completion": "b"} if trainer == "sft" else {"chosen": "c", "rejected": "d"}
+    data.write_text("".join(json.dumps({"prompt": prompt, **answers}) + "\n" for prompt in "abcdefgh"))
+    kind = SFTConfig if trainer == "sft" else RewardConfig
+    config = kind(
+        run=str(tmp_path / "run"), device="cpu", deterministic=True, model=SFTModelConfig(policy=str(tiny_model())),
+        data=DataConfig(path=str(data)), log=LogConfig(tensorboard=False),
+    )  # fmt: skip
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (seen.append(settings()), step(self)))
+    getattr(tether, trainer)(config)
+    assert set(seen) == {(2, ":4096:8")}
+    assert settings() == (0, None)
