@@ -29,6 +29,7 @@ class Prompt:
     source: Text  # as the user wrote it
     row: int  # its row in the data set, from 0
     columns: dict[str, Any] = field(default_factory=dict)  # the row's other columns, for reward functions
+    cut: bool = False  # `ids` lack the beginning of `source`, which was too long
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ def test_overlong_error_names_the_first_and_counts_the_rest(write, tiny_tokenize
 def test_cut_left_keeps_the_end_and_says_so(write, tiny_tokenizer, capsys):
     prompts = load(write("a.jsonl", OVERLONG), tiny_tokenizer, max_tokens=4, overlong="cut_left")
     assert [tiny_tokenizer.decode(p.ids) for p in prompts] == ["abc", "defg", "xyz"]
-    assert prompts[1].source == "abcdefg"
+    assert [(p.source, p.cut) for p in prompts] == [("abc", False), ("abcdefg", True), ("xyz", False)]
     assert "1 of 3 rows are longer than 4 tokens (prompts.max_tokens=4): cut on the left" in capsys.readouterr().err
 
 

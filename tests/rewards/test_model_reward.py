@@ -1,5 +1,9 @@
 """Reward models as a source: the policy's own tokens where they mean the same, else the same text in theirs."""
 
+import copy
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -7,7 +11,8 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from tether.batch import Completions, Prompt
-from tether.config import RewardShapingConfig, RewardSourceConfig
+from tether.config import DataConfig, RewardShapingConfig, RewardSourceConfig
+from tether.data import load_pairs
 from tether.errors import RewardError
 from tether.reward_model import init_reward_model, load_reward_model, save_reward_model
 from tether.rewards import build_reward
@@ -54,7 +59,10 @@ def other_tokenizer(tiny_tokenizer):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<none>", eos_token="<end>")
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role[0] }}] {{ m.content }}\n{% endfor %}[a] "
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role[0] }}] {% if m.role == 'assistant' %}(thinks) {{ m.content }}<end>\n"
+        "{% else %}{{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}[a] {% endif %}"
+    )
     return tokenizer
 
 
@@ -79,11 +87,55 @@ def test_another_tokenizer_sees_the_same_text_in_its_own_tokens(reward_model, ti
     path = reward_model(other_tokenizer, stop_id=other_tokenizer.eos_token_id)
     batch = completions_of(tiny_tokenizer, ["good", "bad"], cut=(1,), chat=chat)
     # By hand: what the model's template and tokenizer make of it; its stop token only after the answer that stopped.
-    texts = ["[u] p0\n[a] good", "[u] p1\n[a] bad"] if chat else ["p0good", "p1bad"]
+    texts = ["[u] p0\n[a] (thinks) good", "[u] p1\n[a] (thinks) bad"] if chat else ["p0good", "p1bad"]
     rows = [other_tokenizer.encode(text) for text in texts]
     rows[0].append(other_tokenizer.eos_token_id)
     raw = load_reward_model(str(path), dtype=torch.float32, device=CPU)(rows)
     assert_close(score(path, tiny_tokenizer, batch), ((raw - 0.5) / 2.0).double(), atol=1e-6, rtol=0)
+
+
+def test_a_chat_answer_is_read_in_the_ids_that_reward_training_gives_it(
+    reward_model, tiny_tokenizer, other_tokenizer, tmp_path
+):
+    path = reward_model(other_tokenizer, stop_id=other_tokenizer.eos_token_id)
+    batch = completions_of(tiny_tokenizer, ["good"], chat=True)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": batch.prompts[0].source, "chosen": "good", "rejected": "bad"}))
+    (pair,) = load_pairs(DataConfig(str(data)), other_tokenizer, stop_id=other_tokenizer.eos_token_id)
+    raw = load_reward_model(str(path), dtype=torch.float32, device=CPU)([pair.prompt_ids + pair.chosen_ids])
+    assert_close(score(path, tiny_tokenizer, batch), ((raw - 0.5) / 2.0).double(), atol=1e-6, rtol=0)
+
+
+def test_of_a_prompt_that_was_cut_the_model_sees_what_the_policy_saw(reward_model, tiny_tokenizer, other_tokenizer):
+    path = reward_model(other_tokenizer, stop_id=other_tokenizer.eos_token_id)
+    whole = completions_of(tiny_tokenizer, ["good"])
+    long = Prompt(tuple(tiny_tokenizer.encode("é p0"))[1:], "Once, é p0", 0, cut=True)  # cut through the é's two bytes
+    cut = replace(whole, prompts=[long])
+    seen = replace(whole, prompts=[Prompt(tuple(tiny_tokenizer.encode(" p0")), " p0", 0)])
+    assert score(path, tiny_tokenizer, cut) == score(path, tiny_tokenizer, seen) != score(path, tiny_tokenizer, whole)
+
+
+def test_half_a_conversation_is_refused_before_sampling_where_it_would_need_another_template(
+    reward_model, tiny_tokenizer, other_tokenizer
+):
+    def rewards(tokenizer):
+        path = reward_model(tokenizer, stop_id=tokenizer.eos_token_id)
+        return build_reward([RewardSourceConfig(model=str(path))], RewardShapingConfig(), tiny_tokenizer, (EOS,), CPU)
+
+    cut = [replace(p, cut=True, row=7) for p in completions_of(tiny_tokenizer, ["good"], chat=True).prompts]
+    rewards(tiny_tokenizer).check(cut)  # the same tokens: they go straight through
+    with pytest.raises(RewardError, match=r"messages in row 7 .* were cut.*Set prompts.overlong: drop"):
+        rewards(other_tokenizer).check(cut)
+
+
+def test_a_chat_that_the_models_template_refuses_is_named_with_its_row(reward_model, tiny_tokenizer, other_tokenizer):
+    picky = copy.deepcopy(other_tokenizer)
+    picky.chat_template = "{{ 'asked' if add_generation_prompt else 'answered' }}"  # no beginning of the answered one
+    path = reward_model(picky, stop_id=picky.eos_token_id)
+    with pytest.raises(
+        RewardError, match=r"reward model rm cannot read row 0 .*the chat template ends the prompt with"
+    ):
+        score(path, tiny_tokenizer, completions_of(tiny_tokenizer, ["good"], chat=True))
 
 
 def test_tokenizers_are_the_same_only_if_ids_template_and_encoding_agree(tiny_model, tiny_tokenizer, other_tokenizer):

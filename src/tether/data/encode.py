@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tether.batch import Text
-from tether.config import DataConfig
 from tether.data.table import Table
 from tether.errors import DataError
 from tether.tokens import encode_answer, encode_prompt, encode_prompts, encode_texts
@@ -38,25 +38,25 @@ def encode_prompt_column(
 
 
 def encode_answers(
-    table: Table,
-    column: str,
     prompts: Sequence[Text],
     answers: Sequence[Text],
-    config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     stop_id: int | None,
+    kwargs: dict[str, Any] | None,
+    at: Callable[[int], AbstractContextManager[None]],
 ) -> list[list[int]]:
-    """The ids of each answer up to its stop token, as if they had been sampled after the prompt."""
+    """The ids of each answer up to its stop token, as if they had been sampled after the prompt.
+
+    at: says where, in what is raised about answer i.
+    """
     texts = iter(encode_texts(tokenizer, [a for a in answers if isinstance(a, str)], special=False))
     encoded = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         if isinstance(prompt, str) or isinstance(answer, str):
             encoded.append(stopped(next(texts), stop_id))
             continue
-        with table.at(i, column):
-            encoded.append(
-                encode_answer(tokenizer, prompt, answer, stop_id=stop_id, kwargs=config.chat_template_kwargs)
-            )
+        with at(i):
+            encoded.append(encode_answer(tokenizer, prompt, answer, stop_id=stop_id, kwargs=kwargs))
     return encoded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -101,7 +102,8 @@ def _encode_prompt_completion(
         with table.at(i, "completion"):
             completions.append(as_answer(prompts[i], row["completion"]))
     prompt_ids = encode_prompt_column(table, prompts, tokenizer, config.chat_template_kwargs)
-    answers = encode_answers(table, "completion", prompts, completions, config, tokenizer, stop_id)
+    at = partial(table.at, column="completion")
+    answers = encode_answers(prompts, completions, tokenizer, stop_id, config.chat_template_kwargs, at)
     return [(p + a, [False] * len(p) + [True] * len(a)) for p, a in zip(prompt_ids, answers, strict=True)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +29,9 @@ def load_pairs(
     prompts, chosen, rejected = (list(column) for column in zip(*triples, strict=True))
     prompt_ids = encode_prompt_column(table, prompts, tokenizer, config.chat_template_kwargs)
     chosen_ids, rejected_ids = (
-        encode_answers(table, name, prompts, answers, config, tokenizer, stop_id)
+        encode_answers(
+            prompts, answers, tokenizer, stop_id, config.chat_template_kwargs, partial(table.at, column=name)
+        )
         for name, answers in (("chosen", chosen), ("rejected", rejected))
     )
     limit = Limit.of_data(config, context)

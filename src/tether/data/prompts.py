@@ -47,6 +47,7 @@ def prompts_of(
             source=sources[i],
             row=i,
             columns={name: table.rows[i].get(name) for name in names},
+            cut=len(ids[i]) > limit.tokens,
         )
         for i in kept
     ]

@@ -12,6 +12,7 @@ from tether.batch import Completions, Prompt, Reward
 from tether.config import RewardShapingConfig
 from tether.errors import RewardError
 from tether.rewards.function import FunctionReward, describe_row
+from tether.rewards.model import ModelReward
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,9 @@ class RewardSet:
         self.shaping = shaping
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise RewardError if a function needs a column that the prompts do not have."""
+        """Raise RewardError if a source cannot score these prompts: before anything is sampled."""
         for source, _ in self.sources.values():
-            if isinstance(source, FunctionReward):
+            if isinstance(source, FunctionReward | ModelReward):
                 source.check(prompts)
 
     def score(self, completions: Completions) -> ScoredBatch:

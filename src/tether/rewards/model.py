@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tether.batch import Completions
-from tether.errors import RewardError
+from tether.batch import Completions, Prompt, Text
+from tether.data.encode import encode_answers
+from tether.errors import DataError, RewardError
 from tether.loading import context_length, model_config, resolve_dtype
 from tether.reward_model import RewardModel, load_reward_model
 from tether.rewards.function import describe_row
-from tether.tokens import completion_text, encode_prompts, encode_texts, load_tokenizer, stop_token_ids
+from tether.tokens import completion_text, encode_prompts, load_tokenizer, stop_token_ids
 
 
 class ModelReward:
@@ -51,6 +54,17 @@ class ModelReward:
         model.requires_grad_(False)
         return cls(model, load_tokenizer(path), name=name, tokenizer=tokenizer, stop_ids=stop_ids)
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise RewardError where the model could not be shown what the policy saw of a prompt."""
+        for prompt in prompts:
+            if prompt.cut and not self.same_tokens and not isinstance(prompt.source, str):
+                raise RewardError(
+                    f"reward model {self.name} has another tokenizer or chat template than the policy, and the "
+                    f"messages in row {prompt.row} of the data are too long and were cut: half a conversation cannot "
+                    "be written in another template, so it would judge what the policy never saw. Set "
+                    "prompts.overlong: drop, or raise prompts.max_tokens."
+                )
+
     def score(self, completions: Completions) -> list[float | None]:
         """B scores. The policy's ids go straight through where the tokenizers agree: nothing is tokenized twice."""
         rows = self._pass_through(completions) if self.same_tokens else self._encode_again(completions)
@@ -76,16 +90,41 @@ class ModelReward:
         return [[*p.ids, *ids] for p, ids in zip(completions.prompts, completions.response_ids, strict=True)]
 
     def _encode_again(self, completions: Completions) -> list[list[int]]:
-        """The same text in the model's own tokens; its stop token only where the policy set one."""
+        """The same text in the model's own tokens, as in its training; its stop token only where the policy set one."""
+        self.check(completions.prompts)
         tokenizer = self._model_tokenizer
-        prompts = encode_prompts(tokenizer, [prompt.source for prompt in completions.prompts])
+        sources = [self._seen(prompt) for prompt in completions.prompts]
         texts = [completion_text(self._tokenizer, ids, self._stop_ids) for ids in completions.response_ids]
-        answers = encode_texts(tokenizer, texts, special=False)
-        stop = list(stop_token_ids(tokenizer, self.model.classifier.config, None))[:1]
-        return [
-            [*prompt, *answer, *(stop if reason == "stop" else [])]
-            for prompt, answer, reason in zip(prompts, answers, completions.finish_reasons, strict=True)
+        answers: list[Text] = [
+            text if isinstance(source, str) else [{"role": "assistant", "content": text}]
+            for source, text in zip(sources, texts, strict=True)
         ]
+        stop = next(iter(stop_token_ids(tokenizer, self.model.classifier.config, None)), None)
+        encoded = encode_answers(sources, answers, tokenizer, stop, None, partial(self._at, completions))
+        return [
+            [*prompt, *(answer[:-1] if reason == "length" and answer[-1:] == [stop] else answer)]
+            for prompt, answer, reason in zip(
+                encode_prompts(tokenizer, sources), encoded, completions.finish_reasons, strict=True
+            )
+        ]
+
+    def _seen(self, prompt: Prompt) -> Text:
+        """A prompt as the policy saw it: of a text whose beginning was cut, what its ids say."""
+        if not prompt.cut:
+            return prompt.source
+        ids = prompt.ids[1:] if prompt.ids[0] == self._tokenizer.bos_token_id else prompt.ids
+        text = self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text.lstrip("\ufffd")  # what is left of a character that was cut through
+
+    @contextmanager
+    def _at(self, completions: Completions, row: int) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            raise RewardError(
+                f"reward model {self.name} cannot read {describe_row(completions, row)}: {error}"
+            ) from error
 
 
 def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
