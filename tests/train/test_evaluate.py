@@ -8,9 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import tether
+from tether.batch import Rows
 from tether.cli import main
 from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig
 from tether.errors import ConfigError, DataError, ModelError
+from tether.train.evaluate import _summed_logprobs
 
 PROMPTS = ["Hello", "The sun", "A dog and"]
 
@@ -137,6 +139,30 @@ def test_kl_is_the_log_ratio_of_the_models_own_samples(models, prompts, tiny_tok
     ]
     assert found.results[1].kl.mean == pytest.approx(sum(ratios) / len(ratios), abs=1e-4)
     assert found.results[0].kl == (0.0, 0.0, 0.0)
+
+
+class _OnMetal(torch.Tensor):
+    """A tensor on a device that has no float64, as Apple's GPUs; `.cpu()` brings it home."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.cpu:
+            return found.as_subclass(torch.Tensor)
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return found
+
+
+def test_log_probabilities_are_summed_in_double_precision_where_the_device_has_none():
+    class Model:
+        device = torch.device("cpu")
+
+        def response_logprobs(self, rows, *, temperature, entropy):
+            return torch.full((int(rows.response_lengths.sum()),), -0.1).as_subclass(_OnMetal), None, None
+
+    rows = Rows.of([[1], [1, 2]], [[3, 4, 5], [6]])
+    assert _summed_logprobs(Model(), rows, 1.0).tolist() == pytest.approx([-0.3, -0.1], rel=1e-6)
 
 
 def test_a_win_is_a_higher_mean_over_a_prompts_samples_and_ties_count_half(models, prompts):

@@ -59,7 +59,10 @@ def generate(
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype={dtype!r} is not a precision that models run in here. Set auto, float32 or bfloat16.")
     anywhere = PromptsConfig("the prompts given", max_tokens=sys.maxsize)
-    check(EvaluateConfig([str(model)], anywhere, samples=samples, seed=seed, sampling=sampling), reward_given=True)
+    check(
+        EvaluateConfig([str(model)], anywhere, samples=samples, seed=seed, sampling=sampling),
+        reward_given=True,
+    )
     if not prompts:
         return []
     source = _Source.of(str(model), sampling, trust_remote_code)
@@ -203,12 +206,12 @@ def _log_ratios(
 def _summed_logprobs(model: LanguageModel, rows: Rows, temperature: float) -> Tensor:
     """[B] log-probability of each response, in nats."""
     rows = rows.to(model.device)
-    sums = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
+    sums = torch.zeros(len(rows), dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
     for index in microbatches(rows.prompt_lengths + rows.response_lengths, _FORWARD_TOKENS):
         part = rows.select(index)
         logprobs, _, _ = model.response_logprobs(part, temperature=temperature, entropy=False)
-        sums.index_add_(0, index.to(sums.device)[part.before_targets[0]], logprobs.double())
-    return sums.cpu()
+        sums.index_add_(0, index.cpu()[part.before_targets[0].cpu()], logprobs.cpu().double())
+    return sums
 
 
 def _by_prompt(values: Tensor, samples: int) -> Tensor:
