@@ -445,6 +445,8 @@ Config = PPOConfig | SFTConfig | RewardConfig | EvaluateConfig
 
 # ---------------------------------------------------------------- rules
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 
 def check(config: Config, *, reward_given: bool = False) -> None:
     """Raise ConfigError for a value out of range or for keys that contradict each other.
@@ -456,6 +458,11 @@ def check(config: Config, *, reward_given: bool = False) -> None:
             raise ConfigError(f"{key}={value} is not a finite number: nothing computed with it would be. Set a number.")
         if value == "":
             raise ConfigError(f"{key} is empty: it would name nothing. Give it a value, or leave it out.")
+    if config.device.partition(":")[0] not in DEVICES:
+        raise ConfigError(
+            f"device={config.device!r} is not a device that anything can be computed on here. Set one of "
+            f"{', '.join(DEVICES)}, or cuda:N."
+        )
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed} is outside [0, 2^63): generators take no other. Set e.g. 0.")
     match config:
@@ -650,6 +657,9 @@ def _check_lora(lora: LoraConfig | None) -> None:
         _above_zero("model.lora.alpha", lora.alpha, "the adapter would have no effect")
 
 
+RESERVED_NAMES = ("score", "total")  # reward/score_mean and reward/total_mean are metrics of the sum
+
+
 def _check_sources(sources: list[RewardSourceConfig], shaping: RewardShapingConfig, reward_given: bool) -> None:
     if not sources and not reward_given:
         raise ConfigError(
@@ -675,7 +685,7 @@ def _check_sources(sources: list[RewardSourceConfig], shaping: RewardShapingConf
                 f"reward[{i}] is called {name!r} like one before it: their metrics would overwrite each other. "
                 f"Set reward[{i}].name."
             )
-        if name in ("score", "total"):
+        if name in RESERVED_NAMES:
             raise ConfigError(
                 f"reward[{i}] is called {name!r}, as the metric reward/{name}_mean already is: it would be "
                 f"overwritten. Set reward[{i}].name."

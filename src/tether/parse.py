@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from tether.config import Config, check
+from tether.config import RESERVED_NAMES, Config, check
 from tether.errors import ConfigError
 from tether.keys import KINDS, describe, hint_at, hints, in_yaml, is_section, keys, members, required
 
@@ -77,8 +77,10 @@ def _scan(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], Optio
     options: dict[str, bool] = {}
     words = iter(argv)
     for word in words:
-        if word in ("--dry-run", "--print-config", "--fresh"):
+        if word in _OPTIONS:
             options[word[2:].replace("-", "_")] = True
+        elif meant := _near_option(word):
+            raise ConfigError(f"unknown flag {word}: did you mean {meant}?")
         elif word.startswith("--") and "=" in word:
             key, _, text = word[2:].partition("=")
             flags.append((key, text))
@@ -96,6 +98,19 @@ def _scan(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], Optio
             f"two config files, {files[0]} and {files[1]}: give one, and the other's keys as --key VALUE."
         )
     return files[0] if files else None, flags, Options(**options)
+
+
+_OPTIONS = ("--dry-run", "--print-config", "--fresh")
+
+
+def _near_option(word: str) -> str | None:
+    """The option that a flag was probably meant to be; None where it is a key."""
+    name = word.partition("=")[0]
+    if not name.startswith("--") or "." in name or any(hint_at(cls, name[2:]) for cls in KINDS.values()):
+        return None
+    known = {_squash(option): option for option in (*_OPTIONS, "--help")} | {"version": "tether --version"}
+    near = difflib.get_close_matches(_squash(name), known, n=1, cutoff=0.75)
+    return known[near[0]] if near else None
 
 
 def _assign(tree: dict[str, Any], key: str, text: str, kind: str) -> None:
@@ -214,8 +229,19 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _misfit(key: str, value: Any, hint: Any) -> ConfigError:
-    advice = " Put it in quotes." if str in members(hint) and isinstance(value, (int, float)) else ""
+    advice = ""
+    if str in members(hint) and isinstance(value, (int, float)):
+        advice = " Put it in quotes."
+    if key == "reward" and isinstance(value, str):
+        advice = f" Write reward: [{_as_source(value)}]; as a flag, --reward '[{_as_source(value)}]'."
     return ConfigError(f"{key}={in_yaml(value)}: expected {describe(hint)}.{advice}")
+
+
+def _as_source(text: str) -> str:
+    """An entry of `reward` for what was given in place of the list."""
+    name = text.rpartition(":")[2] if ":" in text else ""
+    named = f", name: my_{name}" if name in RESERVED_NAMES else ""
+    return f"{{function: {text}{named}}}" if name else f"{{model: {text}}}"
 
 
 def _unknown(key: str, kind: str) -> ConfigError:
@@ -230,7 +256,14 @@ def _unknown(key: str, kind: str) -> ConfigError:
         parts = known.name.split(".")
         for i in range(len(parts)):
             endings.setdefault(_squash(".".join(parts[i:])), []).append(known.name)
-    for attempt in (key, key.rpartition(".")[2]):
+    section, _, leaf = key.rpartition(".")
+    beside = {k.name.rpartition(".")[2]: k.name for k in keys(KINDS[kind]) if k.name.rpartition(".")[0] == section}
+    for match in difflib.get_close_matches(leaf, beside, n=1, cutoff=0.79):  # misspelt
+        return ConfigError(f"unknown key {key} for tether {kind}: did you mean {beside[match]}?")
+    if elsewhere := endings.get(_squash(leaf)):  # right, in the wrong section
+        near = sorted(elsewhere, key=lambda name: -difflib.SequenceMatcher(None, name, key).ratio())[:3]
+        return ConfigError(f"unknown key {key} for tether {kind}: did you mean {' or '.join(near)}?")
+    for attempt in (key, leaf):
         for match in difflib.get_close_matches(_squash(attempt), endings, n=1, cutoff=0.79):
             meant = [name for name in endings[match] if _squash(name) == match] or endings[match][:3]
             return ConfigError(f"unknown key {key} for tether {kind}: did you mean {' or '.join(meant)}?")

@@ -122,6 +122,9 @@ def test_options_are_no_keys(file):
         ("ppo.kl_coef", "ppo.kl.coef"),
         ("kl_coef", "ppo.kl.coef"),
         ("lr", "optim.lr"),
+        ("ppo.lr", "optim.lr"),  # the right name in the wrong section, though ppo.kl is spelt more alike
+        ("ppo.kl.targets", "ppo.kl.target"),  # not model.lora.targets: misspelt where it stands
+        ("modle.dtype", "model.dtype or reward[].dtype"),
         ("learning.rate", None),
         ("ppo.value-clip", "ppo.value_clip"),
         ("PPO.Cycles", "ppo.cycles"),
@@ -139,6 +142,34 @@ def test_an_unknown_flag_is_told_what_was_meant(file, wrong, meant):
         ppo(file, f"--{wrong}", "1")
     said = f"unknown key {wrong} for tether ppo: did you mean {meant}?" if meant else "--help lists all keys"
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("--dryrun", "--dry-run"),
+        ("--dry_run", "--dry-run"),
+        ("--dry-run=true", "--dry-run"),
+        ("--frsh", "--fresh"),
+        ("--print_config", "--print-config"),
+        ("--hlep", "--help"),
+        ("--verison", "tether --version"),
+    ],
+)
+def test_a_misspelt_option_is_told_what_was_meant_and_asked_for_no_value(file, wrong, meant):
+    for argv in ([wrong, file], [file, wrong]):
+        with pytest.raises(ConfigError) as caught:
+            ppo(*argv)
+        assert str(caught.value) == f"unknown flag {wrong}: did you mean {meant}?"
+
+
+@pytest.mark.parametrize("given", ["rewards.py:helpful", "rewards.py:score", "models/judge"])
+def test_a_bare_reward_is_told_a_list_that_is_accepted(file, given):
+    with pytest.raises(ConfigError) as caught:
+        ppo(file, "--reward", given)
+    advice = str(caught.value).rpartition("--reward '")[2].removesuffix("'.")
+    (source,) = ppo(file, "--reward", advice).reward
+    assert given in (source.function, source.model)
 
 
 def test_a_key_of_another_command_is_told_apart(file):
@@ -203,7 +234,12 @@ def test_unknown_keys_in_the_file_at_any_depth(tmp_path, text, meant):
         ("model.lora.rank", "x", "model.lora.rank='x': expected a whole number."),
         ("ppo.gamma", "1" + "0" * 400, "ppo.gamma=100000000000000000...0000000000000000000: expected a number."),
         ("ppo", "3", "ppo=3: expected a mapping {cycles, batch, responses_per_prompt, epochs, …}."),
-        ("reward", "a.py:f", "reward='a.py:f': expected a list (a mapping {function, model, weight, name, …} each)."),
+        (
+            "reward",
+            "a.py:f",
+            "reward='a.py:f': expected a list (a mapping {function, model, weight, name, …} each). "
+            "Write reward: [{function: a.py:f}]; as a flag, --reward '[{function: a.py:f}]'.",
+        ),
         ("reward", "[{function: 3}]", "reward[0].function=3: expected text or null. Put it in quotes."),
         ("sampling.stop_token_ids", "2", "sampling.stop_token_ids=2: expected a list (a whole number each) or null."),
         ("prompts.chat_template_kwargs", "3", "prompts.chat_template_kwargs=3: expected a mapping."),

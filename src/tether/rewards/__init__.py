@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tether.batch import Reward
-from tether.config import RewardShapingConfig, RewardSourceConfig, source_name
+from tether.config import RESERVED_NAMES, RewardShapingConfig, RewardSourceConfig, source_name
 from tether.errors import ConfigError
 from tether.rewards.combine import RewardSet, ScoredBatch, shape_scores
 from tether.rewards.function import FunctionReward, load_function
@@ -50,7 +50,7 @@ def build_reward(
         built[name] = (scorer, source.weight)
     if function is not None:
         name = getattr(function, "__name__", "reward")
-        name = "reward" if name in ("score", "total", "<lambda>") else name  # reward/score_mean is the sum's own
+        name = "reward" if name in (*RESERVED_NAMES, "<lambda>") else name
         if name in built:
             raise ConfigError(
                 f"reward={name} has the name of a source in the config's reward list: their metrics would overwrite "
