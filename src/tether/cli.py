@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import tether
 from tether.config import EvaluateConfig
@@ -48,7 +48,7 @@ def _dispatch(argv: list[str]) -> None:
     elif name in COMMANDS:
         COMMANDS[name](rest)
     else:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
         raise ConfigError(f"unknown command {name}: {hint}")
 
@@ -150,8 +150,14 @@ def _demo(argv: list[str]) -> None:
 def _generate(argv: list[str]) -> None:
     parser = _parser("generate", "Sample responses from any model directory.")
     parser.add_argument("model", metavar="MODEL", help="directory or hub id of a causal language model")
-    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="a prompt; may be given again")
-    parser.add_argument("--prompts", metavar="FILE", help="JSONL or Parquet file with a column `prompt`")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", action="append", default=[],
+        help="a prompt, said by the user where the model has a chat template; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--raw", action="store_true", help="give --prompt to a chat model as it is, without template")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="JSONL or Parquet file with a column `prompt`: text as it is, or messages"
+    )
     parser.add_argument("--samples", metavar="N", type=int, default=1, help="responses to each prompt (%(default)s)")
     parser.add_argument(
         "--temperature", metavar="T", type=float, default=1.0, help="divides the logits, above 0 (%(default)s)"
@@ -159,9 +165,21 @@ def _generate(argv: list[str]) -> None:
     parser.add_argument("--top-k", metavar="K", type=int, default=0, help="keep the K likeliest tokens; 0: all")
     parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="keep the likeliest with mass P; 1: all")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="longest response (%(default)s)")
+    parser.add_argument(
+        "--stop-token-ids", metavar="IDS", type=_token_ids,
+        help="what ends a response, e.g. '[2, 32000]'; '[]': only the length; default: every eos of the model",
+    )  # fmt: skip
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same responses (%(default)s)")
+    parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto (cuda, else mps, else cpu), cuda:1, …")
+    parser.add_argument("--dtype", metavar="DTYPE", default="auto", help="auto, float32 or bfloat16 (%(default)s)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     args = parser.parse_args(argv)
-    prompts = list(args.prompt)
+    prompts: list[Any] = list(args.prompt)
+    if prompts and not args.raw:
+        from tether.tokens import load_tokenizer
+
+        if load_tokenizer(args.model, trust_remote_code=args.trust_remote_code).chat_template:
+            prompts = [[{"role": "user", "content": text}] for text in prompts]
     if args.prompts:
         from tether.data import read_rows
 
@@ -179,11 +197,31 @@ def _generate(argv: list[str]) -> None:
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
+        device=args.device,
+        dtype=args.dtype,
+        stop_token_ids=args.stop_token_ids,
+        trust_remote_code=args.trust_remote_code,
     )
     for i, generation in enumerate(generations):
         if i % args.samples == 0:
-            print(f"── {visible(generation.prompt)}")
+            print(f"── {visible(_shown(generation.prompt))}")
         print(f"{visible(generation.completion)}\n")
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.strip().removeprefix("[").removesuffix("]").split(",") if word.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids. Write e.g. '[2, 32000]'") from None
+
+
+def _shown(prompt: Any) -> str:
+    """A prompt on the terminal: a text, or what is said, by whom if it is more than one message of the user's."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return str(prompt[0]["content"])
+    return "\n   ".join(f"{message['role']}: {message.get('content')}" for message in prompt)
 
 
 def _report(argv: list[str]) -> None:

@@ -81,6 +81,7 @@ def test_version():
     ("argv", "message"),
     [
         (["poo"], "unknown command poo: did you mean ppo?"),
+        (["--verison"], "unknown command --verison: did you mean --version?"),
         (["frobnicate"], "unknown command frobnicate: the commands are demo, sft"),
         (["ppo", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["ppo", "--ppo.kl.coeff", "1"], "did you mean ppo.kl.coef?"),

@@ -12,6 +12,7 @@ from tether.batch import Rows
 from tether.cli import main
 from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig
 from tether.errors import ConfigError, DataError, ModelError
+from tether.report.text import visible
 from tether.train.evaluate import _summed_logprobs
 
 PROMPTS = ["Hello", "The sun", "A dog and"]
@@ -111,6 +112,52 @@ def test_the_command_prints_what_the_function_answers_and_no_control_characters(
     assert printed.startswith("── A␛[31m\n")
     assert not {c for c in printed if ord(c) < 32} - {"\n", "\t"}
     assert len(printed.split("──")) == 2
+
+
+def completions_printed(capsys, *argv) -> str:
+    assert main(["generate", *map(str, argv), "--top-k", "1", "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    return capsys.readouterr().out.partition("\n")[2]
+
+
+def test_the_command_asks_a_chat_model_through_its_template_unless_told_not_to(models, tmp_path, capsys):
+    (chat,) = tether.generate(models[0], [[{"role": "user", "content": "Hi"}]], top_k=1, max_new_tokens=4)
+    (bare,) = tether.generate(models[0], ["Hi"], top_k=1, max_new_tokens=4)
+    assert completions_printed(capsys, models[0], "--prompt", "Hi") == f"{visible(chat.completion)}\n\n"
+    assert completions_printed(capsys, models[0], "--prompt", "Hi", "--raw") == f"{visible(bare.completion)}\n\n"
+    file = tmp_path / "prompts.jsonl"  # of a data set text stays text, as in training
+    file.write_text('{"prompt": "Hi"}\n')
+    assert completions_printed(capsys, models[0], "--prompts", file) == f"{visible(bare.completion)}\n\n"
+
+
+def test_the_command_shows_a_conversation_as_who_said_what(models, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]}))
+    assert main(["generate", str(models[0]), "--prompts", str(file), "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().out.startswith("── system: S\n   user: U\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        ([], {"device": "auto", "dtype": "auto", "stop_token_ids": None, "trust_remote_code": False}),
+        (
+            ["--device", "cpu", "--dtype", "float32", "--stop-token-ids", "[5, 7]", "--trust-remote-code"],
+            {"device": "cpu", "dtype": "float32", "stop_token_ids": [5, 7], "trust_remote_code": True},
+        ),
+        (["--stop-token-ids", "[]"], {"stop_token_ids": []}),
+        (["--stop-token-ids", "5"], {"stop_token_ids": [5]}),
+    ],
+)
+def test_the_command_passes_device_precision_and_stop_tokens_on(models, monkeypatch, flags, want):
+    passed = {}
+    monkeypatch.setattr(tether, "generate", lambda *args, **options: passed.update(options) or [])
+    assert main(["generate", str(models[0]), "--prompt", "Hi", "--raw", *flags]) == 0
+    assert want.items() <= passed.items()
+
+
+def test_stop_tokens_that_are_no_ids_are_named(models, capsys):
+    assert main(["generate", str(models[0]), "--prompt", "Hi", "--stop-token-ids", "<eos>"]) == 2
+    assert "'<eos>' is no list of token ids. Write e.g. '[2, 32000]'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- evaluate

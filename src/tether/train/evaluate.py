@@ -60,7 +60,7 @@ def generate(
         raise ConfigError(f"dtype={dtype!r} is not a precision that models run in here. Set auto, float32 or bfloat16.")
     anywhere = PromptsConfig("the prompts given", max_tokens=sys.maxsize)
     check(
-        EvaluateConfig([str(model)], anywhere, samples=samples, seed=seed, sampling=sampling),
+        EvaluateConfig([str(model)], anywhere, samples=samples, seed=seed, device=device, sampling=sampling),
         reward_given=True,
     )
     if not prompts:
