@@ -71,6 +71,38 @@ class LanguageModel:
         """The context of a forward pass in the compute precision."""
         return autocast(self.dtype, self.device)
 
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Inside, the trunk computes in float32 (or float64): for probes, which rounding to bfloat16 would blunt.
+
+        Weights that are kept in bfloat16 are widened a layer at a time, while it runs: the model need not fit twice.
+        """
+        narrow: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+        def widen(layer: nn.Module, _: Any) -> None:
+            for p in layer.parameters():
+                if p.dtype in (torch.bfloat16, torch.float16):
+                    narrow[id(p)] = p, p.data
+                    p.data = p.data.float()
+
+        def put_back(*_: Any) -> None:
+            for p, data in narrow.values():
+                p.data = data
+            narrow.clear()
+
+        hooks = []
+        for child in self.trunk.children():
+            for layer in child if isinstance(child, nn.ModuleList) else [child]:
+                hooks.append(layer.register_forward_pre_hook(widen))
+                hooks.append(layer.register_forward_hook(put_back, always_call=True))
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            put_back()
+
     def hidden(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """[B, T, D] hidden states after the last norm, for tokens [B, T]."""
         return self.trunk(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
@@ -127,7 +159,8 @@ class LanguageModel:
     def check_head(self) -> str | None:
         """Compare our log-probs with the model's own logits on a probe; on a mismatch use those, and say so.
 
-        Some architectures scale, cap or otherwise change logits after the head in ways that no config key names.
+        Some architectures scale, cap or otherwise change logits after the head in ways that no config key names. Both
+        sides are in float32 from the head on, whatever the compute precision: rounding would hide a small change.
         """
         output = self.plain.get_output_embeddings()
         if not hasattr(output, "weight") or type(output).__module__.startswith("peft"):
@@ -136,13 +169,20 @@ class LanguageModel:
         vocabulary = self.config.vocab_size
         tokens = (torch.arange(12, device=self.device) * 7919 % vocabulary)[None]
         rows = Rows(tokens, torch.tensor([1], device=self.device), torch.tensor([11], device=self.device))
-        with torch.no_grad():
-            ours = self.response_logprobs(rows, temperature=1.0, entropy=False)[0]
-            with self.autocast():
+        wide = torch.promote_types(output.weight.dtype, torch.float32)
+        head = self.head()
+        plain_head = Head(head["weight"], head["bias"], dtype=wide)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            hidden = self.hidden(tokens)[0, :-1].to(wide)
+            ours = token_logprobs(hidden, targets=rows.targets, entropy=False, **head)[0]
+            hook = output.register_forward_hook(lambda _, given, __: plain_head.logits(given[0]))
+            try:
                 logits = self.plain(input_ids=tokens, use_cache=False).logits[0, :-1]
-        theirs = full_logprobs(logits, rows.targets, temperature=1.0, entropy=False)[0]
+            finally:
+                hook.remove()
+            theirs = full_logprobs(logits, rows.targets, entropy=False)[0]
         gap = (ours - theirs).abs().max().item()
-        if gap <= (1e-3 if self.dtype == torch.float32 else 0.1):
+        if gap <= 1e-3:
             return None
         self.full = True
         return (

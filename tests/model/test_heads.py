@@ -104,6 +104,27 @@ def test_a_head_that_ours_does_not_know_is_noticed_and_its_own_logits_are_used()
     assert_close(response_logprobs(model, rows), logprobs_of_own_logits(model.lm, rows), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_in_bfloat16_too_every_architectures_head_is_known(architecture, weights):
+    model = LanguageModel(language_model(architecture).lm.to(weights), torch.bfloat16)
+    assert model.check_head() is None
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_in_bfloat16_too_a_change_after_the_head_that_is_no_larger_than_rounding_is_noticed(weights):
+    model = LanguageModel(language_model().lm.to(weights), torch.bfloat16)
+    forward = type(model.lm).forward
+
+    def with_a_slight_favourite(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits[..., 3] += 0.2
+        return output
+
+    model.lm.forward = types.MethodType(with_a_slight_favourite, model.lm)
+    assert "full logits" in (model.check_head() or "")
+
+
 def test_a_head_that_is_more_than_a_linear_layer_gets_full_logits():
     model, rows = language_model(), ragged_rows()
     model.lm.lm_head = nn.Sequential(model.lm.lm_head, nn.Tanh())

@@ -19,6 +19,7 @@ from tether.errors import TrainingError
 from tether.loading import add_lora
 from tether.model import LanguageModel, Policy
 from tether.rollout import LocalSampler
+from tether.rollout.slots import SlotCache
 from tiny import language_model, prompts_of, randomise
 
 STOPS = tuple(range(8))  # a fifth of the vocabulary: responses end early and unevenly
@@ -166,6 +167,42 @@ def test_attention_that_the_cache_does_not_know_is_recomputed_and_right():
     sampler = LocalSampler(model, slots=2)
     assert "recomputes every token" in (sampler.note or "")
     prompts, sampling = prompts_of([3, 1, 6]), Sampling(0.9, max_new_tokens=6, stop_token_ids=STOPS)
+    assert_same(sampler.generate(prompts, sampling, cycle=1), one_by_one(model.lm, prompts, sampling, cycle=1))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_in_bfloat16_too_every_architecture_decodes_through_the_cache(architecture, weights):
+    model = LanguageModel(language_model(architecture).lm.to(weights), torch.bfloat16)
+    kept = {p.data_ptr() for p in model.lm.parameters()}
+    assert LocalSampler(model).note is None
+    assert {p.data_ptr() for p in model.lm.parameters()} == kept  # widened for the probe alone
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_in_bfloat16_too_a_cache_that_is_off_by_no_more_than_rounding_is_noticed(monkeypatch, weights):
+    step = SlotCache.step
+    monkeypatch.setattr(SlotCache, "step", lambda self, tokens: step(self, tokens) * 1.005)
+    model = LanguageModel(language_model().lm.to(weights), torch.bfloat16)
+    assert "does not decode through our cache (off by 0.00" in (LocalSampler(model).note or "")
+
+
+def test_layers_of_a_kind_that_the_cache_does_not_know_are_recomputed():
+    model = language_model("qwen2")
+    model.config.layer_types = ["chunked_attention", "full_attention"]
+    assert "layers of chunked_attention" in (LocalSampler(model).note or "")
+
+
+def test_a_sliding_window_that_only_the_mask_knows_is_recomputed_and_right():
+    # longer than the probe; the mask applies it, and attention is not told
+    settings = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "norm_topk_prob": True,
+                "shared_expert_intermediate_size": 16, "use_sliding_window": True, "max_window_layers": 2}  # fmt: skip
+    config = AutoConfig.for_model("qwen2_moe", vocab_size=40, **ARCHITECTURES["qwen2"], **settings, sliding_window=12)
+    model = LanguageModel(AutoModelForCausalLM.from_config(config), torch.float32)
+    randomise(model.lm, std=0.3)
+    sampler = LocalSampler(model, slots=2)
+    assert "does not tell it its sliding window" in (sampler.note or "")
+    prompts, sampling = prompts_of([15, 3]), Sampling(0.9, max_new_tokens=16)
     assert_same(sampler.generate(prompts, sampling, cycle=1), one_by_one(model.lm, prompts, sampling, cycle=1))
 
 

@@ -113,6 +113,17 @@ def test_packing_on_an_architecture_that_does_not_support_it_is_refused(tiny_mod
         check_packing(model)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_packing_is_probed_without_rounding_in_bfloat16_too(tiny_model, weights):
+    model = LanguageModel(double(tiny_model("llama")).lm.to(weights), torch.bfloat16)
+    check_packing(model)
+    assert all(p.dtype == weights for p in model.lm.parameters())  # widened for the probe alone
+    hidden = model.hidden
+    model.hidden = lambda tokens, **packed: hidden(tokens, **packed) * (1.01 if packed else 1.0)
+    with pytest.raises(ConfigError, match="see each other"):
+        check_packing(model)
+
+
 # ---------------------------------------------------------------- which examples a step sees
 
 

@@ -22,6 +22,7 @@ from tether.rollout.slots import SlotCache
 from tether.rollout.uniforms import uniforms
 
 _PREFILL_TOKENS = 8192  # padded prompt tokens encoded at once: bounds the memory of their attention scores
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _MOST_SLOTS = 64  # of "auto": there the matmuls of small models stop getting cheaper a row
 
 
@@ -51,7 +52,7 @@ class LocalSampler:
         self.model = model
         if self._copied:
             self.model = LanguageModel(copy_in(model.dtype, model.lm), model.dtype, model.full)
-        self.note = self._why_not_cached()
+        self.note = _why_not_cached(model)
         self.cached = self.note is None
 
     def load_weights(self, model: LanguageModel) -> None:
@@ -85,30 +86,43 @@ class LocalSampler:
                 batch.step()
         return batch.completions()
 
-    @torch.no_grad()
-    def _why_not_cached(self) -> str | None:
-        """Decode a few tokens through the cache and compare with a plain forward pass.
 
-        Unknown kinds of attention (or none at all) are then sampled by recomputing, which is slow and always right.
-        """
-        slow = "sampling recomputes every token, which is slow"
-        if self.model.full:
-            return f"the head is not ours to apply to a single token: {slow}"
-        device = self.model.device
-        tokens = torch.arange(10, device=device)[None] * 7919 % self.model.config.vocab_size
-        with self.model.autocast():
-            want = self.model.hidden(tokens)[0, 4:].float()
-            try:
-                cache = SlotCache(self.model, slots=1, width=10)
-                first = cache.admit(tokens[:, :5], torch.tensor([5], device=device), 0)
-                got = torch.cat([first, *[cache.step(tokens[:, t]) for t in range(5, 10)]]).float()
-                gap = ((got - want).abs().max() / want.abs().max()).item()
-                why = f"off by {gap:.2g}"
-            except Exception as error:  # whatever another library's attention may raise
-                gap, why = float("inf"), f"{type(error).__name__}: {error}"
-        if gap <= (5e-2 if self.model.dtype == torch.bfloat16 else 1e-4):
-            return None
-        return f"{type(self.model.plain).__name__} does not decode through our cache ({why}): {slow}"
+@torch.no_grad()
+def _why_not_cached(model: LanguageModel) -> str | None:
+    """Decode a few tokens through the cache and compare with a plain forward pass; None if they agree.
+
+    Unknown kinds of attention (or none at all) are then sampled by recomputing, which is slow and always right. What a
+    few tokens cannot show is read off the config: kinds of layers, and windows that the mask knows and we do not.
+    """
+    slow = "sampling recomputes every token, which is slow"
+    if model.full:
+        return f"the head is not ours to apply to a single token: {slow}"
+    unknown = sorted(set(getattr(model.config, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    if unknown:
+        return f"{type(model.plain).__name__} has layers of {', '.join(unknown)}, which our cache does not know: {slow}"
+    tokens = torch.arange(8, device=model.device)[None] * 7919 % model.config.vocab_size
+    with model.exactly():
+        want = model.hidden(tokens)[0, 4:]
+        try:
+            cache = SlotCache(model, slots=1, width=8)
+            first = cache.admit(tokens[:, :5], torch.tensor([5], device=model.device), 0)
+            got = torch.cat([first, *[cache.step(tokens[:, t]) for t in range(5, 8)]])
+            gap = ((got - want).abs().max() / want.abs().max()).item()
+            why = f"off by {gap:.2g}"
+            if wrong := [layer for layer, window in cache.windows.items() if window != _window(model.config, layer)]:
+                gap, why = float("inf"), f"layer {wrong[0]} does not tell it its sliding window"
+        except Exception as error:  # whatever another library's attention may raise
+            gap, why = float("inf"), f"{type(error).__name__}: {error}"
+    if gap <= 1e-4:
+        return None
+    return f"{type(model.plain).__name__} does not decode through our cache ({why}): {slow}"
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """The sliding window of a layer's mask, as transformers reads it off the config."""
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or kinds[layer] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if slides else None
 
 
 class _Batch:

@@ -27,6 +27,7 @@ class SlotCache:
         self.model, self.slots, self.width = model, slots, width
         self.keys: dict[int, Tensor] = {}  # layer -> [slots, heads, width, head_dim], made at the first write
         self.values: dict[int, Tensor] = {}
+        self.windows: dict[int, int | None] = {}  # layer -> the sliding window that it told us
         self.lengths = torch.zeros(slots, dtype=torch.long, device=model.device)  # tokens each slot holds
         self.first = 0  # prefill: the first slot that is written
         self.decoding = False
@@ -72,6 +73,7 @@ class SlotCache:
     ) -> Tensor:  # fmt: skip
         """Attention of query [n, Hq, q, Dh] over the slots, after key and value [n, H, q, Dh] are stored in them."""
         if layer not in self.keys:
+            self.windows[layer] = window
             self.keys[layer] = key.new_zeros(self.slots, key.shape[1], self.width, key.shape[3])
             self.values[layer] = value.new_zeros(self.slots, value.shape[1], self.width, value.shape[3])
         keys, values = self.keys[layer], self.values[layer]
