@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -102,11 +103,34 @@ def test_state_json_names_every_file_with_its_sha256(tmp_path):
     }
 
 
-def test_saving_the_same_cycle_again_replaces_it(tmp_path):
+def test_saving_the_same_cycle_again_writes_nothing_if_it_is_whole_and_replaces_it_if_damaged(tmp_path):
     saved(tmp_path, 10, 20)
-    checkpoint.save(tmp_path, "cycle-000020", {"again": True}, two_files)
+    checkpoint.save(tmp_path, "cycle-000020", {"again": 1}, lambda folder: pytest.fail("written again"))
+    damage(tmp_path / "checkpoints" / "cycle-000020" / "rng.safetensors")
+    checkpoint.save(tmp_path, "cycle-000020", {"again": 2}, two_files)
     assert checkpoint.names(tmp_path) == ["cycle-000010", "cycle-000020"]
-    assert checkpoint.latest(tmp_path, silent)[1] == {"again": True}
+    assert checkpoint.latest(tmp_path, silent)[1] == {"again": 2}
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_at_no_moment_of_saving_again_is_a_run_without_a_whole_checkpoint(tmp_path, monkeypatch, keep, damaged):
+    saved(tmp_path, *([10, 20] if damaged else [20]))
+    if damaged:
+        damage(tmp_path / "checkpoints" / "cycle-000020" / "rng.safetensors")
+
+    def watched(change):
+        def and_look(*args, **kwargs):
+            result = change(*args, **kwargs)
+            assert checkpoint.latest(tmp_path, lambda told: None) is not None
+            return result
+
+        return and_look
+
+    monkeypatch.setattr(Path, "rename", watched(Path.rename))
+    monkeypatch.setattr(shutil, "rmtree", watched(shutil.rmtree))
+    saved(tmp_path, 20, keep=keep)
+    assert checkpoint.latest(tmp_path, silent)[1]["cycle"] == 20
 
 
 # ---------------------------------------------------------------- damaged

@@ -34,10 +34,15 @@ def save(run: Path, name: str, state: dict[str, Any], write: Callable[[Path], No
     state  what JSON can hold.
     write  called with an empty directory to put the files in.
 
-    On any failure the directory is as before, less what earlier failures left. A full disk is a RunError.
+    A name stands for one moment of a run, so one that is there and whole is not written again: to replace it would
+    leave an instant without it. On any failure the directory is as before, less what earlier failures left. A full disk
+    is a RunError.
     """
     folder = Path(run) / "checkpoints"
     target, partial = folder / name, folder / f".{name}.partial"
+    if _is_whole(target):
+        _drop_all_but(keep, name, folder)
+        return target
     try:
         folder.mkdir(exist_ok=True)
         _remove_hidden(folder)
@@ -46,7 +51,7 @@ def save(run: Path, name: str, state: dict[str, Any], write: Callable[[Path], No
         (partial / "state.json").write_text(_seal(state, _checksums(partial)), encoding="utf-8")
         _sync_tree(partial)
         _sync(Path(run) / "metrics.jsonl")  # a checkpoint must not outlive the metrics that led to it
-        if target.exists():
+        if target.exists():  # damaged: the run goes on from one before it
             target.rename(folder / f".{name}.replaced")
         partial.rename(target)
         _sync(folder)
@@ -179,6 +184,14 @@ def _open_seal(folder: Path) -> dict[str, Any]:
             raise ValueError(f"the checksum of {name} does not match")
     state: dict[str, Any] = body["state"]
     return state
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _open_seal(folder)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _digest(body: dict[str, Any]) -> str:
