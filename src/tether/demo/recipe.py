@@ -60,8 +60,8 @@ def reward_config(to: Path, seed: int) -> RewardConfig:
         seed=seed,
         model=SFTModelConfig(policy=str(to / "sft" / "final")),
         data=DataConfig(path=str(to / "pairs.jsonl")),
-        reward_model=RewardModelSection(epochs=1, batch=32),
-        optim=OptimConfig(lr=1e-3, critic_lr=1e-3, warmup=10),
+        reward_model=RewardModelSection(epochs=2, batch=32),
+        optim=OptimConfig(lr=2e-3, critic_lr=1e-3, warmup=10),
         checkpoint=CheckpointConfig(every=100),
     )
 
@@ -76,7 +76,7 @@ def ppo_config(to: Path, seed: int) -> PPOConfig:
         reward=[RewardSourceConfig(model=str(to / "reward" / "final"))],
         sampling=SamplingConfig(max_new_tokens=MAX_NEW_TOKENS),
         ppo=PPOSection(cycles=60, batch=128, responses_per_prompt=2, epochs=2, minibatch=64, kl=KLConfig(coef=0.15)),
-        optim=OptimConfig(lr=1e-3, critic_lr=2e-3, warmup=16),
+        optim=OptimConfig(lr=7e-4, critic_lr=2e-3, warmup=16),
         log=LogConfig(rollouts_every=10),
         checkpoint=CheckpointConfig(every=20),
         evaluate=HeldOutConfig(every=10, prompts=str(to / "held_out.jsonl"), samples=2),
