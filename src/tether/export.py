@@ -58,14 +58,22 @@ def merged(model: LanguageModel) -> Any:
 
 @torch.no_grad()
 def check_reload(plain: Any, directory: Path) -> None:
-    """Raise ModelError unless `directory`, loaded by transformers, gives the same logits as `plain`."""
+    """Raise ModelError unless `directory`, loaded by transformers, has the weights of `plain` and gives its logits.
+
+    It is loaded on the CPU, in the precision it was saved in: the device that trained the model may not hold it twice.
+    Weights must be equal to the bit; logits but for the rounding of two devices.
+    """
     own_code = not type(plain).__module__.startswith("transformers.models")  # trusted once, when it was loaded
     loader: Any = type(plain) if own_code else AutoModelForCausalLM
-    again = without_dropout(loader.from_pretrained(directory, dtype=plain.dtype)).to(plain.device)
-    tokens = torch.arange(8, device=plain.device)[None] * 7919 % plain.config.get_text_config().vocab_size
-    want, got = (m(input_ids=tokens, use_cache=False).logits.float() for m in (plain, again))
-    gap = (want - got).abs().max().item()
-    if not gap <= 1e-4 * max(1.0, want.abs().max().item()):
+    again = without_dropout(loader.from_pretrained(directory, dtype=plain.dtype))
+    want, got = plain.state_dict(), again.state_dict()
+    for name in sorted(want.keys() | got.keys()):
+        if name not in want or name not in got or not torch.equal(want[name].cpu(), got[name]):
+            raise ModelError(f"{directory}: {name} is not what was trained: it must not be used.")
+    tokens = torch.arange(8)[None] * 7919 % plain.config.get_text_config().vocab_size
+    a, b = (m(input_ids=tokens.to(m.device), use_cache=False).logits.float().cpu() for m in (plain, again))
+    gap, allowed = (a - b).abs().max().item(), (1e-4 if plain.dtype == torch.float32 else 2e-2)
+    if not gap <= allowed * max(1.0, a.abs().max().item()):
         raise ModelError(f"{directory} gives other logits than the trained model (by {gap:.2g}): it must not be used.")
 
 
