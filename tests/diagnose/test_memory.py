@@ -76,6 +76,12 @@ def test_lora_needs_neither_reference_nor_copy_and_trains_little(model, count):
     assert named["reference"] == 4 * count
 
 
+def test_at_the_end_the_saved_model_is_loaded_again_and_adapters_are_merged_in_a_copy_first(model, count):
+    whole, adapters = (predict(config(model, model={"lora": lora}), device="cpu") for lora in (None, LoraConfig()))
+    assert [parts(m)["copies of the final model"] for m in (whole, adapters)] == [4 * count, 8 * count]
+    assert "copies of the final model" not in parts(predict(config(model), device="cuda"))  # they are on the CPU
+
+
 def test_a_separate_critic_is_a_second_trunk_with_gradients_and_moments(model, count):
     shared, own = (parts(predict(config(model, model={"critic": c}), device="cpu")) for c in ("shared", "separate"))
     trunk = AutoModelForCausalLM.from_pretrained(model).base_model.num_parameters()
@@ -103,6 +109,8 @@ def test_a_cpu_keeps_what_a_gpu_hands_on():
     phases = [Part("weights", 100), Part("cache", 30, "sampling"), Part("activations", 50, "updating")]
     assert Memory("cpu", phases).peak == 180
     assert Memory("cuda", phases).peak == 150
+    assert Memory("cpu", [*phases, Part("copies", 70, "saving")]).peak == 180  # by then the others are free
+    assert Memory("cpu", [*phases, Part("copies", 90, "saving")]).peak == 190
     assert Memory("cuda", phases).needed > 150
 
 
@@ -131,7 +139,7 @@ def test_the_table_names_every_part_that_matters_and_the_peak():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["narrow"])
+@pytest.mark.parametrize("case", ["narrow", "lora"])
 def test_the_prediction_is_within_a_fifth_of_a_real_runs_peak(case):
     spec = importlib.util.spec_from_file_location("memory_prediction", BENCH)
     bench = importlib.util.module_from_spec(spec)

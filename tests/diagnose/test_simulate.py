@@ -66,6 +66,26 @@ def test_under_lora_the_base_is_in_the_compute_precision_and_only_adapters_are_t
     assert step.weights == 2 * (everything - adapters) + 4 * adapters
 
 
+def test_on_a_gpu_the_heads_weight_stays_in_bfloat16_where_a_cpu_needs_it_in_fp32(tiny_model):
+    config = config_of(tiny_model("llama"))
+    config.vocab_size = 100_000  # width 32: the weight's copy is what matters
+    cpu, gpu = (
+        simulate(config, Shape(1, 4, 2), dtype=torch.bfloat16, lora=LoraConfig(rank=1), device=d).activations
+        for d in ("cpu", "cuda")
+    )
+    assert cpu - gpu == pytest.approx(4 * 100_000 * 32, rel=0.05)
+
+
+def test_on_a_gpu_logits_come_in_larger_chunks(tiny_model):
+    config = config_of(tiny_model("llama"))
+    config.vocab_size = 100_000
+    cpu, gpu = (
+        simulate(config, Shape(2, 101, 100), dtype=torch.float32, device=d).activations for d in ("cpu", "cuda")
+    )
+    # fp32 logits of all 200 tokens at once, where a CPU has 32, the least; beside them at least their softmax
+    assert gpu - cpu > 2 * 4 * 100_000 * (200 - 32)
+
+
 def test_a_critic_of_its_own_is_counted_apart_and_has_activations_of_its_own(tiny_model):
     config = config_of(tiny_model("llama"))
     alone, both = (simulate(config, SHAPE, dtype=torch.float32, critic=c) for c in (None, config))

@@ -15,6 +15,7 @@ import torch
 from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig, source_name
 from tether.diagnose.simulate import Shape, Step, simulate
 from tether.loading import model_config, resolve_device, resolve_dtype
+from tether.rollout.local import _MOST_SLOTS, _PREFILL_TOKENS
 
 TrainingConfig = PPOConfig | SFTConfig | RewardConfig
 
@@ -22,10 +23,6 @@ KB, MB, GB = 2**10, 2**20, 2**30
 
 _PROCESS_CPU = 455 * MB  # Python, torch, transformers, TensorBoard: resident before a weight is loaded
 _CONTEXT_CUDA = 600 * MB  # the CUDA context and its libraries, which no allocator counts
-_PREFILL_TOKENS = 8192  # tether.rollout.local: padded prompt tokens encoded at once
-_CHUNK_ACCELERATOR = 256 * MB  # tether.math.logprobs: logits in memory at once on a GPU, and about six such buffers
-_CHUNK_CPU = 8 * MB
-_CHUNK_BUFFERS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +32,8 @@ class Part:
     name: str
     bytes: int
     phase: str = "always"
-    """always, sampling, updating or stepping: parts of different phases are never in memory together on a GPU, whose
-    allocator hands freed blocks on; a CPU's keeps them where they were."""
+    """always, sampling, updating, stepping or saving: parts of different phases are never in memory together on a GPU,
+    whose allocator hands freed blocks on; a CPU's keeps them where they were, until the run ends and saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +51,9 @@ class Memory:
         for part in self.parts:
             if part.phase != "always":
                 phases[part.phase] = phases.get(part.phase, 0) + part.bytes
-        worst = sum(phases.values()) if self.device == "cpu" else max(phases.values(), default=0)
-        return always + worst
+        if self.device == "cpu":
+            return always + max(phases.pop("saving", 0), sum(phases.values()))
+        return always + max(phases.values(), default=0)
 
     @property
     def needed(self) -> int:
@@ -97,20 +95,23 @@ def predict(
     if checkpointing == "auto":
         checkpointing = kind == "cuda" and _count(architecture) > 1e9
     step = simulate(
-        architecture, shape, dtype=dtype, lora=config.model.lora, checkpointing=bool(checkpointing), critic=critic
-    )
+        architecture, shape, dtype=dtype, device=kind, lora=config.model.lora, checkpointing=bool(checkpointing),
+        critic=critic,
+    )  # fmt: skip
     trained = step.trained + step.critic
     parts = [
         Part("weights", step.weights),
         Part("gradients", 4 * trained, "always" if kind == "cpu" else "updating"),
         Part("optimiser", 8 * trained),
         Part("critic", 4 * step.critic),
-        Part("activations", step.activations + _chunks(kind, text.vocab_size, shape), "updating"),
+        Part("activations", step.activations, "updating"),
     ]
     if kind == "cuda":  # torch steps all weights at once there, and needs room for one more copy of them
         parts += [Part("gradients ", 4 * trained, "stepping"), Part("optimiser's workspace", 4 * trained, "stepping")]
     else:
         parts.append(Part("Python and libraries", _PROCESS_CPU))
+        copies = 1 if config.model.lora is None else 2  # what was saved is loaded again; adapters are merged in a copy
+        parts.append(Part("copies of the final model", 4 * step.parameters * copies, "saving"))
     if isinstance(config, PPOConfig):
         parts += _of_ppo(config, step, architecture, dtype, prompt_tokens, kind)
     return Memory(kind, parts)
@@ -131,7 +132,7 @@ def _of_ppo(
         parts.append(Part("engine's copy of the policy", step.parameters * item))
     s, prompt = config.sampling, prompt_tokens or config.prompts.max_tokens
     responses = max(config.ppo.batch, config.evaluate.count * config.evaluate.samples if config.evaluate.every else 0)
-    slots = min(responses, 64 if s.slots == "auto" else s.slots)
+    slots = min(responses, _MOST_SLOTS if s.slots == "auto" else s.slots)
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -196,14 +197,6 @@ def _shape(config: TrainingConfig, tokens: int | None) -> Shape:
         return Shape(rows, width, width - 1)
     section = config.reward_model
     return Shape(min(2 * section.batch, max(2, section.microbatch_tokens // width)), width, 0)
-
-
-def _chunks(kind: str, vocabulary: int, shape: Shape) -> int:
-    """Logits on a GPU come in larger chunks than the simulation's, which runs as on a CPU."""
-    whole = 4 * vocabulary * shape.rows * shape.targets
-    if kind == "cpu":
-        return 0
-    return _CHUNK_BUFFERS * (min(_CHUNK_ACCELERATOR, whole) - min(_CHUNK_CPU, whole))
 
 
 def _count(architecture: Any) -> int:

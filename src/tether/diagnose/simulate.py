@@ -8,8 +8,11 @@ estimated by formula, no weight is loaded, and an 8B model takes seconds on a la
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from tether.config import LoraConfig
 from tether.loading import add_lora, checkpoint_activations, quiet_transformers, without_dropout
+from tether.math import logprobs
 from tether.model import LanguageModel
 
 
@@ -44,13 +48,13 @@ class Shape:
 
 
 def simulate(
-    architecture: Any, shape: Shape, *, dtype: torch.dtype, lora: LoraConfig | None = None,
+    architecture: Any, shape: Shape, *, dtype: torch.dtype, device: str = "cpu", lora: LoraConfig | None = None,
     checkpointing: bool = False, critic: Any = None,
 ) -> Step:  # fmt: skip
     """Build the model as training does and run one microbatch forward and backward.
 
-    architecture: a transformers config. dtype: compute precision; trained weights are float32. critic: a separate
-    critic's transformers config, or None.
+    architecture: a transformers config. dtype: compute precision; trained weights are float32. device: cpu or cuda.
+    critic: a separate critic's transformers config, or None.
     """
     with torch.device("meta"), torch.random.fork_rng(), quiet_transformers():
         lm: Any = AutoModelForCausalLM.from_config(architecture, dtype=dtype if lora else torch.float32)
@@ -71,7 +75,7 @@ def simulate(
             p.grad = torch.zeros_like(p)  # gradients are a part of their own
         known = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         meter = _Meter([*known, *(p.grad for p in trained if p.grad is not None)])
-        with meter:
+        with meter, _head_as_on(device):
             _microbatch(LanguageModel(lm, dtype), trunk, shape).backward()
         critic_size = sum(p.numel() for p in trunk.parameters()) if trunk is not None else 0
         return Step(
@@ -112,6 +116,21 @@ def _microbatch(model: LanguageModel, critic: Any, shape: Shape) -> Tensor:
         with model.autocast():
             loss = loss + critic(input_ids=tokens, use_cache=False).last_hidden_state[before].float().sum()
     return loss
+
+
+@contextmanager
+def _head_as_on(device: str) -> Iterator[None]:
+    """Treat the output head as a GPU does: larger chunks of logits, and bfloat16 factors that stay bfloat16.
+
+    The tensors are a CPU's in any case: on a machine without a GPU torch turns autocast off for those of one.
+    """
+    if device == "cpu":
+        yield
+        return
+    chunks = patch.object(logprobs, "_CHUNK_BYTES", logprobs._CHUNK_BYTES_ACCELERATOR)
+    factors = patch.object(logprobs.Head, "factor", lambda head, x: x.to(head.dtype))
+    with chunks, factors:
+        yield
 
 
 class _Meter(TorchDispatchMode):
