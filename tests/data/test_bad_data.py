@@ -96,6 +96,12 @@ BAD = {
     "a JSON list in one line": Bad(b'[{"prompt": "a"}]', ["line 1 is a list, where a row is an object", "jq -c .[]"]),
     "a JSON list over lines": Bad(b'[\n{"prompt": "a"}\n]\n', ["line 1 is only '['", "one JSON document", "jq -c .[]"]),
     "a JSON object over lines": Bad(b'{\n"prompt": "a"\n}\n', ["line 1 is only '{'", "one JSON document", "jq -c ."]),
+    "a key twice": Bad(
+        ROW + b'{"prompt": "a", "n": 1, "prompt": "b"}\n', ["line 2 is not JSON (key 'prompt' is given twice)"]
+    ),
+    "a key twice inside a message": Bad(
+        b'{"prompt": [{"role": "user", "content": "a", "content": "b"}]}\n', ["key 'content' is given twice"]
+    ),
     "a bare text": Bad(b'"Once"\n', ["line 1 is the text 'Once', where a row is an object"]),
     "a bare number": Bad(ROW + b"12\n", ["line 2 is the number 12"]),
     # the column

@@ -148,7 +148,7 @@ def _parse(place: str, line: bytes, *, first: bool) -> Row:
             "UTF-8, e.g. iconv -f LATIN1 -t UTF-8."
         ) from error
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         why = (
             f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
@@ -167,6 +167,15 @@ def _parse(place: str, line: bytes, *, first: bool) -> Row:
     if not isinstance(row, dict):
         remedy = " (jq -c .[] makes that of a list)" if isinstance(row, list) else ""
         raise DataError(f"{place} is {kind(row)}, where a row is an object. {_ONE_A_LINE}{remedy}.")
+    return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    """A JSON object; a key given twice is an error, where json would keep the last without a word."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is given twice")
     return row
 
 
