@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tether.batch import Rollout, Rows
 from tether.config import OptimConfig, PPOSection
 from tether.model import LanguageModel, Policy
-from tether.train.optim import build_optimizer
+from tether.train.optim import Steps, build_optimizer
 from tether.train.update import update
 
 VOCABULARY, ROWS, TOKENS = 50_000, 16, 512
@@ -35,7 +35,8 @@ def measure() -> dict[str, float]:
     torch.manual_seed(0)
     policy = small_policy()
     optimizer = build_optimizer(OptimConfig(), policy.policy_parameters(), policy.critic_parameters(), lora=False)
-    run_update(policy, optimizer, rollout(policy, rows=1, tokens=8))  # libraries, and the optimiser's moments
+    steps = Steps(optimizer, OptimConfig(), total=2)
+    run_update(policy, steps, rollout(policy, rows=1, tokens=8))  # libraries, and the optimiser's moments
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     batch = rollout(policy, rows=ROWS, tokens=TOKENS)
@@ -44,7 +45,7 @@ def measure() -> dict[str, float]:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    run_update(policy, optimizer, batch)
+    run_update(policy, steps, batch)
     logits = ROWS * TOKENS * VOCABULARY * 4 / 2**20
     return {"before_mb": before, "update_mb": resident("VmHWM") - before, "logits_mb": logits}
 
@@ -67,9 +68,9 @@ def rollout(policy: Policy, *, rows: int, tokens: int) -> Rollout:
     return Rollout(batch, old, old, torch.zeros_like(old), noise, noise, noise)
 
 
-def run_update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout) -> None:
+def run_update(policy: Policy, steps: Steps, batch: Rollout) -> None:
     ppo = PPOSection(cycles=1, epochs=1, batch=len(batch.rows), minibatch=len(batch.rows), microbatch_tokens=8192)
-    update(policy, optimizer, batch, ppo, OptimConfig(), cycle=1, kl_coef=0.0, temperature=1.0, seed=0)
+    update(policy, steps, batch, ppo, cycle=1, kl_coef=0.0, temperature=1.0, seed=0)
 
 
 def resident(what: str) -> float:

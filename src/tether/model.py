@@ -212,7 +212,6 @@ class Policy(nn.Module):
         self.critic = critic
         self.value_head = None if critic else _zero_head(model.config.hidden_size, model.device)
         self.critic_only = False  # value warm-up: the critic learns, a shared trunk is frozen
-        self.skipped_in_a_row = 0  # optimiser steps whose gradient was not finite
 
     def forward(self, rows: Rows, *, temperature: float, entropy: bool = True) -> PolicyOutput:
         """Log-probs, entropies and values of every response token: one pass with a shared trunk, two without.

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import tether
 from conftest import ARCHITECTURES
 from resume import launch, steady, wait_for_step
 from tether.config import (
@@ -23,7 +24,7 @@ from tether.config import (
     RewardModelSection,
     SFTModelConfig,
 )
-from tether.errors import DataError
+from tether.errors import DataError, TrainingError
 from tether.parse import to_yaml
 from tether.preferences import Pair
 from tether.reward_model import init_reward_model, load_reward_model
@@ -188,6 +189,19 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_bits(tiny_model, data, tm
     assert steady(killed) == steady(whole)
     for name in ("final/model.safetensors", "final/config.json", "reward_report.json"):
         assert (killed.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_skipped_steps_in_a_row_are_counted_on_over_a_resume_and_the_advice_says_fresh(tiny_model, data, tmp_path):
+    path = tiny_model()
+    broken = AutoModelForCausalLM.from_pretrained(path)
+    broken.model.norm.weight.data.fill_(float("inf"))
+    broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "broken")
+    config = config_for(tmp_path / "run", tmp_path / "broken", data, epochs=5, batch=8)
+    for _ in range(2):  # the second goes on after step 4, of which four were skipped
+        with pytest.raises(TrainingError, match=r"5 optimiser steps in a row.*lower optim\.lr.*--fresh"):
+            reward_model(replace(config, checkpoint=CheckpointConfig(every=2)))
+        assert [m["step"] for m in tether.Run.open(tmp_path / "run").metrics] == [1, 2, 3, 4, 5]
 
 
 # ---------------------------------------------------------------- real preferences

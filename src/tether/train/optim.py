@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from tether.config import OptimConfig
+from tether.errors import TrainingError
 
 Named = Sequence[tuple[str, nn.Parameter]]
+
+ANEW = "begin anew with --fresh (a run that continues keeps its settings)"  # ends advice to change one
 
 MAX_SKIPPED_IN_A_ROW = 5  # steps with gradients that are not finite: one is bad luck, five a broken run
 
@@ -40,12 +43,41 @@ def build_optimizer(
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total: int) -> float:
-    """Set the learning rate of optimiser step `step` (from 0) of `total`; returns the first group's."""
-    factor = lr_factor(config, step, total)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-    return float(optimizer.param_groups[0]["lr"])
+class Steps:
+    """The optimiser steps of a run: their learning rates, and what becomes of a gradient that is not finite.
+
+    optimizer  what steps.
+    skipped    steps in a row whose gradient was not finite; a checkpoint keeps it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimConfig, total: int) -> None:
+        self.optimizer, self.config, self.total = optimizer, config, total
+        self.skipped = 0
+
+    def take(self, step: int) -> dict[str, float]:
+        """Step `step` (from 0) of the run; where the gradient is not finite, leave the weights as they are.
+
+        Returns its metrics: learning rate of the first group, gradient norm before clipping, whether it was skipped.
+        """
+        factor, groups = lr_factor(self.config, step, self.total), self.optimizer.param_groups
+        for group in groups:
+            group["lr"] = group["peak"] * factor
+        norm = float(nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], self.config.max_grad_norm))
+        finite = math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped = 0 if finite else self.skipped + 1
+        return {"optim/lr": groups[0]["lr"], "optim/grad_norm": norm, "optim/skipped_steps": int(not finite)}
+
+    def stop_if_broken(self) -> None:
+        """Raise TrainingError when too many steps in a row were skipped."""
+        if self.skipped >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"the gradients of {self.skipped} optimiser steps in a row are not finite: nothing can be learned any "
+                f"more. Look at the data or the scores of these steps; or lower optim.lr, or set model.dtype to "
+                f"float32, and {ANEW}."
+            )
 
 
 def lr_factor(config: OptimConfig, step: int, total: int) -> float:
@@ -56,19 +88,3 @@ def lr_factor(config: OptimConfig, step: int, total: int) -> float:
     if config.schedule == "linear":
         return 1.0 - done
     return 0.5 * (1.0 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0
-
-
-def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    """Scale all gradients down to `max_norm` together; returns the norm before."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return float(nn.utils.clip_grad_norm_(parameters, max_norm))
-
-
-def step_if_finite(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[float, bool]:
-    """Clip and step: (gradient norm before clipping, True). Where that is not finite, leave the weights as they are."""
-    norm = clip_gradients(optimizer, max_norm)
-    finite = math.isfinite(norm)
-    if finite:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm, finite

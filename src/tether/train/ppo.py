@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from tether.train.deterministic import deterministic
 from tether.train.experience import Experience, collect
 from tether.train.interrupt import Signals, StopRequested
 from tether.train.log import Logger
-from tether.train.optim import HELD_OUT, PROMPTS, build_optimizer, permutation
+from tether.train.optim import HELD_OUT, PROMPTS, Steps, build_optimizer, permutation
 from tether.train.record import table
 from tether.train.update import update
 from tether.train.weights import restore_weights, save_weights
@@ -130,7 +131,7 @@ class Job:
     reference: Reference
     sampler: LocalSampler
     reward: RewardSet
-    optimizer: torch.optim.Optimizer
+    steps: Steps
     prompts: list[Prompt]  # to train on
     held_out: list[Prompt]  # to evaluate on
     stop_ids: tuple[int, ...]
@@ -157,7 +158,7 @@ class Job:
             run.event("alarm", cycle=cycle, what=f"sampler gap {gap:.2g} nats a token, above {bound}")
         try:
             done = update(
-                self.policy, self.optimizer, experience.rollout, c.ppo, c.optim,
+                self.policy, self.steps, experience.rollout, c.ppo,
                 cycle=cycle, kl_coef=kl_coef, temperature=c.sampling.temperature, seed=c.seed,
             )  # fmt: skip
         except TrainingError:
@@ -203,9 +204,11 @@ class Job:
             save_weights(self.policy.lm, directory / "policy")
             self.tokenizer.save_pretrained(directory / "policy")
             self.policy.save_critic(directory / "critic")
-            checkpoint.save_optimizer(self.optimizer, self._named_parameters(), directory / "optimizer.safetensors")
+            checkpoint.save_optimizer(
+                self.steps.optimizer, self._named_parameters(), directory / "optimizer.safetensors"
+            )
 
-        state_dict = {"cycle": state.cycle, "kl_coef": state.kl_coef, "skipped": self.policy.skipped_in_a_row}
+        state_dict = {"cycle": state.cycle, "kl_coef": state.kl_coef, "skipped": self.steps.skipped}
         checkpoint.save(run.path, f"cycle-{state.cycle:06d}", state_dict, write, keep=self.config.checkpoint.keep)
 
     def restore(self, run: RunDirectory) -> State:
@@ -222,8 +225,8 @@ class Job:
         directory, state = found
         restore_weights(self.policy.lm, directory / "policy")
         self.policy.load_critic(directory / "critic")
-        self.policy.skipped_in_a_row = state["skipped"]
-        checkpoint.load_optimizer(self.optimizer, self._named_parameters(), directory / "optimizer.safetensors")
+        self.steps.skipped = state["skipped"]
+        checkpoint.load_optimizer(self.steps.optimizer, self._named_parameters(), directory / "optimizer.safetensors")
         self.sampler.load_weights(self.policy.model)
         run.cut_back(state["cycle"])
         return State(state["cycle"], state["kl_coef"])
@@ -247,15 +250,9 @@ class Job:
 
     def _prompts_of(self, cycle: int) -> list[Prompt]:
         """The cycle's prompts: shuffled passes over the data set, one after the other, without a cursor to save."""
-        count = self.config.ppo.batch // self.config.ppo.responses_per_prompt
-        orders: dict[int, list[int]] = {}
-        chosen = []
-        for position in range((cycle - 1) * count, cycle * count):
-            epoch, place = divmod(position, len(self.prompts))
-            if epoch not in orders:
-                orders[epoch] = permutation(len(self.prompts), seed=self.config.seed, stream=PROMPTS, counter=(epoch,))
-            chosen.append(self.prompts[orders[epoch][place]])
-        return chosen
+        count, size = self.config.ppo.batch // self.config.ppo.responses_per_prompt, len(self.prompts)
+        positions = range((cycle - 1) * count, cycle * count)
+        return [self.prompts[_pass(i // size, size, self.config.seed)[i % size]] for i in positions]
 
     def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return self.policy.policy_parameters() + self.policy.critic_parameters()
@@ -288,9 +285,9 @@ def prepare(config: PPOConfig, reward: Callable[..., Any] | None = None) -> Job:
         config.optim, policy.policy_parameters(), policy.critic_parameters(),
         lora=m.lora is not None, critic_is_head=policy.critic is None,
     )  # fmt: skip
-    return Job(
-        config, device, tokenizer, policy, reference, sampler, scorer, optimizer, prompts, held_out, stop_ids, notes
-    )
+    p = config.ppo
+    steps = Steps(optimizer, config.optim, p.cycles * p.epochs * p.batch // p.minibatch)
+    return Job(config, device, tokenizer, policy, reference, sampler, scorer, steps, prompts, held_out, stop_ids, notes)
 
 
 def _load_prompts(
@@ -303,6 +300,12 @@ def _load_prompts(
         return hold_out(prompts, e.count if e.every else 0, config.seed)
     other = replace(config.prompts, path=e.prompts, limit=None)
     return prompts, load_prompts(other, tokenizer, context=context, max_new_tokens=limit)[: e.count], None
+
+
+@lru_cache(maxsize=2)  # a cycle may begin in one pass and end in the next
+def _pass(number: int, size: int, seed: int) -> list[int]:
+    """The order of one pass over the prompts."""
+    return permutation(size, seed=seed, stream=PROMPTS, counter=(number,))
 
 
 def hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt], str | None]:

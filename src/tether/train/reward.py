@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from tether.batch import microbatches
 from tether.config import InitModelConfig, RewardConfig, SFTModelConfig, check
 from tether.data import load_pairs
-from tether.errors import Interrupted, TrainingError
+from tether.errors import Interrupted
 from tether.loading import (
     add_lora,
     checkpoint_activations,
@@ -35,15 +35,7 @@ from tether.train.card import reward_card
 from tether.train.deterministic import deterministic
 from tether.train.interrupt import Signals
 from tether.train.log import Logger
-from tether.train.optim import (
-    MAX_SKIPPED_IN_A_ROW,
-    SHUFFLE,
-    Named,
-    build_optimizer,
-    permutation,
-    set_lr,
-    step_if_finite,
-)
+from tether.train.optim import SHUFFLE, Named, Steps, build_optimizer, permutation
 from tether.train.preference_report import PreferenceReport, judge
 from tether.train.sft import init_model, input_hashes, newest_checkpoint
 from tether.train.weights import restore_weights, save_weights
@@ -75,28 +67,21 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
         plan = plan_steps(len(train), config)
         trunk, head = trained_parameters(model)
         optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
-        done = _restore(run, model, adapter, optimizer)
-        skipped = 0  # in a row
+        steps = Steps(optimizer, config.optim, len(plan))
+        done = _restore(run, model, adapter, steps)
         with Logger(run, config.log, total=len(plan)) as log:
             for step in range(done + 1, len(plan) + 1):
                 batch = [train[i] for i in plan[step - 1]]
                 began = time.perf_counter()
                 metrics = accumulate(model, batch, section.centre, section.microbatch_tokens)
-                metrics["optim/lr"] = set_lr(optimizer, config.optim, step - 1, len(plan))
-                metrics["optim/grad_norm"], finite = step_if_finite(optimizer, config.optim.max_grad_norm)
-                metrics["optim/skipped_steps"] = int(not finite)
+                metrics |= steps.take(step - 1)
                 metrics["time/update_s"] = time.perf_counter() - began
                 log.write(step, metrics)
-                skipped = 0 if finite else skipped + 1
-                if skipped:
+                if steps.skipped:
                     run.event("alarm", step=step, what="optimiser step skipped: its gradient is not finite")
-                if skipped == MAX_SKIPPED_IN_A_ROW:
-                    raise TrainingError(
-                        f"the gradients of {skipped} optimiser steps in a row are not finite: nothing can be learned "
-                        "any more. Lower optim.lr, or set model.dtype to float32."
-                    )
+                steps.stop_if_broken()
                 if step % config.checkpoint.every == 0 or step == len(plan) or signals.requested:
-                    _save(run, step, model, adapter, optimizer, keep=config.checkpoint.keep)
+                    _save(run, step, model, adapter, steps, keep=config.checkpoint.keep)
                 if signals.requested and step < len(plan):
                     raise Interrupted(f"stopped after step {step} of {len(plan)}, saved; the same command continues.")
         if adapter is not None:
@@ -209,7 +194,7 @@ def _save(
     step: int,
     model: RewardModel,
     adapter: Any | None,
-    optimizer: torch.optim.Optimizer,
+    steps: Steps,
     *,
     keep: int,
 ) -> None:
@@ -218,12 +203,12 @@ def _save(
     def write(directory: Path) -> None:
         save_weights(adapter or model.classifier, directory / "policy")
         save_file(dict(model.head.state_dict()), directory / "head.safetensors")  # an adapter does not hold it
-        checkpoint.save_optimizer(optimizer, [*trunk, *head], directory / "optimizer.safetensors")
+        checkpoint.save_optimizer(steps.optimizer, [*trunk, *head], directory / "optimizer.safetensors")
 
-    checkpoint.save(run.path, f"step-{step:06d}", {"step": step}, write, keep=keep)
+    checkpoint.save(run.path, f"step-{step:06d}", {"step": step, "skipped": steps.skipped}, write, keep=keep)
 
 
-def _restore(run: RunDirectory, model: RewardModel, adapter: Any | None, optimizer: torch.optim.Optimizer) -> int:
+def _restore(run: RunDirectory, model: RewardModel, adapter: Any | None, steps: Steps) -> int:
     """Put model and optimiser back to the newest checkpoint; returns the steps that were done."""
     found = newest_checkpoint(run)
     if found is None:
@@ -232,5 +217,6 @@ def _restore(run: RunDirectory, model: RewardModel, adapter: Any | None, optimiz
     restore_weights(adapter or model.classifier, directory / "policy")
     model.head.load_state_dict(load_file(directory / "head.safetensors"))
     trunk, head = trained_parameters(model)
-    checkpoint.load_optimizer(optimizer, [*trunk, *head], directory / "optimizer.safetensors")
+    checkpoint.load_optimizer(steps.optimizer, [*trunk, *head], directory / "optimizer.safetensors")
+    steps.skipped = state["skipped"]
     return int(state["step"])

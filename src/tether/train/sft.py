@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from tether.batch import microbatches
 from tether.config import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig, check
 from tether.data import Example, load_examples
-from tether.errors import ConfigError, Interrupted, TrainingError
+from tether.errors import ConfigError, Interrupted
 from tether.export import save_model
 from tether.loading import (
     add_lora,
@@ -43,15 +43,7 @@ from tether.train.card import sft_card
 from tether.train.deterministic import deterministic
 from tether.train.interrupt import Signals
 from tether.train.log import Logger
-from tether.train.optim import (
-    MAX_SKIPPED_IN_A_ROW,
-    SHUFFLE,
-    Named,
-    build_optimizer,
-    permutation,
-    set_lr,
-    step_if_finite,
-)
+from tether.train.optim import SHUFFLE, Named, Steps, build_optimizer, permutation
 from tether.train.weights import restore_weights, save_weights
 
 Row = list[Example]  # what stands in one row of tokens: one example, or several when packed
@@ -87,8 +79,8 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
         plan = plan_steps([len(e.ids) for e in examples], config)
         named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
         optimizer = build_optimizer(config.optim, named, lora=config.model.lora is not None)
-        done = _restore(run, model, optimizer, named)
-        skipped = 0  # in a row
+        steps = Steps(optimizer, config.optim, len(plan))
+        done = _restore(run, model, steps, named)
         with Logger(run, config.log, total=len(plan)) as log:
             for note in notes:
                 log.note(note)
@@ -96,22 +88,15 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
                 rows = [[examples[i] for i in row] for row in plan[step - 1]]
                 began = time.perf_counter()
                 metrics = accumulate(model, rows, config.sft.microbatch_tokens)
-                metrics["optim/lr"] = set_lr(optimizer, config.optim, step - 1, len(plan))
-                metrics["optim/grad_norm"], finite = step_if_finite(optimizer, config.optim.max_grad_norm)
-                metrics["optim/skipped_steps"] = int(not finite)
+                metrics |= steps.take(step - 1)
                 metrics["time/update_s"] = time.perf_counter() - began
                 metrics["tokens_per_s/update"] = metrics["tokens/trained"] / metrics["time/update_s"]
                 log.write(step, metrics)
-                skipped = 0 if finite else skipped + 1
-                if skipped:
+                if steps.skipped:
                     run.event("alarm", step=step, what="optimiser step skipped: its gradient is not finite")
-                if skipped == MAX_SKIPPED_IN_A_ROW:
-                    raise TrainingError(
-                        f"the gradients of {skipped} optimiser steps in a row are not finite: nothing can be learned "
-                        "any more. Lower optim.lr, or set model.dtype to float32."
-                    )
+                steps.stop_if_broken()
                 if step % config.checkpoint.every == 0 or step == len(plan) or signals.requested:
-                    _save(run, step, model, optimizer, named, keep=config.checkpoint.keep)
+                    _save(run, step, model, steps, named, keep=config.checkpoint.keep)
                 if signals.requested and step < len(plan):
                     raise Interrupted(f"stopped after step {step} of {len(plan)}, saved; the same command continues.")
         save_model(model, tokenizer, run.path / "final", card=sft_card(Run(run.path), config), stop_ids=stop_ids)
@@ -263,24 +248,23 @@ def input_hashes(model: SFTModelConfig, data: DataConfig) -> dict[str, str]:
     return hashes | {"data.path": hash_files(data.path)}
 
 
-def _save(
-    run: RunDirectory, step: int, model: LanguageModel, optimizer: torch.optim.Optimizer, named: Named, *, keep: int
-) -> None:
+def _save(run: RunDirectory, step: int, model: LanguageModel, steps: Steps, named: Named, *, keep: int) -> None:
     def write(directory: Path) -> None:
         save_weights(model.lm, directory / "policy")
-        checkpoint.save_optimizer(optimizer, named, directory / "optimizer.safetensors")
+        checkpoint.save_optimizer(steps.optimizer, named, directory / "optimizer.safetensors")
 
-    checkpoint.save(run.path, f"step-{step:06d}", {"step": step}, write, keep=keep)
+    checkpoint.save(run.path, f"step-{step:06d}", {"step": step, "skipped": steps.skipped}, write, keep=keep)
 
 
-def _restore(run: RunDirectory, model: LanguageModel, optimizer: torch.optim.Optimizer, named: Named) -> int:
+def _restore(run: RunDirectory, model: LanguageModel, steps: Steps, named: Named) -> int:
     """Put model and optimiser back to the newest checkpoint; returns the steps that were done."""
     found = newest_checkpoint(run)
     if found is None:
         return 0
     directory, state = found
     restore_weights(model.lm, directory / "policy")
-    checkpoint.load_optimizer(optimizer, named, directory / "optimizer.safetensors")
+    checkpoint.load_optimizer(steps.optimizer, named, directory / "optimizer.safetensors")
+    steps.skipped = state["skipped"]
     return int(state["step"])
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tether.batch import Rollout, microbatches
-from tether.config import OptimConfig, PPOSection
+from tether.config import PPOSection
 from tether.errors import TrainingError
 from tether.math import clipped_policy_loss, entropy_mean, kl_loss, value_loss
 from tether.model import Policy
 from tether.train.experience import Metrics
-from tether.train.optim import MAX_SKIPPED_IN_A_ROW, SHUFFLE, permutation, set_lr, step_if_finite
+from tether.train.optim import ANEW, SHUFFLE, Steps, permutation
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,10 @@ class Update:
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout,
-    ppo: PPOSection, optim: OptimConfig, *, cycle: int, kl_coef: float, temperature: float, seed: int,
+    policy: Policy, steps: Steps, rollout: Rollout, ppo: PPOSection,
+    *, cycle: int, kl_coef: float, temperature: float, seed: int,
 ) -> Update:  # fmt: skip
-    """Maximise the clipped objective over the cycle's rollout; changes `policy` and `optimizer` in place.
+    """Maximise the clipped objective over the cycle's rollout; changes `policy` and the optimiser in place.
 
     Every metric is taken before its minibatch's step and averaged over the cycle by tokens. The learning rate follows
     from the step's number in the whole run, so nothing of the schedule needs saving.
@@ -38,18 +39,16 @@ def update(
     Raises TrainingError when gradients stay not finite, or when the first ratio of the cycle is not 1.
     """
     began = time.perf_counter()
-    steps = len(rollout.rows) // ppo.minibatch
-    step = (cycle - 1) * ppo.epochs * steps
-    total = ppo.cycles * ppo.epochs * steps
+    per_epoch = len(rollout.rows) // ppo.minibatch
     new_logprobs = rollout.old_logprobs.clone()
-    averages, first_ratio_error, skipped, tokens_done = _Averages(), 0.0, 0, 0
+    done: list[tuple[dict[str, float], float]] = []  # metrics and tokens of every minibatch
+    first_ratio_error = 0.0
     alarms: list[str] = []
     policy.critic_only = cycle <= ppo.value_warmup_cycles
 
     for epoch in range(ppo.epochs):
         order = permutation(len(rollout.rows), seed=seed, stream=SHUFFLE, counter=(cycle, epoch))
-        epoch_kl, epoch_tokens = 0.0, 0.0
-        for m in range(steps):
+        for m in range(per_epoch):
             chosen = sorted(order[m * ppo.minibatch : (m + 1) * ppo.minibatch])
             index = torch.tensor(chosen, device=rollout.values.device)
             minibatch = rollout.select(index)
@@ -58,33 +57,24 @@ def update(
             if epoch == m == 0:
                 first_ratio_error = _check_first_ratio(logprobs, minibatch, policy, alarms)
 
-            metrics["optim/lr"] = set_lr(optimizer, optim, step + epoch * steps + m, total)
-            metrics["optim/grad_norm"], finite = step_if_finite(optimizer, optim.max_grad_norm)
-            skipped += not finite
-            policy.skipped_in_a_row = 0 if finite else policy.skipped_in_a_row + 1
-            if not finite:
-                alarms.append(f"optimiser step {step + epoch * steps + m} skipped: its gradient is not finite")
-            if policy.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise TrainingError(
-                    f"the gradients of {MAX_SKIPPED_IN_A_ROW} optimiser steps in a row are not finite: nothing can be "
-                    "learned any more. Lower optim.lr, or look at the scores in the cycle's rollout file."
-                )
-            tokens = float(minibatch.rows.response_lengths.sum())
-            averages.add(metrics, tokens)
-            epoch_kl, epoch_tokens = epoch_kl + metrics["policy/kl_old_new"] * tokens, epoch_tokens + tokens
-            tokens_done += int(tokens)
-        if ppo.stop_epoch_at_kl is not None and epoch_kl / epoch_tokens > ppo.stop_epoch_at_kl:
+            step = ((cycle - 1) * ppo.epochs + epoch) * per_epoch + m
+            metrics |= steps.take(step)
+            if steps.skipped:
+                alarms.append(f"optimiser step {step} skipped: its gradient is not finite")
+            steps.stop_if_broken()
+            done.append((metrics, float(minibatch.rows.response_lengths.sum())))
+        if ppo.stop_epoch_at_kl is not None and _means(done[-per_epoch:])["policy/kl_old_new"] > ppo.stop_epoch_at_kl:
             break
 
     policy.critic_only = False
     seconds = time.perf_counter() - began
     return Update(
         {
-            **averages.means(),
+            **_means(done),
             "check/first_ratio_error": first_ratio_error,
-            "optim/skipped_steps": skipped,
+            "optim/skipped_steps": sum(int(metrics["optim/skipped_steps"]) for metrics, _ in done),
             "time/update_s": seconds,
-            "tokens_per_s/update": tokens_done / max(seconds, 1e-9),
+            "tokens_per_s/update": sum(tokens for _, tokens in done) / max(seconds, 1e-9),
         },
         new_logprobs,
         alarms,
@@ -125,40 +115,27 @@ def accumulate(
             if ppo.kl.place == "loss":
                 loss = loss + kl_coef * kl_loss(output.logprobs, part.ref_logprobs, mask, denominator=denominator)
         loss.backward()
-        _combine(metrics, {**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()})
+        _merge(metrics, {**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()})
         new_logprobs[index, : mask.shape[1]] = output.logprobs.detach()
     return metrics, new_logprobs
 
 
-def _combine(total: dict[str, float], part: dict[str, Tensor]) -> None:
-    """Metrics of microbatches add up to the minibatch's; extremes combine as extremes."""
+def _means(minibatches: list[tuple[dict[str, float], float]]) -> dict[str, float]:
+    """Averages of the metrics, by tokens."""
+    tokens, total = sum(count for _, count in minibatches), dict[str, float]()
+    for metrics, count in minibatches:
+        _merge(total, metrics, weight=count / tokens)
+    return total
+
+
+def _merge(total: dict[str, float], part: Mapping[str, Tensor | float], *, weight: float = 1.0) -> None:
+    """Add `part` to `total`, weighted; extremes combine as extremes."""
     for name, value in part.items():
+        x = float(value)
         if name.endswith(("_min", "_max")):
-            pick = min if name.endswith("_min") else max
-            total[name] = pick(total.get(name, float(value)), float(value))
+            total[name] = (min if name.endswith("_min") else max)(total.get(name, x), x)
         else:
-            total[name] = total.get(name, 0.0) + float(value)
-
-
-class _Averages:
-    """Metrics of minibatches, averaged over the cycle by tokens; extremes stay extremes."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.extremes: dict[str, float] = {}
-        self.tokens = 0.0
-
-    def add(self, metrics: dict[str, float], tokens: float) -> None:
-        self.tokens += tokens
-        for name, value in metrics.items():
-            if name.endswith(("_min", "_max")):
-                pick = min if name.endswith("_min") else max
-                self.extremes[name] = pick(self.extremes.get(name, value), value)
-            else:
-                self.sums[name] = self.sums.get(name, 0.0) + value * tokens
-
-    def means(self) -> Metrics:
-        return {**{name: value / self.tokens for name, value in self.sums.items()}, **self.extremes}
+            total[name] = total.get(name, 0.0) + weight * x
 
 
 def _check_first_ratio(logprobs: Tensor, minibatch: Rollout, policy: Policy, alarms: list[str]) -> float:
@@ -169,7 +146,8 @@ def _check_first_ratio(logprobs: Tensor, minibatch: Rollout, policy: Policy, ala
     if mean > 5e-2:
         raise TrainingError(
             f"the first ratio of the cycle is off 1 by {mean:.2g} on average: old and new log-probs come from "
-            "different arithmetic, and the objective would be wrong. Set model.dtype to float32, and please report it."
+            f"different arithmetic, and the objective would be wrong. Please report it; and set model.dtype to float32 "
+            f"and {ANEW}."
         )
     precise = policy.model.dtype == torch.float32
     if mean > (1e-5 if precise else 1e-2) or (precise and largest > 1e-4):
