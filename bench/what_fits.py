@@ -1,6 +1,6 @@
 """What fits on which GPU: predicted peak memory of PPO for four sizes of model, trained whole or by LoRA.
 
-    python bench/what_fits.py     the README's table, in Markdown: about a minute on one core
+    python bench/what_fits.py     the table of docs/what-fits.md, in Markdown: about three minutes on one core
 
 Shapes are those of Qwen2.5 (0.5B, 1.5B, 3B) and Qwen3 (8B), written out here: nothing is downloaded. Prompts of up to
 512 tokens, responses of up to 256, a reward function; everything else as `tether ppo` has it by default.

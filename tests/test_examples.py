@@ -17,6 +17,17 @@ def test_the_config_is_valid(path):
     tether.load_config(path)
 
 
+def test_the_example_for_a_gpu_dry_runs_up_to_the_model_that_is_not_here(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tether.cli", "ppo", "gpu_qwen_0.5b.yaml", "--dry-run", "--device", "cpu"],
+        cwd=EXAMPLES, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("tether: error: Qwen/Qwen2.5-0.5B-Instruct: its tokenizer cannot be loaded")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_the_stories_example_trains_from_the_command_line(stories260k, tmp_path):
     pytest.importorskip("vaderSentiment")

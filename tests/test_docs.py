@@ -1,0 +1,21 @@
+"""What the pages promise is there: every file that they link to, every command of the benchmarks."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_to_a_file_leads_to_one(page):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_every_benchmark_has_a_row_with_its_command():
+    scripts = {p.name for p in (ROOT / "bench").glob("*.py")} - {"chart.py"}  # which the others draw with
+    rows = re.findall(r"^\|.*`python bench/(\w+\.py)", (ROOT / "bench" / "README.md").read_text(), re.M)
+    assert sorted(rows) == sorted(scripts)
