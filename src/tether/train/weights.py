@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from tether.errors import ModelError, first_line
 from tether.loading import load_weights, quiet_transformers
 
 
@@ -23,4 +24,15 @@ def restore_weights(model: Any, directory: Path) -> None:
         return
     from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(model, load_file(directory / "adapter_model.safetensors"))
+    file = directory / "adapter_model.safetensors"
+    try:
+        result: Any = set_peft_model_state_dict(model, load_file(file))
+    except RuntimeError as error:  # of another shape
+        raise ModelError(f"{file} does not fit the adapter: {first_line(error)}. Was it edited?") from error
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for names, what in ((trained.intersection(result.missing_keys), "lacks"), (result.unexpected_keys, "has besides")):
+        if names:
+            raise ModelError(
+                f"{file} does not fit the adapter: it {what} {min(names)}, and training would go on with other weights "
+                "than it stopped with. Continue with the model and the model.lora that the run began with."
+            )
