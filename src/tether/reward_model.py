@@ -210,8 +210,9 @@ def _ensure_classifier(config: PretrainedConfig) -> None:
 
 
 def save_reward_model(
-    model: RewardModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, stop_id: int | None, card: str = ""
-) -> None:
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, directory: Path,
+    *, stop_id: int | None, card: str = "", trust_remote_code: bool = False,
+) -> None:  # fmt: skip
     """Write a Hugging Face directory that the stock classifier scores as we do, normalisation in its config.json.
 
     stop_id: the token that ended the sequences it was trained on. card: the model card.
@@ -230,7 +231,7 @@ def save_reward_model(
         model.classifier.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
-    compare_with_stock(model, partial, stop_id=stop_id)
+    compare_with_stock(model, partial, stop_id=stop_id, trust_remote_code=trust_remote_code)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 
@@ -249,13 +250,19 @@ def choose_pad_id(tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, vo
     return None
 
 
-def compare_with_stock(model: RewardModel, directory: Path, *, stop_id: int | None) -> None:
+def compare_with_stock(
+    model: RewardModel, directory: Path, *, stop_id: int | None, trust_remote_code: bool = False
+) -> None:
     """Reload `directory` in plain transformers and compare raw scores on a padded batch with rows that end with a stop.
 
-    Raises ModelError where they differ by more than rounding.
+    Both compute in the precision of the weights, whatever that of training: rounding would hide a small difference.
+    Raises ModelError where they differ by more than what is left of it.
     """
+    weights = model.head.weight.dtype
     with quiet_transformers():
-        stock = AutoModelForSequenceClassification.from_pretrained(directory, dtype=model.head.weight.dtype)
+        stock = AutoModelForSequenceClassification.from_pretrained(
+            directory, dtype=weights, trust_remote_code=trust_remote_code
+        )
     stock = stock.to(model.device).eval()
     config = stock.config.get_text_config()
     pad_id = config.pad_token_id
@@ -263,7 +270,7 @@ def compare_with_stock(model: RewardModel, directory: Path, *, stop_id: int | No
     ordinary = [i for i in range(min(config.vocab_size, 64)) if i not in (pad_id, stop_id)] or stop
     rows = [ordinary[:9] + stop, ordinary[:5], ordinary[-3:] + stop]
     with torch.no_grad():
-        ours = model(rows)
+        ours = RewardModel(model.classifier, dtype=weights)(rows)
         if pad_id is None:
             theirs = torch.cat([stock(torch.tensor([row], device=model.device)).logits[:, 0] for row in rows])
         else:
@@ -272,7 +279,7 @@ def compare_with_stock(model: RewardModel, directory: Path, *, stop_id: int | No
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
             theirs = stock(tokens, attention_mask=mask).logits[:, 0]
     gap = (ours - theirs.to(ours.dtype)).abs().max().item()
-    allowed = (1e-3 if model.dtype == torch.float32 else 5e-2) * max(1.0, ours.abs().max().item())
+    allowed = (5e-2 if weights == torch.bfloat16 else 1e-3) * max(1.0, ours.abs().max().item())
     if not gap <= allowed:
         raise ModelError(
             f"{directory}: plain transformers scores a probe {gap:.2g} away from Tether's own score: whoever loads it "

@@ -120,6 +120,36 @@ def test_an_export_that_stock_pooling_would_score_differently_is_an_error(tiny_m
         compare_with_stock(model, tmp_path, stop_id=EOS)
 
 
+def test_in_bfloat16_too_an_export_that_differs_by_no_more_than_rounding_is_noticed(
+    tiny_model, tiny_tokenizer, tmp_path
+):
+    model = init_reward_model(str(tiny_model()), dtype=torch.bfloat16, weights_dtype=torch.float32, device=CPU, seed=1)
+    with torch.no_grad():
+        model.head.weight.mul_(10)
+    save_reward_model(model, tiny_tokenizer, tmp_path, stop_id=EOS)
+    with torch.no_grad():
+        model.head.weight.mul_(1.01)
+    with pytest.raises(ModelError, match="plain transformers scores a probe"):
+        compare_with_stock(model, tmp_path, stop_id=EOS)
+
+
+def test_remote_code_that_was_asked_for_is_trusted_when_the_export_is_checked(
+    tiny_model, tiny_tokenizer, tmp_path, monkeypatch
+):
+    load, asked = AutoModelForSequenceClassification.from_pretrained, []
+
+    def spy(*args, **kwargs):
+        asked.append(kwargs["trust_remote_code"])
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", spy)
+    for trust in (False, True):
+        save_reward_model(
+            fresh(tiny_model()), tiny_tokenizer, tmp_path / str(trust), stop_id=EOS, trust_remote_code=trust
+        )
+    assert asked[1::2] == [False, True]  # each time loaded to train, then reloaded
+
+
 def test_a_language_model_is_not_taken_for_a_reward_model(tiny_model):
     with pytest.raises(ModelError, match=r"lacks score\.weight: its scores would be random"):
         load_reward_model(str(tiny_model(num_labels=1)), **FLOAT)

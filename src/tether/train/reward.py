@@ -91,7 +91,8 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
         report.write(run.path)
         print(report.text())
         card = reward_card(Run(run.path), config, report.text())
-        save_reward_model(model, tokenizer, run.path / "final", stop_id=stop_id, card=card)
+        trust = config.model.trust_remote_code
+        save_reward_model(model, tokenizer, run.path / "final", stop_id=stop_id, card=card, trust_remote_code=trust)
     return Run.open(run.path)
 
 
