@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.utils import logging as transformers_logging
 
 from tether.config import LoraConfig
-from tether.errors import ConfigError, ModelError, first_line
+from tether.errors import ConfigError, ModelError, did_you_mean_path, first_line
+from tether.tokens import looks_local
 
 transformers_logging.disable_progress_bar()
 
@@ -74,9 +75,12 @@ def check_directory(path: str) -> None:
     if directory.is_file():
         raise ModelError(f"{path} is a file: a model is a directory with config.json and *.safetensors. Name that.")
     if not directory.is_dir():
-        if directory.is_absolute() or path.startswith(".") or path.count("/") != 1:
-            raise ModelError(f"{path} does not exist: there is no model to load. Check the path.")
-        return  # owner/name: a hub id
+        if looks_local(path):
+            raise ModelError(
+                f"{path} does not exist: there is no model to load.{did_you_mean_path(path)} Check the path; "
+                "a model on the hub is named owner/name."
+            )
+        return  # a hub id
     if not (directory / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: it is not a model directory. Name the one that holds it.")
     if not any(directory.glob("*.safetensors")) and not (directory / "adapter_config.json").exists():

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from tether.config import LoraConfig, ModelConfig
 from tether.errors import ConfigError, ModelError
-from tether.loading import init_causal_lm, load_causal_lm, load_weights, resolve_device, resolve_dtype
+from tether.loading import check_directory, init_causal_lm, load_causal_lm, load_weights, resolve_device, resolve_dtype
 from tether.model import build_policy
+from tether.tokens import load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -70,6 +71,20 @@ def test_what_is_wrong_with_a_directory_is_said(directory, spoil, message):
     spoil(directory)
     with pytest.raises(ModelError, match=message):
         load(directory)
+
+
+@pytest.mark.parametrize("path", ["/no/where", "./no", "a/b/c", "here/missing", "~/model"])
+def test_model_and_tokenizer_agree_on_what_is_a_missing_directory_and_no_hub_id(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for load_it in (check_directory, load_tokenizer):
+        with pytest.raises(ModelError, match=r"does not exist.*a model on the hub is named owner/name"):
+            load_it(path)
+
+
+@pytest.mark.parametrize("path", ["gpt2", "owner/name", "Owner-1/name_2.0"])
+def test_a_name_or_an_owner_and_a_name_is_a_hub_id(path):
+    check_directory(path)
 
 
 def test_a_file_is_not_a_model(directory):
