@@ -320,6 +320,8 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
 
     policy = Policy(LanguageModel(lm, dtype), critic).to(device)
     notes = [note for model in (policy.model, frozen) if model and (note := model.check_head())]
+    if config.lora and critic:
+        notes.append("model.lora adapts the policy alone: the separate critic's own trunk is trained whole, in float32")
     if frozen is not None:
         frozen.lm.eval().requires_grad_(False)
     policy.train()

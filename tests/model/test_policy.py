@@ -20,7 +20,10 @@ CPU = torch.device("cpu")
 
 def build(directory, **settings):
     policy, reference, notes = build_policy(ModelConfig(policy=str(directory), **settings), device=CPU, seed=0)
-    assert not notes
+    whole_critic = bool(settings.get("lora")) and settings.get("critic", "shared") != "shared"
+    assert ["separate critic's own trunk is trained whole, in float32" in note for note in notes] == [
+        True
+    ] * whole_critic
     return policy, reference
 
 
