@@ -104,6 +104,7 @@ BAD = {
     ),
     "a bare text": Bad(b'"Once"\n', ["line 1 is the text 'Once', where a row is an object"]),
     "a bare number": Bad(ROW + b"12\n", ["line 2 is the number 12"]),
+    "a byte order mark in the middle": Bad(ROW + b"\xef\xbb\xbf" + ROW, ["data.jsonl, line 2 is not JSON"]),
     # the column
     "misspelt column": Bad(
         [{"promt": "a", "n": 1}],
@@ -134,6 +135,10 @@ BAD = {
     "empty without bos": Bad(table("prompt", "a", ""), ["line 2, column 'prompt': is empty and the tokenizer adds no"]),
     "half a character": Bad(
         b'{"prompt": "a\\ud83d"}\n', ["line 1, column 'prompt': holds '\\ud83d', half a character"]
+    ),
+    "half a character in a message": Bad(
+        b'{"prompt": [{"role": "user", "content": "a\\ud83d"}]}\n',
+        ["column 'prompt': holds '\\ud83d', half a character"],
     ),
     "no messages": Bad(table("prompt", []), ["column 'prompt': is an empty list", '[{"role": "user"']),
     "a message that is text": Bad(table("prompt", ["Hi"]), ["message 0 is the text 'Hi'", '{"role": "user"']),
@@ -168,6 +173,11 @@ BAD = {
     "a completion by the user": Bad(
         [{"prompt": [USER], "completion": [USER]}],
         ["column 'completion': is 1 messages by user, where one answer of the assistant belongs"],
+        load="examples",
+    ),
+    "a completion of two messages": Bad(
+        [{"prompt": [USER], "completion": [ASSISTANT, USER]}],
+        ["column 'completion': is 2 messages by assistant, user, where one answer of the assistant belongs"],
         load="examples",
     ),
     "a text that is null": Bad(table("text", "a", None), ["line 2, column 'text': is null"], load="examples"),

@@ -89,6 +89,17 @@ def test_where_transcripts_part(chosen, rejected, want):
     assert split_transcripts(chosen, rejected) == want
 
 
+def test_rows_without_a_group_belong_to_none(write, tiny_tokenizer):
+    rows = [{"prompt": p, "chosen": "c", "rejected": "d", "group": g} for p, g in (("a", None), ("b", None), ("c", 0))]
+    assert [p.group for p in load(write("a.jsonl", rows), tiny_tokenizer)] == [None, None, "0"]
+
+
+def test_drop_keeps_the_row_numbers_of_pairs(write, tiny_tokenizer):
+    rows = [{"prompt": p, "chosen": "c", "rejected": "d"} for p in ("a", "a" * 20, "b")]
+    pairs = load(write("a.jsonl", rows), tiny_tokenizer, max_tokens=10, overlong="drop")
+    assert [p.row for p in pairs] == [0, 2]
+
+
 def test_cut_left_cuts_the_shared_prompt_by_the_longer_answer(write, tiny_tokenizer, capsys):
     rows = [
         {"prompt": "abcd", "chosen": "xy", "rejected": "z"},
@@ -119,6 +130,15 @@ def test_prompts_that_differ_only_in_what_was_cut_keep_different_keys(write, tin
     same, again, other = load(write("a.jsonl", rows), tiny_tokenizer, max_tokens=4, overlong="cut_left")
     assert same.prompt_ids == other.prompt_ids
     assert same.prompt_key == again.prompt_key != other.prompt_key
+
+
+def test_a_prompt_is_the_same_in_whatever_order_its_keys_are_written(write, tiny_tokenizer):
+    rows = [
+        {"prompt": [message], "chosen": "x", "rejected": "y"}
+        for message in ({"role": "user", "content": "Hi"}, {"content": "Hi", "role": "user"})
+    ]
+    first, second = load(write("a.jsonl", rows), tiny_tokenizer)
+    assert first.prompt_key == second.prompt_key
 
 
 # ---------------------------------------------------------------- split

@@ -2,6 +2,8 @@
 
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tether.batch import Prompt
@@ -46,6 +48,25 @@ def test_chat_template_kwargs_reach_the_template(write, tiny_tokenizer, monkeypa
     assert tiny_tokenizer.decode(prompt.ids) == "Hi /think"
 
 
+def test_keys_that_parquet_fills_in_with_null_are_not_the_messages(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        tiny_tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{{ '!' if 'name' in m }}{% endfor %}"
+    )
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U", "name": "Ann"}]
+    pq.write_table(pa.Table.from_pylist([{"prompt": messages}]), tmp_path / "a.parquet")
+    (prompt,) = load(str(tmp_path / "a.parquet"), tiny_tokenizer)
+    assert prompt.source == messages
+    assert tiny_tokenizer.decode(prompt.ids) == "SU!"
+
+
+def test_messages_may_call_tools_without_content_and_hold_parts(write, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{% for m in messages %}<{{ m.role }}>{% endfor %}")
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "1?"}]}, call, {"role": "tool", "content": "1"}]
+    (prompt,) = load(write("a.jsonl", [{"prompt": messages}]), tiny_tokenizer)
+    assert prompt.source == messages
+
+
 def test_texts_and_messages_may_stand_in_one_file(write, tiny_tokenizer):
     rows = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}, {"prompt": "c"}]
     got = [tiny_tokenizer.decode(p.ids) for p in load(write("a.jsonl", rows), tiny_tokenizer)]
@@ -80,6 +101,11 @@ def test_cut_left_keeps_the_end_and_says_so(write, tiny_tokenizer, capsys):
 def test_cut_left_keeps_bos_in_front(write, spaced_tokenizer):
     (prompt,) = load(write("a.jsonl", [{"prompt": "xyz" * 5}]), spaced_tokenizer, max_tokens=4, overlong="cut_left")
     assert prompt.ids == (1, *spaced_tokenizer.convert_tokens_to_ids(["x", "y", "z"]))
+
+
+def test_a_prompt_cut_to_one_token_keeps_its_last_and_no_bos(write, spaced_tokenizer):
+    (prompt,) = load(write("a.jsonl", [{"prompt": "xyz"}]), spaced_tokenizer, max_tokens=1, overlong="cut_left")
+    assert spaced_tokenizer.convert_ids_to_tokens(prompt.ids) == ["z"]
 
 
 def test_drop_counts_what_it_drops_and_keeps_row_numbers(write, tiny_tokenizer, capsys):

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.data import read_rows
+from tether.config import DataConfig, PromptsConfig
+from tether.data import load_examples, load_pairs, load_prompts, read_rows
 from tether.errors import DataError
 
 leaves = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8)
@@ -89,3 +90,39 @@ def test_a_hub_data_set_gives_the_rows_of_its_split(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_rows("somebody/prompts", "test", limit=2) == [{"prompt": "a"}, {"prompt": "b"}]
     assert asked == [("somebody/prompts", "test")]
+
+
+@pytest.mark.parametrize("what", ["prompts", "examples", "pairs"])
+def test_split_and_limit_of_a_config_reach_the_reader(what, monkeypatch, tiny_tokenizer):
+    row = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, split: asked.append(split) or datasets.Dataset.from_list([row] * 3)
+    )
+    where = {"path": "somebody/data", "split": "test", "limit": 2}
+    if what == "prompts":
+        rows = load_prompts(PromptsConfig(**where), tiny_tokenizer, context=None, max_new_tokens=8)
+    else:
+        rows = {"examples": load_examples, "pairs": load_pairs}[what](DataConfig(**where), tiny_tokenizer, stop_id=1)
+    assert ([r.row for r in rows], asked) == ([0, 1], ["test"])
+
+
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{{ mark }}{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_chat_template_kwargs_reach_prompt_and_answer_of_examples_and_pairs(write, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", MARKED)
+    user, yes, no = {"role": "user", "content": "Hi"}, *({"role": "assistant", "content": c} for c in ("Yo", "No"))
+    path = write("a.jsonl", [{"prompt": [user], "completion": [yes], "chosen": [yes], "rejected": [no]}])
+    marked = {"chat_template_kwargs": {"mark": "!"}}
+    (pair,) = load_pairs(DataConfig(path, **marked), tiny_tokenizer, stop_id=1)
+    decoded = [tiny_tokenizer.decode(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+    assert decoded == ["<user>!Hi<assistant>", "!Yo<eos>", "!No<eos>"]
+    (example,) = load_examples(DataConfig(path, **marked), tiny_tokenizer, stop_id=1)
+    (whole,) = load_examples(
+        DataConfig(write("b.jsonl", [{"messages": [user, yes]}]), **marked), tiny_tokenizer, stop_id=1
+    )
+    assert tiny_tokenizer.decode(example.ids) == tiny_tokenizer.decode(whole.ids) == "<user>!Hi<assistant>!Yo<eos>"
