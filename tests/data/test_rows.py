@@ -126,3 +126,13 @@ def test_chat_template_kwargs_reach_prompt_and_answer_of_examples_and_pairs(writ
         DataConfig(write("b.jsonl", [{"messages": [user, yes]}]), **marked), tiny_tokenizer, stop_id=1
     )
     assert tiny_tokenizer.decode(example.ids) == tiny_tokenizer.decode(whole.ids) == "<user>!Hi<assistant>!Yo<eos>"
+
+
+@pytest.mark.parametrize("column", ["completion", "chosen", "rejected"])
+def test_an_answer_that_the_template_refuses_is_named_with_its_column(write, tiny_tokenizer, monkeypatch, column):
+    refusing = MARKED.replace("{{ mark }}", "{{ raise_exception('no') if m.content == 'bad' }}")
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", refusing)
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": "a", "chosen": "b", "rejected": "c"}
+    load = load_examples if column == "completion" else load_pairs
+    with pytest.raises(DataError, match=f"line 1, column '{column}': the tokenizer's chat template refuses"):
+        load(DataConfig(write("a.jsonl", [row | {column: "bad"}])), tiny_tokenizer, stop_id=1)
