@@ -309,15 +309,26 @@ def _pass(number: int, size: int, seed: int) -> list[int]:
 
 
 def hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt], str | None]:
-    """(prompts to train on, prompts to evaluate on, a note): never more than a quarter is held out."""
+    """(prompts to train on, prompts to evaluate on, a note): never more than a quarter is held out.
+
+    Rows with the same prompt stand or fall together: one of them is evaluated on, or all are trained on.
+    """
     if count == 0:
         return prompts, [], None
-    if len(prompts) < 4:
-        return prompts, prompts, f"only {len(prompts)} prompts: evaluation uses the ones that are trained on"
-    taken = set(permutation(len(prompts), seed=seed, stream=HELD_OUT)[: min(count, len(prompts) // 4)])
-    note = None if len(taken) == count else f"only {len(prompts)} prompts: {len(taken)} are held out, not {count}"
-    train = [p for i, p in enumerate(prompts) if i not in taken]
-    return train, [p for i, p in enumerate(prompts) if i in taken], note
+    first: dict[tuple[int, ...], Prompt] = {}
+    for p in prompts:
+        first.setdefault(p.ids, p)
+    distinct = list(first.values())
+    if len(distinct) < 4:
+        return prompts, prompts, f"only {len(distinct)} prompts: evaluation uses the ones that are trained on"
+    chosen = permutation(len(distinct), seed=seed, stream=HELD_OUT)[: min(count, len(distinct) // 4)]
+    held_out = [distinct[i] for i in sorted(chosen)]
+    taken = {p.ids for p in held_out}
+    train = [p for p in prompts if p.ids not in taken]
+    notes = [] if len(held_out) == count else [f"only {len(distinct)} prompts: {len(taken)} are held out, not {count}"]
+    if repeats := len(prompts) - len(train) - len(held_out):
+        notes.append(f"{repeats} rows repeat a held-out prompt: not trained on")
+    return train, held_out, "; ".join(notes) or None
 
 
 def _inputs(config: PPOConfig) -> dict[str, str]:
