@@ -281,7 +281,8 @@ def test_evaluations_use_the_same_prompts_and_draws_every_time(tiny_model, tmp_p
     assert [r["old_logprob"] for r in rows[3]] != [r["old_logprob"] for r in rows[0]]
     mean = sum(r["score"] for r in rows[3]) / len(rows[3])
     assert run.metrics[-1]["eval/score_mean"] == pytest.approx(mean)
-    assert rows[3][0]["new_logprob"] is None
+    for name in ("new_logprob", "ratio", "clipped"):  # of an update, and here is none
+        assert [r[name] for r in rows[3]] == [[None] * r["length"] for r in rows[3]]
 
 
 def test_prompts_to_evaluate_on_may_come_from_a_file_of_their_own(tiny_model, tmp_path):

@@ -21,7 +21,8 @@ def table(
 ) -> dict[str, list[Any]]:  # fmt: skip
     """Columns of B rows, one a response; per-token columns are lists as long as the response.
 
-    new_logprobs [B, R]: of the last epoch's own passes; in evaluations there are none, and what they give is null.
+    new_logprobs [B, R]: of the last epoch's own passes; in evaluations there are none, and their columns are lists of
+    nulls.
     """
     completions, rollout = experience.completions, experience.rollout
     lengths, prompts = completions.lengths, completions.prompts
@@ -54,7 +55,7 @@ def table(
         "entropy": ragged(experience.entropy),
     }
     if new_logprobs is None:
-        return columns | {name: [None] * len(completions) for name in ("new_logprob", "ratio", "clipped")}
+        return columns | {name: [[None] * n for n in lengths] for name in ("new_logprob", "ratio", "clipped")}
     ratio = (new_logprobs - rollout.old_logprobs).exp()
     low, high = (ppo.clip[0], ppo.clip[-1]) if isinstance(ppo.clip, list) else (ppo.clip, ppo.clip)
     a = rollout.advantages
