@@ -41,6 +41,21 @@ with RunDirectory.open(config, command="ppo") as run, Logger(run, config.log, to
     log.write(2, {"reward/score_mean": 0.75, "kl/ref_mean": 1.25})
 """
 
+READ_BY_NOBODY = """
+import sys
+from tether.parse import load_config
+from tether.runs import RunDirectory
+from tether.train.log import Logger
+config = load_config(sys.argv[1])
+sys.stdin.read()  # until our reader has left
+with RunDirectory.open(config, command="ppo") as run, Logger(run, config.log, total=2) as log:
+    log.write(1, {})
+    log.note("…")
+    log.write(2, {})
+print("goodbye")
+print("goodbye", file=sys.stderr)
+"""
+
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run / "tensorboard"))
@@ -59,6 +74,19 @@ def test_without_a_terminal_each_write_is_one_plain_line(config, capsys):
     assert note == "a [note]"
     assert second == "cycle 2/2  score 0.512  KL 1.500  entropy 2.250  tokens/s 12,346"
     assert Run.open(config.run).metrics == [{"cycle": 1, **CYCLE}, {"cycle": 2, **CYCLE}]
+
+
+def test_a_reader_that_leaves_early_does_not_stop_the_run(config, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(to_yaml(replace(config, log=PLAIN)))
+    command = [sys.executable, "-c", READ_BY_NOBODY, str(file)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}  # 2>&1 | head
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.wait() == 0
+    assert [m["cycle"] for m in Run.open(config.run).metrics] == [1, 2]
+    assert Run.open(config.run).status["state"] == "finished"
 
 
 def test_a_long_phase_says_where_it_is_without_a_terminal(config, capsys, monkeypatch):

@@ -5,8 +5,11 @@ The runs that die are forks of this process, and die of real signals.
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 import tether
-from tether.config import KLConfig, LoraConfig, PPOConfig
+from tether.config import KLConfig, LoraConfig, PPOConfig, RewardSourceConfig
+from tether.parse import to_yaml
 from tether.rollout.local import LocalSampler
 from tether.runs import Run
 from tether.train import checkpoint
@@ -190,6 +194,26 @@ def test_stopped_by_a_signal_a_run_saves_and_goes_on_the_same(model, whole, tmp_
     assert checkpoint.names(run.path)[-1] == f"cycle-{saved:06d}"
     assert [m["cycle"] for m in run.metrics] == list(range(1, saved + 1))
     assert_same(tether.ppo(config, reward=id_score), whole("full"))
+
+
+def test_ctrl_c_that_also_ends_the_reader_of_the_output_saves_as_ever(model, tmp_path):
+    (tmp_path / "ids.py").write_text("def f(completion_ids):\n    return [float(len(ids)) for ids in completion_ids]\n")
+    config = tiny_config(tmp_path / "run", model, ppo={"cycles": 10_000}, evaluate={"every": 0})
+    config = replace(config, reward=[RewardSourceConfig(function=f"{tmp_path}/ids.py:f")])
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    main = "import sys; from tether.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", main, "ppo", str(tmp_path / "c.yaml")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:  # 2>&1 | tee
+        lines = iter(process.stdout.readline, "")
+        assert any("cycle 1/10000" in line for line in lines)
+        process.stdout.close()  # tee is dead
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == STOPPED
+    run = Run.open(config.run)
+    assert run.status["state"] == "stopped"
+    assert checkpoint.names(run.path)[-1] == f"cycle-{run.metrics[-1]['cycle']:06d}"
 
 
 def test_a_damaged_checkpoint_costs_time_and_nothing_else(model, whole, tmp_path):

@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -87,4 +87,5 @@ class Signals:
 def _say(text: str) -> None:
     # Not print: the signal may have arrived inside one, and buffered streams cannot be entered twice.
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
-    os.write(2, f"{show_cursor}\n{text}\n".encode())
+    with suppress(BrokenPipeError):  # a reader of ours may have died of the same Ctrl-C
+        os.write(2, f"{show_cursor}\n{text}\n".encode())

@@ -6,6 +6,8 @@ rebuilt when a run continues: no cycle that was cut back survives in them.
 
 from __future__ import annotations
 
+import os
+import select
 import shutil
 import sys
 import time
@@ -73,6 +75,7 @@ class Logger:
         self._screen.close()
         for sink in self._sinks:
             sink.close()
+        _forget_readers_that_left()
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """A cycle's (or step's) metrics, everywhere."""
@@ -159,6 +162,25 @@ class _WandB:
 # ---------------------------------------------------------------- screens
 
 
+def say(text: str) -> None:
+    """Print a line. Who reads our output may have left (`head`, or `tee` at the same Ctrl-C): the run goes on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _forget_readers_that_left()
+
+
+def _forget_readers_that_left() -> None:
+    """Point a standard stream that nobody reads any more at nothing: what is written there later is no error."""
+    nobody = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)  # errors and hang-ups alone, which are always told
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            os.dup2(nobody, descriptor)
+    os.close(nobody)
+
+
 class _Lines:
     """Without a terminal: a plain line for every cycle, and for steps every few seconds."""
 
@@ -171,7 +193,7 @@ class _Lines:
             self.note(f"{head}  {summary}")
 
     def note(self, text: str) -> None:
-        print(text, flush=True)
+        say(text)
         self._last = time.monotonic()
 
     def phase(self, text: str) -> None:

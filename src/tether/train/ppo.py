@@ -36,7 +36,7 @@ from tether.train.card import ppo_card
 from tether.train.deterministic import deterministic
 from tether.train.experience import Experience, collect
 from tether.train.interrupt import Signals, StopRequested
-from tether.train.log import Logger
+from tether.train.log import Logger, say
 from tether.train.optim import HELD_OUT, PROMPTS, Steps, build_optimizer, permutation
 from tether.train.record import table
 from tether.train.update import update
@@ -59,7 +59,7 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
         RunDirectory.open(config, command="ppo", fresh=fresh, inputs=_inputs(config)) as run,
     ):
         if run.finished:
-            print(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
+            say(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
             return Run.open(run.path)
         job = prepare(config, reward)
         state = job.restore(run)
@@ -214,11 +214,11 @@ class Job:
     def restore(self, run: RunDirectory) -> State:
         """Put back the newest intact checkpoint; the start of the run where there is none."""
 
-        def say(text: str) -> None:
+        def passed_over(text: str) -> None:
             run.event("checkpoint_damaged", what=text)
-            print(text, flush=True)
+            say(text)
 
-        found = checkpoint.latest(run.path, say)
+        found = checkpoint.latest(run.path, passed_over)
         if found is None:
             run.cut_back(0)
             return State(0, self.config.ppo.kl.coef)
