@@ -248,3 +248,16 @@ def test_a_function_that_cannot_be_loaded_is_explained(tmp_path, spec, message):
     (tmp_path / "imports.py").write_text("import no_such_package_x\n")
     with pytest.raises(RewardError, match=message):
         load_function(spec.format(dir=tmp_path))
+
+
+@pytest.mark.parametrize("leave", ["sys.exit(0)", "argparse.ArgumentParser().parse_args(['--no-such-flag'])"])
+@pytest.mark.parametrize("as_module", [False, True])
+def test_a_file_that_leaves_python_when_it_is_loaded_is_named_and_does_not_end_the_run(
+    tmp_path, monkeypatch, leave, as_module
+):
+    name = f"leaving_{len(leave)}"
+    (tmp_path / f"{name}.py").write_text(f"import argparse, sys\ndef f(completions): ...\n{leave}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match=rf"{name}.* raised SystemExit: [02] \(.*{name}\.py:3\)"):
+        load_function(f"{name}:f" if as_module else f"{tmp_path}/{name}.py:f")

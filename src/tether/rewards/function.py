@@ -232,7 +232,7 @@ def _load_file(path: Path, spec: str) -> ModuleType:
     _importable(path.parent)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit() would end the run as if it were done
         del sys.modules[unique]
         raise _failed_import(spec, error, str(path)) from error
     return module
@@ -249,7 +249,7 @@ def _load_module(name: str, spec: str) -> ModuleType:
             f"reward function {spec}: there is no module {error.name!r} in the working directory or installed. For a "
             "file, write its path with .py: rewards/mine.py:NAME."
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed_import(spec, error, name) from error
 
 
@@ -259,7 +259,7 @@ def _importable(directory: Path) -> None:
         sys.path.append(str(directory))
 
 
-def _failed_import(spec: str, error: Exception, source: str) -> RewardError:
+def _failed_import(spec: str, error: BaseException, source: str) -> RewardError:
     where = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else _where(error, None)
     return RewardError(
         f"reward function {spec}: loading {source} raised {_describe(error)} ({where}): nothing could score the "
