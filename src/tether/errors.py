@@ -88,6 +88,12 @@ def did_you_mean_path(path: str) -> str:
     return f" The path breaks off after {folder.resolve()}."
 
 
+def did_you_mean_final(path: str) -> str:
+    """' Did you mean …?' where `path` is a run directory with its model inside; '' where it is not."""
+    final = Path(path) / "final"
+    return f" Did you mean {final}?" if (final / "config.json").is_file() else ""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what another library said, for use inside our own message."""
     lines = str(error).strip().splitlines()

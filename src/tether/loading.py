@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.utils import logging as transformers_logging
 
 from tether.config import LoraConfig
-from tether.errors import ConfigError, ModelError, did_you_mean_path, first_line
+from tether.errors import ConfigError, ModelError, did_you_mean_final, did_you_mean_path, first_line
 from tether.tokens import looks_local
 
 transformers_logging.disable_progress_bar()
@@ -36,6 +36,14 @@ def resolve_device(device: str) -> torch.device:
         raise ConfigError(f"device={device!r} is not a device: torch knows cpu, cuda, cuda:N, mps. Set one.") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={device!r}, but this machine has no usable GPU. Set device: auto or cpu.")
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device={device!r}, but this machine has no Apple GPU to use. Set device: auto or cpu.")
+    count = torch.cuda.device_count() if resolved.type == "cuda" else 1
+    if (resolved.index or 0) >= count:
+        raise ConfigError(
+            f"device={device!r}, but this machine has {count} of that kind, counted from 0. Set device: "
+            f"{resolved.type}:{count - 1}, or auto."
+        )
     return resolved
 
 
@@ -82,7 +90,10 @@ def check_directory(path: str) -> None:
             )
         return  # a hub id
     if not (directory / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json: it is not a model directory. Name the one that holds it.")
+        raise ModelError(
+            f"{path} has no config.json: it is not a model directory."
+            f"{did_you_mean_final(path) or ' Name the one that holds it.'}"
+        )
     if not any(directory.glob("*.safetensors")) and not (directory / "adapter_config.json").exists():
         pickles = sorted(p.name for p in [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")])
         if pickles:

@@ -170,6 +170,27 @@ def test_an_impossible_device_is_the_configs_mistake():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no usable GPU"):
             resolve_device("cuda")
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ConfigError, match="no Apple GPU"):
+            resolve_device("mps")
+
+
+def test_a_gpu_beyond_those_that_are_there_is_the_configs_mistake(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1").index == 1
+    with pytest.raises(ConfigError, match=r"'cuda:2', but this machine has 2 .* Set device: cuda:1"):
+        resolve_device("cuda:2")
+    with pytest.raises(ConfigError, match=r"Set device: cpu:0"):
+        resolve_device("cpu:3")
+
+
+def test_a_run_directory_given_as_a_model_is_answered_with_the_model_in_it(tiny_model, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    tiny_model().rename(tmp_path / "final")
+    for load in (check_directory, load_tokenizer):
+        with pytest.raises(ModelError, match=f"Did you mean {tmp_path}/final"):
+            load(str(tmp_path))
 
 
 def test_small_models_compute_in_float32_on_a_cpu():

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tether.errors import ConfigError, ModelError, did_you_mean_path, first_line
+from tether.errors import ConfigError, ModelError, did_you_mean_final, did_you_mean_path, first_line
 
 
 def load_tokenizer(
@@ -28,7 +28,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly anything here, ImportError and KeyError included
         remedy = (
-            "A tokenizer needs tokenizer.json (tokenizer.save_pretrained writes it); copy it from the model's source."
+            did_you_mean_final(path).strip()
+            or "A tokenizer needs tokenizer.json (tokenizer.save_pretrained writes it): copy the one of its source."
             if local
             else "Check the name and the network; offline, give a directory that holds the tokenizer."
         )
