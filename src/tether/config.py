@@ -453,7 +453,17 @@ def check(config: Config, *, reward_given: bool = False) -> None:
 
     reward_given: a reward function was passed from Python, so the list in the config may be empty.
     """
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"config is {type(config).__name__} {str(config)[:60]!r}, where the dataclasses of a config belong. Load "
+            "it first: tether.load_config(PATH)."
+        )
     for key, value in _leaves(config):
+        if isinstance(value, str) and any(len(part.encode(errors="replace")) > 255 for part in value.split("/")):
+            raise ConfigError(
+                f"{key} has {len(value):,} characters ({value[:40]!r}…): no file or directory has a name as long. Is "
+                "it the text itself? Write that to a file, and name the file."
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value} is not a finite number: nothing computed with it would be. Set a number.")
         if value == "":
@@ -474,6 +484,15 @@ def check(config: Config, *, reward_given: bool = False) -> None:
             _check_reward(config)
         case EvaluateConfig():
             _check_evaluate(config, reward_given)
+
+
+def check_warmup(optim: OptimConfig, steps: int) -> None:
+    """Raise ConfigError where a run of so many optimiser steps ends within its warm-up."""
+    if optim.warmup >= steps:
+        raise ConfigError(
+            f"optim.warmup={optim.warmup} is not below the run's {steps} optimiser steps: the learning rate "
+            "would never arrive. Set a shorter warm-up."
+        )
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -561,12 +580,7 @@ def _check_ppo(config: PPOConfig, reward_given: bool) -> None:
             f"ppo.value_warmup_cycles={p.value_warmup_cycles} is not below ppo.cycles={p.cycles}: the policy would "
             "never learn. Set fewer warm-up cycles or more cycles."
         )
-    steps = p.cycles * p.epochs * (p.batch // p.minibatch)
-    if config.optim.warmup >= steps:
-        raise ConfigError(
-            f"optim.warmup={config.optim.warmup} is not below the run's {steps} optimiser steps: the learning rate "
-            "would never arrive. Set a shorter warm-up."
-        )
+    check_warmup(config.optim, p.cycles * p.epochs * (p.batch // p.minibatch))
     e = config.evaluate
     _at_least("evaluate.every", e.every, 0, "0 already means never")
     _at_least("evaluate.count", e.count, 1, "there would be nothing to evaluate; evaluate.every 0 turns it off")
@@ -604,6 +618,8 @@ def _check_reward(config: RewardConfig) -> None:
 
 
 def _check_evaluate(config: EvaluateConfig, reward_given: bool) -> None:
+    if isinstance(config.models, str):  # from Python; YAML is typed
+        raise ConfigError(f"models is the text {config.models[:60]!r}: every letter would be a model. Give a list.")
     if not config.models:
         raise ConfigError("models is empty: there is nothing to evaluate. List at least one model directory.")
     _at_least("samples", config.samples, 1, "there would be nothing to score")

@@ -2,6 +2,7 @@
 
 import pytest
 
+import tether
 from tether.config import check
 from tether.errors import ConfigError
 from tether.parse import parse_args
@@ -146,3 +147,8 @@ def test_the_least_config_is_accepted(kind):
 )
 def test_values_at_the_edge_are_accepted(flags):
     parse_args("ppo", LEAST["ppo"] + flags.split())
+
+
+def test_a_path_in_place_of_a_config_is_answered_with_load_config():
+    with pytest.raises(ConfigError, match=r"config is str 'ppo.yaml'.*tether\.load_config"):
+        tether.ppo("ppo.yaml")

@@ -160,6 +160,13 @@ def test_stop_tokens_that_are_no_ids_are_named(models, capsys):
     assert "'<eos>' is no list of token ids. Write e.g. '[2, 32000]'" in capsys.readouterr().err
 
 
+def test_a_text_is_no_list_of_prompts_or_of_models(models, prompts):
+    with pytest.raises(DataError, match="every letter would be a prompt"):
+        tether.generate(models[0], "Once upon")
+    with pytest.raises(ConfigError, match="every letter would be a model"):
+        tether.evaluate(EvaluateConfig(str(models[0]), prompts))
+
+
 # ---------------------------------------------------------------- evaluate
 
 

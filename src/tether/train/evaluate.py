@@ -55,6 +55,8 @@ def generate(
     model: a directory or hub id. prompts: texts, or chat messages. The other names are those of `tether ppo --help`.
     Same seed, same responses: the draws behind response k to prompt i follow from (seed, i, k) alone.
     """
+    if isinstance(prompts, str):
+        raise DataError(f"prompts is the text {prompts[:40]!r}: every letter would be a prompt. Give a list: [text].")
     sampling = SamplingConfig("local", temperature, top_k, top_p, max_new_tokens, stop_token_ids)
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype={dtype!r} is not a precision that models run in here. Set auto, float32 or bfloat16.")
