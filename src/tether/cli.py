@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 import traceback
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 
 import tether
 from tether.config import EvaluateConfig
-from tether.errors import ConfigError, TetherError
+from tether.errors import ConfigError, Interrupted, RunError, TetherError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TetherError as error:
         if os.environ.get("TETHER_DEBUG"):
             traceback.print_exc()
-        print(f"tether: error: {error}", file=sys.stderr)
+        what = "" if isinstance(error, Interrupted) else "error: "  # whoever asked for the stop made no mistake
+        print(f"tether: {what}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # outside training, which has its own way to stop
         print("tether: interrupted", file=sys.stderr)
@@ -36,6 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output, `head` say, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename)
+        print(
+            f"tether: error: a path of {len(name):,} characters ({name[:40]!r}…) is too long for a file or directory "
+            "to have. Is it the text itself? Write that to a file, and name the file.",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 
@@ -77,7 +89,6 @@ def _train(kind: str, argv: list[str]) -> None:
     if options.print_config:
         print(to_yaml(config), end="")
     elif options.dry_run:
-        from tether.config import EvaluateConfig
         from tether.diagnose import dry_run
 
         assert not isinstance(config, EvaluateConfig)  # `kind` is that of a trainer
@@ -237,7 +248,15 @@ def _export(argv: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--to", metavar="DIR", required=True, help="where to write it")
     args = parser.parse_args(argv)
-    print(tether.export(args.run, args.to))
+    try:
+        print(tether.export(args.run, args.to))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise
+        raise RunError(
+            f"{args.run} cannot be exported to {args.to} ({error.strerror or error}): the model would not be there. "
+            "Name a directory that is writable and has room."
+        ) from error
 
 
 COMMANDS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tether.cli import COMMANDS
+from tether.cli import COMMANDS, main
 from tether.keys import KINDS, keys
 from tether.parse import load_config
 
@@ -125,11 +125,51 @@ def test_print_config_prints_what_would_run_and_runs_nothing(file, tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [("ConfigError", 2), ("DataError", 2), ("RunError", 2), ("TrainingError", 1), ("Interrupted", 3)],
+    [("ConfigError", 2), ("DataError", 2), ("RunError", 2), ("TrainingError", 1)],
 )
 def test_our_errors_give_their_exit_code_and_no_traceback(error, code):
     got = main_with(f"raise t.{error}('why')")
     assert (got.returncode, got.stderr) == (code, "tether: error: why\n")
+
+
+def test_a_stop_that_was_asked_for_is_no_error_and_exit_3():
+    got = main_with("raise t.Interrupted('stopped after cycle 28')")
+    assert (got.returncode, got.stderr) == (3, "tether: stopped after cycle 28\n")
+
+
+LONG = "Once upon a time " * 30
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["ppo", "FILE", "--prompts.path", LONG], "prompts.path has 509 characters"),
+        (["ppo", "FILE", "--prompts.path", LONG, "--dry-run"], "prompts.path has 509 characters"),
+        (["ppo", "FILE", "--run", "runs/" + "x" * 300], "run has 305 characters"),
+        (["ppo", LONG], "a path of 5"),
+        (["generate", LONG, "--prompt", "Hi"], "a path of 5"),
+        (["export", LONG, "--to", "there"], "a path of 5"),
+        (["report", LONG], "a path of 5"),
+    ],
+)
+def test_a_text_in_place_of_a_path_is_one_message(file, argv, says, capsys):
+    assert main([file if word == "FILE" else word for word in argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"tether: error: {says}")
+    assert "Is it the text itself?" in err
+    assert err.count("\n") == 1
+
+
+def test_a_directory_that_cannot_be_exported_to_is_one_message(tiny_model, tmp_path, capsys):
+    done = tmp_path / "run"
+    done.mkdir()
+    (done / "config.yaml").write_text(FILE)
+    (done / "status.json").write_text('{"schema": 1, "kind": "ppo", "state": "finished"}')
+    tiny_model("llama").rename(done / "final")
+    (tmp_path / "file").touch()
+    assert main(["export", str(done), "--to", str(tmp_path / "file" / "foo")]) == 2
+    assert "cannot be exported to" in (err := capsys.readouterr().err)
+    assert err.count("\n") == 1
 
 
 def test_the_traceback_is_there_for_those_who_ask():
