@@ -86,3 +86,9 @@ def test_a_win_is_a_higher_mean_and_a_tie_half_a_win():
     before = [[bad, bad], [good, bad], [good, good], [good, good]]
     after = [[good, bad], [bad, good], [bad, bad], [bad, good]]
     assert win_rate(before, after) == (1 + 0.5 + 0 + 0) / 4
+
+
+def test_a_file_where_the_story_should_go_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file cannot be made a directory \(File exists\).*--to"):
+        main(tmp_path / "file", seed=0)

@@ -221,7 +221,13 @@ class Story:
 
     def _claim_directory(self) -> None:
         """Make the directory, or find that it tells this very story."""
-        self.to.mkdir(parents=True, exist_ok=True)
+        try:
+            self.to.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"{self.to} cannot be made a directory ({error.strerror or error}): the story would have nowhere to "
+                "stand. Give another with --to."
+            ) from error
         (told,) = once(self.to / "demo.jsonl", lambda: [{"seed": self.seed}])
         if told["seed"] != self.seed:
             raise RunError(
