@@ -181,10 +181,12 @@ def test_a_killed_process_lets_go_of_its_run(config, start):
 
 
 def test_a_forked_worker_that_outlives_the_trainer_does_not_hold_its_lock(config):
-    with RunDirectory.open(config, command="ppo"):
+    with RunDirectory.open(config, command="ppo") as run:
         worker = os.fork()
         if worker == 0:
             signal.pause()
+        (run.path / "final").mkdir()
+        (run.path / "final" / "config.json").touch()
     try:
         RunDirectory.open(config, command="ppo").__exit__(None, None, None)
     finally:

@@ -1,5 +1,6 @@
 """Which command continues a run: one table of what may change, one of what may not."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -28,6 +29,11 @@ def begin(config, **options) -> None:
     run = RunDirectory.open(config, command="ppo", **options)
     run.append_metrics({"cycle": 1})
     run.__exit__(Interrupted, Interrupted("by SIGTERM"), None)
+
+
+def write_final(run: RunDirectory, content: str) -> None:
+    (run.path / "final").mkdir()
+    (run.path / "final" / "config.json").write_text(content)
 
 
 def change(config: PPOConfig, section: str, **values) -> PPOConfig:
@@ -129,6 +135,7 @@ def test_a_finished_run_stays_finished_until_its_cycles_grow(config):
     config = change(config, "optim", schedule="constant")
     with RunDirectory.open(config, command="ppo") as run:
         assert not run.finished
+        write_final(run, "of cycle 200")
     status = (run.path / "status.json").read_bytes()
     with RunDirectory.open(config, command="ppo") as run:
         assert run.finished
@@ -136,6 +143,32 @@ def test_a_finished_run_stays_finished_until_its_cycles_grow(config):
     with RunDirectory.open(change(config, "ppo", cycles=201), command="ppo") as run:
         assert not run.finished
         assert run.resumed
+
+
+def test_a_run_that_grows_moves_its_old_model_aside_so_that_it_never_passes_for_the_longer_runs(config):
+    config = change(config, "optim", schedule="constant")
+    with RunDirectory.open(config, command="ppo") as run:
+        write_final(run, "of cycle 200")
+    run = RunDirectory.open(change(config, "ppo", cycles=201), command="ppo")
+    run.__exit__(Interrupted, Interrupted("by SIGTERM"), None)
+    assert not Run.open(run.path).final.exists()
+    assert (run.path / "final.old-1" / "config.json").read_text() == "of cycle 200"
+    assert any((e["event"], e.get("to")) == ("final_moved", "final.old-1") for e in Run.open(run.path).events)
+    with RunDirectory.open(change(config, "ppo", cycles=201), command="ppo") as run:
+        assert not run.finished
+        write_final(run, "of cycle 201")
+    with RunDirectory.open(change(config, "ppo", cycles=201), command="ppo") as run:
+        assert run.finished
+
+
+def test_a_finished_run_without_its_model_is_continued_from_a_checkpoint_or_refused_without_one(config):
+    with RunDirectory.open(config, command="ppo") as run:
+        checkpoint.save(run.path, "cycle-000200", {}, lambda folder: None)
+    with RunDirectory.open(config, command="ppo") as run:
+        assert not run.finished
+    shutil.rmtree(run.path / "checkpoints")
+    with pytest.raises(RunError, match="final and every checkpoint are gone"):
+        RunDirectory.open(config, command="ppo")
 
 
 def test_changed_data_is_refused(config):

@@ -1,6 +1,7 @@
 """Whole PPO runs, read back from what they leave behind; recomputed here in plain Python from the design's formulas."""
 
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,13 @@ from tether.runs import Run
 from tiny_ppo import PROMPTS, STOPS, id_score, tiny_config
 
 BETA, GAMMA, ACTOR, CRITIC = 0.1, 0.9, 0.8, 0.95
+
+
+def broken_score(completion_ids, **_):
+    raise ValueError
+
+
+broken_score.__name__ = id_score.__name__  # so that nothing else tells them apart
 
 
 def rollouts(run: Run, cycle: int, kind: str = "rollouts") -> list[dict]:
@@ -350,6 +358,18 @@ def test_a_finished_run_says_so_and_does_nothing(run, capsys):
     assert (run.final / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_whose_final_directory_was_deleted_writes_it_again(tiny_model, tmp_path):
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"cycles": 2}, evaluate={"every": 0})
+    run = tether.ppo(config, reward=id_score)
+    before = {file: (run.final / file).read_bytes() for file in ("model.safetensors", "critic/value_head.safetensors")}
+    metrics = run.metrics
+    shutil.rmtree(run.final)
+    again = tether.ppo(config, reward=id_score)
+    assert {file: (again.final / file).read_bytes() for file in before} == before
+    assert again.metrics == metrics
+    assert again.status["state"] == "finished"
+
+
 def test_the_policy_learns_what_it_is_paid_for(tiny_model, tmp_path):
     ppo = {"cycles": 12, "batch": 32, "minibatch": 16, "epochs": 4, "kl": KLConfig(coef=0.0)}
     config = tiny_config(tmp_path / "run", tiny_model(), ppo=ppo, optim={"lr": 3e-3}, evaluate={"every": 0},
@@ -395,7 +415,12 @@ def test_a_config_that_changes_what_is_learned_does_not_continue_a_run(run):
 def test_cycles_may_grow_under_a_constant_schedule(tiny_model, tmp_path: Path):
     config = tiny_config(tmp_path / "run", tiny_model(), ppo={"cycles": 2}, optim={"schedule": "constant"})
     tether.ppo(config, reward=id_score)
-    run = tether.ppo(replace(config, ppo=replace(config.ppo, cycles=4)), reward=id_score)
+    longer = replace(config, ppo=replace(config.ppo, cycles=4))
+    with pytest.raises(tether.RewardError):
+        tether.ppo(longer, reward=broken_score)
+    with pytest.raises(tether.RunError, match="is failed and has no final model"):
+        tether.export(config.run, tmp_path / "exported")  # the one of two cycles is not this run's any more
+    run = tether.ppo(longer, reward=id_score)
     whole = tiny_config(tmp_path / "whole", Path(config.model.policy), optim={"schedule": "constant"})
     want = tether.ppo(whole, reward=id_score)
     assert [m["cycle"] for m in run.metrics] == [1, 2, 3, 4]

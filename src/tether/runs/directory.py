@@ -56,7 +56,7 @@ class RunDirectory:
     command   ppo, sft or reward.
     unit      what a step is called: "cycle" for ppo, "step" for sft and reward.
     resumed   the directory held this run already.
-    finished  the run had ended before, and there is nothing more to do.
+    finished  the run had ended before, its final model is there, and there is nothing more to do.
     """
 
     def __init__(self, config: Config, command: Command, lock: Lock, *, resumed: bool, finished: bool):
@@ -124,7 +124,13 @@ class RunDirectory:
         changed = config_changes(path, load_config(path, command), config)
         check_inputs(path, environment["inputs"], inputs)
         grew = any(key == "ppo.cycles" for key, _, _ in changed)
-        run = cls(config, command, lock, resumed=True, finished=status["state"] == "finished" and not grew)
+        ended, final = status["state"] == "finished", path / "final"
+        if ended and not _has_model(final) and not _has_checkpoint(path):
+            raise RunError(
+                f"the run in {path} is finished, but {final} and every checkpoint are gone: there is nothing to write "
+                "the model from. Restore one of them from a copy, or add --fresh to move the run aside and begin anew."
+            )
+        run = cls(config, command, lock, resumed=True, finished=ended and _has_model(final) and not grew)
         if run.finished:
             return run
         for name in ("events.jsonl", "metrics.jsonl"):
@@ -133,8 +139,13 @@ class RunDirectory:
             run.event("config_changed", key=key, old=old, new=new, bit_equal=keeps_bits((key, old, new)))
         for key, old, new in environment_changes(environment):
             run.event("environment_changed", key=key, old=old, new=new, bit_equal=False)
-        write_atomically(path / "config.yaml", to_yaml(config))
         run._set_status("running")
+        if grew and final.exists():  # it would pass for the model of the longer run
+            old = _aside(final)
+            with saying_what_failed(final):
+                final.rename(old)
+            run.event("final_moved", to=old.name)
+        write_atomically(path / "config.yaml", to_yaml(config))  # last: what is said above is said until it is done
         return run
 
     def __enter__(self) -> RunDirectory:
@@ -234,9 +245,17 @@ def _make_and_lock(path: Path) -> Lock:
 def _has_something_to_continue(path: Path) -> bool:
     if not (path / "config.yaml").exists():
         return False
-    if read_lines(path / "metrics.jsonl") or any((path / "checkpoints").glob("[!.]*[1-9]*")):  # -000000 is the start
+    if read_lines(path / "metrics.jsonl") or _has_checkpoint(path):
         return True
     return read_json(path / "status.json")["state"] == "finished"
+
+
+def _has_checkpoint(path: Path) -> bool:
+    return any((path / "checkpoints").glob("[!.]*[1-9]*"))  # -000000 is the start
+
+
+def _has_model(final: Path) -> bool:
+    return (final / "config.json").exists()
 
 
 def _remove_what_came_to_nothing(path: Path) -> None:
