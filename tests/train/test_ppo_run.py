@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tether
-from tether.config import KLConfig, LamConfig, MissingEosConfig
+from tether.config import KLConfig, LamConfig, MissingEosConfig, RewardSourceConfig
 from tether.runs import Run
 from tiny_ppo import PROMPTS, STOPS, id_score, tiny_config
 
@@ -291,6 +291,21 @@ def test_evaluations_use_the_same_prompts_and_draws_every_time(tiny_model, tmp_p
     assert run.metrics[-1]["eval/score_mean"] == pytest.approx(mean)
     for name in ("new_logprob", "ratio", "clipped"):  # of an update, and here is none
         assert [r[name] for r in rows[3]] == [[None] * r["length"] for r in rows[3]]
+
+
+def test_no_source_overwrites_a_metric_of_the_evaluation_or_another_source_whatever_it_is_called(tiny_model, tmp_path):
+    names = ("length", "kl_ref", "a/b", "c/b", "x/score", "x/total")
+    file = tmp_path / "constants.py"
+    file.write_text("".join(f"def f{i}(completions): return [{i}.0] * len(completions)\n" for i in range(6)))
+    sources = [RewardSourceConfig(function=f"{file}:f{i}", name=name) for i, name in enumerate(names)]
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"cycles": 1}, evaluate={"every": 1})
+    run = tether.ppo(replace(config, reward=sources))
+    metrics, rows = run.metrics[0], rollouts(run, 1, "evaluations")
+    assert [metrics[f"eval/reward/{name}_mean"] for name in names] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert metrics["eval/length_mean"] == pytest.approx(sum(r["length"] for r in rows) / len(rows))
+    assert metrics["eval/kl_ref_mean"] == pytest.approx(sum(r["kl"] for r in rows) / len(rows), abs=1e-6)
+    assert metrics["eval/score_mean"] == 15.0
+    assert len([name for name in metrics if name.startswith("eval/")]) == 5 + 6 + 4
 
 
 def test_prompts_to_evaluate_on_may_come_from_a_file_of_their_own(tiny_model, tmp_path):

@@ -184,12 +184,18 @@ class Job:
         )
         run.write_evaluation(cycle, columns)
         m = experience.metrics
-        return {f"eval/{name.rpartition('/')[2]}": m[name] for name in m if name.startswith("reward/")} | {
-            "eval/kl_ref_mean": m["kl/ref_mean"],
-            "eval/length_mean": m["response/length_mean"],
-            "eval/truncated_fraction": m["response/truncated_fraction"],
-            "eval/explained_variance": m["value/explained_variance"],
-        }
+        sums = ("score_mean", "score_std", "score_min", "score_max", "total_mean")
+        sources = [f"reward/{name}_mean" for name in experience.scored.parts]  # one may be called `length`
+        return (
+            {f"eval/{name}": m[f"reward/{name}"] for name in sums}
+            | {f"eval/{name}": m[name] for name in sources}
+            | {
+                "eval/kl_ref_mean": m["kl/ref_mean"],
+                "eval/length_mean": m["response/length_mean"],
+                "eval/truncated_fraction": m["response/truncated_fraction"],
+                "eval/explained_variance": m["value/explained_variance"],
+            }
+        )
 
     def record(self, run: RunDirectory, experience: Experience, cycle: int, new_logprobs: torch.Tensor) -> None:
         """The cycle's rollout file, when the config asks for one."""
