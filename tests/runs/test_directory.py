@@ -226,7 +226,7 @@ def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(config):
         run.append_metrics({"cycle": 1})
     metrics = run.path / "metrics.jsonl"
     metrics.write_text('{"cycle": 1}\n{"cyc\n{"cycle": 3}\n')
-    with pytest.raises(RunError, match=r"metrics\.jsonl:2 is not JSON"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2 is not a JSON object"):
         _ = Run.open(config.run).metrics
 
 

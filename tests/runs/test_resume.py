@@ -221,6 +221,27 @@ def test_a_status_that_cannot_be_read_says_so(config):
         RunDirectory.open(config, command="ppo")
 
 
+@pytest.mark.parametrize("file", ["status.json", "environment.json"])
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{}", '{"schema": 1, "kind": [], "state": 1, "inputs": []}'])
+def test_json_that_is_not_what_the_run_wrote_is_named_with_the_remedy(config, file, content):
+    begin(config)
+    run = Run.open(config.run)
+    (run.path / file).write_text(content)
+    problem = rf"{file} cannot be read \(it.*Restore the file, or add --fresh"
+    with pytest.raises(RunError, match=problem):
+        RunDirectory.open(config, command="ppo")
+    with pytest.raises(RunError, match=problem):
+        _ = run.status, run.environment
+
+
+def test_a_line_of_metrics_that_is_no_object_is_named(config):
+    begin(config)
+    with (Run.open(config.run).path / "metrics.jsonl").open("a") as lines:
+        lines.write("[]\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2 is not a JSON object"):
+        RunDirectory.open(config, command="ppo")
+
+
 def test_another_thread_count_voids_bit_equality_and_an_event_says_so(config):
     begin(config)
     file = Run.open(config.run).path / "environment.json"

@@ -24,8 +24,9 @@ from tether.runs.files import (
     drop_half_line,
     json_line,
     now,
-    read_json,
+    read_environment,
     read_lines,
+    read_status,
     saying_what_failed,
     to_plain,
     write_atomically,
@@ -110,7 +111,7 @@ class RunDirectory:
     @classmethod
     def _continue(cls, config: Config, command: Command, lock: Lock, inputs: dict[str, str]) -> RunDirectory:
         path = _path(config)
-        status, environment = read_json(path / "status.json"), read_json(path / "environment.json")
+        status, environment = read_status(path), read_environment(path)
         if status.get("schema") != SCHEMA:
             raise RunError(
                 f"{path} has schema {status.get('schema')}, but this version of tether writes schema {SCHEMA}: they "
@@ -247,7 +248,7 @@ def _has_something_to_continue(path: Path) -> bool:
         return False
     if read_lines(path / "metrics.jsonl") or _has_checkpoint(path):
         return True
-    return read_json(path / "status.json")["state"] == "finished"
+    return read_status(path)["state"] == "finished"
 
 
 def _has_checkpoint(path: Path) -> bool:

@@ -51,6 +51,16 @@ def saying_what_failed(path: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- whole files
 
 
+def read_status(folder: Path) -> dict[str, Any]:
+    """status.json."""
+    return read_json(folder / "status.json", kind=str, state=str)
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """environment.json."""
+    return read_json(folder / "environment.json", id=str, inputs=dict, versions=dict, hardware=dict)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write beside and rename: a reader sees the old file or the new one, never half."""
     with replacing(path) as partial:
@@ -69,10 +79,15 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run directory; RunError if it is missing or damaged."""
+def read_json(path: Path, **wanted: type) -> dict[str, Any]:
+    """A JSON object of a run directory; RunError if it is missing, damaged or lacks one of the `wanted` keys' types."""
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds {type(value).__name__}, not an object")
+        for key, kind in wanted.items():
+            if not isinstance(value.get(key), kind):
+                raise ValueError(f"its {key} is {json.dumps(value.get(key))[:60]}")
     except (OSError, ValueError) as error:
         raise RunError(
             f"{path} cannot be read ({error}): it is unclear what this run is. Restore the file, or add --fresh to "
@@ -129,11 +144,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     values = []
     for number, line in enumerate(lines, 1):
         try:
-            values.append(json.loads(line))
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError(f"it holds {type(value).__name__}")
+            values.append(value)
         except ValueError as error:
             raise RunError(
-                f"{path}:{number} is not JSON ({error}): the file was damaged after it was written, and its curves "
-                "would have a hole. Delete that line to go on without it."
+                f"{path}:{number} is not a JSON object ({error}): the file was damaged after it was written, and its "
+                "curves would have a hole. Delete that line to go on without it."
             ) from error
     return values
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tether.config import Config
 from tether.errors import RunError
 from tether.parse import load_config
-from tether.runs.files import read_json, read_lines, read_table
+from tether.runs.files import read_environment, read_lines, read_status, read_table
 
 if TYPE_CHECKING:
     import pyarrow
@@ -41,12 +41,12 @@ class Run:
     @property
     def status(self) -> dict[str, Any]:
         """schema, kind, state (running, finished, stopped, failed), pid, host, heartbeat, exit_reason."""
-        return read_json(self.path / "status.json")
+        return read_status(self.path)
 
     @property
     def environment(self) -> dict[str, Any]:
         """id, created, inputs (hashes of model and data), seed, versions, hardware, command, directory."""
-        return read_json(self.path / "environment.json")
+        return read_environment(self.path)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
