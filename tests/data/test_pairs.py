@@ -111,6 +111,16 @@ def test_cut_left_cuts_the_shared_prompt_by_the_longer_answer(write, tiny_tokeni
     assert "1 of them lost some of what is to be learned" in capsys.readouterr().err
 
 
+def test_pairs_that_the_cut_makes_alike_are_dropped_and_counted(write, tiny_tokenizer, capsys):
+    alike = {"prompt": "a", "chosen": "1 the same end", "rejected": "2 the same end"}
+    rows = [alike, {"prompt": "a", "chosen": "x", "rejected": "y"}]
+    (pair,) = load(write("a.jsonl", rows), tiny_tokenizer, max_tokens=8, overlong="cut_left")
+    assert pair.row == 1
+    assert "1 of them hold the same answer twice once cut to 8 tokens: dropped" in capsys.readouterr().err
+    with pytest.raises(DataError, match="no pair is left"):
+        load(write("b.jsonl", [alike]), tiny_tokenizer, max_tokens=8, overlong="cut_left")
+
+
 def test_pairs_that_only_a_poor_tokenizer_confuses_are_named(write, spaced_tokenizer):
     # its alphabet has bytes for anything, so take them away by a normaliser that forgets: every digit is an x
     from tokenizers import normalizers

@@ -72,6 +72,14 @@ class Limit:
         if torn:
             print(f"{table.path}: {torn} of them lost some of what is to be learned, not only prompt", file=sys.stderr)
 
+    def say_alike(self, table: Table, alike: int, *, left: int) -> None:
+        """Say on stderr how many pairs are dropped because the cut took all that told their answers apart."""
+        if alike:
+            what = f"{table.path}: {alike} of them hold the same answer twice once cut to {self.tokens} tokens"
+            if not left:
+                raise DataError(f"{what}, and no pair is left: nothing could be preferred. Raise the limit.")
+            print(f"{what}: dropped", file=sys.stderr)
+
 
 def keep_right(ids: list[int], tokens: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The last `tokens` ids; a bos stays in front, where the model has always seen one."""

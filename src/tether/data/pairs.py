@@ -37,7 +37,7 @@ def load_pairs(
     limit = Limit.of_data(config, context)
     answer_lengths = [max(len(c), len(r)) for c, r in zip(chosen_ids, rejected_ids, strict=True)]
     pairs = []
-    torn = 0
+    torn = alike = 0
     for i in limit.apply(table, "chosen", [len(p) + n for p, n in zip(prompt_ids, answer_lengths, strict=True)]):
         if chosen_ids[i] == rejected_ids[i]:
             raise table.error(
@@ -46,6 +46,9 @@ def load_pairs(
         prompt = keep_right(prompt_ids[i], max(1, limit.tokens - answer_lengths[i]), tokenizer)
         room = limit.tokens - len(prompt)  # an answer that is too long by itself loses its beginning as well
         torn += answer_lengths[i] > room
+        if chosen_ids[i][-room:] == rejected_ids[i][-room:]:
+            alike += 1
+            continue
         group = table.rows[i].get("group")
         pairs.append(
             Pair(
@@ -58,6 +61,7 @@ def load_pairs(
             )
         )
     limit.say_torn(table, torn)
+    limit.say_alike(table, alike, left=len(pairs))
     return pairs
 
 
