@@ -92,7 +92,7 @@ def _train(kind: str, argv: list[str]) -> None:
         from tether.diagnose import dry_run
 
         assert not isinstance(config, EvaluateConfig)  # `kind` is that of a trainer
-        print(dry_run(config))
+        print(dry_run(config, fresh=options.fresh))
     else:
         trainer = {"sft": "sft", "reward": "reward_model", "ppo": "ppo"}[kind]
         getattr(tether, trainer)(config, fresh=options.fresh)

@@ -12,7 +12,9 @@ from tether.config import (
     DataConfig,
     EvaluateConfig,
     HeldOutConfig,
+    InitModelConfig,
     ModelConfig,
+    OptimConfig,
     PPOConfig,
     PPOSection,
     PromptsConfig,
@@ -161,3 +163,60 @@ def test_the_example_for_a_gpu_is_a_valid_config():
     config = tether.load_config(EXAMPLES / "gpu_qwen_0.5b.yaml")
     assert isinstance(config, PPOConfig)
     assert config.model.policy == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def test_a_dry_run_refuses_a_directory_that_the_run_could_not_use_and_makes_none(ppo, tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "file/below"):
+        with pytest.raises(tether.RunError, match="file is a file, and a run needs a directory"):
+            dry_run(replace(ppo, run=str(tmp_path / name)))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text(to_yaml(ppo))
+    (other / "metrics.jsonl").write_text('{"step": 1}\n')
+    (other / "status.json").write_text('{"schema": 1, "kind": "sft", "state": "stopped"}')
+    with pytest.raises(tether.RunError, match="holds a run of `tether sft`, but this is `tether ppo`"):
+        dry_run(replace(ppo, run=str(other)))
+    (other / "status.json").write_text('{"schema": 1, "kind": "ppo", "state": "stopped"}')
+    dry_run(replace(ppo, run=str(other)))
+    with pytest.raises(tether.RunError, match=r"ppo\.epochs was 3 when the run"):
+        dry_run(replace(ppo, run=str(other), ppo=replace(ppo.ppo, epochs=2)))
+    dry_run(replace(ppo, run=str(other), ppo=replace(ppo.ppo, epochs=2)), fresh=True)
+    assert sorted(p.name for p in other.iterdir()) == ["config.yaml", "metrics.jsonl", "status.json"]
+
+
+def from_scratch(init, tokenizer, tmp_path, text="abc") -> SFTConfig:
+    data = DataConfig(lines(tmp_path / "d.jsonl", [{"text": text}] * 5), max_tokens=200)
+    return SFTConfig(str(tmp_path / "run"), SFTModelConfig(InitModelConfig(init, str(tokenizer))), data)
+
+
+@pytest.mark.parametrize(
+    "init",
+    [{"model_type": "lama"}, {}, {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}],
+    ids=["unknown", "none", "heads that do not divide"],
+)
+def test_a_model_from_scratch_that_cannot_be_built_is_refused_by_the_dry_run_too(init, tiny_model, tmp_path):
+    with pytest.raises(tether.ConfigError, match=r"model\.policy\.init"):
+        dry_run(from_scratch(init, tiny_model(), tmp_path))
+
+
+def test_a_model_from_scratch_has_the_context_of_the_config_that_is_built(tiny_model, tmp_path):
+    init = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 32}  # its own name for it
+    assert "context: 32 tokens" in dry_run(from_scratch(init, tiny_model(), tmp_path))
+    with pytest.raises(tether.DataError, match="the model's context of 32"):
+        dry_run(from_scratch(init, tiny_model(), tmp_path, text="x" * 40))
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_a_warm_up_as_long_as_the_run_is_refused_by_every_trainer_and_its_dry_run(kind, tiny_model, tmp_path):
+    rows = [{"prompt": f"q{i}", "completion": "yes", "chosen": "yes", "rejected": "no"} for i in range(20)]
+    parts = str(tmp_path / "run"), SFTModelConfig(str(tiny_model())), DataConfig(lines(tmp_path / "d.jsonl", rows))
+    optim = OptimConfig(warmup=4)
+    if kind == "sft":
+        config, train = SFTConfig(*parts, sft=SFTSection(batch=5), optim=optim), tether.sft
+    else:
+        section = RewardModelSection(batch=4, test_fraction=0.2)
+        config, train = RewardConfig(*parts, reward_model=section, optim=optim), tether.reward_model
+    for command in (dry_run, train):
+        with pytest.raises(tether.ConfigError, match=r"optim\.warmup=4 is not below the run's 4 optimiser steps"):
+            command(config)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from tether.config import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, check
 from tether.diagnose.inputs import Inputs, check_inputs
 from tether.diagnose.machine import machine, memory_of
 from tether.diagnose.memory import Memory, predict, size
-from tether.errors import ConfigError, TetherError
+from tether.errors import ConfigError, RunError, TetherError
 from tether.loading import resolve_device
 from tether.parse import to_yaml
+from tether.runs import Run
+from tether.runs.resume import config_changes
 
 
-def dry_run(config: PPOConfig | SFTConfig | RewardConfig) -> str:
+def dry_run(config: PPOConfig | SFTConfig | RewardConfig, *, fresh: bool = False) -> str:
     """The resolved config, the data check, one rendered row with its mask, the plan and peak memory by part.
 
-    Trains nothing, loads no weights and writes no file. Raises what the run would raise about its config, data,
-    tokenizer and reward functions.
+    Trains nothing, loads no weights and writes no file. Raises what the run would raise about its config, directory,
+    data, tokenizer and reward functions. fresh: what stands in the directory would be moved aside.
     """
     check(config)
     resolve_device(config.device)
+    _check_directory(config, fresh=fresh)
     inputs = check_inputs(config)
     return "\n\n".join(
         [
@@ -42,6 +48,29 @@ def doctor(config: Config | None = None) -> str:
     inputs = check_inputs(config)
     return "\n\n".join([text, _data(inputs), f"plan\n  {inputs.plan}", _memory(config, inputs)])
 
+
+def _check_directory(config: PPOConfig | SFTConfig | RewardConfig, *, fresh: bool) -> None:
+    """Raise where the run could not be begun or continued in its directory; make nothing."""
+    path = Path(config.run)
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise RunError(f"run={path}: {there} is a file, and a run needs a directory. Set run to another name.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"run={path}: {there} is not writable, so nothing could be saved. Set run to another place.")
+    if fresh or not (path / "config.yaml").exists():
+        return
+    run, command = Run.open(path), _COMMAND[type(config)]
+    if not run.metrics and run.status["state"] != "finished":
+        return  # nothing to continue: it would be begun anew in place
+    if (kind := run.status["kind"]) != command:
+        raise RunError(
+            f"{path} holds a run of `tether {kind}`, but this is `tether {command}`: their files would mix. Set run to "
+            "another directory, or add --fresh to move the old run aside."
+        )
+    config_changes(path, run.config, config)
+
+
+_COMMAND = {PPOConfig: "ppo", SFTConfig: "sft", RewardConfig: "reward"}
 
 _MASK = {
     PPOConfig: "a response token, which the loss counts",

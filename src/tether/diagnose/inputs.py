@@ -10,7 +10,16 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tether.batch import Prompt
-from tether.config import DataConfig, InitModelConfig, PPOConfig, PromptsConfig, RewardConfig, SFTConfig, source_name
+from tether.config import (
+    DataConfig,
+    InitModelConfig,
+    PPOConfig,
+    PromptsConfig,
+    RewardConfig,
+    SFTConfig,
+    check_warmup,
+    source_name,
+)
 from tether.data import load_examples, load_pairs, load_prompts, read_rows
 from tether.errors import ModelError
 from tether.loading import context_length, model_config
@@ -19,6 +28,7 @@ from tether.rewards import FunctionReward, load_function
 from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.train.ppo import hold_out
 from tether.train.reward import plan_steps as plan_pairs
+from tether.train.sft import init_architecture
 from tether.train.sft import plan_steps as plan_examples
 
 _SHOWN = 24  # tokens of the rendered row, at either end
@@ -42,11 +52,12 @@ def check_inputs(config: PPOConfig | SFTConfig | RewardConfig) -> Inputs:
     policy = config.model.policy
     where: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     if isinstance(policy, InitModelConfig):
-        tokenizer, context = load_tokenizer(policy.tokenizer, **where), policy.init.get("max_position_embeddings")
+        tokenizer = load_tokenizer(policy.tokenizer, **where)
+        architecture = init_architecture(policy, tokenizer)
     else:
         tokenizer, architecture = load_tokenizer(policy, **where), model_config(policy, **where)
         check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
-        context = context_length(architecture)
+    context = context_length(architecture)
     override = config.sampling.stop_token_ids if isinstance(config, PPOConfig) else None
     stops = stop_token_ids(tokenizer, _generation_config(config), override)
     named = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in stops) or "none: only the length ends one"
@@ -92,6 +103,7 @@ def _sft(
     facts.append(_lengths(config.data, examples=lengths))
     facts.append(f"{trained:,} of {sum(lengths):,} tokens are trained")
     steps = len(plan_examples(lengths, config))
+    check_warmup(config.optim, steps)
     plan = f"{config.sft.epochs} epochs: {steps:,} optimiser steps of up to {config.sft.batch} rows"
     longest = config.data.max_tokens if config.sft.packing else max(lengths)
     first = examples[0]
@@ -108,6 +120,7 @@ def _reward(
     train, test = split_pairs(pairs, section.test_fraction, config.seed)
     facts.append(f"{len(train)} pairs to train on, {len(test)} held out; pairs of one prompt or group stay together")
     steps = len(plan_pairs(len(train), config))
+    check_warmup(config.optim, steps)
     plan = f"{section.epochs} epochs: {steps:,} optimiser steps of up to {section.batch} pairs"
     first, shown = train[0], []
     for name, ids in (("chosen", first.chosen_ids), ("rejected", first.rejected_ids)):

@@ -21,9 +21,9 @@ from tether.rollout.draw import draw
 from tether.rollout.slots import SlotCache
 from tether.rollout.uniforms import uniforms
 
-_PREFILL_TOKENS = 8192  # padded prompt tokens encoded at once: bounds the memory of their attention scores
+PREFILL_TOKENS = 8192  # padded prompt tokens encoded at once: bounds the memory of their attention scores
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-_MOST_SLOTS = 64  # of "auto": there the matmuls of small models stop getting cheaper a row
+MOST_SLOTS = 64  # of "auto": there the matmuls of small models stop getting cheaper a row
 
 
 class Decoder(Protocol):
@@ -75,7 +75,7 @@ class LocalSampler:
         The uniform behind token t of response i = prompt × n + k is a function of (seed, stream, cycle, i, t) alone.
         """
         asked = [p for p in prompts for _ in range(sampling.responses_per_prompt)]
-        slots = min(len(asked), _MOST_SLOTS if self.slots == "auto" else int(self.slots))
+        slots = min(len(asked), MOST_SLOTS if self.slots == "auto" else int(self.slots))
         width = max(len(p.ids) for p in asked) + sampling.max_new_tokens
         decoder: Decoder = (SlotCache if self.cached else Recompute)(self.model, slots=slots, width=width)
         batch = _Batch(self.model, decoder, asked, sampling, cycle, slots)
@@ -176,7 +176,7 @@ class _Batch:
         width = 0
         for i in range(self.waiting, min(len(self.asked), self.waiting + self.slots - len(self.row))):
             width = max(width, len(self.asked[i].ids))
-            if rows and width * (len(rows) + 1) > _PREFILL_TOKENS:
+            if rows and width * (len(rows) + 1) > PREFILL_TOKENS:
                 break
             rows.append(i)
         return rows

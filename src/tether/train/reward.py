@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tether.batch import microbatches
-from tether.config import InitModelConfig, RewardConfig, SFTModelConfig, check
+from tether.config import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
 from tether.data import load_pairs
 from tether.errors import Interrupted
 from tether.loading import (
@@ -65,6 +65,7 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
         pairs = load_pairs(config.data, tokenizer, stop_id=stop_id, context=context_length(model.classifier.config))
         train, test = split_pairs(pairs, section.test_fraction, config.seed)
         plan = plan_steps(len(train), config)
+        check_warmup(config.optim, len(plan))
         trunk, head = trained_parameters(model)
         optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
         steps = Steps(optimizer, config.optim, len(plan))

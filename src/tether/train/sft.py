@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tether.batch import microbatches
-from tether.config import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig, check
+from tether.config import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig, check, check_warmup
 from tether.data import Example, load_examples
 from tether.errors import ConfigError, Interrupted
 from tether.export import save_model
@@ -77,6 +77,7 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
         if config.sft.packing:
             check_packing(model)
         plan = plan_steps([len(e.ids) for e in examples], config)
+        check_warmup(config.optim, len(plan))
         named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
         optimizer = build_optimizer(config.optim, named, lora=config.model.lora is not None)
         steps = Steps(optimizer, config.optim, len(plan))
@@ -237,6 +238,12 @@ def init_model(config: InitModelConfig, tokenizer: PreTrainedTokenizerBase, *, s
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     return init_causal_lm(config.init, vocab_size=vocab_size, special=special, seed=seed)
+
+
+def init_architecture(config: InitModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The transformers config that `init_model` builds, without a weight; raises what building it would."""
+    with torch.device("meta"):
+        return init_model(config, tokenizer, seed=0).config
 
 
 def input_hashes(model: SFTModelConfig, data: DataConfig) -> dict[str, str]:
