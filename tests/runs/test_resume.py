@@ -183,6 +183,20 @@ def test_other_prompts_to_evaluate_on_are_no_change_of_data(config):
         assert run.resumed
 
 
+def test_a_reward_function_may_change_and_each_change_is_an_event_and_a_note(config):
+    begin(config, inputs={"reward[0].function": "sha256:aa"})
+    for now, noted in (("aa", 0), ("bb", 1), ("bb", 0), ("aa", 1), ("aa", 0)):
+        with RunDirectory.open(config, command="ppo", inputs={"reward[0].function": f"sha256:{now}"}) as run:
+            assert len(run.notes) == noted
+            assert all("rewards.py:helpful has other code" in note for note in run.notes)
+            run.finished = True  # leave the status: the next one continues
+    events = [e for e in Run.open(config.run).events if e["event"] == "reward_changed"]
+    assert [(e["function"], e["old"], e["new"], e["bit_equal"]) for e in events] == [
+        ("rewards.py:helpful", "sha256:aa", "sha256:bb", False),
+        ("rewards.py:helpful", "sha256:bb", "sha256:aa", False),
+    ]
+
+
 def test_another_command_is_refused(config):
     begin(config)
     sft = SFTConfig(run=config.run, model=SFTModelConfig(policy="m"), data=DataConfig(path="d"))

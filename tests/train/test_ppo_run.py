@@ -385,6 +385,22 @@ def test_a_finished_run_whose_final_directory_was_deleted_writes_it_again(tiny_m
     assert again.status["state"] == "finished"
 
 
+def test_a_reward_file_that_was_changed_between_two_commands_is_used_and_noted(
+    tiny_model, tmp_path, capsys, monkeypatch
+):
+    file = tmp_path / "mine.py"
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"cycles": 1}, evaluate={"every": 0},
+                         optim={"schedule": "constant"})  # fmt: skip
+    config = replace(config, reward=[RewardSourceConfig(function=f"{file}:f")])
+    for cycles, score in ((1, 1.0), (2, 1.0), (3, 2.25)):
+        file.write_text(f"def f(completions): return [{score}] * len(completions)\n")
+        capsys.readouterr()
+        run = tether.ppo(replace(config, ppo=replace(config.ppo, cycles=cycles)))
+        assert ("mine.py:f has other code than before" in capsys.readouterr().out) == (cycles == 3)
+    assert [e["key"] for e in run.events if e["event"] == "reward_changed"] == ["reward[0].function"]
+    assert [m["reward/score_mean"] for m in run.metrics] == [1.0, 1.0, 2.25]
+
+
 def test_the_policy_learns_what_it_is_paid_for(tiny_model, tmp_path):
     ppo = {"cycles": 12, "batch": 32, "minibatch": 16, "epochs": 4, "kl": KLConfig(coef=0.0)}
     config = tiny_config(tmp_path / "run", tiny_model(), ppo=ppo, optim={"lr": 3e-3}, evaluate={"every": 0},

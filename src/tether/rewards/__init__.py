@@ -13,10 +13,13 @@ from tether.batch import Reward
 from tether.config import RESERVED_NAMES, RewardShapingConfig, RewardSourceConfig, source_name
 from tether.errors import ConfigError
 from tether.rewards.combine import RewardSet, ScoredBatch, shape_scores
-from tether.rewards.function import FunctionReward, load_function
+from tether.rewards.function import FunctionReward, function_file, load_function
 from tether.rewards.model import ModelReward
 
-__all__ = ["FunctionReward", "ModelReward", "RewardSet", "ScoredBatch", "build_reward", "load_function", "shape_scores"]
+__all__ = [
+    "FunctionReward", "ModelReward", "RewardSet", "ScoredBatch", "build_reward", "function_file", "load_function",
+    "shape_scores",
+]  # fmt: skip
 
 
 def build_reward(

@@ -213,6 +213,13 @@ def load_function(spec: str) -> RewardFunction:
     raise RewardError(f"reward function {spec}: {problem} It has: {', '.join(sorted(names)) or 'no functions'}.")
 
 
+def function_file(spec: str) -> str | None:
+    """The file that `spec` names, the module's in the working directory included; None for an installed module."""
+    source, _, _ = spec.rpartition(":")
+    file = Path(source if source.endswith(".py") else f"{source.replace('.', '/')}.py")
+    return str(file) if file.is_file() else None
+
+
 def _load_file(path: Path, spec: str) -> ModuleType:
     if not path.is_file():
         raise RewardError(
@@ -220,8 +227,9 @@ def _load_file(path: Path, spec: str) -> ModuleType:
             f"{Path.cwd()}.{did_you_mean_path(str(path))}"
         )
     path = path.resolve()
-    # A name of its own, so that my_rewards.py neither hides an installed module nor another directory's my_rewards.py.
-    unique = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    # A name of its own, so that my_rewards.py neither hides an installed module nor another directory's my_rewards.py,
+    # nor what it was itself before it was changed.
+    unique = f"{path.stem}_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:8]}"
     if unique in sys.modules:
         return sys.modules[unique]
     module_spec = importlib.util.spec_from_file_location(unique, path)

@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from tether.runs.files import (
     write_table,
 )
 from tether.runs.lock import Lock
-from tether.runs.resume import check_inputs, config_changes, keeps_bits
+from tether.runs.resume import check_inputs, config_changes, keeps_bits, reward_changes
 
 Command = Literal["ppo", "sft", "reward"]
 
@@ -57,6 +58,7 @@ class RunDirectory:
     command   ppo, sft or reward.
     unit      what a step is called: "cycle" for ppo, "step" for sft and reward.
     resumed   the directory held this run already.
+    notes     what the person should hear about how the run goes on.
     finished  the run had ended before, its final model is there, and there is nothing more to do.
     """
 
@@ -64,6 +66,7 @@ class RunDirectory:
         self.path, self.config, self.command = _path(config), config, command
         self.unit = "cycle" if command == "ppo" else "step"
         self.resumed, self.finished = resumed, finished
+        self.notes: list[str] = []
         self._lock = lock
         self._last_heartbeat = 0.0
 
@@ -138,6 +141,10 @@ class RunDirectory:
             drop_half_line(path / name)
         for key, old, new in changed:
             run.event("config_changed", key=key, old=old, new=new, bit_equal=keeps_bits((key, old, new)))
+        for key, old, new in reward_changes(environment["inputs"], inputs, read_lines(path / "events.jsonl")):
+            spec = _function(config, key)
+            run.event("reward_changed", key=key, function=spec, old=old, new=new, bit_equal=False)
+            run.notes.append(f"reward function {spec} has other code than before: scores may not be comparable")
         for key, old, new in environment_changes(environment):
             run.event("environment_changed", key=key, old=old, new=new, bit_equal=False)
         run._set_status("running")
@@ -226,6 +233,11 @@ class RunDirectory:
 
 def _path(config: Config) -> Path:
     return Path(str(config.run))
+
+
+def _function(config: Config, key: str) -> str:
+    """FILE.py:NAME of the source that `key`, reward[0].function, stands for."""
+    return str(asdict(config)["reward"][int(key[len("reward[") : key.index("]")])]["function"])
 
 
 def _make_and_lock(path: Path) -> Lock:

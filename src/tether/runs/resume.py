@@ -20,6 +20,8 @@ _MAY_CHANGE = re.compile(
 )
 # The first two change the order of floating-point sums, the others which prompts are held out of training.
 _NOT_BIT_EQUAL = re.compile(r".*\.(microbatch_tokens|gradient_checkpointing)$|evaluate\.(prompts|count)$")
+# An input that may change: a reward function is mended while a run goes on.
+_REWARD_FILE = re.compile(r"reward\[\d+\]\.function$")
 _ABSENT = "(absent)"
 
 
@@ -44,11 +46,20 @@ def config_changes(path: Path, old: Config, new: Config) -> list[Change]:
 def check_inputs(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
     """RunError if a model or data file has other content than when the run began."""
     for key, before, now in changes(old, new):
-        if not _MAY_CHANGE.match(key):
+        if not (_MAY_CHANGE.match(key) or _REWARD_FILE.match(key)):
             raise RunError(
                 f"{key} has other content than when the run in {path} began (was {before}, is {now}): its curves would "
                 "mix two experiments. Restore it, or add --fresh to move the old run aside and begin anew."
             )
+
+
+def reward_changes(old: dict[str, str], new: dict[str, str], events: list[dict[str, Any]]) -> list[Change]:
+    """The files of reward functions that have other content than when the run last went on.
+
+    old: hashes when the run began. events: what happened since; each change is there as `reward_changed`.
+    """
+    last = old | {e["key"]: e["new"] for e in events if e["event"] == "reward_changed"}
+    return [(key, last[key], now) for key, now in new.items() if _REWARD_FILE.match(key) and last.get(key, now) != now]
 
 
 def keeps_bits(change: Change) -> bool:

@@ -27,7 +27,7 @@ from tether.export import save_model
 from tether.loading import context_length, model_config, resolve_device
 from tether.math import next_kl_coef
 from tether.model import Policy, Reference, build_policy
-from tether.rewards import RewardSet, build_reward
+from tether.rewards import RewardSet, build_reward, function_file
 from tether.rollout import LocalSampler
 from tether.runs import Run, RunDirectory, hash_files
 from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
@@ -64,6 +64,8 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
         job = prepare(config, reward)
         state = job.restore(run)
         with Logger(run, config.log, total=config.ppo.cycles) as log:
+            for note in run.notes:
+                log.note(note)
             for note in job.notes:
                 run.event("fallback", what=note)
                 log.note(note)
@@ -338,12 +340,14 @@ def hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt]
 
 
 def _inputs(config: PPOConfig) -> dict[str, str]:
-    """Hashes of what the run reads: it continues only on the same."""
+    """Hashes of what the run reads: it continues only on the same, but for reward functions, whose change is noted."""
     m = config.model
     paths = {"model.reference": m.reference, "prompts.path": config.prompts.path,
              "evaluate.prompts": config.evaluate.prompts,
              "model.critic": m.critic if m.critic not in ("shared", "separate") else None,
-             **{f"reward[{i}].model": s.model for i, s in enumerate(config.reward)}}  # fmt: skip
+             **{f"reward[{i}].model": s.model for i, s in enumerate(config.reward)},
+             **{f"reward[{i}].function": function_file(s.function) for i, s in enumerate(config.reward)
+                if s.function is not None}}  # fmt: skip
     hashes = {key: hash_files(path) for key, path in paths.items() if path is not None}
     return {"model.policy": hash_files(m.policy, m.revision)} | hashes
 
