@@ -249,6 +249,15 @@ def test_the_kl_coefficient_moves_towards_the_target_by_the_formula(tiny_model, 
     assert len({m["kl/coef"] for m in run.metrics}) == 5
 
 
+def test_the_kl_coefficient_stands_still_while_the_policy_is_frozen(tiny_model, tmp_path):
+    ppo = {"cycles": 5, "value_warmup_cycles": 2, "kl": KLConfig(coef=0.2, target=0.05, horizon=40)}
+    run = tether.ppo(tiny_config(tmp_path / "run", tiny_model(), ppo=ppo, evaluate={"every": 0}), reward=id_score)
+    used = [m["kl/coef"] for m in run.metrics]
+    assert used[:3] == [0.2, 0.2, 0.2]  # the third cycle is the first that moves the policy
+    assert used[3] == pytest.approx(0.2 * (1 - 0.2 * 8 / 40))  # its own KL was still measured before: 0
+    assert used[4] != used[3]
+
+
 def test_the_optimality_gap_is_the_spread_of_regularised_scores_within_prompts(tiny_model, tmp_path):
     ppo = {"cycles": 2, "kl": KLConfig(coef=0.1)}
     run = tether.ppo(tiny_config(tmp_path / "run", tiny_model(), ppo=ppo), reward=id_score)

@@ -115,7 +115,8 @@ class State:
 
     def advance(self, config: PPOConfig, experience: Experience) -> State:
         kl, coef = config.ppo.kl, self.kl_coef
-        if kl.target is not None:
+        moves = self.cycle >= config.ppo.value_warmup_cycles  # until then the KL is 0, whatever β is
+        if kl.target is not None and moves:
             measured = experience.metrics["kl/ref_mean"]
             assert measured is not None
             coef = next_kl_coef(coef, measured, target=kl.target, horizon=kl.horizon, responses=config.ppo.batch)
