@@ -142,6 +142,15 @@ def test_rollouts_are_parquet_with_per_token_lists_of_32_bits(config):
         got.rollouts(4)
 
 
+def test_an_evaluations_columns_without_values_have_the_types_of_a_rollouts(config):
+    rollout = {"new_logprob": [[-0.5, -1.0], [0.0]], "ratio": [[1.0, 1.5], [2.0]], "clipped": [[True, False], [False]]}
+    with RunDirectory.open(config, command="ppo") as run:
+        run.write_rollouts(1, rollout)
+        run.write_evaluation(1, {name: [[None, None], [None]] for name in rollout})
+    got = Run.open(config.run)
+    assert got.evaluations(1).schema == got.rollouts(1).schema
+
+
 @pytest.mark.parametrize(
     ("error", "state"),
     [(Interrupted("stopped by SIGINT"), "stopped"), (KeyboardInterrupt(), "stopped"), (RewardError("row 3"), "failed"),

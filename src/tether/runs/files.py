@@ -101,12 +101,14 @@ def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
-    narrow = {pa.float64(): pa.float32(), pa.int64(): pa.int32(), pa.null(): pa.float32()}
+    narrow = {pa.float64(): pa.float32(), pa.int64(): pa.int32()}
     arrays = {}
     for name, values in columns.items():
         array = pa.array(values)
         if pa.types.is_null(array.type):
             array = array.cast(pa.float64())  # nothing but None: a score that no row has
+        elif pa.types.is_list(array.type) and pa.types.is_null(array.type.value_type):
+            array = array.cast(pa.list_(pa.bool_() if name == "clipped" else pa.float32()))  # as of an update
         elif pa.types.is_list(array.type) and array.type.value_type in narrow:
             array = array.cast(pa.list_(narrow[array.type.value_type]))
         arrays[name] = array
