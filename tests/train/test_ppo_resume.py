@@ -196,6 +196,15 @@ def test_stopped_by_a_signal_a_run_saves_and_goes_on_the_same(model, whole, tmp_
     assert_same(tether.ppo(config, reward=id_score), whole("full"))
 
 
+def test_stopped_in_the_evaluation_before_cycle_1_it_stops_at_once_and_begins_the_same_again(model, whole, tmp_path):
+    config = config_of("full", tmp_path / "run", model)
+    assert in_a_fork(config, in_generation(1, INT)) == STOPPED
+    run = Run.open(config.run)
+    assert run.status["state"] == "stopped"
+    assert run.evaluation_cycles == run.metrics == []
+    assert_same(tether.ppo(config, reward=id_score), whole("full"))
+
+
 def test_ctrl_c_that_also_ends_the_reader_of_the_output_saves_as_ever(model, tmp_path):
     (tmp_path / "ids.py").write_text("def f(completion_ids):\n    return [float(len(ids)) for ids in completion_ids]\n")
     config = tiny_config(tmp_path / "run", model, ppo={"cycles": 10_000}, evaluate={"every": 0})

@@ -70,7 +70,11 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
                 run.event("fallback", what=note)
                 log.note(note)
             if state.cycle == 0:
-                job.evaluate(run, state, log)
+                try:
+                    with signals.droppable():
+                        job.evaluate(run, state, log)
+                except StopRequested:
+                    raise Interrupted("stopped before cycle 1; the same command begins again") from None
 
             while state.cycle < config.ppo.cycles:
                 cycle = state.cycle + 1
