@@ -93,6 +93,15 @@ def test_only_the_newest_are_kept(tmp_path):
     assert checkpoint.names(tmp_path) == ["cycle-000010", "cycle-000100", "cycle-000101"]
 
 
+def test_the_millionth_cycle_is_newer_than_the_one_before(tmp_path):
+    for cycle in (999_998, 999_999, 1_000_000):
+        checkpoint.save(tmp_path, f"cycle-{cycle:06d}", {"cycle": cycle}, lambda folder: None)
+    assert checkpoint.names(tmp_path) == ["cycle-999999", "cycle-1000000"]
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found[1] == {"cycle": 1_000_000}
+
+
 def test_state_json_names_every_file_with_its_sha256(tmp_path):
     saved(tmp_path, 1)
     sealed = json.loads((tmp_path / "checkpoints" / "cycle-000001" / "state.json").read_text())

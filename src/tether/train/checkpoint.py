@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,7 +31,7 @@ _ADAM = ("exp_avg", "exp_avg_sq", "step")
 def save(run: Path, name: str, state: dict[str, Any], write: Callable[[Path], None], *, keep: int = 2) -> Path:
     """Write checkpoint `name` and drop all but the newest `keep`.
 
-    name   a word and a number, "cycle-000050": names sort by age.
+    name   a word and a number, "cycle-000050": the number tells which is newer.
     state  what JSON can hold.
     write  called with an empty directory to put the files in.
 
@@ -108,7 +109,14 @@ def latest(run: Path, on_fallback: Callable[[str], None] = print) -> tuple[Path,
 def names(run: Path) -> list[str]:
     """The checkpoints of a run, oldest first."""
     folder = Path(run) / "checkpoints"
-    return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
+    there = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.exists() else []
+    return sorted(there, key=lambda name: (_number(name), name))
+
+
+def _number(name: str) -> int:
+    """What stands at the end of a name: as text, cycle-1000000 would come before cycle-999999."""
+    found = re.search(r"[0-9]+$", name)
+    return int(found[0]) if found else -1
 
 
 # ---------------------------------------------------------------- the optimiser
