@@ -285,3 +285,14 @@ def test_a_place_that_cannot_be_written_is_named(models, prompts, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(tether.RunError, match=r"evaluation.json cannot be written"):
         tether.evaluate(config(models[:1], prompts, run=str(tmp_path / "file")), reward=length)
+
+
+@pytest.mark.parametrize("truncation", [{"top_k": 5}, {"top_p": 0.9}])
+def test_a_log_ratio_over_truncated_samples_is_not_passed_off_as_the_kl(models, prompts, truncation):
+    exact = tether.evaluate(config(models, prompts), reward=length)
+    assert exact.results[1].note is None
+    sampling = SamplingConfig(max_new_tokens=6, **truncation)
+    got = tether.evaluate(config(models, prompts, sampling=sampling), reward=length)
+    assert "over truncated samples, which is not the KL" in got.results[1].note
+    assert got.results[0].note is None
+    assert got.table().count("over truncated samples") == 1

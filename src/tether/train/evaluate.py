@@ -90,7 +90,8 @@ class Result:
     score: Interval
     """Mean of the prompts' mean scores."""
     kl: Interval | None
-    """KL(model‖baseline) in nats a response, from the model's own samples; None where `note` says why."""
+    """KL(model‖baseline) in nats a response, from the model's own samples; `note` says why where it is None, or is less
+    than that: under top_k or top_p a mean log-ratio over truncated samples."""
     win_rate: Interval | None
     """Share of prompts whose mean score is above the baseline's, ties half; None for the baseline."""
     length: float
@@ -167,7 +168,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
         if source.tokenizer.get_vocab() == sources[baseline].tokenizer.get_vocab():
             asked = [p for p in prompts[baseline] for _ in range(config.samples)]
             ratios = _log_ratios(model, base, found, asked, config.sampling.temperature)
-            kl, note = _by_prompt(ratios, config.samples), None
+            kl, note = _by_prompt(ratios, config.samples), _truncation(config.sampling)
         if name == baseline:
             base_scores = scores
         wins = (scores > base_scores).double() + 0.5 * (scores == base_scores)
@@ -183,7 +184,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
                 win_rate=None if name == baseline else interval(wins),
                 length=sum(found.lengths) / len(found),
                 truncated=found.finish_reasons.count("length") / len(found),
-                note=note,
+                note=None if name == baseline else note,
             )
         )
         del model, rewards  # before the next ones are loaded
@@ -191,6 +192,16 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
     if config.run is not None:
         _write(evaluation, config, Path(config.run))
     return evaluation
+
+
+def _truncation(s: SamplingConfig) -> str | None:
+    """What the KL column is where samples leave out the tail of the distribution that they are weighed by."""
+    if not s.top_k and s.top_p == 1:
+        return None
+    return (
+        f"answers are drawn with top_k={s.top_k}, top_p={s.top_p:g}, so the column is the mean of log(model/baseline) "
+        "over truncated samples, which is not the KL of the models; sampling.top_k 0 and sampling.top_p 1 give that"
+    )
 
 
 @torch.no_grad()
