@@ -1,11 +1,14 @@
 """The report on a reward model: numbers by hand or from tables, and verdicts that cannot be fooled."""
 
+import errno
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
+from tether.errors import RunError
 from tether.preferences import Pair
 from tether.train.preference_report import calibrate, judge, share, wilson
 
@@ -116,3 +119,19 @@ def test_only_a_model_whose_log_odds_are_true_is_calibrated(sharpness, calibrate
     test, said = pairs([(1, 2)] * 20000), [sharpness * m for m in margin]
     report = judge(test, scores(said, [0] * 20000), test, scores(said, [0] * 20000))
     assert (report.calibration_error < 0.015) == calibrated
+
+
+def test_a_report_on_disk_is_the_old_one_or_the_new_one_never_half(tmp_path, monkeypatch):
+    report = judge(pairs([(2, 1)] * 4), scores([1, 2, 3, 4], [0] * 4), pairs([(1, 2)] * 2), scores([1, 2], [0, 0]))
+    report.write(tmp_path)
+    whole = (tmp_path / "reward_report.json").read_text()
+    write = Path.write_text
+
+    def full(path, text, **kwargs):
+        write(path, text[:10], **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match=r"reward_report\.json cannot be written"):
+        report.write(tmp_path)
+    assert (tmp_path / "reward_report.json").read_text() == whole

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tether.preferences import Pair
+from tether.runs.files import write_atomically
 
 _Z = 1.959964  # two-sided 95 %
 
@@ -77,8 +78,8 @@ class PreferenceReport:
 
     def write(self, run: Path) -> None:
         """reward_report.json, and calibration.html to look at."""
-        (run / "reward_report.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        (run / "calibration.html").write_text(calibration_plot(self), encoding="utf-8")
+        write_atomically(run / "reward_report.json", json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(run / "calibration.html", calibration_plot(self))
 
 
 def judge(train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], test_scores: Tensor) -> PreferenceReport:
