@@ -132,7 +132,7 @@ def main() -> None:
             continue
         predicted, measured = found["predicted"], found["measured"]
         print(
-            f"{name:<20}{predicted / 2**20:>9,.0f} MB{measured / 2**20:>9,.0f} MB{predicted / measured - 1:>+9.1%}",
+            f"{name:<20}{predicted / 2**20:>9,.0f} MiB{measured / 2**20:>9,.0f} MiB{predicted / measured - 1:>+9.1%}",
             flush=True,
         )
 

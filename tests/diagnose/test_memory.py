@@ -23,6 +23,7 @@ from tether.config import (
     SFTModelConfig,
 )
 from tether.diagnose import Memory, Part, predict
+from tether.diagnose.memory import size
 
 BENCH = Path(__file__).parents[2] / "bench" / "memory_prediction.py"
 
@@ -135,7 +136,11 @@ def test_the_table_names_every_part_that_matters_and_the_peak():
     memory = Memory("cuda", [Part("weights", 3 * 2**30), Part("tiny", 10), Part("cache", 2**29, "sampling")])
     lines = memory.table().splitlines()
     assert [line.split()[0] for line in lines] == ["weights", "cache", "peak"]
-    assert "3.50 GB" in lines[-1]
+    assert "3.50 GiB" in lines[-1]
+
+
+def test_sizes_are_named_by_the_unit_that_they_are_counted_in():
+    assert [size(n) for n in (5 * 2**10, 7 * 2**20, 3 * 2**29)] == ["5 KiB", "7 MiB", "1.50 GiB"]
 
 
 @pytest.mark.slow

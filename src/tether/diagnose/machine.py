@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tether.diagnose.memory import GB, size
+from tether.diagnose.memory import GIB, size
 from tether.runs.environment import describe_environment
 
 
@@ -44,7 +44,7 @@ def memory_of(device: str) -> int:
 def _gpus() -> list[str]:
     if torch.cuda.is_available():
         return [
-            f"GPU         {p.name}, {p.total_memory / GB:.0f} GB, "
+            f"GPU         {p.name}, {p.total_memory / GIB:.0f} GiB, "
             + ("bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: computes in float32")
             for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         ]

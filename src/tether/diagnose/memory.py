@@ -21,10 +21,10 @@ from tether.train.sft import init_architecture
 
 TrainingConfig = PPOConfig | SFTConfig | RewardConfig
 
-KB, MB, GB = 2**10, 2**20, 2**30
+KIB, MIB, GIB = 2**10, 2**20, 2**30
 
-_PROCESS_CPU = 455 * MB  # Python, torch, transformers, TensorBoard: resident before a weight is loaded
-_CONTEXT_CUDA = 600 * MB  # the CUDA context and its libraries, which no allocator counts
+_PROCESS_CPU = 455 * MIB  # Python, torch, transformers, TensorBoard: resident before a weight is loaded
+_CONTEXT_CUDA = 600 * MIB  # the CUDA context and its libraries, which no allocator counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +65,17 @@ class Memory:
     def table(self) -> str:
         """The parts as lines of text, largest first."""
         rows = [(p.name, size(p.bytes), "" if p.phase == "always" else f"while {p.phase}")
-                for p in sorted(self.parts, key=lambda p: -p.bytes) if p.bytes >= KB]  # fmt: skip
+                for p in sorted(self.parts, key=lambda p: -p.bytes) if p.bytes >= KIB]  # fmt: skip
         rows.append(("peak", size(self.peak), "resident memory" if self.device == "cpu" else "allocated on the GPU"))
         width = max(len(name) for name, _, _ in rows)
-        return "\n".join(f"  {name:<{width}}  {amount:>9}  {when}".rstrip() for name, amount, when in rows)
+        return "\n".join(f"  {name:<{width}}  {amount:>10}  {when}".rstrip() for name, amount, when in rows)
 
 
 def size(count: float) -> str:
-    """Bytes as people say them."""
-    if count >= GB:
-        return f"{count / GB:.2f} GB"
-    return f"{count / MB:.0f} MB" if count >= MB else f"{count / KB:.0f} KB"
+    """Bytes as people say them, in steps of 1024."""
+    if count >= GIB:
+        return f"{count / GIB:.2f} GiB"
+    return f"{count / MIB:.0f} MiB" if count >= MIB else f"{count / KIB:.0f} KiB"
 
 
 def predict(
