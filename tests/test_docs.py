@@ -19,3 +19,8 @@ def test_every_benchmark_that_says_how_it_is_run_has_a_row_with_its_command():
     scripts = {p.name for p in (ROOT / "bench").glob("*.py") if f"bench/{p.name}" in p.read_text()}
     rows = re.findall(r"^\|.*`python bench/(\w+\.py)", (ROOT / "bench" / "README.md").read_text(), re.M)
     assert sorted(rows) == sorted(scripts)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_page_has_a_placeholder_left_where_a_figure_belongs(page):
+    assert re.findall(r"@[A-Z]+@", page.read_text()) == []
