@@ -14,7 +14,7 @@ from typing import Any
 from transformers import Qwen2Config
 
 from tether.config import LoraConfig, ModelConfig, PPOConfig, PPOSection, PromptsConfig, SamplingConfig
-from tether.diagnose.memory import GB, Memory, predict
+from tether.diagnose.memory import GIB, Memory, predict
 
 # width, width of the MLP, layers, heads, key-value heads, embeddings tied
 MODELS: dict[str, tuple[int, int, int, int, int, bool]] = {
@@ -23,7 +23,7 @@ MODELS: dict[str, tuple[int, int, int, int, int, bool]] = {
     "3B": (2048, 11008, 36, 16, 2, True),
     "8B": (4096, 12288, 36, 32, 8, False),
 }
-CARDS = (24, 48, 80)  # GB
+CARDS = {24: 23.5, 48: 47.5, 80: 79.2}  # by the GB in a card's name, the GiB that CUDA has to give on it
 
 DEFAULT = PPOConfig(
     run="runs/fits",
@@ -55,8 +55,8 @@ def needed(name: str, base: PPOConfig, *, lora: bool) -> Memory:
 
 
 def cell(card: int, default: Memory, tight: Memory) -> str:
-    """Whether a card of so many GB is enough. The few percent that a card reports less than its name are left free."""
-    room = 0.97 * card * 1e9
+    """Whether a card of that name is enough."""
+    room = CARDS[card] * GIB
     return "yes" if default.needed <= room else "tight" if tight.needed <= room else "–"
 
 
@@ -71,8 +71,8 @@ def table() -> str:
             default, tight = needed(name, DEFAULT, lora=lora), needed(name, TIGHT, lora=lora)
             cells = " | ".join(cell(card, default, tight) for card in CARDS)
             lines.append(
-                f"| {name} | {'LoRA' if lora else 'whole'} | {default.needed / GB:.0f} GB | {tight.needed / GB:.0f} GB "
-                f"| {cells} |"
+                f"| {name} | {'LoRA' if lora else 'whole'} | {default.needed / GIB:.0f} GiB "
+                f"| {tight.needed / GIB:.0f} GiB | {cells} |"
             )
     return "\n".join(lines)
 
