@@ -358,6 +358,14 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def analyze_scalar(self, scalar: str) -> Any:
+        analysis = super().analyze_scalar(scalar)
+        if any(separator in scalar for separator in "\x85\u2028\u2029"):
+            # YAML's other line breaks: unescaped, a reader folds them into a space. Double quotes escape them.
+            analysis.allow_flow_plain = analysis.allow_block_plain = False
+            analysis.allow_single_quoted = analysis.allow_block = False
+        return analysis
+
 
 for _tag, _pattern, _first in _PLAIN:
     for _class in (_Loader, _Dumper):

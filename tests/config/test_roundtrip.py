@@ -3,6 +3,7 @@
 import string
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,6 +102,18 @@ def test_a_printed_config_loads_back_equal(tmp_path_factory, config: Config):
     path = tmp_path_factory.mktemp("roundtrip", numbered=True) / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(path) == config
+
+
+@pytest.mark.parametrize("separator", ["\x85", "\u2028", "\u2029", "\n", "\r", "\r\n"])
+def test_every_kind_of_line_break_in_a_text_is_kept(tmp_path, separator):
+    config = PPOConfig(
+        run="r", model=ModelConfig("m", revision=f"a{separator}b"),
+        prompts=PromptsConfig("p", chat_template_kwargs={f"k{separator}": [separator, {"x": f"{separator} y"}]}),
+    )  # fmt: skip
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(path).model == config.model
+    assert load_config(path).prompts == config.prompts
 
 
 def test_two_configs_that_differ_print_differently():
