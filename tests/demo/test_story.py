@@ -24,11 +24,13 @@ def small(monkeypatch):
         config = sft_config(to, seed)
         init = ARCHITECTURE | {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
         policy = replace(config.model.policy, init=init | {"num_key_value_heads": 2})
-        return replace(config, model=replace(config.model, policy=policy), sft=replace(config.sft, epochs=1, batch=100))
+        config = replace(config, model=replace(config.model, policy=policy), optim=replace(config.optim, warmup=0))
+        return replace(config, sft=replace(config.sft, epochs=1, batch=100))
 
     def small_reward(to, seed):
         config = reward_config(to, seed)
-        return replace(config, reward_model=replace(config.reward_model, epochs=1, batch=100))
+        section = replace(config.reward_model, epochs=1, batch=100)
+        return replace(config, reward_model=section, optim=replace(config.optim, warmup=0))
 
     def small_ppo(to, seed):
         config = ppo_config(to, seed)
