@@ -139,7 +139,8 @@ class SamplingConfig:
     stop_token_ids: list[int] | None = None
     """Ids that end a response. null: every eos of the generation config, else the tokenizer's; [] : none."""
     slots: int | Literal["auto"] = "auto"
-    """Rows that are decoded at once; auto: as many as a cycle has, up to 64. Never changes a result beyond rounding."""
+    """Rows that are decoded at once; auto: as many as a cycle has, up to 256 where their cache stays small, else up to
+    64. Never changes a result beyond rounding."""
 
 
 @dataclass(frozen=True)

@@ -107,3 +107,10 @@ def test_a_deterministic_run_draws_on_a_gpu_and_never_scans_a_single_row(monkeyp
     assert OnCuda.rows == [max(2, rows)] * (1 if top_p == 1.0 else 2)
     for ours, theirs in zip(got, want, strict=True):
         assert torch.equal(ours.as_subclass(torch.Tensor), theirs)
+
+
+def test_a_uniform_on_the_very_end_still_draws_a_token_that_has_mass():
+    logits = torch.tensor([[0.0, 1.0, -math.inf], [-math.inf, 0.0, -math.inf]])
+    almost_one = torch.full((2,), 1 - 2**-53, dtype=torch.float64)
+    assert draw(logits, almost_one, temperature=1.0).tokens.tolist() == [1, 1]
+    assert draw(logits, torch.ones(2, dtype=torch.float64), temperature=1.0).tokens.tolist() == [1, 1]

@@ -19,6 +19,7 @@ from tether.errors import TrainingError
 from tether.loading import add_lora
 from tether.model import LanguageModel, Policy
 from tether.rollout import LocalSampler
+from tether.rollout.local import count_slots, slot_bytes
 from tether.rollout.slots import SlotCache
 from tiny import language_model, prompts_of, randomise
 
@@ -277,3 +278,22 @@ def test_sampling_leaves_no_trace_in_the_model_or_in_torchs_generator():
     assert model.lm.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.requires_grad for p in model.lm.parameters())
+
+
+def test_auto_takes_more_slots_while_they_are_small_and_never_fewer_than_64():
+    # Qwen2.5-0.5B: 24 layers, 2 key heads of 64, vocabulary 151,936. A slot of 1,000 tokens in bfloat16 holds
+    # 2·24·2·64·1,000·2 = 12,288,000 bytes; drawing a token takes 151,936·28 = 4,254,208 more.
+    small = AutoConfig.for_model(
+        "qwen2",
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        hidden_size=896,
+        vocab_size=151_936,
+    )
+    assert slot_bytes(small, 1000, torch.bfloat16) == (12_288_000, 4_254_208)
+    assert count_slots("auto", 1000, small, 1000, torch.bfloat16, "cuda") == 2 * 2**30 // 16_542_208 == 129
+    assert count_slots("auto", 1000, small, 1000, torch.bfloat16, "cpu") == 64
+    assert count_slots("auto", 1000, small, 10, torch.bfloat16, "cuda") == 256
+    assert count_slots("auto", 16, small, 10, torch.bfloat16, "cuda") == 16
+    assert count_slots(300, 1000, small, 1000, torch.bfloat16, "cpu") == 300

@@ -15,7 +15,7 @@ import torch
 from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig, source_name
 from tether.diagnose.simulate import Shape, Step, simulate
 from tether.loading import model_config, resolve_device, resolve_dtype
-from tether.rollout.local import MOST_SLOTS, PREFILL_TOKENS
+from tether.rollout.local import PREFILL_TOKENS, count_slots, slot_bytes
 from tether.tokens import load_tokenizer
 from tether.train.sft import init_architecture
 
@@ -134,16 +134,13 @@ def _of_ppo(
         parts.append(Part("engine's copy of the policy", step.parameters * item))
     s, prompt = config.sampling, prompt_tokens or config.prompts.max_tokens
     responses = max(config.ppo.batch, config.evaluate.count * config.evaluate.samples if config.evaluate.every else 0)
-    slots = min(responses, MOST_SLOTS if s.slots == "auto" else s.slots)
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    cache = 2 * text.num_hidden_layers * slots * kv_heads * (prompt + s.max_new_tokens) * head_dim * item
-    parts.append(Part("key-value cache", cache, "sampling"))
+    width = prompt + s.max_new_tokens
+    slots = count_slots(s.slots, responses, text, width, dtype, kind)
+    cache, drawing = slot_bytes(text, width, dtype)
+    parts.append(Part("key-value cache", slots * cache, "sampling"))
     rows = max(1, min(slots, PREFILL_TOKENS // prompt))
-    scores = rows * heads * prompt**2 * (8 + item)
-    drawn = slots * text.vocab_size * 28  # logits, log-probs, probabilities in fp32 and their sums in fp64
-    parts.append(Part("sampler's workspace", max(scores, drawn), "sampling"))
+    scores = rows * text.num_attention_heads * prompt**2 * (8 + item)
+    parts.append(Part("sampler's workspace", max(scores, slots * drawing), "sampling"))
     for source in config.reward:
         if source.model is not None:
             other = _read(config, source.model)

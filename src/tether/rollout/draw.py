@@ -29,9 +29,9 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0
     kept = truncate(probs, top_k=top_k, top_p=top_p)
     cdf = _cumsum(kept, uniforms.dtype)
     mass = cdf[:, -1:]
-    tokens = torch.searchsorted(cdf, uniforms[:, None] * mass, right=True).squeeze(-1)
     # Rounding can put the uniform on the very end of the distribution, beyond the last token that has any mass.
-    tokens = torch.where(tokens < logits.shape[-1], tokens, kept.argmax(-1))
+    point = torch.minimum(uniforms[:, None] * mass, torch.nextafter(mass, torch.zeros_like(mass)))
+    tokens = torch.searchsorted(cdf, point, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)  # NaN: see below
     chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
     if not torch.isfinite(chosen).all():
         raise TrainingError(

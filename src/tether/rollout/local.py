@@ -23,7 +23,12 @@ from tether.rollout.uniforms import uniforms
 
 PREFILL_TOKENS = 8192  # padded prompt tokens encoded at once: bounds the memory of their attention scores
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-MOST_SLOTS = 64  # of "auto": there the matmuls of small models stop getting cheaper a row
+
+# Of `slots: auto`. More rows a step make each of them cheaper: the small operations of a step cost the same for all,
+# and matmuls come nearer their peak. They pay in memory.
+_FEWEST_SLOTS, _MOST_SLOTS = 64, 256
+_SLOT_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}  # of cache and workspace, beyond the fewest
+_DRAW_BYTES = 28  # a token of the vocabulary: logits, log-probs and probabilities in fp32, their sums in fp64
 
 
 class Decoder(Protocol):
@@ -42,7 +47,8 @@ class Decoder(Protocol):
 class LocalSampler:
     """Samples from a language model that lives in this process.
 
-    slots  rows decoded at once; "auto" takes as many as there are responses, up to 64.
+    slots  rows decoded at once; "auto" takes as many as there are responses, up to 256, or up to 64 where their cache
+           would be large (see `slot_bytes`).
     note   what fell back, for the log; None if nothing did.
     """
 
@@ -75,8 +81,9 @@ class LocalSampler:
         The uniform behind token t of response i = prompt × n + k is a function of (seed, stream, cycle, i, t) alone.
         """
         asked = [p for p in prompts for _ in range(sampling.responses_per_prompt)]
-        slots = min(len(asked), MOST_SLOTS if self.slots == "auto" else int(self.slots))
         width = max(len(p.ids) for p in asked) + sampling.max_new_tokens
+        m, wish = self.model, self.slots if self.cached or self.slots != "auto" else _FEWEST_SLOTS
+        slots = count_slots(wish, len(asked), m.config, width, m.dtype, m.device.type)
         decoder: Decoder = (SlotCache if self.cached else Recompute)(self.model, slots=slots, width=width)
         batch = _Batch(self.model, decoder, asked, sampling, cycle, slots)
         with self.model.autocast():
@@ -85,6 +92,26 @@ class LocalSampler:
                 batch.draw()
                 batch.step()
         return batch.completions()
+
+
+def count_slots(slots: int | str, responses: int, config: Any, width: int, dtype: torch.dtype, device: str) -> int:
+    """Rows to decode at once: `slots`, or for "auto" what the model's text config and a slot's width in tokens allow.
+
+    A function of config and kind of device alone, never of free memory: the same run gets the same every time.
+    """
+    if slots == "auto":
+        room = _SLOT_BYTES.get(device, _SLOT_BYTES["cpu"]) // sum(slot_bytes(config, width, dtype))
+        slots = min(max(room, _FEWEST_SLOTS), _MOST_SLOTS)
+    return min(responses, int(slots))
+
+
+def slot_bytes(config: Any, width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes of a slot's keys and values, bytes of its workspace when a token is drawn); config: the text config."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    cache = 2 * config.num_hidden_layers * kv_heads * head_dim * width * dtype.itemsize
+    return cache, config.vocab_size * _DRAW_BYTES
 
 
 @torch.no_grad()

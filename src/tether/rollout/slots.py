@@ -31,7 +31,9 @@ class SlotCache:
         self.lengths = torch.zeros(slots, dtype=torch.long, device=model.device)  # tokens each slot holds
         self.first = 0  # prefill: the first slot that is written
         self.decoding = False
-        self._visible: dict[int | None, Tensor] = {}  # sliding window -> [n, 1, 1, L] mask of this decode step
+        # Of this decode step, made when the first layer of a kind asks:
+        self._target: dict[int, Tensor] = {}  # key heads -> where keys and values go
+        self._bias: dict[tuple[int | None, int], Tensor] = {}  # (sliding window, key heads) -> what may be looked at
 
     # ------------------------------------------------ what the engine calls
 
@@ -46,9 +48,9 @@ class SlotCache:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token [n] to each of the active slots 0 … n-1; their hidden states [n, D]."""
-        self.decoding, self._visible = True, {}
+        self.decoding, self._bias, self._target = True, {}, {}
         n = len(tokens)
-        self._rows, self._at = torch.arange(n, device=tokens.device), self.lengths[:n].clone()
+        self._at = self.lengths[:n].clone()
         self._longest = int(self._at.max()) + 1
         with attending(self):
             hidden = self.model.hidden(tokens[:, None], position_ids=self._at[:, None])
@@ -76,46 +78,63 @@ class SlotCache:
             self.windows[layer] = window
             self.keys[layer] = key.new_zeros(self.slots, key.shape[1], self.width, key.shape[3])
             self.values[layer] = value.new_zeros(self.slots, value.shape[1], self.width, value.shape[3])
+        n, heads, q, dim = key.shape
         keys, values = self.keys[layer], self.values[layer]
         if self.decoding:
-            keys[self._rows, :, self._at] = key[:, :, 0]
-            values[self._rows, :, self._at] = value[:, :, 0]
-            n = len(query)
+            target = self._target_of(heads)
+            keys.view(-1, dim).index_copy_(0, target, key.reshape(-1, dim))
+            values.view(-1, value.shape[3]).index_copy_(0, target, value.reshape(-1, value.shape[3]))
             key, value = keys[:n, :, : self._longest], values[:n, :, : self._longest]
-            visible = self._visible_at(window)
+            bias = self._bias_of(window, heads, query.dtype)
         else:
-            m, width = len(key), key.shape[2]
-            keys[self.first : self.first + m, :, :width] = key
-            values[self.first : self.first + m, :, :width] = value
-            visible = _causal(width, window, key.device)
-        groups = query.shape[1] // key.shape[1]  # query heads that share a key head
-        n, _, q, dim = query.shape
-        query = query.reshape(n, key.shape[1], groups * q, dim)
-        scores = torch.matmul(query, key.transpose(-1, -2)).float() * scaling
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.view(n, key.shape[1], groups, q, -1).masked_fill_(~visible[:, None], float("-inf"))
-        weights = torch.softmax(scores, dim=-1).to(value.dtype).view(n, key.shape[1], groups * q, -1)
-        return torch.matmul(weights, value).view(n, -1, q, value.shape[-1]).transpose(1, 2)
+            keys[self.first : self.first + n, :, :q] = key
+            values[self.first : self.first + n, :, :q] = value
+            bias = _causal(q, window, query.dtype, key.device)
+        # Query heads that share a key head become rows of one product; slots and heads its batch.
+        query = query.reshape(n * heads, -1, q, dim)
+        shape = query.shape
+        query, key, value = query.flatten(1, 2), key.flatten(0, 1), value.flatten(0, 1)
+        if softcap is None and q == 1:
+            scores = torch.baddbmm(bias[:, 0], query, key.mT, alpha=scaling).float()
+        else:
+            scores = torch.bmm(query, key.mT).float().mul_(scaling)
+            if softcap is not None:
+                scores = scores.div_(softcap).tanh_().mul_(softcap)
+            scores.view(*shape[:3], -1).add_(bias)
+        attended = torch.bmm(torch.softmax(scores, dim=-1).to(value.dtype), value)
+        return attended.view(n, -1, q, value.shape[-1]).transpose(1, 2)
 
-    def _visible_at(self, window: int | None) -> Tensor:
-        """[n, 1, 1, L] True where a decoding row may look: its own tokens, within the layer's sliding window."""
-        if window not in self._visible:
-            column = torch.arange(self._longest, device=self._at.device)
-            visible = column <= self._at[:, None]
+    def _target_of(self, heads: int) -> Tensor:
+        """[n·H] where this step's keys go, counted in keys from the start of the store."""
+        if heads not in self._target:
+            row = torch.arange(len(self._at) * heads, device=self._at.device)
+            self._target[heads] = row * self.width + self._at.repeat_interleave(heads)
+        return self._target[heads]
+
+    def _bias_of(self, window: int | None, heads: int, dtype: torch.dtype) -> Tensor:
+        """[n·H, 1, 1, L] added to the scores: 0 where a decoding row may look, its own tokens within the layer's sliding
+        window, and -∞ elsewhere."""
+        if (window, heads) not in self._bias:
+            column, at = torch.arange(self._longest, device=self._at.device), self._at[:, None]
+            visible = column <= at
             if window is not None:
-                visible &= column > self._at[:, None] - window
-            self._visible[window] = visible[:, None, None]
-        return self._visible[window]
+                visible &= column > at - window
+            bias = _minus_infinity_unless(visible, dtype)
+            self._bias[window, heads] = bias.repeat_interleave(heads, dim=0)[:, None, None]
+        return self._bias[window, heads]
 
 
-def _causal(width: int, window: int | None, device: torch.device) -> Tensor:
-    """[1, 1, P, P] True where prompt position q may look at position k."""
+def _causal(width: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[P, P] added to the scores: 0 where prompt position q may look at position k, and -∞ elsewhere."""
     q, k = torch.arange(width, device=device)[:, None], torch.arange(width, device=device)[None]
     visible = k <= q
     if window is not None:
         visible &= k > q - window
-    return visible[None, None]
+    return _minus_infinity_unless(visible, dtype)
+
+
+def _minus_infinity_unless(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 # ---------------------------------------------------------------- the hook into transformers
