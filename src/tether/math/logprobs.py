@@ -2,7 +2,8 @@
 
 The logits of a batch are its largest tensor by far: 8,192 tokens of a vocabulary of 150,000 take 5 GB in fp32, their
 softmax and its gradient as much again each. `token_logprobs` never holds them. It walks over the tokens in chunks,
-keeps the results, and computes each chunk's logits a second time in the backward pass.
+keeps the results, and computes each chunk's logits a second time in the backward pass; only where all of them are
+small are they kept, which saves that.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.functional import linear
 _CHUNK_BYTES = 8 * 2**20  # of fp32 logits at once, on a CPU: near its caches; about six such buffers are alive
 _CHUNK_BYTES_ACCELERATOR = 256 * 2**20  # there, a matmul needs hundreds of rows to be worth reading the head for
 _LEAST_ROWS = 32
+_KEPT_BYTES = 64 * 2**20  # of log-probs over the vocabulary, from the forward pass to the backward pass
 _SUMS_IN_FP32 = hasattr(torch.ops.aten.mm, "dtype")  # CUDA's product of bfloat16 factors in fp32, since torch 2.8
 
 
@@ -35,7 +37,7 @@ def token_logprobs(
         logprob = z[target] - logsumexp(z)
         entropy = logsumexp(z) - Σ_v p_v·z_v,   p = softmax(z)
 
-    Gradients are exact, to hidden, weight and bias, through both results; [N, V] is never in memory:
+    Gradients are exact, to hidden, weight and bias, through both results; [N, V] is not in memory unless it is small:
 
         ∂logprob/∂z_v = [v = target] - p_v
         ∂entropy/∂z_v = -p_v·(z_v - Σ_u p_u·z_u)
@@ -113,17 +115,18 @@ class Head:
             return z if self.scale == 1.0 else z.mul_(self.scale)
         return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
 
-    def backward_(self, grad: Tensor, divided: Tensor, temperature: float) -> Tensor:
-        """Turn ∂L/∂(z/T) into ∂L/∂(h·Wᵀ + b), in place; `divided` is z/T, and is used up."""
+    def backward_(self, grad: Tensor, divided: Tensor | None, temperature: float) -> Tensor:
+        """Turn ∂L/∂(z/T) into ∂L/∂(h·Wᵀ + b), in place; `divided` is z/T, needed under a soft-cap, and is used up."""
         grad = grad.mul_(self.scale / temperature)
         if self.softcap is None:
             return grad
+        assert divided is not None
         tanh = divided.mul_(temperature / self.softcap)
         return grad.mul_(tanh.square_().neg_().add_(1))
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Chunks of rows, forward and again backward; between the two only the entropies are kept beside the inputs."""
+    """Chunks of rows, forward and again backward; between the two the entropies are kept, and log-probs if small."""
 
     @staticmethod
     def forward(
@@ -140,11 +143,14 @@ class _TokenLogprobs(torch.autograd.Function):
         head = Head(weight, bias, **kind)
         logprobs = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(head.dtype, torch.float32))
         entropies = torch.zeros_like(logprobs)
+        ctx.kept = [] if any(ctx.needs_input_grad) and _keeps(hidden, weight, head) else None
         for rows in _chunks(hidden.shape[0], chunk):
             log_p = torch.log_softmax(_divide_(head.logits(hidden[rows]), temperature), dim=-1)
             logprobs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
             if entropy:
                 entropies[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
+            if ctx.kept is not None:
+                ctx.kept.append(log_p)
         ctx.save_for_backward(hidden, weight, bias, targets, entropies)
         ctx.kind, ctx.temperature, ctx.chunk = kind, temperature, chunk
         ctx.set_materialize_grads(False)
@@ -165,15 +171,15 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=entropies.dtype) if wants_bias else None
 
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(hidden.shape[0], ctx.chunk):
-                z = _divide_(head.logits(hidden[rows]), ctx.temperature)
-                log_p = torch.log_softmax(z, dim=-1)
+            for i, rows in enumerate(_chunks(hidden.shape[0], ctx.chunk)):
+                z = None if ctx.kept else _divide_(head.logits(hidden[rows]), ctx.temperature)
+                log_p = torch.log_softmax(z, dim=-1) if z is not None else ctx.kept[i]
                 grad_z = log_p.exp().neg_()
                 if grad_entropies is None:
                     grad_z.mul_(grad_logprobs[rows, None])
                 else:
-                    log_p.add_(entropies[rows, None]).mul_(grad_entropies[rows, None])
-                    grad_z.mul_(log_p.add_(grad_logprobs[rows, None]))
+                    through_entropy = (log_p + entropies[rows, None]).mul_(grad_entropies[rows, None])
+                    grad_z.mul_(through_entropy.add_(grad_logprobs[rows, None]))
                 grad_z.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
                 grad_raw = head.backward_(grad_z, z, ctx.temperature)
                 if grad_bias is not None:
@@ -186,6 +192,11 @@ class _TokenLogprobs(torch.autograd.Function):
                 elif grad_weight is not None:
                     grad_weight += grad_raw.T @ head.factor(hidden[rows])
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _keeps(hidden: Tensor, weight: Tensor, head: Head) -> bool:
+    """Whether log-probs over the vocabulary are small enough to keep; a soft-cap's gradient needs logits besides."""
+    return head.softcap is None and 4 * hidden.shape[0] * weight.shape[0] <= _KEPT_BYTES
 
 
 def _chunks(n: int, chunk: int) -> list[slice]:

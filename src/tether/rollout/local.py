@@ -34,8 +34,11 @@ _DRAW_BYTES = 28  # a token of the vocabulary: logits, log-probs and probabiliti
 class Decoder(Protocol):
     """Turns tokens into hidden states, remembering each slot's past. The active slots are always 0 … n-1."""
 
-    def admit(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor:
-        """Encode prompts [m, P] (padded right) into slots first … first+m-1; [m, D] at their last tokens."""
+    def admit(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
+        """Encode prompts [m, P] (padded right), prompt copies[j] into slot first+j; [k, D] at their last tokens.
+
+        copies: [k] rows of `tokens`, in order, each at least once: a prompt that is answered n times is encoded once.
+        """
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token [n] to each active slot; [n, D]."""
@@ -132,7 +135,8 @@ def _why_not_cached(model: LanguageModel) -> str | None:
         want = model.hidden(tokens)[0, 4:]
         try:
             cache = SlotCache(model, slots=1, width=8)
-            first = cache.admit(tokens[:, :5], torch.tensor([5], device=model.device), 0)
+            one = torch.zeros(1, dtype=torch.long, device=model.device)
+            first = cache.admit(tokens[:, :5], one + 5, 0, one)
             got = torch.cat([first, *[cache.step(tokens[:, t]) for t in range(5, 8)]])
             gap = ((got - want).abs().max() / want.abs().max()).item()
             why = f"off by {gap:.2g}"
@@ -187,9 +191,10 @@ class _Batch:
         """Let waiting responses into the free slots and encode their prompts."""
         s, device = self.sampling, self.model.device
         while self.waiting < len(self.asked) and len(self.row) < self.slots:
-            first, rows = len(self.row), self._next_rows()
-            batch = Rows.of([self.asked[i].ids for i in rows], [()] * len(rows)).to(device)
-            hidden = self.decoder.admit(batch.tokens, batch.prompt_lengths, first)
+            first, (rows, prompts, copies) = len(self.row), self._next_rows()
+            batch = Rows.of([p.ids for p in prompts], [()] * len(prompts)).to(device)
+            which = torch.tensor(copies, device=device)
+            hidden = self.decoder.admit(batch.tokens, batch.prompt_lengths, first, which)
             chance = np.stack([uniforms(s.seed, s.stream, self.cycle, i, s.max_new_tokens) for i in rows])
             self.uniforms[first : first + len(rows)] = torch.from_numpy(chance).to(self.uniforms)
             self.row = torch.cat([self.row, torch.tensor(rows, device=device)])
@@ -197,16 +202,25 @@ class _Batch:
             self.hidden = torch.cat([self.hidden, hidden]) if first else hidden
             self.waiting += len(rows)
 
-    def _next_rows(self) -> list[int]:
-        """Waiting responses for the free slots, as many as are encoded at once."""
+    def _next_rows(self) -> tuple[list[int], list[Prompt], list[int]]:
+        """(waiting responses for the free slots, their prompts, each once, and which of these each response answers).
+
+        As many as are encoded at once.
+        """
         rows: list[int] = []
+        prompts: list[Prompt] = []
+        copies: list[int] = []
         width = 0
         for i in range(self.waiting, min(len(self.asked), self.waiting + self.slots - len(self.row))):
-            width = max(width, len(self.asked[i].ids))
-            if rows and width * (len(rows) + 1) > PREFILL_TOKENS:
-                break
+            prompt = self.asked[i]
+            if not prompts or prompt is not prompts[-1]:
+                width = max(width, len(prompt.ids))
+                if prompts and width * (len(prompts) + 1) > PREFILL_TOKENS:
+                    break
+                prompts.append(prompt)
             rows.append(i)
-        return rows
+            copies.append(len(prompts) - 1)
+        return rows, prompts, copies
 
     def draw(self) -> None:
         """Draw a token for every active slot and let the rows go that it finishes."""
@@ -267,10 +281,11 @@ class Recompute:
         self.tokens = torch.zeros(slots, width, dtype=torch.long, device=model.device)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=model.device)
 
-    def admit(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor:
-        self.tokens[first : first + len(tokens), : tokens.shape[1]] = tokens
-        self.lengths[first : first + len(tokens)] = lengths
-        return self._last(first, first + len(tokens))
+    def admit(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
+        end = first + len(copies)
+        self.tokens[first:end, : tokens.shape[1]] = tokens[copies]
+        self.lengths[first:end] = lengths[copies]
+        return self._last(first, end)
 
     def step(self, tokens: Tensor) -> Tensor:
         n = len(tokens)

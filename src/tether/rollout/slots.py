@@ -37,14 +37,20 @@ class SlotCache:
 
     # ------------------------------------------------ what the engine calls
 
-    def admit(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor:
-        """Encode prompts [m, P] (padded right) into slots first … first+m-1; the last hidden states [m, D]."""
+    def admit(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
+        """Encode prompts [m, P] (padded right), prompt copies[j] into slot first+j; [k, D] at their last tokens."""
         self.first, self.decoding = first, False
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        m, width = tokens.shape
+        end = first + len(copies)
+        positions = torch.arange(width, device=tokens.device)[None]
         with attending(self):
             hidden = self.model.hidden(tokens, position_ids=positions.expand_as(tokens))
-        self.lengths[first : first + len(tokens)] = lengths
-        return hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+        if len(copies) > m:
+            for store in (self.keys, self.values):
+                for cached in store.values():
+                    cached[first:end, :, :width] = cached[first + copies, :, :width]
+        self.lengths[first:end] = lengths[copies]
+        return hidden[copies, lengths[copies] - 1]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token [n] to each of the active slots 0 … n-1; their hidden states [n, D]."""
@@ -112,8 +118,8 @@ class SlotCache:
         return self._target[heads]
 
     def _bias_of(self, window: int | None, heads: int, dtype: torch.dtype) -> Tensor:
-        """[n·H, 1, 1, L] added to the scores: 0 where a decoding row may look, its own tokens within the layer's sliding
-        window, and -∞ elsewhere."""
+        """[n·H, 1, 1, L] added to the scores: 0 where a decoding row may look, which is at its own tokens within the
+        layer's sliding window, and -∞ elsewhere."""
         if (window, heads) not in self._bias:
             column, at = torch.arange(self._longest, device=self._at.device), self._at[:, None]
             visible = column <= at

@@ -1,0 +1,182 @@
+"""A race to the same held-out score: stories260K learns to please VADER's lexicon, by our PPO, TRL's PPO and its RLOO.
+
+    python bench/race.py --model DIR [--seeds 0 1 2 3 4] [--against trl-ppo trl-rloo] [--choose] [--peers .peers]
+
+Everyone trains on the same 48 openings with the better of two cores' worth of time and keeps a copy of the policy now
+and then; afterwards one sampler draws the same 512 stories from every copy, for 16 openings that nobody trained on.
+The finish line of a pair is 90 % of the weaker one's gain, so both cross it. The clock of ours runs from the call of
+`tether.ppo`, with loading, rollout files and checkpoints; the peers' from the first step, and stands still while they
+save.
+
+Each side runs with the best of three settings, found with --choose on seed 0. Needs `bench/peers/setup.sh trl-ppo trl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import tether
+from tether.config import CheckpointConfig, HeldOutConfig, PPOConfig
+
+BENCH = Path(__file__).resolve().parent
+EXAMPLE = BENCH.parent / "examples" / "stories"
+HELD_OUT, SAMPLES, NEW = 16, 32, 64  # openings kept from training; stories each; tokens a story
+
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "ours": [
+        {"cycles": 30, "batch": 64, "minibatch": 32, "epochs": 2, "lr": 1e-3, "critic_lr": 1e-3, "lam": 1.0},
+        {"cycles": 30, "batch": 64, "minibatch": 64, "epochs": 2, "lr": 2e-3, "critic_lr": 1e-3, "lam": 1.0},
+        {"cycles": 30, "batch": 64, "minibatch": 32, "epochs": 1, "lr": 2e-3, "critic_lr": 1e-3, "lam": 1.0},
+    ],
+    "trl-ppo": [
+        {"cycles": 24, "batch": 64, "minibatches": 2, "epochs": 4, "lr": 5e-4, "lam": 1.0},
+        {"cycles": 24, "batch": 64, "minibatches": 2, "epochs": 2, "lr": 1e-3, "lam": 1.0},
+        {"cycles": 24, "batch": 64, "minibatches": 2, "epochs": 1, "lr": 2e-3, "lam": 1.0},
+    ],
+    "trl-rloo": [
+        {"cycles": 40, "batch": 64, "iterations": 1, "generations": 4, "lr": 1e-3},
+        {"cycles": 40, "batch": 64, "iterations": 1, "generations": 8, "lr": 2e-3},
+        {"cycles": 30, "batch": 64, "iterations": 2, "generations": 8, "lr": 1e-3},
+    ],
+}
+BEST = {"ours": 0, "trl-ppo": 0, "trl-rloo": 0}  # which of them, by --choose
+COPIES = 20  # of the policy, over a run
+
+
+@dataclass(frozen=True)
+class Point:
+    seconds: float
+    score: float  # held out, mean
+
+
+def curve(side: str, setting: dict[str, Any], model: str, seed: int, peers: Path) -> list[Point]:
+    """Held-out score over seconds of training."""
+    openings = [json.loads(line)["prompt"] for line in (EXAMPLE / "prompts.jsonl").read_text().splitlines()]
+    held_out, train = openings[:HELD_OUT], openings[HELD_OUT:]
+    every = max(1, setting["cycles"] // COPIES)
+    with tempfile.TemporaryDirectory() as folder:
+        if side == "ours":
+            copies = ours(setting, model, seed, train, every, Path(folder))
+        else:
+            copies = peer(side, setting, model, seed, train, every, Path(folder), peers)
+        start = Point(0.0, score(model, held_out))
+        return [start] + [Point(seconds, score(path, held_out)) for seconds, path in copies]
+
+
+def ours(
+    setting: dict[str, Any], model: str, seed: int, train: list[str], every: int, folder: Path
+) -> list[tuple[float, str]]:
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in train))
+    config = tether.load_config(EXAMPLE / "ppo.yaml")
+    assert isinstance(config, PPOConfig)
+    config = replace(
+        config, run=str(folder / "run"), seed=seed, model=replace(config.model, policy=model),
+        prompts=replace(config.prompts, path=str(prompts)),
+        ppo=replace(
+            config.ppo, kl=replace(config.ppo.kl, coef=0.05, target=None), entropy_coef=0.0,
+            **{k: setting[k] for k in ("cycles", "batch", "minibatch", "epochs", "lam")},
+        ),
+        optim=replace(config.optim, lr=setting["lr"], critic_lr=setting["critic_lr"]),
+        evaluate=HeldOutConfig(every=0), checkpoint=CheckpointConfig(every=every, keep=10**6),
+    )  # fmt: skip
+    began = time.time()
+    tether.ppo(config)
+    copies = sorted((folder / "run" / "checkpoints").iterdir())
+    return [((c / "state.json").stat().st_mtime - began, str(c / "policy")) for c in copies]
+
+
+def peer(
+    side: str, setting: dict[str, Any], model: str, seed: int, train: list[str], every: int, folder: Path, peers: Path
+) -> list[tuple[float, str]]:
+    environment = peers / ("trl-ppo" if side == "trl-ppo" else "trl")
+    job = {**setting, "model": model, "seed": seed, "prompts": train, "every": every, "new": NEW, "to": str(folder)}
+    script = BENCH / "peers" / f"race_{side.replace('-', '_')}.py"
+    done = subprocess.run(
+        [str(environment.absolute() / "bin" / "python"), str(script), json.dumps(job)],
+        env=os.environ | {"PYTHONPATH": str(EXAMPLE)}, text=True, capture_output=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{side} ended: {done.stderr[-2000:]}")
+    return [(seconds, path) for seconds, path in json.loads((folder / "copies.json").read_text())]
+
+
+def score(path: str, held_out: list[str]) -> float:
+    from sentiment import sentiment
+
+    texts = [g.completion for g in tether.generate(path, held_out, samples=SAMPLES, max_new_tokens=NEW, seed=9)]
+    return statistics.mean(sentiment(texts))
+
+
+def crossing(points: list[Point], target: float) -> float:
+    """Seconds at which the curve first reaches `target`, between its points in a straight line."""
+    for before, after in itertools.pairwise(points):
+        if after.score >= target:
+            return before.seconds + (after.seconds - before.seconds) * (target - before.score) / (
+                after.score - before.score
+            )
+    return float("inf")
+
+
+def race(a: list[Point], b: list[Point]) -> tuple[float, float, float]:
+    """(finish line, seconds of a, seconds of b)."""
+    start = statistics.mean((a[0].score, b[0].score))
+    gain = min(max(p.score for p in points) - start for points in (a, b))
+    line = start + 0.9 * gain
+    return line, crossing(a, line), crossing(b, line)
+
+
+def show(side: str, points: list[Point]) -> None:
+    print(f"  {side:9}" + " ".join(f"{p.seconds:.0f}s {p.score:.2f}" for p in points), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory of stories260K")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--against", nargs="*", default=["trl-ppo", "trl-rloo"], choices=["trl-ppo", "trl-rloo"])
+    parser.add_argument("--choose", action="store_true", help="run all three settings of every side on seed 0")
+    parser.add_argument("--peers", type=Path, default=Path(".peers"))
+    args = parser.parse_args()
+    model, peers = str(Path(args.model).resolve()), args.peers.resolve()
+    sys.path.insert(0, str(EXAMPLE))
+    os.chdir(EXAMPLE)  # the example's reward function is named relative to it
+    if args.choose:
+        for side in ("ours", *args.against):
+            for setting in SETTINGS[side]:
+                print(setting)
+                show(side, curve(side, setting, model, 0, peers))
+        return
+    times: dict[str, list[tuple[float, float]]] = {side: [] for side in args.against}
+    for seed in args.seeds:
+        print(f"seed {seed}")
+        mine = curve("ours", SETTINGS["ours"][BEST["ours"]], model, seed, peers)
+        show("ours", mine)
+        for side in args.against:
+            theirs = curve(side, SETTINGS[side][BEST[side]], model, seed, peers)
+            show(side, theirs)
+            line, a, b = race(mine, theirs)
+            times[side].append((a, b))
+            print(f"  to {line:.3f}: ours {a:.0f} s, {side} {b:.0f} s: {b / a:.1f} ×", flush=True)
+    for side, pairs in times.items():
+        ratios = sorted(b / a for a, b in pairs)
+        print(
+            f"h  {statistics.median(ratios):.1f} × {side} [{ratios[0]:.1f}, {ratios[-1]:.1f}] over {len(pairs)} seeds"
+        )
+
+
+if __name__ == "__main__":
+    main()
