@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-fast lint
+.PHONY: help demo test test-fast lint bench
 
 help:
 	@echo "make demo       the whole story on a CPU, offline, in minutes"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  arithmetic, data and config: under a minute"
 	@echo "make lint       ruff (format and lint) and mypy"
+	@echo "make bench      speed beside other libraries, in half an hour; MODEL=DIR of stories260K for the race"
 
 demo: $(READY)
 	$(BIN)/tether demo
@@ -24,6 +25,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The other libraries are set up first, each in an environment of its own: minutes and gigabytes, once.
+bench: $(READY)
+	bench/peers/setup.sh
+	$(BIN)/python bench/sampling.py --rounds 3
+	$(BIN)/python bench/cycle.py --rounds 3
+	$(if $(MODEL),$(BIN)/python bench/race.py --model $(MODEL) --seeds 0,@echo "no race: say MODEL=DIR")
 
 # torch first, alone: pip then settles everything else around the build that it found
 $(READY): pyproject.toml constraints.txt

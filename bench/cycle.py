@@ -7,7 +7,7 @@ cycles of every side run one after the other, so that a busy machine slows all o
 median of the rounds' ratios. TRL takes part where `bench/peers/setup.sh trl-ppo` has been run.
 
     e  our defaults (shared trunk) against TRL 1.12 in float32, four models, as its users run it
-    f  a separate critic, the same arithmetic as TRL's, against TRL in the faster of float32 and bfloat16
+    f  a separate critic, the same arithmetic as TRL's, against TRL in bfloat16 where the CPU has it, else float32
     g  update phase, one epoch: time of the weights' matmuls alone, forward and backward, over ours; also at 100M
     i  peak memory of a cycle at V = 50,000, 16 × 512, against TRL, each in a process of its own
 """
@@ -145,10 +145,10 @@ def measure(name: str, folder: Path, rounds: int, lines: str, peers: Path) -> No
         show("e", f"{ratio(times['TRL'], times['ours']):.1f} × TRL", times)
     if "f" in lines and has_trl:
         ours = Cycles(name, folder, batch=64, length=16, new=64, critic="separate")
-        with trl(peers, name, folder, "float32") as full, trl(peers, name, folder, "bfloat16") as half:
-            times = alternate({"ours": ours.run, "TRL float32": full.run, "TRL bfloat16": half.run}, rounds)
-        best = min((statistics.median(t), k) for k, t in times.items() if k != "ours")[1]
-        show("f", f"{ratio(times[best], times['ours']):.1f} × {best}", times)
+        best = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"  # else it takes minutes a cycle
+        with trl(peers, name, folder, best) as theirs:
+            times = alternate({"ours": ours.run, f"TRL {best}": theirs.run}, rounds)
+        show("f", f"{ratio(times[f'TRL {best}'], times['ours']):.1f} × TRL {best}", times)
     if "g" in lines:
         ours = Cycles(name, folder, batch=64, length=16, new=64, epochs=1)
         experience, bare = ours.collect(), matmuls(name, 16)
@@ -168,9 +168,9 @@ def measure(name: str, folder: Path, rounds: int, lines: str, peers: Path) -> No
 def peak_memory(folder: Path, peers: Path) -> None:
     """Line i, TRL and ours, resident memory at its highest; ours in a process of its own, as TRL is."""
     code = (
-        f"import resource, sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; from pathlib import Path; "
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; from pathlib import Path; "
         f"import cycle; cycle.Cycles('50k', Path({str(folder)!r}), batch=16, length=256, new=256).run(); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        "from peers.peak import peak_mb; print(peak_mb())"
     )
     ours = int(
         subprocess.run([sys.executable, "-c", code], check=True, text=True, capture_output=True).stdout.split()[-1]

@@ -2,11 +2,10 @@
 
     python bench/race.py --model DIR [--seeds 0 1 2 3 4] [--against trl-ppo trl-rloo] [--choose] [--peers .peers]
 
-Everyone trains on the same 48 openings with the better of two cores' worth of time and keeps a copy of the policy now
-and then; afterwards one sampler draws the same 512 stories from every copy, for 16 openings that nobody trained on.
-The finish line of a pair is 90 % of the weaker one's gain, so both cross it. The clock of ours runs from the call of
-`tether.ppo`, with loading, rollout files and checkpoints; the peers' from the first step, and stands still while they
-save.
+Everyone trains on the same openings and keeps a copy of the policy now and then; afterwards one sampler draws 512
+stories from every copy, for 16 openings that nobody trained on. The finish line of a pair is 90 % of the weaker one's
+gain, so both cross it. The clock runs from the first step; loading counts for nobody. Ours includes checkpoints and
+rollout files; the peers' stands still while they save.
 
 Each side runs with the best of three settings, found with --choose on seed 0. Needs `bench/peers/setup.sh trl-ppo trl`.
 """
@@ -21,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,21 +36,21 @@ HELD_OUT, SAMPLES, NEW = 16, 32, 64  # openings kept from training; stories each
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ours": [
         {"cycles": 30, "batch": 64, "minibatch": 32, "epochs": 2, "lr": 1e-3, "critic_lr": 1e-3, "lam": 1.0},
-        {"cycles": 30, "batch": 64, "minibatch": 64, "epochs": 2, "lr": 2e-3, "critic_lr": 1e-3, "lam": 1.0},
         {"cycles": 30, "batch": 64, "minibatch": 32, "epochs": 1, "lr": 2e-3, "critic_lr": 1e-3, "lam": 1.0},
+        {"cycles": 20, "batch": 32, "minibatch": 32, "epochs": 1, "lr": 3e-3, "critic_lr": 1e-3, "lam": 1.0},
     ],
     "trl-ppo": [
-        {"cycles": 24, "batch": 64, "minibatches": 2, "epochs": 4, "lr": 5e-4, "lam": 1.0},
         {"cycles": 24, "batch": 64, "minibatches": 2, "epochs": 2, "lr": 1e-3, "lam": 1.0},
         {"cycles": 24, "batch": 64, "minibatches": 2, "epochs": 1, "lr": 2e-3, "lam": 1.0},
+        {"cycles": 20, "batch": 32, "minibatches": 1, "epochs": 1, "lr": 3e-3, "lam": 1.0},
     ],
     "trl-rloo": [
-        {"cycles": 40, "batch": 64, "iterations": 1, "generations": 4, "lr": 1e-3},
         {"cycles": 40, "batch": 64, "iterations": 1, "generations": 8, "lr": 2e-3},
         {"cycles": 30, "batch": 64, "iterations": 2, "generations": 8, "lr": 1e-3},
+        {"cycles": 20, "batch": 32, "iterations": 2, "generations": 8, "lr": 1e-3},
     ],
 }
-BEST = {"ours": 0, "trl-ppo": 0, "trl-rloo": 0}  # which of them, by --choose
+BEST = {"ours": 2, "trl-ppo": 2, "trl-rloo": 2}  # which of them, by --choose
 COPIES = 20  # of the policy, over a run
 
 
@@ -67,12 +65,12 @@ def curve(side: str, setting: dict[str, Any], model: str, seed: int, peers: Path
     openings = [json.loads(line)["prompt"] for line in (EXAMPLE / "prompts.jsonl").read_text().splitlines()]
     held_out, train = openings[:HELD_OUT], openings[HELD_OUT:]
     every = max(1, setting["cycles"] // COPIES)
+    start = Point(0.0, score(model, held_out))
     with tempfile.TemporaryDirectory() as folder:
         if side == "ours":
             copies = ours(setting, model, seed, train, every, Path(folder))
         else:
             copies = peer(side, setting, model, seed, train, every, Path(folder), peers)
-        start = Point(0.0, score(model, held_out))
         return [start] + [Point(seconds, score(path, held_out)) for seconds, path in copies]
 
 
@@ -93,10 +91,11 @@ def ours(
         optim=replace(config.optim, lr=setting["lr"], critic_lr=setting["critic_lr"]),
         evaluate=HeldOutConfig(every=0), checkpoint=CheckpointConfig(every=every, keep=10**6),
     )  # fmt: skip
-    began = time.time()
-    tether.ppo(config)
-    copies = sorted((folder / "run" / "checkpoints").iterdir())
-    return [((c / "state.json").stat().st_mtime - began, str(c / "policy")) for c in copies]
+    run = tether.ppo(config)
+    paths = sorted((run.path / "checkpoints").iterdir())
+    copies = [(path / "state.json").stat().st_mtime for path in paths]
+    began = copies[0] - sum(v for m in run.metrics[:every] for k, v in m.items() if k.startswith("time/"))
+    return [(written - began, str(path / "policy")) for written, path in zip(copies, paths, strict=True)]
 
 
 def peer(

@@ -171,7 +171,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-models"))
     args = parser.parse_args()
     for name in args.models:
-        measure(name, args.folder, args.rounds, args.lines, args.peers)
+        lines = args.lines if name == "7M" else "".join(set(args.lines) & {"d"})  # the others would take an hour
+        measure(name, args.folder, args.rounds, lines, args.peers)
 
 
 if __name__ == "__main__":

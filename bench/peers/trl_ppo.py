@@ -4,12 +4,12 @@ One cycle each time it is told to (see bench/peer.py).
 """
 
 import json
-import resource
 import sys
 import tempfile
 
 import torch
 from datasets import Dataset
+from peak import peak_mb
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -25,7 +25,7 @@ class WaitToBeTold(TrainerCallback):
         wait()
 
     def on_step_end(self, *_, **__):
-        print(f"@done {self.tokens} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}", flush=True)
+        print(f"@done {self.tokens} {peak_mb()}", flush=True)
         wait()
 
 
