@@ -10,7 +10,7 @@ help:
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  arithmetic, data and config: under a minute"
 	@echo "make lint       ruff (format and lint) and mypy"
-	@echo "make bench      speed beside other libraries, in half an hour; MODEL=DIR of stories260K for the race"
+	@echo "make bench      speed beside other libraries; MODEL=DIR of stories260K for the race"
 
 demo: $(READY)
 	$(BIN)/tether demo

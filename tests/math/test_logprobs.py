@@ -226,3 +226,21 @@ def test_forward_and_backward_take_less_than_a_quarter_of_the_logits_memory():
     done = subprocess.run([sys.executable, "-c", _MEASURE], capture_output=True, text=True, check=True)
     share = float(done.stdout)
     assert 0 < share < 0.25
+
+
+def test_small_log_probs_are_kept_for_the_backward_pass_and_give_the_gradients_of_ones_that_are_not(monkeypatch):
+    def gradients() -> tuple[bool, list[torch.Tensor]]:
+        hidden, weight, bias, targets = inputs()
+        leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+        logprobs, entropies = token_logprobs(hidden, weight, targets, bias=bias, chunk=3)
+        loss = (logprobs * torch.arange(N)).sum() - 0.3 * entropies.sum()
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        assert all(map(torch.equal, first, torch.autograd.grad(loss, leaves)))  # what is kept is not used up
+        return len(logprobs.grad_fn.kept) == 3, first
+
+    kept, with_them = gradients()
+    monkeypatch.setattr("tether.math.logprobs._KEPT_BYTES", 0)
+    not_kept, without = gradients()
+    assert kept
+    assert not not_kept
+    assert all(map(torch.equal, with_them, without))

@@ -60,7 +60,9 @@ def token_logprobs(
         budget = _CHUNK_BYTES if hidden.device.type == "cpu" else _CHUNK_BYTES_ACCELERATOR
         chunk = max(_LEAST_ROWS, budget // (4 * weight.shape[0]))
     kind = {"scale": scale, "softcap": softcap, "dtype": _matmul_dtype(hidden)}
-    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets, kind, temperature, entropy, chunk)  # type: ignore[no-untyped-call]
+    # Asked here: inside an autograd function grad mode is always off. A soft-cap's gradient needs logits besides.
+    keep = torch.is_grad_enabled() and softcap is None and 4 * hidden.shape[0] * weight.shape[0] <= _KEPT_BYTES
+    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets, kind, temperature, entropy, chunk, keep)  # type: ignore[no-untyped-call]
     return logprobs, entropies
 
 
@@ -139,17 +141,18 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         entropy: bool,
         chunk: int,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         head = Head(weight, bias, **kind)
         logprobs = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(head.dtype, torch.float32))
         entropies = torch.zeros_like(logprobs)
-        ctx.kept = [] if any(ctx.needs_input_grad) and _keeps(hidden, weight, head) else None
+        ctx.kept = []
         for rows in _chunks(hidden.shape[0], chunk):
             log_p = torch.log_softmax(_divide_(head.logits(hidden[rows]), temperature), dim=-1)
             logprobs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
             if entropy:
                 entropies[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
-            if ctx.kept is not None:
+            if keep and any(ctx.needs_input_grad):
                 ctx.kept.append(log_p)
         ctx.save_for_backward(hidden, weight, bias, targets, entropies)
         ctx.kind, ctx.temperature, ctx.chunk = kind, temperature, chunk
@@ -191,12 +194,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_weight.addmm_(grad_raw.T, head.factor(hidden[rows]))  # saves a second [V, D]
                 elif grad_weight is not None:
                     grad_weight += grad_raw.T @ head.factor(hidden[rows])
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
-
-
-def _keeps(hidden: Tensor, weight: Tensor, head: Head) -> bool:
-    """Whether log-probs over the vocabulary are small enough to keep; a soft-cap's gradient needs logits besides."""
-    return head.softcap is None and 4 * hidden.shape[0] * weight.shape[0] <= _KEPT_BYTES
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _chunks(n: int, chunk: int) -> list[slice]:
