@@ -1,10 +1,12 @@
-"""A race to the same held-out score: stories260K learns to please VADER's lexicon, by our PPO, TRL's PPO and its RLOO.
+"""A race to the same held-out objective: stories260K learns to please VADER, by our PPO, TRL's PPO and TRL's RLOO.
 
     python bench/race.py --model DIR [--seeds 0 1 2 3 4] [--against trl-ppo trl-rloo] [--choose] [--peers .peers]
 
-Everyone trains on the same openings and keeps a copy of the policy now and then; afterwards one sampler draws 512
-stories from every copy, for 16 openings that nobody trained on. The finish line of a pair is 90 % of the weaker one's
-gain, so both cross it. The clock runs from the first step; loading counts for nobody. Ours includes checkpoints and
+Everyone maximises score − β·KL(policy‖initial), β = 0.02 a nat: the objective that all three are given. Everyone trains
+on the same openings and keeps a copy of the policy now and then; afterwards one sampler draws 256 stories from every
+copy, for 16 openings that nobody trained on, and the copy's objective is measured on those. The finish line of a pair
+is 90 % of the weaker one's gain, so both cross it. A finish line in the score alone would be crossed first by whoever
+leaves English fastest. The clock runs from the first step; loading counts for nobody. Ours includes checkpoints and
 rollout files; the peers' stands still while they save.
 
 Each side runs with the best of three settings, found with --choose on seed 0. Needs `bench/peers/setup.sh trl-ppo trl`.
@@ -27,51 +29,67 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import tether
-from tether.config import CheckpointConfig, HeldOutConfig, PPOConfig
+from tether.config import (
+    CheckpointConfig,
+    EvaluateConfig,
+    HeldOutConfig,
+    KLConfig,
+    PPOConfig,
+    PromptsConfig,
+    RewardSourceConfig,
+    SamplingConfig,
+)
 
 BENCH = Path(__file__).resolve().parent
 EXAMPLE = BENCH.parent / "examples" / "stories"
-HELD_OUT, SAMPLES, NEW = 16, 32, 64  # openings kept from training; stories each; tokens a story
+HELD_OUT, SAMPLES, NEW = 16, 16, 64  # openings kept from training; stories each; tokens a story
+BETA = 0.02  # score units a nat
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ours": [
-        {"cycles": 30, "batch": 64, "minibatch": 32, "epochs": 2, "lr": 1e-3, "critic_lr": 1e-3, "lam": 1.0},
-        {"cycles": 30, "batch": 64, "minibatch": 32, "epochs": 1, "lr": 2e-3, "critic_lr": 1e-3, "lam": 1.0},
-        {"cycles": 20, "batch": 32, "minibatch": 32, "epochs": 1, "lr": 3e-3, "critic_lr": 1e-3, "lam": 1.0},
+        {"cycles": 12, "batch": 64, "minibatch": 64, "epochs": 1, "lr": 3e-4, "critic_lr": 1e-4, "lam": 1.0},
+        {"cycles": 12, "batch": 64, "minibatch": 64, "epochs": 1, "lr": 5e-4, "critic_lr": 1e-4, "lam": 1.0},
+        {"cycles": 12, "batch": 64, "minibatch": 64, "epochs": 2, "lr": 3e-4, "critic_lr": 1e-4, "lam": 1.0},
     ],
     "trl-ppo": [
-        {"cycles": 24, "batch": 64, "minibatches": 2, "epochs": 2, "lr": 1e-3, "lam": 1.0},
-        {"cycles": 24, "batch": 64, "minibatches": 2, "epochs": 1, "lr": 2e-3, "lam": 1.0},
-        {"cycles": 20, "batch": 32, "minibatches": 1, "epochs": 1, "lr": 3e-3, "lam": 1.0},
+        {"cycles": 12, "batch": 64, "minibatches": 1, "epochs": 1, "lr": 3e-4, "lam": 1.0},
+        {"cycles": 12, "batch": 64, "minibatches": 1, "epochs": 1, "lr": 5e-4, "lam": 1.0},
+        {"cycles": 12, "batch": 64, "minibatches": 2, "epochs": 4, "lr": 1.5e-4, "lam": 1.0},
     ],
     "trl-rloo": [
-        {"cycles": 40, "batch": 64, "iterations": 1, "generations": 8, "lr": 2e-3},
-        {"cycles": 30, "batch": 64, "iterations": 2, "generations": 8, "lr": 1e-3},
-        {"cycles": 20, "batch": 32, "iterations": 2, "generations": 8, "lr": 1e-3},
+        {"cycles": 12, "batch": 64, "iterations": 1, "generations": 8, "lr": 3e-4},
+        {"cycles": 12, "batch": 64, "iterations": 1, "generations": 8, "lr": 5e-4},
+        {"cycles": 12, "batch": 64, "iterations": 2, "generations": 8, "lr": 3e-4},
     ],
 }
 BEST = {"ours": 2, "trl-ppo": 2, "trl-rloo": 2}  # which of them, by --choose
-COPIES = 20  # of the policy, over a run
+COPIES = 6  # of the policy, over a run
 
 
 @dataclass(frozen=True)
 class Point:
+    """A copy of the policy, on the held-out openings."""
+
     seconds: float
-    score: float  # held out, mean
+    score: float
+    kl: float  # nats a response
+
+    @property
+    def objective(self) -> float:
+        return self.score - BETA * self.kl
 
 
 def curve(side: str, setting: dict[str, Any], model: str, seed: int, peers: Path) -> list[Point]:
-    """Held-out score over seconds of training."""
+    """What a side reaches over seconds of training."""
     openings = [json.loads(line)["prompt"] for line in (EXAMPLE / "prompts.jsonl").read_text().splitlines()]
     held_out, train = openings[:HELD_OUT], openings[HELD_OUT:]
     every = max(1, setting["cycles"] // COPIES)
-    start = Point(0.0, score(model, held_out))
     with tempfile.TemporaryDirectory() as folder:
         if side == "ours":
             copies = ours(setting, model, seed, train, every, Path(folder))
         else:
             copies = peer(side, setting, model, seed, train, every, Path(folder), peers)
-        return [start] + [Point(seconds, score(path, held_out)) for seconds, path in copies]
+        return measure(model, copies, held_out, Path(folder))
 
 
 def ours(
@@ -85,7 +103,7 @@ def ours(
         config, run=str(folder / "run"), seed=seed, model=replace(config.model, policy=model),
         prompts=replace(config.prompts, path=str(prompts)),
         ppo=replace(
-            config.ppo, kl=replace(config.ppo.kl, coef=0.05, target=None), entropy_coef=0.0,
+            config.ppo, kl=KLConfig(coef=BETA), entropy_coef=0.0,
             **{k: setting[k] for k in ("cycles", "batch", "minibatch", "epochs", "lam")},
         ),
         optim=replace(config.optim, lr=setting["lr"], critic_lr=setting["critic_lr"]),
@@ -102,7 +120,16 @@ def peer(
     side: str, setting: dict[str, Any], model: str, seed: int, train: list[str], every: int, folder: Path, peers: Path
 ) -> list[tuple[float, str]]:
     environment = peers / ("trl-ppo" if side == "trl-ppo" else "trl")
-    job = {**setting, "model": model, "seed": seed, "prompts": train, "every": every, "new": NEW, "to": str(folder)}
+    job = {
+        **setting,
+        "model": model,
+        "seed": seed,
+        "prompts": train,
+        "every": every,
+        "new": NEW,
+        "beta": BETA,
+        "to": str(folder),
+    }
     script = BENCH / "peers" / f"race_{side.replace('-', '_')}.py"
     done = subprocess.run(
         [str(environment.absolute() / "bin" / "python"), str(script), json.dumps(job)],
@@ -113,33 +140,41 @@ def peer(
     return [(seconds, path) for seconds, path in json.loads((folder / "copies.json").read_text())]
 
 
-def score(path: str, held_out: list[str]) -> float:
-    from sentiment import sentiment
-
-    texts = [g.completion for g in tether.generate(path, held_out, samples=SAMPLES, max_new_tokens=NEW, seed=9)]
-    return statistics.mean(sentiment(texts))
+def measure(model: str, copies: list[tuple[float, str]], held_out: list[str], folder: Path) -> list[Point]:
+    """The initial model and every copy of it, by one sampler with the same random numbers."""
+    prompts = folder / "held_out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in held_out))
+    found = tether.evaluate(
+        EvaluateConfig(
+            models=[path for _, path in copies], baseline=model, prompts=PromptsConfig(str(prompts)), samples=SAMPLES,
+            reward=[RewardSourceConfig(function="sentiment.py:sentiment")], seed=9,
+            sampling=SamplingConfig(max_new_tokens=NEW),
+        )
+    ).results  # fmt: skip
+    seconds = [0.0] + [seconds for seconds, _ in copies]
+    return [Point(s, r.score.mean, r.kl.mean) for s, r in zip(seconds, found, strict=True)]
 
 
 def crossing(points: list[Point], target: float) -> float:
     """Seconds at which the curve first reaches `target`, between its points in a straight line."""
     for before, after in itertools.pairwise(points):
-        if after.score >= target:
-            return before.seconds + (after.seconds - before.seconds) * (target - before.score) / (
-                after.score - before.score
+        if after.objective >= target:
+            return before.seconds + (after.seconds - before.seconds) * (target - before.objective) / (
+                after.objective - before.objective
             )
     return float("inf")
 
 
 def race(a: list[Point], b: list[Point]) -> tuple[float, float, float]:
     """(finish line, seconds of a, seconds of b)."""
-    start = statistics.mean((a[0].score, b[0].score))
-    gain = min(max(p.score for p in points) - start for points in (a, b))
+    start = a[0].objective
+    gain = min(max(p.objective for p in points) - start for points in (a, b))
     line = start + 0.9 * gain
     return line, crossing(a, line), crossing(b, line)
 
 
 def show(side: str, points: list[Point]) -> None:
-    print(f"  {side:9}" + " ".join(f"{p.seconds:.0f}s {p.score:.2f}" for p in points), flush=True)
+    print(f"  {side:9}" + " ".join(f"{p.seconds:.0f}s {p.score:.2f}/{p.kl:.0f}" for p in points), flush=True)
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def main() -> None:
             num_ppo_epochs=job["epochs"], total_episodes=job["batch"] * job["cycles"], response_length=job["new"],
             temperature=1.0, local_rollout_forward_batch_size=job["batch"], num_sample_generations=0, report_to=[],
             disable_tqdm=True, save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
-            learning_rate=job["lr"], lam=job["lam"], kl_coef=0.05, stop_token="eos", seed=job["seed"],
+            learning_rate=job["lr"], lam=job["lam"], kl_coef=job["beta"], stop_token="eos", seed=job["seed"],
             logging_steps=10**9,
         )  # fmt: skip
         trainer = PPOTrainer(

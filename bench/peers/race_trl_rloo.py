@@ -25,7 +25,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = RLOOConfig(
             output_dir=folder, per_device_train_batch_size=job["batch"], num_generations=job["generations"],
-            num_iterations=job["iterations"], max_completion_length=job["new"], max_steps=steps, beta=0.05,
+            num_iterations=job["iterations"], max_completion_length=job["new"], max_steps=steps, beta=job["beta"],
             learning_rate=job["lr"], temperature=1.0, report_to=[], disable_tqdm=True, save_strategy="no",
             use_cpu=True, bf16=False, gradient_checkpointing=False, seed=job["seed"], logging_steps=10**9,
         )  # fmt: skip

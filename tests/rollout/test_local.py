@@ -20,6 +20,7 @@ from tether.loading import add_lora
 from tether.model import LanguageModel, Policy
 from tether.rollout import LocalSampler
 from tether.rollout.local import count_slots, slot_bytes
+from tether.rollout.recorded import RecordedSteps
 from tether.rollout.slots import SlotCache
 from tiny import language_model, prompts_of, randomise
 
@@ -297,3 +298,59 @@ def test_auto_takes_more_slots_while_they_are_small_and_never_fewer_than_64():
     assert count_slots("auto", 1000, small, 10, torch.bfloat16, "cuda") == 256
     assert count_slots("auto", 16, small, 10, torch.bfloat16, "cuda") == 16
     assert count_slots(300, 1000, small, 1000, torch.bfloat16, "cpu") == 300
+
+
+# ---------------------------------------------------------------- recorded steps
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_recorded_steps_sample_what_steps_one_by_one_do(architecture):
+    # 40 prompts in 16 slots: rows come and go, so that shapes of 16, 8, 4, 2 and 1 rows are all run
+    model = language_model(architecture)
+    sampler = LocalSampler(model, slots=16)
+    prompts = prompts_of([1 + 5 * i % 17 for i in range(40)])
+    sampling = Sampling(0.9, max_new_tokens=16, stop_token_ids=STOPS, responses_per_prompt=2)
+    plain = sampler.generate(prompts, sampling, cycle=2)
+    sampler.recorded = True
+    recorded = sampler.generate(prompts, sampling, cycle=2)
+    assert recorded.response_ids == plain.response_ids
+    for got, want in zip(recorded.sampler_logprobs, plain.sampler_logprobs, strict=True):
+        assert_close(torch.tensor(got), torch.tensor(want))
+
+
+def test_recordings_are_few_and_as_narrow_as_they_may_be():
+    steps = RecordedSteps(lambda tokens, at, reach: at, slots=96, width=300, device=torch.device("cpu"))
+    asked = [(96, 1), (49, 128), (48, 129), (25, 256), (24, 257), (1, 300)]
+    assert [steps._rounded(*shape) for shape in asked] == [
+        (96, 128), (96, 128), (48, 256), (48, 256), (24, 300), (1, 300),
+    ]  # fmt: skip
+
+
+def test_a_decode_step_compiles_without_leaving_the_graph_or_reading_the_device():
+    # what can be traced whole can be recorded; explain() would show each break, fullgraph raises at the first
+    model = language_model()
+    cache = SlotCache(model, slots=4, width=32)
+    ids = torch.arange(12).view(4, 3) % 40
+    with torch.no_grad():
+        cache.admit(ids, torch.full((4,), 3), 0, torch.arange(4))
+        at = cache.lengths.clone()
+        want = cache._run(ids[:, 0], at, 16)
+        traced = torch.compile(cache._run, fullgraph=True, backend="aot_eager", dynamic=False)
+        assert_close(traced(ids[:, 0], at, 16), want)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_steps_are_recorded_and_agree_with_the_training_path(dtype):
+    model = language_model()
+    model.lm.to("cuda")
+    model = LanguageModel(model.lm, dtype)
+    sampler = LocalSampler(model, slots=16)
+    assert sampler.recorded
+    prompts, sampling = prompts_of([1 + 5 * i % 17 for i in range(40)]), Sampling(max_new_tokens=16)
+    got = sampler.generate(prompts, sampling, cycle=1)
+    again = sampler.generate(prompts, sampling, cycle=1)
+    assert got.response_ids == again.response_ids
+    ours = Policy(model)(got.rows().to("cuda"), temperature=1.0).logprobs.detach().cpu()
+    gap = (ours - torch.tensor(got.sampler_logprobs)).abs()
+    assert gap.mean() < (1e-4 if dtype == torch.float32 else 5e-2)

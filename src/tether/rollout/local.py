@@ -63,6 +63,10 @@ class LocalSampler:
             self.model = LanguageModel(copy_in(model.dtype, model.lm), model.dtype, model.full)
         self.note = _why_not_cached(model)
         self.cached = self.note is None
+        self.recorded = self.cached and model.device.type == "cuda"
+        if self.recorded:
+            self.note = _why_not_recorded(self.model)
+            self.recorded = self.note is None
 
     def load_weights(self, model: LanguageModel) -> None:
         """Sample from `model` as it is now.
@@ -87,7 +91,11 @@ class LocalSampler:
         width = max(len(p.ids) for p in asked) + sampling.max_new_tokens
         m, wish = self.model, self.slots if self.cached or self.slots != "auto" else _FEWEST_SLOTS
         slots = count_slots(wish, len(asked), m.config, width, m.dtype, m.device.type)
-        decoder: Decoder = (SlotCache if self.cached else Recompute)(self.model, slots=slots, width=width)
+        decoder: Decoder
+        if self.cached:
+            decoder = SlotCache(self.model, slots=slots, width=width, recorded=self.recorded)
+        else:
+            decoder = Recompute(self.model, slots=slots, width=width)
         batch = _Batch(self.model, decoder, asked, sampling, cycle, slots)
         with self.model.autocast():
             while not batch.done:
@@ -147,6 +155,21 @@ def _why_not_cached(model: LanguageModel) -> str | None:
     if gap <= 1e-4:
         return None
     return f"{type(model.plain).__name__} does not decode through our cache ({why}): {slow}"
+
+
+@torch.no_grad()
+def _why_not_recorded(model: LanguageModel) -> str | None:
+    """Record a decode step and replay it; None if that works. A model that reads a number off the device cannot."""
+    try:
+        with model.autocast():
+            cache = SlotCache(model, slots=1, width=4, recorded=True)
+            zero = torch.zeros(1, dtype=torch.long, device=model.device)
+            cache.admit(zero[:, None], zero + 1, 0, zero)
+            for _ in range(2):
+                cache.step(zero)
+    except Exception as error:  # whatever another library's model may raise
+        return f"decode steps are not recorded ({type(error).__name__}: {error}): sampling is slower"
+    return None
 
 
 def _window(config: Any, layer: int) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +17,18 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from tether.model import LanguageModel
+from tether.rollout.recorded import RecordedSteps
 
 _NAME = "tether_slots"
 
 
 class SlotCache:
-    """Keys and values of up to `slots` sequences of up to `width` tokens. The active ones are always slots 0 … n-1."""
+    """Keys and values of up to `slots` sequences of up to `width` tokens. The active ones are always slots 0 … n-1.
 
-    def __init__(self, model: LanguageModel, *, slots: int, width: int) -> None:
+    recorded: decode steps are recorded and replayed, which is what a GPU wants.
+    """
+
+    def __init__(self, model: LanguageModel, *, slots: int, width: int, recorded: bool = False) -> None:
         self.model, self.slots, self.width = model, slots, width
         self.keys: dict[int, Tensor] = {}  # layer -> [slots, heads, width, head_dim], made at the first write
         self.values: dict[int, Tensor] = {}
@@ -31,6 +36,9 @@ class SlotCache:
         self.lengths = torch.zeros(slots, dtype=torch.long, device=model.device)  # tokens each slot holds
         self.first = 0  # prefill: the first slot that is written
         self.decoding = False
+        record = partial(RecordedSteps, slots=slots, width=width, device=model.device)
+        self._decode = record(self._run) if recorded else self._run
+        self._reach: int | None = None  # the most tokens an active slot holds; unknown after rows came or went
         # Of this decode step, made when the first layer of a kind asks:
         self._target: dict[int, Tensor] = {}  # key heads -> where keys and values go
         self._bias: dict[tuple[int | None, int], Tensor] = {}  # (sliding window, key heads) -> what may be looked at
@@ -39,7 +47,7 @@ class SlotCache:
 
     def admit(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
         """Encode prompts [m, P] (padded right), prompt copies[j] into slot first+j; [k, D] at their last tokens."""
-        self.first, self.decoding = first, False
+        self.first, self.decoding, self._reach = first, False, None
         m, width = tokens.shape
         end = first + len(copies)
         positions = torch.arange(width, device=tokens.device)[None]
@@ -54,17 +62,22 @@ class SlotCache:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token [n] to each of the active slots 0 … n-1; their hidden states [n, D]."""
+        at = self.lengths[: len(tokens)]
+        self._reach = 1 + (int(at.max()) if self._reach is None else self._reach)  # every active row grows by one
+        hidden = self._decode(tokens, at, self._reach)
+        at += 1
+        return hidden
+
+    def _run(self, tokens: Tensor, at: Tensor, reach: int) -> Tensor:
+        """Token i becomes number at[i] of slot i. Nothing here reads a number off the device, so it can be recorded."""
         self.decoding, self._bias, self._target = True, {}, {}
-        n = len(tokens)
-        self._at = self.lengths[:n].clone()
-        self._longest = int(self._at.max()) + 1
+        self._at, self._visible = at, reach
         with attending(self):
-            hidden = self.model.hidden(tokens[:, None], position_ids=self._at[:, None])
-        self.lengths[:n] += 1
-        return hidden[:, 0]
+            return self.model.hidden(tokens[:, None], position_ids=at[:, None])[:, 0]
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy slots `source` [k] over slots `target` [k]: finished rows leave no hole among the active ones."""
+        self._reach = None
         if len(source) == 0:
             return
         width = int(self.lengths[source].max())
@@ -90,7 +103,7 @@ class SlotCache:
             target = self._target_of(heads)
             keys.view(-1, dim).index_copy_(0, target, key.reshape(-1, dim))
             values.view(-1, value.shape[3]).index_copy_(0, target, value.reshape(-1, value.shape[3]))
-            key, value = keys[:n, :, : self._longest], values[:n, :, : self._longest]
+            key, value = keys[:n, :, : self._visible], values[:n, :, : self._visible]
             bias = self._bias_of(window, heads, query.dtype)
         else:
             keys[self.first : self.first + n, :, :q] = key
@@ -121,7 +134,7 @@ class SlotCache:
         """[n·H, 1, 1, L] added to the scores: 0 where a decoding row may look, which is at its own tokens within the
         layer's sliding window, and -∞ elsewhere."""
         if (window, heads) not in self._bias:
-            column, at = torch.arange(self._longest, device=self._at.device), self._at[:, None]
+            column, at = torch.arange(self._visible, device=self._at.device), self._at[:, None]
             visible = column <= at
             if window is not None:
                 visible &= column > at - window
