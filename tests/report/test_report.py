@@ -225,6 +225,20 @@ def test_a_run_that_has_just_begun_or_failed_or_was_never_evaluated_has_a_page(t
     assert "not evaluated" in page.words
 
 
+def test_alarms_are_shown_with_cause_and_knob(tmp_path):
+    with RunDirectory.open(ppo_config(tmp_path / "run"), command="ppo") as run:
+        for cycle in range(1, 41):
+            run.append_metrics(metrics(cycle, **{"policy/clip_fraction": 0.5, "check/sampler_gap": 1e-6}))
+        run.event("alarm", cycle=3, what="sampler gap 0.2 nats a token, above 0.05")
+    html, page = read(report(tmp_path / "run"))
+    assert "clip-fraction" in page.words
+    assert "50% of the tokens have their gradient cut" in page.words
+    assert "cycle 1 to 40" in page.words
+    assert "Lower optim.lr or ppo.epochs." in page.words
+    assert "Sampler gap 0.2 nats a token, above 0.05" in page.words
+    assert html.index("sampler-gap") < html.index("clip-fraction")  # the serious first
+
+
 def test_chat_prompts_are_shown_as_messages(tmp_path):
     chat = json.dumps([{"role": "user", "content": "Hi\nthere"}])
     with RunDirectory.open(ppo_config(tmp_path / "run"), command="ppo") as run:

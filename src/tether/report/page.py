@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import jinja2
 from markupsafe import Markup
 
 from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.diagnose.alarms import alarms
+from tether.diagnose.diagnosis import reward_report
 from tether.errors import RunError
 from tether.math import Interval
 from tether.parse import to_yaml
@@ -103,7 +106,10 @@ def render(run: Run) -> str:
         environment=run.environment,
         config=to_yaml(config),
         checks=_checks(metrics),
-        alarms=[e for e in run.events if e["event"] == "alarm"],
+        alarms=alarms(
+            status["kind"], config, metrics, run.events, status, now=datetime.now(UTC), reward_report=reward_report(run)
+        ),
+        unit="cycle" if status["kind"] == "ppo" else "step",
         events=run.events[-_MOST_EVENTS:],
         event_count=len(run.events),
         pairs=_pairs(page),

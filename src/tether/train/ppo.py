@@ -30,6 +30,7 @@ from tether.model import Policy, Reference, build_policy
 from tether.rewards import RewardSet, build_reward, function_file
 from tether.rollout import LocalSampler
 from tether.runs import Run, RunDirectory, hash_files
+from tether.runs.bounds import SAMPLER_GAP
 from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.train import checkpoint
 from tether.train.card import ppo_card
@@ -160,7 +161,7 @@ class Job:
         c = self.config
         log.phase(f"cycle {cycle}: updating", cycle, c.ppo.cycles)
         gap = experience.metrics["check/sampler_gap"] or 0.0
-        bound = 1e-4 if self.policy.model.dtype == torch.float32 else 5e-2
+        bound = SAMPLER_GAP["float32" if self.policy.model.dtype == torch.float32 else "bfloat16"]
         if gap > bound:
             run.event("alarm", cycle=cycle, what=f"sampler gap {gap:.2g} nats a token, above {bound}")
         try:

@@ -14,6 +14,7 @@ from tether.config import PPOSection
 from tether.errors import TrainingError
 from tether.math import clipped_policy_loss, entropy_mean, kl_loss, value_loss
 from tether.model import Policy
+from tether.runs.bounds import FIRST_RATIO_MAX_FLOAT32, FIRST_RATIO_MEAN, FIRST_RATIO_STOP
 from tether.train.experience import Metrics
 from tether.train.optim import ANEW, SHUFFLE, Steps, permutation
 
@@ -143,13 +144,14 @@ def _check_first_ratio(logprobs: Tensor, minibatch: Rollout, policy: Policy, ala
     mask = minibatch.rows.response_mask
     error = ((logprobs - minibatch.old_logprobs)[mask].exp() - 1).abs()
     mean, largest = float(error.mean()), float(error.max())
-    if mean > 5e-2:
+    if mean > FIRST_RATIO_STOP:
         raise TrainingError(
             f"the first ratio of the cycle is off 1 by {mean:.2g} on average: old and new log-probs come from "
             f"different arithmetic, and the objective would be wrong. Please report it; and set model.dtype to float32 "
             f"and {ANEW}."
         )
     precise = policy.model.dtype == torch.float32
-    if mean > (1e-5 if precise else 1e-2) or (precise and largest > 1e-4):
+    bound = FIRST_RATIO_MEAN["float32" if precise else "bfloat16"]
+    if mean > bound or (precise and largest > FIRST_RATIO_MAX_FLOAT32):
         alarms.append(f"the first ratio is off 1 by {mean:.2g} on average, {largest:.2g} at most")
     return mean

@@ -1,0 +1,97 @@
+"""`tether doctor RUN`: how a run stands, and what went wrong in it."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tether.config import PPOConfig
+from tether.diagnose.alarms import RULES, Alarm, alarms, patience_s, silence_s, state
+from tether.errors import RunError
+from tether.runs import Run
+
+# What a run is judged by: label, metric, unit. Shown from its first tenth to its last.
+_HEADLINE = {
+    "ppo": [("score", "reward/score_mean", ""), ("held-out", "eval/score_mean", "on prompts that are never trained on"),
+            ("KL", "kl/ref_mean", "nats a response, to the reference"), ("entropy", "policy/entropy", "nats a token")],
+    "sft": [("loss", "loss", "nats a token")],
+    "reward": [("loss", "reward_model/loss", "nats a pair; knowing nothing is 0.693"),
+               ("accuracy", "reward_model/accuracy", "on the pairs of each step")],
+}  # fmt: skip
+_KIND = {"ppo": "PPO", "sft": "supervised fine-tuning", "reward": "reward model"}
+
+
+def examine(run: str | Path | Run) -> str:
+    """State, cycles done, headline figures and every alarm with its cause and its knob; RunError if there is no run."""
+    run = run if isinstance(run, Run) else Run.open(run)
+    status, metrics, now = run.status, run.metrics, datetime.now(UTC)
+    if (kind := status["kind"]) not in RULES:
+        raise RunError(f"{run.path} says that it is a run of `tether {kind}`, which is none. Restore its status.json.")
+    config, report = run.config, reward_report(run)
+    found = alarms(kind, config, metrics, run.events, status, now=now, reward_report=report)
+    planned = f" of {config.ppo.cycles:,}" if isinstance(config, PPOConfig) else ""
+    unit = "cycle" if kind == "ppo" else "step"
+    done = metrics[-1][unit] if metrics else 0
+    head = f"{run.path}: {_KIND[kind]}, {_state(status, metrics, now)}, {done:,}{planned} {unit}s done"
+    parts = [head + _headline(kind, metrics, report), *(_told(alarm, unit) for alarm in found)]
+    if not found:
+        parts.append(_nothing(kind, done, unit))
+    return "\n\n".join(parts)
+
+
+def reward_report(run: Run) -> dict[str, Any] | None:
+    """What reward_report.json holds; None where there is none, and where it cannot be read."""
+    try:
+        found = json.loads((run.path / "reward_report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _state(status: dict[str, Any], metrics: Sequence[dict[str, Any]], now: datetime) -> str:
+    what = state(status, now, patience_s=patience_s(metrics))
+    age = silence_s(status, now)
+    if what == "running" and age is not None:
+        return f"running (last sign of life {max(0, age):.0f} s ago)"
+    if what in ("stopped", "failed") and status.get("exit_reason"):
+        return f"{what} ({' '.join(str(status['exit_reason']).split()).rstrip('.')})"
+    return what
+
+
+def _headline(kind: str, metrics: Sequence[dict[str, Any]], report: dict[str, Any] | None) -> str:
+    lines = []
+    for label, name, note in _HEADLINE[kind]:
+        values = [v for m in metrics if (v := m.get(name)) is not None]
+        if values:
+            tenth = max(1, len(values) // 10)
+            first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+            lines.append((label, f"{first:.3g} → {last:.3g}", note))
+    if report is not None:
+        a = report["accuracy"]
+        interval = f"[{a['low']:.3g}, {a['high']:.3g}] on {report['test_pairs']:,} pairs"
+        lines.append(("held-out", f"{a['value']:.3g} right", interval))
+    return "".join(f"\n  {label:<9} {value:<17} {note}".rstrip() for label, value, note in lines)
+
+
+def _told(alarm: Alarm, unit: str) -> str:
+    where = f"{unit} {alarm.first:,}" + (f" to {alarm.last:,}" if alarm.last > alarm.first else "")
+    says = (("what", alarm.what), ("cause", alarm.cause), ("knob", alarm.knob))
+    return "\n".join([f"{alarm.severity}: {alarm.rule} ({where})", *(_wrapped(*pair) for pair in says)])
+
+
+def _wrapped(label: str, text: str) -> str:
+    """One entry in lines of 100, a path or a key in one piece."""
+    return textwrap.fill(
+        text, 100, initial_indent=f"  {label:<6} ", subsequent_indent=" " * 9,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _nothing(kind: str, done: int, unit: str) -> str:
+    if done < 20:
+        return f"nothing found, but {done} {unit}s are few: rules on curves ask for 15 {unit}s in a row."
+    return f"nothing found: none of the {len(RULES[kind])} rules holds."
