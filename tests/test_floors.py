@@ -16,7 +16,7 @@ FLOORS = [
     {"math"},
     {"loading", "model", "reward_model", "tokens", "data", "preferences", "runs"},
     {"rollout", "rewards"},
-    {"train", "export", "diagnose"},
+    {"train", "export", "diagnose", "label"},
     {"web", "report", "demo", "cli", "help"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -119,6 +119,7 @@ def test_a_house_with_one_wrong_import_is_refused(tmp_path, files, complaint):
         "import tether.cli; tether.cli.main(['--help'])",
         "import tether.cli; tether.cli.main(['ppo', '--help'])",
         "import tether.cli; tether.cli.main(['evaluate', '--help'])",
+        "import tether.preferences.store, tether.preferences.agreement, tether.preferences",
     ],
 )
 def test_import_and_help_load_no_torch(statement):

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
         ConfigError,
         DataError,
         Interrupted,
+        LabelError,
         ModelError,
         RewardError,
         RunError,
+        StoreError,
         TetherError,
         TrainingError,
     )
@@ -46,8 +48,8 @@ _HOME = {
     "Run": "tether.runs",
     **dict.fromkeys(("PPOConfig", "SFTConfig", "RewardConfig", "EvaluateConfig"), "tether.config"),
     **dict.fromkeys(
-        ("TetherError", "ConfigError", "DataError", "ModelError", "RewardError", "RunError", "BatchError",
-         "TrainingError", "Interrupted"),
+        ("TetherError", "ConfigError", "DataError", "ModelError", "RewardError", "RunError", "StoreError",
+         "LabelError", "BatchError", "TrainingError", "Interrupted"),
         "tether.errors",
     ),
 }  # fmt: skip
@@ -58,6 +60,7 @@ __all__ = [
     "DataError",
     "EvaluateConfig",
     "Interrupted",
+    "LabelError",
     "ModelError",
     "PPOConfig",
     "RewardConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "Run",
     "RunError",
     "SFTConfig",
+    "StoreError",
     "TetherError",
     "TrainingError",
     "__version__",

@@ -115,6 +115,12 @@ def _doctor(argv: list[str]) -> None:
     if "-h" in argv or "--help" in argv:
         print(DOCTOR)
         return
+    if len(argv) == 1 and Path(argv[0]).is_dir():
+        from tether.diagnose import examine
+        from tether.report.text import visible  # an event may hold what a model wrote
+
+        print(visible(examine(argv[0])))
+        return
     from tether.parse import parse_args
 
     config = parse_args(None, argv)[0] if argv else None
@@ -235,6 +241,63 @@ def _shown(prompt: Any) -> str:
     return "\n   ".join(f"{message['role']}: {message.get('content')}" for message in prompt)
 
 
+def _label(argv: list[str]) -> None:
+    parser = _parser("label", "Make the queue of answers that people compare in the studio, or look how far it is.")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--from", metavar="FILE", dest="file",
+        help="items from JSONL or Parquet: prompt with answers (a list), with a and b, or with chosen and rejected",
+    )  # fmt: skip
+    source.add_argument("--from-run", metavar="RUN", help="items from what a run answered to the same prompt")
+    source.add_argument("--sample", metavar="MODEL", help="items from a model that answers the file of --prompts now")
+    parser.add_argument("--cycle", metavar="N", type=int, help="with --from-run: answers of this cycle alone")
+    parser.add_argument(
+        "--per-prompt", metavar="K", type=int, default=2,
+        help="with --from-run: answers an item; 2 make a pair, more are ranked (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--prompts", metavar="FILE", help="with --sample: JSONL or Parquet with a column `prompt`")
+    parser.add_argument(
+        "--answers", metavar="K", type=int, default=2, help="with --sample: answers an item (%(default)s)"
+    )
+    parser.add_argument("--temperature", metavar="T", type=float, default=1.0, help="with --sample (%(default)s)")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="with --sample (%(default)s)")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first N rows of --from or --prompts")
+    parser.add_argument("--to", metavar="FILE", default="preferences.db", help="the store (%(default)s)")
+    parser.add_argument(
+        "--gold", metavar="FILE", help="items that check people: chosen is better than rejected, or `gold` names one"
+    )
+    parser.add_argument(
+        "--overlap", metavar="F", type=float, default=0.2, help="share of the items for two people (%(default)s)"
+    )
+    parser.add_argument("--guidelines", metavar="FILE", help="text or Markdown that people go by, from now on")
+    parser.add_argument(
+        "--annotator", metavar="NAME", action="append", default=[], help="register somebody; may be given again"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, help="of order, sides and overlap; a store keeps its own (0)")
+    parser.add_argument("--export", metavar="DIR", help="write preferences.jsonl, events.jsonl and items.jsonl")
+    parser.add_argument("--status", action="store_true", help="how far the labelling is")
+    args = parser.parse_args(argv)
+    if (args.sample is None) != (args.prompts is None):
+        raise ConfigError("--sample MODEL and --prompts FILE go together: one answers what the other asks. Give both.")
+    from tether.label import items_of_model, items_of_run, label, read_items
+
+    found = None
+    if args.file:
+        found = read_items(args.file, args.limit)
+    elif args.from_run:
+        found = items_of_run(args.from_run, cycle=args.cycle, answers=args.per_prompt, seed=args.seed or 0)
+    elif args.sample:
+        found = items_of_model(
+            args.sample, args.prompts, answers=args.answers, limit=args.limit, seed=args.seed or 0,
+            temperature=args.temperature, max_new_tokens=args.max_new_tokens,
+        )  # fmt: skip
+    done = label(
+        to=args.to, source=found, gold=args.gold, overlap=args.overlap, seed=args.seed, guidelines=args.guidelines,
+        annotators=args.annotator, export=args.export, status=args.status,
+    )  # fmt: skip
+    print("\n".join(done))
+
+
 def _report(argv: list[str]) -> None:
     parser = _parser("report", "Write one self-contained HTML file about a run.")
     parser.add_argument("run", metavar="RUN", help="run directory")
@@ -259,6 +322,26 @@ def _export(argv: list[str]) -> None:
         ) from error
 
 
+def _studio(argv: list[str]) -> None:
+    parser = _parser("studio", "Pages in the browser: watch runs, look inside completions, compare, label.")
+    parser.add_argument("folder", metavar="DIR", nargs="?", default="runs", help="runs are below it (%(default)s)")
+    parser.add_argument("--store", metavar="FILE", default="preferences.db", help="the labels (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others need --users (%(default)s)")
+    parser.add_argument("--port", metavar="N", type=int, default=8765, help="0 takes a free one (%(default)s)")
+    parser.add_argument("--users", metavar="FILE", type=Path, help='who may come in: {"name": "token", …} as JSON')
+    parser.add_argument(
+        "--person", metavar="NAME", action="append", help="print a link for NAME; may be given again (default: you)"
+    )
+    parser.add_argument("--name", metavar="HOST", action="append", help="a further name that browsers may call us by")
+    args = parser.parse_args(argv)
+    from tether.web.serve import main as serve
+
+    serve(
+        Path(args.folder), store=Path(args.store), host=args.host, port=args.port, users=args.users,
+        people=args.person, names=args.name,
+    )  # fmt: skip
+
+
 COMMANDS = {
     "demo": _demo,
     "sft": _sft,
@@ -266,7 +349,9 @@ COMMANDS = {
     "ppo": _ppo,
     "generate": _generate,
     "evaluate": _evaluate,
+    "label": _label,
     "report": _report,
+    "studio": _studio,
     "export": _export,
     "doctor": _doctor,
 }
@@ -283,17 +368,24 @@ learns what they prefer, PPO improves the model against it, people look again.
   ppo C.yaml         improve a model against its rewards
   generate MODEL     sample from any model directory
   evaluate C.yaml    score, KL and win rate on prompts, with intervals
+  label              make a queue of answers for people to compare
+  studio [DIR]       pages to watch runs, look inside completions, compare and label
   report RUN         one self-contained HTML file about a run
   export RUN         a plain Hugging Face directory, checked by reloading it
   doctor [C.yaml]    check the machine, or whether a config fits it
+  doctor RUN         name what went wrong in a run, and the knob to turn
 
 Exit codes: 0 done, 2 your mistake, 3 stopped by a signal after saving, 1 anything else."""
 
 DOCTOR = """\
-usage: tether doctor [C.yaml or RUN] [--key VALUE …]
+usage: tether doctor [C.yaml] [--key VALUE …]
+       tether doctor RUN
 
 Without a config: what this machine has. With one: checks its data and models, and predicts
-peak memory by part. Keys are those of the command that the config is for."""
+peak memory by part. Keys are those of the command that the config is for.
+
+With a run directory: how the run stands, and what went wrong in it. Each alarm says what,
+the likely cause, and the knob to turn; docs/guide.md lists them. It may still be running."""
 
 
 if __name__ == "__main__":

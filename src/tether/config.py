@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from tether.errors import ConfigError
@@ -322,6 +323,28 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class LabelsConfig:
+    """Which labels count, where data.path is a store of labels (preferences.db); null: every one that stands."""
+
+    annotators: list[str] | None = None
+    """Only labels by these people; null: everybody's."""
+    since: str | None = None
+    """Only labels from this date (2026-10-01) or time on, UTC; null: from the first."""
+    until: str | None = None
+    """Only labels up to this date, its whole day, or time, UTC; null: up to when the run begins. Resumed, a run reads
+    the labels that it began with, whatever was labelled since."""
+    guideline: int | None = None
+    """Only labels given under this version of the guidelines; null: any."""
+
+
+@dataclass(frozen=True)
+class PairsConfig(DataConfig):
+    """Where preferences come from: a file of pairs, or a store of labels (preferences.db)."""
+
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+
+
+@dataclass(frozen=True)
 class SFTModelConfig:
     """Which model learns to imitate."""
 
@@ -398,7 +421,7 @@ class RewardConfig:
     run: str
     """The run directory."""
     model: SFTModelConfig
-    data: DataConfig
+    data: PairsConfig
     seed: int = 0
     """Seed of every draw in the run."""
     device: str = "auto"
@@ -409,6 +432,12 @@ class RewardConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.data, PairsConfig) and isinstance(self.data, DataConfig):
+            # A DataConfig is a PairsConfig without filters; as one it is written to YAML, and loads back equal.
+            given = {f.name: getattr(self.data, f.name) for f in fields(self.data)}
+            object.__setattr__(self, "data", PairsConfig(**given))
 
 
 # ---------------------------------------------------------------- tether evaluate
@@ -614,6 +643,7 @@ def _check_reward(config: RewardConfig) -> None:
             "accuracy can be reported, without training pairs nothing learned. Set e.g. 0.1."
         )
     _check_data(config.data)
+    _check_labels(config.data.labels)
     _check_model(config.model)
     _check_training(config.optim, config.log, config.checkpoint)
 
@@ -639,6 +669,21 @@ def _check_data(data: DataConfig) -> None:
     _at_least("data.max_tokens", data.max_tokens, 2, "no example would fit")
     if data.limit is not None:
         _at_least("data.limit", data.limit, 1, "no example would be left; null uses all")
+
+
+def _check_labels(labels: LabelsConfig) -> None:
+    if labels.annotators is not None and not labels.annotators:
+        raise ConfigError("data.labels.annotators is empty: no label would be left. Leave it out for everybody.")
+    for key, text in (("since", labels.since), ("until", labels.until)):
+        try:
+            datetime.fromisoformat(text or "2000-01-01")
+        except ValueError:
+            raise ConfigError(
+                f"data.labels.{key}={text!r} is no date or time: it is unclear which labels are meant. Write "
+                "2026-10-01, or 2026-10-01T09:30."
+            ) from None
+    if labels.guideline is not None:
+        _at_least("data.labels.guideline", labels.guideline, 1, "versions count from 1; null takes every label")
 
 
 def _check_sampling(s: SamplingConfig) -> None:

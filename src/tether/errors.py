@@ -6,6 +6,8 @@
     ├── ModelError         a model directory, a tokenizer, or two that do not fit together
     ├── RewardError        a reward source that raised, hung or answered something unusable
     ├── RunError           a run directory: locked, of another command, changed, corrupted
+    ├── StoreError         the store of labels: missing, foreign, locked, damaged, on a full disk
+    │   └── LabelError     one judgement that cannot be recorded; the store is well
     ├── BatchError         tensors of the wrong shape handed to a batch type
     ├── TrainingError      training itself broke: not-finite numbers, a self-check that failed
     └── Interrupted        a signal asked us to stop, and we stopped after saving
@@ -56,6 +58,16 @@ class RunError(TetherError):
     """A run directory that cannot be written, continued or read."""
 
     exit_code = 2
+
+
+class StoreError(TetherError):
+    """A store of labels that cannot be read or written, or that is asked for what it does not hold."""
+
+    exit_code = 2
+
+
+class LabelError(StoreError):
+    """A judgement that cannot be recorded: not this annotator's item, not a choice it has, a key used before."""
 
 
 class BatchError(TetherError):

@@ -43,9 +43,7 @@ def keys(cls: type, prefix: str = "") -> Iterator[Key]:
     for f in fields(cls):
         hint = hints(cls)[f.name]
         default = f.default if f.default_factory is MISSING else f.default_factory()
-        yield Key(
-            prefix + f.name, hint, default, _field_help(cls.__module__)[cls.__name__].get(f.name) or _summary(hint)
-        )
+        yield Key(prefix + f.name, hint, default, _help_of(cls, f.name) or _summary(hint))
         for member in members(hint):
             if is_section(member):
                 yield from keys(member, f"{prefix}{f.name}.")
@@ -94,6 +92,12 @@ def members(hint: Any) -> tuple[Any, ...]:
 def hints(cls: type) -> dict[str, Any]:
     """Resolved types of a dataclass's fields."""
     return get_type_hints(cls)
+
+
+def _help_of(cls: type, name: str) -> str | None:
+    """The text under a field, in the class or in the one that it has the field from."""
+    texts = (_field_help(base.__module__).get(base.__name__, {}).get(name) for base in cls.__mro__[:-1])
+    return next((text for text in texts if text), None)
 
 
 @cache

@@ -57,9 +57,13 @@ log: {rollouts_every: 1, tensorboard: true, wandb: null}
 checkpoint: {every: 50, keep: 2}
 """
 
-REWARD = SFT.replace(
-    "sft: {epochs: 1, batch: 32, microbatch_tokens: 8192, packing: false, train_on: completion}",
-    "reward_model: {epochs: 1, batch: 32, microbatch_tokens: 8192, centre: 0.0, test_fraction: 0.1}",
+REWARD = (
+    SFT.replace("chat_template_kwargs: {}}", "chat_template_kwargs: {}, labels: *}")
+    .replace("*", "{annotators: null, since: null, until: null, guideline: null}")
+    .replace(
+        "sft: {epochs: 1, batch: 32, microbatch_tokens: 8192, packing: false, train_on: completion}",
+        "reward_model: {epochs: 1, batch: 32, microbatch_tokens: 8192, centre: 0.0, test_fraction: 0.1}",
+    )
 )
 
 EVALUATE = """

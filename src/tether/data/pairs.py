@@ -12,20 +12,25 @@ from tether.batch import Text
 from tether.config import DataConfig
 from tether.data.cells import as_answer, as_prompt, as_text_or_messages
 from tether.data.encode import encode_answers, encode_prompt_column
+from tether.data.labels import read_pairs
 from tether.data.limit import Limit, keep_right
-from tether.data.table import Table, kind, read_table
+from tether.data.table import Table, kind
 from tether.errors import DataError
 from tether.preferences import Pair, split_transcripts
 from tether.tokens import common_prefix
 
 
 def load_pairs(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, context: int | None = None
-) -> list[Pair]:
-    """Every preference of a data set, tokenized; stop_id and context as in `load_examples`."""
-    table = read_table(config.path, config.split, config.limit)
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, context: int | None = None,
+    pinned: str | None = None,
+) -> list[Pair]:  # fmt: skip
+    """Every preference of a data set, tokenized; stop_id and context as in `load_examples`.
+
+    pinned: which state of a store of labels to read (`pin_labels`); None is the present one.
+    """
+    table = read_pairs(config, pinned)
     table.require(["chosen", "rejected"], '{"prompt": "…", "chosen": "…", "rejected": "…"}')
-    triples = [_triple(table, i) for i in range(len(table))]
+    triples = [triple(table, i) for i in range(len(table))]
     prompts, chosen, rejected = (list(column) for column in zip(*triples, strict=True))
     prompt_ids = encode_prompt_column(table, prompts, tokenizer, config.chat_template_kwargs)
     chosen_ids, rejected_ids = (
@@ -65,7 +70,7 @@ def load_pairs(
     return pairs
 
 
-def _triple(table: Table, row: int) -> tuple[Text, Text, Text]:
+def triple(table: Table, row: int) -> tuple[Text, Text, Text]:
     """(prompt, chosen, rejected) of a row; without a prompt, or with whole conversations, from what the two share."""
     cells = table.rows[row]
     with table.at(row, "chosen"):

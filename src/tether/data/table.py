@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tether.errors import DataError, did_you_mean, did_you_mean_path, first_line
+from tether.preferences.schema import is_store
+from tether.preferences.store import Store
 from tether.tokens import looks_local
 
 Row = dict[str, Any]
@@ -65,7 +67,8 @@ def read_rows(path: str, split: str = "train", columns: Sequence[str] = (), limi
 
 
 def read_table(path: str, split: str = "train", limit: int | None = None) -> Table:
-    """The first `limit` rows of a JSONL (plain or gzipped) or Parquet file, or of a split of a hub data set."""
+    """The first `limit` rows of a JSONL (plain or gzipped) or Parquet file, of a store of labels (the preferences in
+    it), or of a split of a hub data set."""
     file = Path(path)
     try:
         if file.exists():
@@ -84,7 +87,7 @@ def read_table(path: str, split: str = "train", limit: int | None = None) -> Tab
     return table
 
 
-_SUFFIXES = {".jsonl", ".json", ".ndjson", ".gz", ".parquet", ".csv", ".tsv", ".txt"}
+_SUFFIXES = {".jsonl", ".json", ".ndjson", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".db"}
 _ONE_A_LINE = 'Write one JSON object a line, like {"prompt": "Once upon a time"}'
 
 
@@ -99,6 +102,9 @@ def _read_file(path: str, limit: int | None) -> Table:
         )
     with file.open("rb") as stream:
         magic = stream.read(4)
+    if is_store(file):
+        with Store(file, create=False) as store:
+            return Table(path, store.preference_rows()[:limit])
     if magic == b"PAR1":
         return Table(path, _read_parquet(path, limit))
     if file.suffix == ".parquet" and magic:

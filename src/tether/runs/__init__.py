@@ -10,8 +10,8 @@ and writes. `Run` is everybody else's: it only reads, also while the run is stil
     lock              flock: one writer at a time           final/          the last policy, a Hugging Face directory
 """
 
-from tether.runs.directory import RunDirectory
+from tether.runs.directory import RunDirectory, began_with
 from tether.runs.files import SCHEMA, hash_files, sha256, to_plain
 from tether.runs.reader import Run
 
-__all__ = ["SCHEMA", "Run", "RunDirectory", "hash_files", "sha256", "to_plain"]
+__all__ = ["SCHEMA", "Run", "RunDirectory", "began_with", "hash_files", "sha256", "to_plain"]

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tether.batch import microbatches
 from tether.config import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
-from tether.data import load_pairs
+from tether.data import load_pairs, pin_labels
 from tether.errors import Interrupted
 from tether.loading import (
     add_lora,
@@ -28,7 +28,7 @@ from tether.loading import (
 from tether.math import bradley_terry_loss
 from tether.preferences import Pair, split_pairs
 from tether.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
-from tether.runs import Run, RunDirectory
+from tether.runs import Run, RunDirectory, began_with
 from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.train import checkpoint
 from tether.train.card import reward_card
@@ -51,7 +51,8 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
     """
     check(config)
     section, device = config.reward_model, resolve_device(config.device)
-    inputs = input_hashes(config.model, config.data)
+    pinned = pin_labels(config.data, {} if fresh else began_with(config.run))
+    inputs = input_hashes(config.model, config.data) | ({"data.path": pinned} if pinned else {})
     with (
         Signals() as signals,
         deterministic(config.deterministic),
@@ -62,7 +63,8 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
             return Run.open(run.path)
         model, adapter, tokenizer = load_model(config.model, device=device, seed=config.seed)
         stop_id = stop_token(config.model, tokenizer)
-        pairs = load_pairs(config.data, tokenizer, stop_id=stop_id, context=context_length(model.classifier.config))
+        context = context_length(model.classifier.config)
+        pairs = load_pairs(config.data, tokenizer, stop_id=stop_id, context=context, pinned=pinned)
         train, test = split_pairs(pairs, section.test_fraction, config.seed)
         plan = plan_steps(len(train), config)
         check_warmup(config.optim, len(plan))
