@@ -1,0 +1,131 @@
+"""The same prompts through two checkpoints or two runs, side by side; blind if wanted."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse
+from markupsafe import Markup, escape
+
+from tether.errors import RunError
+from tether.report.held_out import prompt_text
+from tether.report.text import visible
+from tether.runs import Run
+from tether.web.studio import Studio
+from tether.web.tokens import read
+
+_A_PAGE = 10  # prompts
+_LONGEST_MARKED = 4000  # characters: finding differences takes the product of the lengths
+
+
+@dataclass(frozen=True)
+class Side:
+    """One evaluation of one run.
+
+    key: RUN_ID:CYCLE, as pages name it.
+    """
+
+    key: str
+    name: str
+    run: Run
+    run_id: str
+    cycle: int
+
+    def answers(self) -> dict[str, list[dict[str, Any]]]:
+        """prompt -> its answers, in the order they were drawn."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in read(self.run, "evaluations", self.cycle).rows:
+            found.setdefault(row["prompt"], []).append(row)
+        return found
+
+
+def routes(studio: Studio) -> APIRouter:
+    """The page."""
+    router = APIRouter()
+
+    @router.get("/compare")
+    def compare(request: Request, a: str = "", b: str = "", blind: bool = False, page: int = 1) -> HTMLResponse:
+        choices = _choices(studio)
+        if not (a and b):
+            return studio.page(request, "compare.html.j2", choices=choices, a=a, b=b, blind=blind, sides=(), pairs=[],
+                               page=1, pages=1, count=0, means=())  # fmt: skip
+        sides = (side(studio, a), side(studio, b))
+        answers = [s.answers() for s in sides]
+        common = [prompt for prompt in answers[0] if prompt in answers[1]]
+        pages = max(1, -(-len(common) // _A_PAGE))
+        page = min(max(page, 1), pages)
+        shown = [
+            _pair(prompt, answers[0][prompt], answers[1][prompt], swapped=blind and coin(prompt, a, b))
+            for prompt in common[(page - 1) * _A_PAGE : page * _A_PAGE]
+        ]
+        means = [_mean([r["score"] for p in common for r in found[p]]) for found in answers]
+        return studio.page(
+            request, "compare.html.j2", choices=choices, a=a, b=b, blind=blind, sides=sides, pairs=shown, page=page,
+            pages=pages, count=len(common), means=means,
+        )  # fmt: skip
+
+    return router
+
+
+def side(studio: Studio, key: str) -> Side:
+    """The evaluation that a key names."""
+    run_id, _, cycle = key.partition(":")
+    run = studio.runs.open(run_id)
+    there = run.evaluation_cycles
+    if not cycle.isdigit() or int(cycle) not in there:
+        raise RunError(
+            f"{studio.runs.name(run)} was not evaluated at cycle {cycle[:20]!r}, only at "
+            f"{', '.join(map(str, there)) or 'none'}: choose one of these."
+        )
+    return Side(key, f"{studio.runs.name(run)}, cycle {cycle}", run, run_id, int(cycle))
+
+
+def coin(*about: str) -> bool:
+    """A toss that is the same for the same prompt and sides: turning the page must not give the game away."""
+    return hashlib.sha256("\0".join(about).encode("utf-8", "surrogatepass")).digest()[0] % 2 == 1
+
+
+def _choices(studio: Studio) -> list[tuple[str, str]]:
+    """(key, name) of every evaluation that may be chosen: the first and the last of each run, and some between."""
+    found = []
+    for run_id in studio.runs.all()[:200]:
+        run = studio.runs.open(run_id)
+        cycles = run.evaluation_cycles
+        every = max(1, -(-len(cycles) // 8))
+        for cycle in sorted({*cycles[::every], *cycles[-1:]}):
+            found.append((f"{run_id}:{cycle}", f"{studio.runs.name(run)}, cycle {cycle}"))
+    return found
+
+
+def _pair(prompt: str, a: list[dict[str, Any]], b: list[dict[str, Any]], *, swapped: bool) -> dict[str, Any]:
+    left, right = (b, a) if swapped else (a, b)
+    marked = differences(left[0]["completion"], right[0]["completion"])
+    return {
+        "prompt": prompt_text(prompt), "swapped": swapped, "a": a[0], "b": b[0], "left": left[0], "right": right[0],
+        "left_text": marked[0], "right_text": marked[1],
+        "left_mean": _mean([r["score"] for r in left]), "right_mean": _mean([r["score"] for r in right]),
+    }  # fmt: skip
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def differences(a: str, b: str) -> tuple[Markup, Markup]:
+    """Both texts, escaped, with the words marked that the other does not have there."""
+    if max(len(a), len(b)) > _LONGEST_MARKED:
+        return escape(visible(a)), escape(visible(b))
+    words: list[list[str]] = [re.findall(r"\s+|[^\s]+", visible(text)) for text in (a, b)]
+    matcher = difflib.SequenceMatcher(None, words[0], words[1], autojunk=False)
+    marked: tuple[list[Markup], list[Markup]] = ([], [])
+    for what, a0, a1, b0, b1 in matcher.get_opcodes():
+        for out, part in zip(marked, (words[0][a0:a1], words[1][b0:b1]), strict=True):
+            text = escape("".join(part))
+            out.append(text if what == "equal" or not text else Markup("<mark>{}</mark>").format(text))
+    return Markup("").join(marked[0]), Markup("").join(marked[1])

@@ -1,0 +1,122 @@
+"""The runs below a folder. A page names a run by an id that we made; no path ever comes from a browser."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tether.diagnose.alarms import state
+from tether.errors import RunError
+from tether.runs import Run
+from tether.runs.tail import sample_lines
+
+_DEEPEST = 4  # folders below the root in which runs are looked for
+_INSIDE_A_RUN = {"checkpoints", "rollouts", "evaluations", "final", "tensorboard"}
+_LOOK_AGAIN_S = 2.0
+_SPARK = 40  # points of a small curve
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run and what its row in the list shows."""
+
+    id: str
+    name: str
+    """Its path below the root."""
+    kind: str
+    state: str
+    """running, finished, stopped, failed, or stale: it says running and has not been heard of for a while."""
+    heartbeat: str
+    cycles: int
+    score: list[float | None]
+    kl: list[float | None]
+
+
+class Runs:
+    """Every run below `root`, looked up again after a while.
+
+    Reading a run's row costs a few small reads; it is kept until the run's files change.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._lock = threading.Lock()
+        self._paths: dict[str, Path] = {}
+        self._looked = float("-inf")
+        self._rows: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
+
+    def all(self) -> list[str]:
+        """Ids, by path."""
+        with self._lock:
+            if time.monotonic() - self._looked > _LOOK_AGAIN_S:
+                self._paths = {_id(p, self.root): p for p in sorted(_runs_below(self.root, _DEEPEST))}
+                self._looked = time.monotonic()
+            return list(self._paths)
+
+    def open(self, run_id: str) -> Run:
+        """The run of an id; RunError if it is gone or never was."""
+        if run_id not in self._paths:
+            self.all()
+        path = self._paths.get(run_id)
+        if path is None or not (path / "config.yaml").is_file():
+            raise RunError(f"there is no run {run_id[:40]!r} under {self.root}: it was moved or deleted.")
+        return Run.open(path)
+
+    def shown(self, run_id: str) -> str:
+        """An id's path below the root."""
+        path = self._paths[run_id]
+        return str(path.relative_to(self.root)) if path != self.root else path.name
+
+    def name(self, run: Run) -> str:
+        """A run's path below the root."""
+        return str(run.path.relative_to(self.root)) if run.path != self.root else run.path.name
+
+    def row(self, run_id: str) -> Found:
+        """What the list shows of a run."""
+        run = self.open(run_id)
+        status = run.status
+        kept = self._curves(run_id, run, "reward/score_mean" if status["kind"] == "ppo" else "loss")
+        return Found(
+            id=run_id, name=self.name(run), kind=status["kind"], state=state(status, datetime.now(UTC)),
+            heartbeat=status.get("heartbeat", ""), **kept,
+        )  # fmt: skip
+
+    def _curves(self, run_id: str, run: Run, score: str) -> dict[str, Any]:
+        file = run.path / "metrics.jsonl"
+        stamp = (file.stat().st_mtime_ns, file.stat().st_size) if file.exists() else (0, 0)
+        before = self._rows.get(run_id)
+        if before and before[0] == stamp:
+            return before[1]
+        lines, _ = sample_lines(file, _SPARK)
+        names = [n for n in (score, "reward_model/loss") if any(n in m for m in lines)] or [score]
+        found = {
+            "cycles": int(lines[-1].get("cycle", lines[-1].get("step", 0))) if lines else 0,
+            "score": [m.get(names[0]) for m in lines],
+            "kl": [m.get("kl/ref_mean") for m in lines],
+        }
+        self._rows[run_id] = stamp, found
+        return found
+
+
+def _id(path: Path, root: Path) -> str:
+    return hashlib.sha256(os.fsencode(path.relative_to(root))).hexdigest()[:12]
+
+
+def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    if any(entry.name == "config.yaml" for entry in entries) and any(e.name == "status.json" for e in entries):
+        yield folder
+        return
+    for entry in entries if depth else ():
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".") and entry.name not in _INSIDE_A_RUN:
+            yield from _runs_below(Path(entry.path), depth - 1)

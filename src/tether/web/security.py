@@ -1,0 +1,187 @@
+"""Who may talk to the studio, and what their browser may do with its answers.
+
+One middleware stands before every page:
+
+    Host      must be one that we serve: else a foreign name that resolves to us could read our pages (DNS rebinding)
+    session   a link printed by `tether studio` carries a token that works once and becomes a cookie (HttpOnly,
+              SameSite=Strict) naming a person; all but the sign-in needs it
+    writes    must come from our own pages (Origin) and carry the form token that those pages hold (CSRF)
+    bodies    end at 1 MB, however long they claim to be
+    answers   carry a content security policy: no inline script, nothing from another host, no frame around us
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import parse_qs
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+COOKIE = "tether_session"
+FORM_TOKEN = "form_token"
+MOST_BYTES = 1_000_000  # of a request's body: a label with a long note is a thousandth of it
+
+POLICY = (
+    "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)  # plotly writes style attributes; no script may be inline
+HEADERS = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+
+
+@dataclass
+class Gate:
+    """Tokens in, sessions out.
+
+    hosts   names that a browser may call us by, without port.
+    once    one-time token -> person: of links printed at the start.
+    users   token -> person, good for ever: of a users file.
+    """
+
+    hosts: set[str]
+    once: dict[str, str] = field(default_factory=dict)
+    users: dict[str, str] = field(default_factory=dict)
+    _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+
+    def link(self, person: str) -> str:
+        """A new one-time token for `person`."""
+        token = secrets.token_urlsafe(24)
+        self.once[token] = person
+        return token
+
+    def redeem(self, token: str) -> str | None:
+        """The session cookie of a token's person; None if the token is not one. A one-time token is used up."""
+        for known, person in [*self.once.items(), *self.users.items()]:
+            if hmac.compare_digest(known.encode(), token.encode()):
+                self.once.pop(known, None)
+                return self._signed(person)
+        return None
+
+    def person(self, cookie: str) -> str | None:
+        """Whom a session cookie names, if we signed it."""
+        name, _, _ = cookie.rpartition(".")
+        person = bytes.fromhex(name).decode() if _is_hex(name) else None
+        return person if person is not None and hmac.compare_digest(self._signed(person), cookie) else None
+
+    def form_token(self, person: str) -> str:
+        """What forms on a person's pages carry."""
+        return self._mac("form", person)
+
+    def _signed(self, person: str) -> str:
+        return f"{person.encode().hex()}.{self._mac('session', person)}"
+
+    def _mac(self, purpose: str, person: str) -> str:
+        return hmac.new(self._secret, f"{purpose}\0{person}".encode(), hashlib.sha256).hexdigest()
+
+
+def _is_hex(text: str) -> bool:
+    return len(text) % 2 == 0 and text != "" and all(c in "0123456789abcdef" for c in text)
+
+
+class Guard:
+    """The middleware: `app` is reached by those alone that the gate lets through.
+
+    Sets scope["state"]: person, form_token. open: paths that need no session.
+    """
+
+    def __init__(self, app: App, gate: Gate, refuse: Callable[[int, str], App], open_paths: set[str]) -> None:
+        self.app, self.gate, self.refuse, self.open_paths = app, gate, refuse, open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body: bytes | None = b""
+        try:
+            headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+            self._check_host(headers)
+            person = self._person(scope, headers)
+            if scope["method"] not in ("GET", "HEAD"):
+                self._check_origin(headers)
+                body = sent = await _whole_body(headers, receive)
+                if scope["path"] not in self.open_paths:
+                    self._check_form_token(headers, sent, person)
+            scope.setdefault("state", {}).update(person=person, form_token=self.gate.form_token(person))
+            app = self.app
+        except _Refused as refused:
+            app = self.refuse(refused.status, refused.why)
+
+        async def replay() -> Message:
+            nonlocal body
+            if body is None:
+                return await receive()
+            message = {"type": "http.request", "body": body, "more_body": False}
+            body = None
+            return message
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *HEADERS]
+            await send(message)
+
+        await app(scope, replay if scope["method"] not in ("GET", "HEAD") else receive, send_with_headers)
+
+    def _check_host(self, headers: dict[str, str]) -> None:
+        host = headers.get("host", "")
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        if name.lower() not in self.gate.hosts:
+            raise _Refused(
+                421, f"This studio is not served under the name {host[:80]!r}. Open it by the link it printed."
+            )
+
+    def _person(self, scope: Scope, headers: dict[str, str]) -> str:
+        try:
+            morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        except CookieError:
+            morsel = None
+        person = self.gate.person(morsel.value) if morsel else None
+        if person is None and scope["path"] not in self.open_paths:
+            raise _Refused(401, "Open the studio by the link that it printed when it was started: it signs you in.")
+        return person or ""
+
+    def _check_origin(self, headers: dict[str, str]) -> None:
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != headers["host"]:
+            raise _Refused(403, "This came from a page that is not the studio's. Nothing was changed.")
+
+    def _check_form_token(self, headers: dict[str, str], body: bytes, person: str) -> None:
+        given = headers.get("x-form-token", "")
+        if not given and headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
+            given = parse_qs(body.decode("utf-8", "replace")).get(FORM_TOKEN, [""])[0]
+        if not hmac.compare_digest(given.encode(), self.gate.form_token(person).encode()):
+            raise _Refused(403, "This form is not one that the studio gave you, or the studio was restarted since. "
+                                "Nothing was changed: reload the page and do it again.")  # fmt: skip
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, why: str) -> None:
+        self.status, self.why = status, why
+
+
+async def _whole_body(headers: dict[str, str], receive: Receive) -> bytes:
+    length = headers.get("content-length", "0")
+    if not length.isdigit() or int(length) > MOST_BYTES:
+        raise _Refused(413, f"More than {MOST_BYTES:,} bytes: nothing was changed. Shorten the text.")
+    body = bytearray()
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > MOST_BYTES:
+            raise _Refused(413, f"More than {MOST_BYTES:,} bytes: nothing was changed. Shorten the text.")
+        if message["type"] == "http.disconnect" or not message.get("more_body"):
+            return bytes(body)

@@ -1,0 +1,83 @@
+"""`tether studio`: start the server, print the links that sign people in."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import socket
+import sys
+from pathlib import Path
+
+from tether.errors import ConfigError
+from tether.web.found import Runs
+from tether.web.security import Gate
+
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+def main(
+    folder: Path, *, store: Path, host: str = "127.0.0.1", port: int = 8765, users: Path | None = None,
+    people: list[str] | None = None, names: list[str] | None = None,
+) -> None:  # fmt: skip
+    """Serve the pages until interrupted.
+
+    folder: runs are looked for below it. store: the preference store, made when it is needed.
+    host: an address to listen on; any but this machine's own needs `users`. port: 0 takes a free one.
+    users: a JSON file {"name": "token", …}, each token of 20 characters or more.
+    people: who gets a one-time link; None is whoever is logged in. names: that browsers may call this machine by too.
+    """
+    import uvicorn
+
+    from tether.web.app import create_app
+    from tether.web.studio import Studio
+
+    known = read_users(users) if users else {}
+    if host not in _LOOPBACK and not known:
+        raise ConfigError(
+            f"--host {host} would show the runs to everyone who can reach this machine. Give --users FILE with a token "
+            "for each person, or leave --host away."
+        )
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a directory: there would be no runs to show. Name the folder they are in.")
+    gate = Gate(_LOOPBACK | {"[::1]", host, *(names or [])}, users=known)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+            listening.listen(128)  # before the link is printed: whoever opens it at once waits, and is answered
+        except OSError as error:
+            raise ConfigError(
+                f"--port {port} on {host} cannot be listened on ({error.strerror}): the studio would not be there. "
+                "Another program has it, perhaps another studio; --port 0 takes a free one."
+            ) from error
+        port = listening.getsockname()[1]
+        shown = f"[{host}]" if ":" in host else host
+        for person in people or ([] if known else [getpass.getuser()]):
+            print(f"{person}: http://{shown}:{port}/sign-in?token={gate.link(person)}")
+        if known:
+            print(f"http://{shown}:{port} for {', '.join(known.values())}, each with their own token")
+        print(f"runs below {folder}, labels in {store}; each link works once. Ctrl-C stops.", flush=True)
+        app = create_app(Studio(Runs(folder), store, gate))
+        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def read_users(file: Path) -> dict[str, str]:
+    """token -> name of a users file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
+            raise ValueError('it is not {"name": "token", …}')
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--users {file} cannot be read ({error}): nobody could sign in. Write a JSON object."
+        ) from error
+    guessable = [f"{name}'s token has under 20 characters" for name, token in content.items() if len(token) < 20]
+    if len(set(content.values())) < len(content):
+        guessable.append("two people share a token")
+    if guessable:
+        raise ConfigError(
+            f"--users {file}: {guessable[0]}, so others could come in as them. Take one for each from "
+            f"{sys.executable} -c 'import secrets; print(secrets.token_urlsafe(24))'."
+        )
+    return {token: name for name, token in content.items()}

@@ -1,0 +1,144 @@
+"""What can be seen of a token: signals, their colours, and the arithmetic with its numbers. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+"""A response as rollouts/ hold it (run directory, schema 1)."""
+
+STEPS = 8  # colours on either side of the middle
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One number a token.
+
+    of      its values in a row; None where it has none.
+    middle  the value without colour; None: the mean over the cycle.
+    """
+
+    key: str
+    name: str
+    says: str
+    of: Callable[[Row], list[float | None]]
+    middle: float | None = 0.0
+
+
+def _column(name: str) -> Callable[[Row], list[float | None]]:
+    return lambda row: list(row[name])
+
+
+def _kl(row: Row) -> list[float | None]:
+    return [old - ref for old, ref in zip(row["old_logprob"], row["ref_logprob"], strict=True)]
+
+
+def _log_ratio(row: Row) -> list[float | None]:
+    return [None if r is None else math.log(r) if r > 0 else None for r in row["ratio"]]
+
+
+SIGNALS = {
+    s.key: s
+    for s in (
+        Signal("value", "Value V", "What the critic expected still to come, before this token was chosen.",
+               _column("value"), middle=None),
+        Signal("advantage", "Advantage A", "How much better things went from this token on than the critic expected, "
+               "coloured around the cycle's mean, as whitening sees it: training makes blue tokens likelier, orange "
+               "ones less likely.", _column("advantage"), middle=None),
+        Signal("delta", "Surprise δ", "What this one token changed in the critic's estimate.", _column("delta")),
+        Signal("ratio", "Ratio, log", "How much likelier this cycle's update made the token; framed where the clip cut "
+               "its gradient.", _log_ratio),
+        Signal("kl", "KL to the reference", "How much likelier the token is than under the reference, in nats: summed "
+               "over the response, what it paid.", _kl),
+        Signal("entropy", "Entropy", "How open the choice was, in nats.", _column("entropy")),
+        Signal("reward", "Reward", "What the token was paid: the KL's price, and the score at the last one.",
+               _column("reward")),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From a signal's value to a colour, the same for a whole cycle.
+
+    middle  the value without colour.
+    reach   distance from it at which the colour is full: the 98th percentile, so that one outlier does not grey all.
+    """
+
+    middle: float
+    reach: float
+
+    @classmethod
+    def of(cls, signal: Signal, rows: Sequence[Row]) -> Scale:
+        """The scale of a signal over a cycle's rows."""
+        values = [v for row in rows for v in signal.of(row) if v is not None and math.isfinite(v)]
+        if not values:
+            return cls(0.0, 1.0)
+        middle = sum(values) / len(values) if signal.middle is None else signal.middle
+        away = sorted(abs(v - middle) for v in values)
+        return cls(middle, away[min(len(away) - 1, int(0.98 * len(away)))] or 1.0)
+
+    def step(self, value: float | None) -> int:
+        """-STEPS … STEPS, 0 in the middle and where there is no number."""
+        if value is None or not math.isfinite(value):
+            return 0
+        return round(max(-1.0, min(1.0, (value - self.middle) / self.reach)) * STEPS)
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Of the run that the rollout is from: gamma, lam (the actor's), clip (low, high), and β as the cycle used it, None
+    where the KL is not in the reward."""
+
+    gamma: float
+    lam: float
+    clip: tuple[float, float]
+    beta: float | None
+
+
+def arithmetic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
+    """(what, the sum with this token's numbers) of token `t`, as a lecturer would write them on the board."""
+    value, reward, delta = row["value"], row["reward"], row["delta"]
+    last = t == len(value) - 1
+    after, next_advantage = (0.0, 0.0) if last else (value[t + 1], row["advantage"][t + 1])
+    kl = row["old_logprob"][t] - row["ref_logprob"][t]
+    lines = [("KL", f"ln π − ln π_ref = {_n(row['old_logprob'][t])} − {_n(row['ref_logprob'][t])} = {_n(kl)}")]
+    if knobs.beta is None:
+        lines.append(("reward", f"{'score' if last else 'nothing before the end'} = {_n(reward[t])}"))
+    else:
+        price = f"−β·KL = −{knobs.beta:.3g}·{_n(kl)}"
+        paid = f"score − β·KL = {_n(reward[t] + knobs.beta * kl)} − {knobs.beta:.3g}·{_n(kl)}" if last else price
+        lines.append(("reward", f"r = {paid} = {_n(reward[t])}"))
+    lines += [
+        ("δ", f"r + γ·V′ − V = {_n(reward[t])} + {knobs.gamma:g}·{_n(after)} − {_n(value[t])} = {_n(delta[t])}"),
+        ("A", f"δ + γλ·A′ = {_n(delta[t])} + {knobs.gamma * knobs.lam:g}·{_n(next_advantage)} = "
+              f"{_n(row['advantage'][t])}"),
+        ("return", f"A + V = {_n(row['advantage'][t])} + {_n(value[t])} = {_n(row['return'][t])}"),
+    ]  # fmt: skip
+    ratio = row["ratio"][t]
+    if ratio is not None:
+        new, old = row["new_logprob"][t], row["old_logprob"][t]
+        lines.append(("ratio", f"exp(new − old) = exp({_n(new)} − {_n(old)}) = {_n(ratio)}; {_clipped(row, t, knobs)}"))
+    lines.append(("entropy", f"{_n(row['entropy'][t])} nats"))
+    return lines
+
+
+def _clipped(row: Row, t: int, knobs: Knobs) -> str:
+    low, high = 1 - knobs.clip[0], 1 + knobs.clip[1]
+    if not row["clipped"][t]:
+        return f"inside the clip [{low:g}, {high:g}], or on the side where it does not hold back"
+    side = f"above {high:g} with A > 0" if row["ratio"][t] > high else f"below {low:g} with A < 0"
+    return f"clipped: {side}, no gradient"
+
+
+def _n(value: float) -> str:
+    text = f"{value:.3f}"
+    return f"({text})".replace("-", "−") if text.startswith("-") else text
+
+
+def surprise(row: Row) -> float:
+    """Mean |A| over the tokens: how far the critic was from what came."""
+    return sum(abs(a) for a in row["advantage"]) / max(1, len(row["advantage"]))

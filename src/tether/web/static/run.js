@@ -1,0 +1,74 @@
+// One run's curves: drawn once, then lengthened as its cycles finish.
+const box = document.getElementById("curves");
+const { id, kind } = box.dataset;
+const overlaid = box.dataset.with ? box.dataset.with.split(",") : [];
+const figures = new Map([...box.querySelectorAll("figure")].map((f) => [f.dataset.metric, f.querySelector(".plot")]));
+let plots = {};
+
+function painted(value, style) {
+  if (typeof value === "string") return value.startsWith("--") ? style.getPropertyValue(value).trim() : value;
+  if (Array.isArray(value)) return value.map((item) => painted(item, style));
+  if (value === null || typeof value !== "object") return value;
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, painted(item, style)]));
+}
+
+function draw() {
+  const style = getComputedStyle(document.documentElement);
+  for (const [metric, place] of figures) {
+    if (!plots[metric]) continue;
+    const { data, layout } = painted(plots[metric], style);
+    Plotly.react(place, data, layout, { displayModeBar: false, responsive: true });
+    if (kind === "ppo" && !place.dataset.opens) {
+      place.dataset.opens = "yes";
+      place.on("plotly_click", (event) => { location.href = `/runs/${id}/rollouts/${Math.round(event.points[0].x)}`; });
+    }
+  }
+}
+
+function lengthen(news) {
+  for (const [metric, plot] of Object.entries(news)) {
+    const old = plots[metric];
+    if (!old) continue;
+    plot.data.forEach((trace, i) => { // this run's traces come first, then those of the others
+      old.data[i].x.push(...trace.x);
+      old.data[i].y.push(...trace.y);
+    });
+    const [a, b] = [old.layout.yaxis.range, plot.layout.yaxis.range];
+    if (a && b) old.layout.yaxis.range = [Math.min(a[0], b[0]), Math.max(a[1], b[1])];
+  }
+  draw();
+}
+
+function say(line) {
+  const where = line.cycle !== undefined ? `Cycle ${line.cycle}` : `Step ${line.step}`;
+  const score = line["reward/score_mean"];
+  const kl = line["kl/ref_mean"];
+  const more = score === undefined || score === null ? "" : `: score ${score.toFixed(3)}, KL ${kl.toFixed(2)} nats`;
+  document.getElementById("last").textContent = `${where}${more}.`;
+}
+
+async function begin() {
+  const query = overlaid.map((other) => `with=${encodeURIComponent(other)}`).join("&");
+  const answer = await fetch(`/runs/${id}/curves?${query}`);
+  const content = await answer.json();
+  plots = content.plots;
+  draw();
+  const source = new EventSource(`/runs/${id}/live?cursor=${content.cursor}`);
+  source.addEventListener("lines", (event) => {
+    const { plots: news, last } = JSON.parse(event.data);
+    if (Object.keys(news).some((metric) => !plots[metric])) location.reload(); // the first cycle: its curves are not here
+    lengthen(news);
+    say(last);
+  });
+  source.addEventListener("begin-again", () => { source.close(); begin(); });
+  source.addEventListener("state", (event) => {
+    const state = JSON.parse(event.data);
+    const mark = document.getElementById("state");
+    mark.textContent = state;
+    mark.className = `state ${state}`;
+    if (state !== "running" && state !== "stale") source.close();
+  });
+}
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+begin();

@@ -1,0 +1,40 @@
+// The answers as they are written.
+const form = document.getElementById("ask");
+let source = null;
+
+function put(said) {
+  const card = document.getElementById(said.side);
+  card.querySelector("[data-text]").textContent = said.text;
+  card.setAttribute("aria-busy", String(!said.done));
+  if (said.score !== null) card.querySelector("[data-score]").textContent = `score ${said.score.toFixed(3)}`;
+  const value = card.querySelector("[data-value]");
+  if (!value || said.value === null) return;
+  value.textContent = said.value.toFixed(3);
+  const line = card.querySelector("[data-line]");
+  line.values = [...(line.values || []), said.value];
+  const low = Math.min(...line.values);
+  const high = Math.max(...line.values);
+  const x = (i) => (i * 240) / Math.max(1, line.values.length - 1);
+  const y = (v) => 38 - ((v - low) * 36) / (high - low || 1);
+  line.setAttribute("points", line.values.map((v, i) => `${x(i).toFixed(1)},${y(v).toFixed(1)}`).join(" "));
+}
+
+if (form) {
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (source) source.close();
+    const refused = document.getElementById("refused");
+    refused.hidden = true;
+    for (const side of ["before", "after"]) put({ side, text: "", value: null, score: null, done: false });
+    for (const score of document.querySelectorAll("[data-score]")) score.textContent = "";
+    document.querySelector("[data-line]").values = [];
+    source = new EventSource(`/try/stream?${new URLSearchParams(new FormData(form))}`);
+    source.onmessage = (message) => put(JSON.parse(message.data));
+    source.addEventListener("refused", (message) => {
+      refused.textContent = JSON.parse(message.data);
+      refused.hidden = false;
+    });
+    source.addEventListener("done", () => source.close());
+    source.onerror = () => source.close(); // never ask twice by itself
+  });
+}

@@ -1,0 +1,88 @@
+"""What the pages share: the runs, the store of labels, the gate, and the templates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import jinja2
+from fastapi import Request
+from fastapi.responses import HTMLResponse
+from markupsafe import Markup
+
+from tether.preferences.store import Store
+from tether.report.text import visible
+from tether.web.found import Runs
+from tether.web.security import Gate
+
+
+class OpenStore:
+    """The store, opened when it is first needed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, Lock()
+        self._store: Store | None = None
+
+    def __call__(self) -> Store:
+        with self._lock:
+            if self._store is None:
+                self._store = Store(self._path)
+            return self._store
+
+    @property
+    def there(self) -> bool:
+        """Whether anything was ever put into it."""
+        return self._store is not None or self._path.exists()
+
+
+@dataclass
+class Studio:
+    """What the pages share.
+
+    runs    the runs below a folder.
+    store   path of the preference store; it is made when the first label page is opened.
+    gate    who may come in.
+    """
+
+    runs: Runs
+    store: Path
+    gate: Gate
+
+    def __post_init__(self) -> None:
+        self.labels = OpenStore(self.store)
+
+    def page(self, request: Request, template: str, status_code: int = 200, **values: Any) -> HTMLResponse:
+        """A page from its template."""
+        state = request.scope.get("state", {})
+        html = (
+            _templates()
+            .get_template(template)
+            .render(
+                person=state.get("person", ""), form_token=state.get("form_token", ""), path=request.url.path, **values
+            )
+        )
+        return HTMLResponse(html.encode("utf-8", "backslashreplace"), status_code)
+
+
+# ---------------------------------------------------------------- templates
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=True, loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+    )  # fmt: skip
+    environment.filters |= {"number": number, "signed": lambda v: number(v, sign=True)}
+    return environment
+
+
+def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
+    """A number as people read it; – for none."""
+    if value is None:
+        return "–"
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")

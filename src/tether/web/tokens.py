@@ -1,0 +1,217 @@
+"""A cycle's responses as a table, and one response token by token."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, RedirectResponse
+from markupsafe import Markup
+
+from tether.config import PPOConfig
+from tether.errors import RunError
+from tether.report.held_out import prompt_text
+from tether.report.text import visible
+from tether.runs import Run
+from tether.runs.tail import sample_lines
+from tether.web.signals import SIGNALS, Knobs, Row, Scale, arithmetic, surprise
+from tether.web.studio import Studio
+
+_A_PAGE = 50  # responses
+_MOST_SHOWN = 4000  # tokens of a response with numbers; the rest is there as text
+_STRIP = 12  # cycles in the strip of one prompt
+_MOST_SEARCHED = 100  # cycles looked through for it
+
+Folder = Literal["rollouts", "evaluations"]
+
+SORTS = {
+    "best": ("best first", lambda r: -_or_zero(r["score"])),
+    "worst": ("worst first", lambda r: _or_zero(r["score"])),
+    "surprise": ("most surprising to the critic first", lambda r: -r["surprise"]),
+    "kl": ("dearest in KL first", lambda r: -r["kl"]),
+    "length": ("longest first", lambda r: -r["length"]),
+    "order": ("as they were drawn", lambda r: r["number"]),
+}
+
+
+def routes(studio: Studio) -> APIRouter:
+    """The pages."""
+    router = APIRouter()
+
+    @router.get("/runs/{run_id}/{folder}/{cycle}")
+    def cycle_page(
+        request: Request, run_id: str, folder: Folder, cycle: int,
+        sort: str = "best", find: str = "", finish: str = "", page: int = 1,
+    ) -> Any:  # fmt: skip
+        run = studio.runs.open(run_id)
+        there = run.rollout_cycles if folder == "rollouts" else run.evaluation_cycles
+        if there and cycle not in there:  # a point of a curve between two that were written
+            return RedirectResponse(f"/runs/{run_id}/{folder}/{min(there, key=lambda c: abs(c - cycle))}")
+        content = read(run, folder, cycle)
+        sort = sort if sort in SORTS else "best"
+        rows = [
+            r for r in content.rows
+            if (not finish or r["finish_reason"] == finish)
+            and find.lower() in f"{r['prompt']}\n{r['completion']}".lower()
+        ]  # fmt: skip
+        rows.sort(key=SORTS[sort][1])
+        pages = max(1, -(-len(rows) // _A_PAGE))
+        page = min(max(page, 1), pages)
+        return studio.page(
+            request, "cycle.html.j2", id=run_id, name=studio.runs.name(run), folder=folder, cycle=cycle, there=there,
+            rows=rows[(page - 1) * _A_PAGE : page * _A_PAGE], count=len(rows), total=len(content.rows), page=page,
+            pages=pages, sort=sort, sorts={k: v[0] for k, v in SORTS.items()}, find=find, finish=finish,
+            parts=content.parts, prompt_text=prompt_text,
+        )  # fmt: skip
+
+    @router.get("/runs/{run_id}/{folder}/{cycle}/{number}")
+    def completion_page(
+        request: Request, run_id: str, folder: Folder, cycle: int, number: int, signal: str = "value"
+    ) -> HTMLResponse:
+        run = studio.runs.open(run_id)
+        content = read(run, folder, cycle)
+        if not 0 <= number < len(content.rows):
+            raise RunError(f"cycle {cycle} has {len(content.rows)} responses: there is no number {number}.")
+        row = content.rows[number]
+        knobs = _knobs(run, cycle)
+        signal = signal if signal in SIGNALS else "value"
+        steps = {key: [content.scale(key).step(v) for v in s.of(row)[:_MOST_SHOWN]] for key, s in SIGNALS.items()}
+        tokens = [
+            {
+                "t": t, "text": visible(text) or "∅", "blank": not text.strip(), "clipped": bool(row["clipped"][t]),
+                "step": steps[signal][t], "lines": arithmetic(row, t, knobs),
+            }
+            for t, text in enumerate(row["text"][:_MOST_SHOWN])
+        ]  # fmt: skip
+        data = {
+            "steps": steps,
+            "lines": [t["lines"] for t in tokens],
+            "says": {key: s.says for key, s in SIGNALS.items()},
+        }
+        return studio.page(
+            request, "completion.html.j2", id=run_id, name=studio.runs.name(run), folder=folder, cycle=cycle,
+            number=number, count=len(content.rows), row=row, tokens=tokens, signal=signal, signals=SIGNALS,
+            scale=content.scale(signal), curve=value_curve(row), rest="".join(row["text"][_MOST_SHOWN:]),
+            strip=_strip(run, folder, row), prompt=prompt_text(row["prompt"]), parts=content.parts,
+            data=Markup(safe_json(data)),
+        )  # fmt: skip
+
+    return router
+
+
+def safe_json(value: Any) -> str:
+    """JSON for inside a script element or an event: no character of it can end the element, nor the line."""
+    return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+# ---------------------------------------------------------------- what is read
+
+
+@dataclass(frozen=True)
+class Content:
+    """A cycle's responses."""
+
+    rows: list[dict[str, Any]]
+    """With `number`, their place in the file, and `surprise`."""
+    parts: list[str]
+    """Names of the reward sources."""
+    scales: dict[str, Scale]
+    """Filled as signals are asked for."""
+
+    def scale(self, key: str) -> Scale:
+        """A signal's colours over the cycle."""
+        if key not in self.scales:
+            self.scales[key] = Scale.of(SIGNALS[key], self.rows)
+        return self.scales[key]
+
+
+def read(run: Run, folder: Folder, cycle: int) -> Content:
+    """A cycle's responses; kept in memory while the file is the same."""
+    file = run.path / folder / f"cycle-{cycle:06d}.parquet"
+    stamp = file.stat().st_mtime_ns if file.exists() else 0
+    return _read(str(run.path), folder, cycle, stamp)
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, folder: Folder, cycle: int, stamp: int) -> Content:
+    run = Run(path)
+    table = run.rollouts(cycle) if folder == "rollouts" else run.evaluations(cycle)
+    rows = table.to_pylist()
+    for number, row in enumerate(rows):
+        row |= {"number": number, "surprise": surprise(row)}
+    return Content(rows, [n[len("score/") :] for n in table.column_names if n.startswith("score/")], {})
+
+
+def _knobs(run: Run, cycle: int) -> Knobs:
+    config = run.config
+    if not isinstance(config, PPOConfig):
+        raise RunError(f"{run.path} is not a run of tether ppo: it has no responses to look into.")
+    p = config.ppo
+    lam = p.lam if isinstance(p.lam, float | int) else p.lam.actor
+    clip = (p.clip[0], p.clip[-1]) if isinstance(p.clip, list) else (p.clip, p.clip)
+    beta = next((m.get("kl/coef") for m in _lines_of(run) if m.get("cycle") == cycle), p.kl.coef)
+    return Knobs(p.gamma, float(lam), clip, beta if p.kl.place == "reward" else None)
+
+
+def _lines_of(run: Run) -> list[dict[str, Any]]:
+    return sample_lines(run.path / "metrics.jsonl", 10_000)[0]
+
+
+def _strip(run: Run, folder: Folder, row: Row) -> list[dict[str, Any]]:
+    """The same prompt at other cycles, evenly over at most `_STRIP` of them: so one sees it learn."""
+    cycles = _cycles_with(run, folder, row["prompt"])
+    every = max(1, -(-len(cycles) // _STRIP))
+    found = []
+    for cycle in sorted({*cycles[::every], *cycles[-1:]}):
+        same = [r for r in read(run, folder, cycle).rows if r["prompt"] == row["prompt"]]
+        scores = [r["score"] for r in same if r["score"] is not None]
+        found.append({"cycle": cycle, "row": same[0], "mean": sum(scores) / len(scores) if scores else None})
+    return found
+
+
+def _cycles_with(run: Run, folder: Folder, prompt: str) -> list[int]:
+    """Cycles, of up to `_MOST_SEARCHED`, in which a prompt was answered: evaluations ask the same ones every time."""
+    if folder == "evaluations":
+        return run.evaluation_cycles
+    from pyarrow.parquet import read_table
+
+    cycles = run.rollout_cycles
+    every = max(1, -(-len(cycles) // _MOST_SEARCHED))
+    files = {c: run.path / folder / f"cycle-{c:06d}.parquet" for c in cycles[::every]}
+    return [c for c, file in files.items() if prompt in read_table(file, columns=["prompt"])["prompt"].to_pylist()]
+
+
+def _or_zero(value: float | None) -> float:
+    return 0.0 if value is None else value
+
+
+# ---------------------------------------------------------------- the curve
+
+
+def value_curve(row: Row, width: int = 900, height: int = 150) -> Markup:
+    """V(t) over the response with the score at its end, as SVG; one group `at` that the page's script moves."""
+    values, score = row["value"][:_MOST_SHOWN], row["score"]
+    if not values:
+        return Markup("")
+    levels = [*values, *([] if score is None else [score])]
+    low, high = min(levels), max(levels)
+    step = (width - 150) / len(values)
+    ys = [height - 20 - (v - low) * (height - 40) / ((high - low) or 1.0) for v in levels]
+    points = " ".join(f"{50 + t * step:.1f},{y:.1f}" for t, y in enumerate(ys[: len(values)]))
+    end = ""
+    if score is not None:
+        x = 50 + len(values) * step
+        end = (
+            f'<circle class="end" cx="{x:.1f}" cy="{ys[-1]:.1f}" r="5"/>'
+            f'<text x="{x + 10:.1f}" y="{ys[-1] + 4:.1f}">score {score:.2f}</text>'
+        )
+    return Markup(
+        f'<svg class="curve" id="curve" viewBox="0 0 {width} {height}" role="img" data-step="{step:.4f}" '
+        f'data-ys="{" ".join(f"{y:.1f}" for y in ys[: len(values)])}" '
+        f'aria-label="The critic\'s estimate from {values[0]:.2f} at the first token to {values[-1]:.2f} at the last">'
+        f'<polyline points="{points}"/>{end}<text x="4" y="{ys[0] + 4:.1f}">V {values[0]:.2f}</text>'
+        '<g id="at"><line y1="8" y2="130"/><circle r="4"/></g></svg>'
+    )
