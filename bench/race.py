@@ -48,21 +48,21 @@ BETA = 0.02  # score units a nat
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ours": [
         {"cycles": 12, "batch": 64, "minibatch": 64, "epochs": 1, "lr": 3e-4, "critic_lr": 1e-4, "lam": 1.0},
-        {"cycles": 12, "batch": 64, "minibatch": 64, "epochs": 1, "lr": 5e-4, "critic_lr": 1e-4, "lam": 1.0},
-        {"cycles": 12, "batch": 64, "minibatch": 64, "epochs": 2, "lr": 3e-4, "critic_lr": 1e-4, "lam": 1.0},
+        {"cycles": 12, "batch": 64, "minibatch": 64, "epochs": 1, "lr": 4e-4, "critic_lr": 1e-4, "lam": 1.0},
+        {"cycles": 6, "batch": 128, "minibatch": 128, "epochs": 1, "lr": 5e-4, "critic_lr": 1e-4, "lam": 1.0},
     ],
     "trl-ppo": [
         {"cycles": 12, "batch": 64, "minibatches": 1, "epochs": 1, "lr": 3e-4, "lam": 1.0},
         {"cycles": 12, "batch": 64, "minibatches": 1, "epochs": 1, "lr": 5e-4, "lam": 1.0},
-        {"cycles": 12, "batch": 64, "minibatches": 2, "epochs": 4, "lr": 1.5e-4, "lam": 1.0},
+        {"cycles": 6, "batch": 128, "minibatches": 1, "epochs": 1, "lr": 5e-4, "lam": 1.0},
     ],
     "trl-rloo": [
         {"cycles": 12, "batch": 64, "iterations": 1, "generations": 8, "lr": 3e-4},
         {"cycles": 12, "batch": 64, "iterations": 1, "generations": 8, "lr": 5e-4},
-        {"cycles": 12, "batch": 64, "iterations": 2, "generations": 8, "lr": 3e-4},
+        {"cycles": 6, "batch": 128, "iterations": 1, "generations": 8, "lr": 5e-4},
     ],
 }
-BEST = {"ours": 2, "trl-ppo": 2, "trl-rloo": 2}  # which of them, by --choose
+BEST = {"ours": 2, "trl-ppo": 1, "trl-rloo": 1}  # which of them, by --choose
 COPIES = 6  # of the policy, over a run
 
 
@@ -103,7 +103,7 @@ def ours(
         config, run=str(folder / "run"), seed=seed, model=replace(config.model, policy=model),
         prompts=replace(config.prompts, path=str(prompts)),
         ppo=replace(
-            config.ppo, kl=KLConfig(coef=BETA), entropy_coef=0.0,
+            config.ppo, kl=KLConfig(coef=BETA), entropy_coef=0.0, value_coef=0.1,
             **{k: setting[k] for k in ("cycles", "batch", "minibatch", "epochs", "lam")},
         ),
         optim=replace(config.optim, lr=setting["lr"], critic_lr=setting["critic_lr"]),

@@ -33,13 +33,13 @@ CLIENTS, LABELS = 20, 2000
 
 @contextmanager
 def served(root: Path, store: Path, people: list[str]) -> Iterator[list[httpx.Client]]:
-    """A studio in a process of its own, and a signed-in client for each person."""
+    """A studio in a process of its own, and a signed-in client for its owner and each person."""
     names = [word for person in people for word in ("--person", person)]
     command = [sys.executable, "-m", "tether.cli", "studio", str(root), "--store", str(store), "--port", "0", *names]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout
     try:
-        links = [re.search(r"http\S+", server.stdout.readline())[0] for _ in people]  # type: ignore[index]
+        links = [re.search(r"http\S+", server.stdout.readline())[0] for _ in [*people, "owner"]]  # type: ignore[index]
         clients = []
         for link in links:
             client = httpx.Client(base_url=link.split("/sign-in")[0], follow_redirects=True, timeout=60)
@@ -67,7 +67,7 @@ def writes(folder: Path) -> None:
             page = client.post("/label", data=data | {"choice": "a:2"}).text
             acknowledged.append(int(data["item"]))
 
-    with served(folder, folder / "writes.db", people) as clients:
+    with served(folder, folder / "writes.db", people) as (_, *clients):
         threads = [threading.Thread(target=label, args=(client,)) for client in clients]
         began = time.perf_counter()
         for thread in threads:
@@ -97,7 +97,7 @@ def pages(folder: Path, labels: int, runs: int, cycles: int, seed_run: Path) -> 
     with (long / "metrics.jsonl").open("w") as file:
         for cycle in range(1, cycles + 1):
             file.write(json.dumps({**json.loads(lines[cycle % len(lines)]), "cycle": cycle}) + "\n")
-    with served(root, folder / "pages.db", ["Ada"]) as (client,):
+    with served(root, folder / "pages.db", []) as (client,):
         listed = client.get("/runs", params={"find": "long"}).text
         run = re.search(r'href="(/runs/\w{12})"', listed)[1]  # type: ignore[index]
         paths = ["/runs", "/runs?page=9", run, f"{run}/curves", f"{run}/rollouts/4", f"{run}/rollouts/4/0"]

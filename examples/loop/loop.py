@@ -50,7 +50,7 @@ def main() -> None:
     with studio(runs, store, ["Ada", "Ben"]) as people:
         done = 1
         while done:  # in turns, so that both get some of everything
-            done = sum(judge(client, random.Random(f"{name} {done}")) for name, client in people.items())
+            done = sum(judge(people[name], random.Random(f"{name} {done}")) for name in ("Ada", "Ben"))
     tether("label", "--status", "--to", store)
 
     print("3. a reward model from the store, and PPO against it")
@@ -69,10 +69,11 @@ def main() -> None:
 
     print("4. what the doctor says, and what changed")
     tether("doctor", runs / "ppo")
-    with studio(runs, store, ["Ada"]) as people:
-        page = people["Ada"].get("/compare").text
+    with studio(runs, store, []) as people:
+        (owner,) = people.values()
+        page = owner.get("/compare").text
         options = re.findall(r'<option value="(\w+:\d+)"[^>]*>ppo, cycle \d+<', page)
-        compared = people["Ada"].get("/compare", params={"a": options[0], "b": options[-1]}).text
+        compared = owner.get("/compare", params={"a": options[0], "b": options[-1]}).text
         sentence = re.search(r"Mean score over [^<]*", compared)
         print(html.unescape(sentence[0]) if sentence else "the compare page shows nothing")
 
@@ -84,15 +85,15 @@ def tether(*words: object) -> None:
 
 @contextmanager
 def studio(runs: Path, store: Path, people: list[str]) -> Iterator[dict[str, httpx.Client]]:
-    """A studio, and each person signed in to it."""
+    """A studio, with its owner and each person signed in to it, in this order."""
     names = [word for person in people for word in ("--person", person)]
     command = [sys.executable, "-m", "tether.cli", "studio", str(runs), "--store", str(store), "--port", "0", *names]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout
     clients = {}
     try:
-        for person in people:
-            link = server.stdout.readline().split(": ", 1)[1].strip()
+        for _ in ["whoever started it", *people]:
+            person, link = server.stdout.readline().strip().split(": ", 1)
             clients[person] = httpx.Client(base_url=link.split("/sign-in")[0], follow_redirects=True, timeout=60)
             clients[person].get(link)
         yield clients

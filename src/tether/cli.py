@@ -328,17 +328,18 @@ def _studio(argv: list[str]) -> None:
     parser.add_argument("--store", metavar="FILE", default="preferences.db", help="the labels (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others need --users (%(default)s)")
     parser.add_argument("--port", metavar="N", type=int, default=8765, help="0 takes a free one (%(default)s)")
-    parser.add_argument("--users", metavar="FILE", type=Path, help='who may come in: {"name": "token", …} as JSON')
     parser.add_argument(
-        "--person", metavar="NAME", action="append", help="print a link for NAME; may be given again (default: you)"
+        "--person", metavar="NAME", action="append", help="a link for NAME too, who may label and nothing else; again"
     )
+    parser.add_argument("--users", metavar="FILE", type=Path, help='who may come in: {"name": "token", …} as JSON')
+    parser.add_argument("--owner", metavar="NAME", action="append", help="of --users, who may see every page")
     parser.add_argument("--name", metavar="HOST", action="append", help="a further name that browsers may call us by")
     args = parser.parse_args(argv)
     from tether.web.serve import main as serve
 
     serve(
         Path(args.folder), store=Path(args.store), host=args.host, port=args.port, users=args.users,
-        people=args.person, names=args.name,
+        owners=args.owner, people=args.person, names=args.name,
     )  # fmt: skip
 
 

@@ -232,7 +232,7 @@ def test_kill_minus_nine_in_the_middle_of_labelling_loses_nothing_that_was_ackno
         "0",
     ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    link = re.search(r"http\S+", server.stdout.readline())[0]
+    link = re.search(r"http\S+", server.stdout.readline())[0]  # the owner's
     acknowledged = []
     try:
         with httpx.Client(follow_redirects=True, timeout=30) as client:

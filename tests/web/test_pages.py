@@ -12,11 +12,11 @@ import pytest
 from served import form_token, serve
 from tether.preferences.records import Answer, Item
 from tether.preferences.store import Store
+from tether.report.signals import SIGNALS, STEPS, Knobs, Scale, arithmetic
 from tether.report.text import visible
 from tether.runs import Run
 from tether.runs.files import write_table
 from tether.runs.tail import lines_since, sample_lines
-from tether.web.signals import SIGNALS, STEPS, Knobs, Scale, arithmetic
 
 HOSTILE = [
     "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "' \" ` & &amp;", "abc\u202egpj.exe\u2066",
@@ -252,7 +252,7 @@ def test_a_pair_of_the_pages_comes_into_the_queue(studio):
     client = studio.client()
     run = ids(client)["first"]
     data = {"form_token": form_token(client), "a": f"{run}:evaluations:0:0", "b": f"{run}:evaluations:4:0"}
-    assert "Queued" in client.post("/label/queue", data=data).text
+    assert "Queued" in client.post("/queue", data=data).text
     item = Store(studio.store).item(1)
     assert [answer.source["cycle"] for answer in item.answers] == [0, 4]
 

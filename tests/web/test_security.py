@@ -3,7 +3,9 @@
 import contextlib
 import http.client
 import json
+import re
 import socket
+import sqlite3
 
 import httpx
 import pytest
@@ -141,6 +143,31 @@ def test_garbage_on_the_wire_does_not_bring_the_server_down(studio):
             with contextlib.suppress(TimeoutError):
                 wire.recv(100)
     assert studio.client().get("/runs").status_code == 200
+
+
+def test_whoever_is_no_owner_labels_and_sees_nothing_else(studio):
+    client = studio.client("Eve")
+    assert client.get("/").url.path == "/label"
+    for path in (*PAGES, "/agreement/events.jsonl"):
+        assert client.get(path).status_code == (200 if path == "/label" else 403), path
+    data = {"form_token": re.search(r'name="form-token" content="(\w+)"', client.get("/label").text)[1]}
+    assert client.post("/queue", data=data | {"a": "x", "b": "y"}).status_code == 403
+    assert "Agreement" not in client.get("/label").text
+
+
+def test_a_locked_store_says_so_and_saves_nothing(trained, tmp_path):
+    store = Store(tmp_path / "p.db")
+    store.add_items([Item("q", (Answer("x"), Answer("y")))], overlap=0)
+    for studio in serve(trained, tmp_path / "p.db", busy_s=0.1):
+        client = studio.client()
+        client.get("/label")
+        token = form_token(client)
+        with contextlib.closing(sqlite3.connect(tmp_path / "p.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            answer = client.post("/label", data={"form_token": token, "item": "1", "key": "k", "choice": "a:1"})
+        assert answer.status_code == 503
+        assert "locked" in answer.text
+        assert list(store.labels()) == []
 
 
 def test_users_sign_in_with_their_own_token_as_often_as_they_like(trained, tmp_path):

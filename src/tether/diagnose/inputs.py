@@ -13,6 +13,8 @@ from tether.batch import Prompt
 from tether.config import (
     DataConfig,
     InitModelConfig,
+    LabelsConfig,
+    PairsConfig,
     PPOConfig,
     PromptsConfig,
     RewardConfig,
@@ -162,7 +164,8 @@ def _generation_config(config: PPOConfig | SFTConfig | RewardConfig) -> Any:
 def _lengths(data: PromptsConfig | DataConfig, **kept: list[int]) -> str:
     """Rows and lengths of what was kept."""
     ((what, lengths),) = kept.items()
-    rows = len(read_rows(data.path, data.split, (), data.limit))
+    filtered = isinstance(data, PairsConfig) and data.labels != LabelsConfig()
+    rows = len(lengths) if filtered else len(read_rows(data.path, data.split, (), data.limit))  # Limit tells its drops
     dropped = f"; {rows - len(lengths)} of {rows} rows dropped as too long" if rows > len(lengths) else ""
     middle = sorted(lengths)[len(lengths) // 2]
     return f"{data.path}: {len(lengths)} {what}, {min(lengths)} to {max(lengths)} tokens, half up to {middle}{dropped}"

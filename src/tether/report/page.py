@@ -23,11 +23,13 @@ from tether.parse import to_yaml
 from tether.report.curves import curves
 from tether.report.held_out import Evaluation, best_of, prompt_text, win_share
 from tether.report.plots import Plot, calibration, frontier, points
+from tether.report.signals import SIGNALS, Scale, knobs_of, surprise, tokens_of, value_curve
 from tether.report.text import visible
 from tether.runs import Run
 
 _MOST_PROMPTS = 24  # shown before and after
 _MOST_EVENTS = 200
+_MOST_TOKENS = 500  # of a response that is shown token by token
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,19 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Look:
+    """One response, token by token."""
+
+    title: str
+    row: dict[str, Any]
+    prompt: str
+    tokens: list[dict[str, Any]]
+    """Coloured by advantage; see `tokens_of`."""
+    curve: Markup
+    """V(t), with the score at its end."""
+
+
+@dataclass(frozen=True)
 class Page:
     """What is particular to one kind of run."""
 
@@ -59,6 +74,7 @@ class Page:
     facts: dict[str, str] = field(default_factory=dict)
     before: Evaluation | None = None
     after: Evaluation | None = None
+    looks: list[Look] = field(default_factory=list)
 
 
 def report(run: str | Path | Run, to: str | Path | None = None) -> Path:
@@ -115,7 +131,7 @@ def render(run: Run) -> str:
         pairs=_pairs(page),
         prompt_count=len(page.after.answers) if page.after else 0,
         plots=_json({f"plot-{i}": figure.plot for i, figure in enumerate(figures)}),
-        style=Markup((here / "page.css").read_text(encoding="utf-8")),
+        style=Markup("".join((here / name).read_text(encoding="utf-8") for name in ("page.css", "tokens.css"))),
         scripts=[Markup(script) for script in scripts],
         hashes=[f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts],
     )
@@ -163,7 +179,7 @@ def _ppo(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> Page
     if metrics:
         entropy = [m["policy/entropy"] for m in metrics]
         headlines.append(Headline("Entropy", _change(entropy[0], entropy[-1]), "nats a token"))
-    return Page(lede, headlines, figures, _facts(run, metrics), before, after)
+    return Page(lede, headlines, figures, _facts(run, metrics), before, after, looks=_looks(run))
 
 
 def _held_out_figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
@@ -186,6 +202,33 @@ def _held_out_figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
             "start model. A line that turns flat or falls while it runs to the right is over-optimisation.",
             frontier(kl, means, [f"cycle {c}" for c in cycles], chosen if len(chosen) > 1 else []),
         ),
+    ]
+
+
+def _looks(run: Run) -> list[Look]:
+    """The best, the worst and the most surprising response of the last cycle that was written."""
+    if not run.rollout_cycles:
+        return []
+    cycle = run.rollout_cycles[-1]
+    rows = [row for row in run.rollouts(cycle).to_pylist() if row["score"] is not None]
+    if not rows:
+        return []
+    knobs, signal = knobs_of(run, cycle), SIGNALS["advantage"]
+    scale = Scale.of(signal, rows)
+    chosen = {
+        "the best": max(rows, key=lambda r: r["score"]),
+        "the worst": min(rows, key=lambda r: r["score"]),
+        "the one that surprised the critic most": max(rows, key=surprise),
+    }
+    return [
+        Look(
+            title=f"Cycle {cycle}, {which}",
+            row=row,
+            prompt=prompt_text(row["prompt"]),
+            tokens=tokens_of(row, [scale.step(v) for v in signal.of(row)[:_MOST_TOKENS]], knobs),
+            curve=value_curve(row, _MOST_TOKENS),
+        )
+        for which, row in chosen.items()
     ]
 
 

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
-from tether.errors import TetherError
+from tether.errors import LabelError, RunError, StoreError, TetherError
 from tether.web import agreement, compare, label, security, talk, tokens, watch
 from tether.web.studio import Studio
 
@@ -27,8 +27,8 @@ def create_app(studio: Studio) -> security.App:
         app.include_router(pages.routes(studio))
 
     @app.get("/")
-    def home() -> RedirectResponse:
-        return RedirectResponse("/runs")
+    def home(request: Request) -> RedirectResponse:
+        return RedirectResponse("/runs" if request.scope["state"]["owner"] else "/label")
 
     @app.get("/sign-in")
     def sign_in(request: Request, token: str = "") -> Response:
@@ -55,7 +55,9 @@ def create_app(studio: Studio) -> security.App:
 
     @app.exception_handler(TetherError)
     def on_error(request: Request, error: TetherError) -> HTMLResponse:
-        return _refusal(request, 404 if error.exit_code == 2 else 500, str(error))
+        kinds = {LabelError: 400, StoreError: 503, RunError: 404}  # 503: locked, or its disk is full
+        code = next((code for kind, code in kinds.items() if isinstance(error, kind)), 400)
+        return _refusal(request, code, str(error))
 
     @app.exception_handler(RequestValidationError)
     def on_nonsense(request: Request, error: RequestValidationError) -> HTMLResponse:
@@ -89,7 +91,8 @@ def _static_files() -> dict[str, tuple[bytes, str, str]]:
     """name -> (content, media type, etag): everything that a page may ask for, and nothing else."""
     from plotly.offline import get_plotlyjs
 
-    files: dict[str, Callable[[], bytes]] = {p.name: p.read_bytes for p in sorted((_HERE / "static").iterdir())}
+    paths = [*sorted((_HERE / "static").iterdir()), _HERE.parent / "report" / "tokens.css"]
+    files: dict[str, Callable[[], bytes]] = {path.name: path.read_bytes for path in paths}
     files["plotly.js"] = lambda: get_plotlyjs().encode()
     found = {}
     for name, read in files.items():

@@ -58,7 +58,7 @@ def routes(studio: Studio) -> APIRouter:
         undone = store().undo(request.scope["state"]["person"], key=key)
         return RedirectResponse(f"/label?done={'undone' if undone else 'nothing'}", 303)
 
-    @router.post("/label/queue")
+    @router.post("/queue")
     def queue(a: Annotated[str, Form()], b: Annotated[str, Form()]) -> Response:
         rows = [_row(studio, name) for name in (a, b)]
         if rows[0][1]["prompt"] != rows[1][1]["prompt"]:

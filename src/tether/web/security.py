@@ -5,6 +5,7 @@ One middleware stands before every page:
     Host      must be one that we serve: else a foreign name that resolves to us could read our pages (DNS rebinding)
     session   a link printed by `tether studio` carries a token that works once and becomes a cookie (HttpOnly,
               SameSite=Strict) naming a person; all but the sign-in needs it
+    part      whoever is no owner may label, and see nothing else: what others said would sway them
     writes    must come from our own pages (Origin) and carry the form token that those pages hold (CSRF)
     bodies    end at 1 MB, however long they claim to be
     answers   carry a content security policy: no inline script, nothing from another host, no frame around us
@@ -31,6 +32,8 @@ COOKIE = "tether_session"
 FORM_TOKEN = "form_token"
 MOST_BYTES = 1_000_000  # of a request's body: a label with a long note is a thousandth of it
 
+_OF_ALL = ("/label", "/static/")  # paths that every person may ask for
+
 POLICY = (
     "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -49,11 +52,13 @@ class Gate:
     """Tokens in, sessions out.
 
     hosts   names that a browser may call us by, without port.
+    owners  people who may see every page; all others only label.
     once    one-time token -> person: of links printed at the start.
     users   token -> person, good for ever: of a users file.
     """
 
     hosts: set[str]
+    owners: set[str] = field(default_factory=set)
     once: dict[str, str] = field(default_factory=dict)
     users: dict[str, str] = field(default_factory=dict)
     _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
@@ -96,7 +101,7 @@ def _is_hex(text: str) -> bool:
 class Guard:
     """The middleware: `app` is reached by those alone that the gate lets through.
 
-    Sets scope["state"]: person, form_token. open: paths that need no session.
+    Sets scope["state"]: person, owner, form_token. open_paths: those that need no session.
     """
 
     def __init__(self, app: App, gate: Gate, refuse: Callable[[int, str], App], open_paths: set[str]) -> None:
@@ -111,12 +116,16 @@ class Guard:
             headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
             self._check_host(headers)
             person = self._person(scope, headers)
+            owner = person in self.gate.owners
+            if not owner and not scope["path"].startswith(_OF_ALL) and scope["path"] not in (*self.open_paths, "/"):
+                raise _Refused(403, "This page is for whoever runs the project: it would show you what others said. "
+                                    "Yours is the label page.")  # fmt: skip
             if scope["method"] not in ("GET", "HEAD"):
                 self._check_origin(headers)
                 body = sent = await _whole_body(headers, receive)
                 if scope["path"] not in self.open_paths:
                     self._check_form_token(headers, sent, person)
-            scope.setdefault("state", {}).update(person=person, form_token=self.gate.form_token(person))
+            scope.setdefault("state", {}).update(person=person, owner=owner, form_token=self.gate.form_token(person))
             app = self.app
         except _Refused as refused:
             app = self.refuse(refused.status, refused.why)

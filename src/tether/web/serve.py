@@ -17,14 +17,17 @@ _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 def main(
     folder: Path, *, store: Path, host: str = "127.0.0.1", port: int = 8765, users: Path | None = None,
-    people: list[str] | None = None, names: list[str] | None = None,
+    owners: list[str] | None = None, people: list[str] | None = None, names: list[str] | None = None,
 ) -> None:  # fmt: skip
     """Serve the pages until interrupted.
 
     folder: runs are looked for below it. store: the preference store, made when it is needed.
     host: an address to listen on; any but this machine's own needs `users`. port: 0 takes a free one.
-    users: a JSON file {"name": "token", …}, each token of 20 characters or more.
-    people: who gets a one-time link; None is whoever is logged in. names: that browsers may call this machine by too.
+    people: who gets a one-time link to label, and to nothing else. Whoever is logged in here is the owner, and gets one
+        to every page.
+    users: instead of links, a JSON file {"name": "token", …}, each token of 20 characters or more; owners: who of them
+        may see every page.
+    names: that browsers may call this machine by too.
     """
     import uvicorn
 
@@ -39,7 +42,8 @@ def main(
         )
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a directory: there would be no runs to show. Name the folder they are in.")
-    gate = Gate(_LOOPBACK | {"[::1]", host, *(names or [])}, users=known)
+    owner = getpass.getuser()
+    gate = Gate(_LOOPBACK | {"[::1]", host, *(names or [])}, set(owners or []) if known else {owner}, users=known)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -52,7 +56,7 @@ def main(
             ) from error
         port = listening.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
-        for person in people or ([] if known else [getpass.getuser()]):
+        for person in [] if known else dict.fromkeys([owner, *(people or [])]):
             print(f"{person}: http://{shown}:{port}/sign-in?token={gate.link(person)}")
         if known:
             print(f"http://{shown}:{port} for {', '.join(known.values())}, each with their own token")

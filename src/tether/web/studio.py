@@ -22,14 +22,14 @@ from tether.web.security import Gate
 class OpenStore:
     """The store, opened when it is first needed."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, Lock()
+    def __init__(self, path: Path, busy_s: float) -> None:
+        self._path, self._busy_s, self._lock = path, busy_s, Lock()
         self._store: Store | None = None
 
     def __call__(self) -> Store:
         with self._lock:
             if self._store is None:
-                self._store = Store(self._path)
+                self._store = Store(self._path, busy_s=self._busy_s)
             return self._store
 
     @property
@@ -45,14 +45,16 @@ class Studio:
     runs    the runs below a folder.
     store   path of the preference store; it is made when the first label page is opened.
     gate    who may come in.
+    busy_s  seconds that a write waits for another process before its page says that the store is locked.
     """
 
     runs: Runs
     store: Path
     gate: Gate
+    busy_s: float = 5.0
 
     def __post_init__(self) -> None:
-        self.labels = OpenStore(self.store)
+        self.labels = OpenStore(self.store, self.busy_s)
 
     def page(self, request: Request, template: str, status_code: int = 200, **values: Any) -> HTMLResponse:
         """A page from its template."""
@@ -61,7 +63,11 @@ class Studio:
             _templates()
             .get_template(template)
             .render(
-                person=state.get("person", ""), form_token=state.get("form_token", ""), path=request.url.path, **values
+                person=state.get("person", ""),
+                owner=state.get("owner", False),
+                form_token=state.get("form_token", ""),
+                path=request.url.path,
+                **values,
             )
         )
         return HTMLResponse(html.encode("utf-8", "backslashreplace"), status_code)

@@ -11,13 +11,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse
 from markupsafe import Markup
 
-from tether.config import PPOConfig
 from tether.errors import RunError
 from tether.report.held_out import prompt_text
-from tether.report.text import visible
+from tether.report.signals import SIGNALS, Row, Scale, knobs_of, surprise, tokens_of, value_curve
 from tether.runs import Run
-from tether.runs.tail import sample_lines
-from tether.web.signals import SIGNALS, Knobs, Row, Scale, arithmetic, surprise
 from tether.web.studio import Studio
 
 _A_PAGE = 50  # responses
@@ -76,16 +73,10 @@ def routes(studio: Studio) -> APIRouter:
         if not 0 <= number < len(content.rows):
             raise RunError(f"cycle {cycle} has {len(content.rows)} responses: there is no number {number}.")
         row = content.rows[number]
-        knobs = _knobs(run, cycle)
+        knobs = knobs_of(run, cycle)
         signal = signal if signal in SIGNALS else "value"
         steps = {key: [content.scale(key).step(v) for v in s.of(row)[:_MOST_SHOWN]] for key, s in SIGNALS.items()}
-        tokens = [
-            {
-                "t": t, "text": visible(text) or "∅", "blank": not text.strip(), "clipped": bool(row["clipped"][t]),
-                "step": steps[signal][t], "lines": arithmetic(row, t, knobs),
-            }
-            for t, text in enumerate(row["text"][:_MOST_SHOWN])
-        ]  # fmt: skip
+        tokens = tokens_of(row, steps[signal], knobs)
         data = {
             "steps": steps,
             "lines": [t["lines"] for t in tokens],
@@ -94,7 +85,7 @@ def routes(studio: Studio) -> APIRouter:
         return studio.page(
             request, "completion.html.j2", id=run_id, name=studio.runs.name(run), folder=folder, cycle=cycle,
             number=number, count=len(content.rows), row=row, tokens=tokens, signal=signal, signals=SIGNALS,
-            scale=content.scale(signal), curve=value_curve(row), rest="".join(row["text"][_MOST_SHOWN:]),
+            scale=content.scale(signal), curve=value_curve(row, _MOST_SHOWN), rest="".join(row["text"][_MOST_SHOWN:]),
             strip=_strip(run, folder, row), prompt=prompt_text(row["prompt"]), parts=content.parts,
             data=Markup(safe_json(data)),
         )  # fmt: skip
@@ -145,21 +136,6 @@ def _read(path: str, folder: Folder, cycle: int, stamp: int) -> Content:
     return Content(rows, [n[len("score/") :] for n in table.column_names if n.startswith("score/")], {})
 
 
-def _knobs(run: Run, cycle: int) -> Knobs:
-    config = run.config
-    if not isinstance(config, PPOConfig):
-        raise RunError(f"{run.path} is not a run of tether ppo: it has no responses to look into.")
-    p = config.ppo
-    lam = p.lam if isinstance(p.lam, float | int) else p.lam.actor
-    clip = (p.clip[0], p.clip[-1]) if isinstance(p.clip, list) else (p.clip, p.clip)
-    beta = next((m.get("kl/coef") for m in _lines_of(run) if m.get("cycle") == cycle), p.kl.coef)
-    return Knobs(p.gamma, float(lam), clip, beta if p.kl.place == "reward" else None)
-
-
-def _lines_of(run: Run) -> list[dict[str, Any]]:
-    return sample_lines(run.path / "metrics.jsonl", 10_000)[0]
-
-
 def _strip(run: Run, folder: Folder, row: Row) -> list[dict[str, Any]]:
     """The same prompt at other cycles, evenly over at most `_STRIP` of them: so one sees it learn."""
     cycles = _cycles_with(run, folder, row["prompt"])
@@ -186,32 +162,3 @@ def _cycles_with(run: Run, folder: Folder, prompt: str) -> list[int]:
 
 def _or_zero(value: float | None) -> float:
     return 0.0 if value is None else value
-
-
-# ---------------------------------------------------------------- the curve
-
-
-def value_curve(row: Row, width: int = 900, height: int = 150) -> Markup:
-    """V(t) over the response with the score at its end, as SVG; one group `at` that the page's script moves."""
-    values, score = row["value"][:_MOST_SHOWN], row["score"]
-    if not values:
-        return Markup("")
-    levels = [*values, *([] if score is None else [score])]
-    low, high = min(levels), max(levels)
-    step = (width - 150) / len(values)
-    ys = [height - 20 - (v - low) * (height - 40) / ((high - low) or 1.0) for v in levels]
-    points = " ".join(f"{50 + t * step:.1f},{y:.1f}" for t, y in enumerate(ys[: len(values)]))
-    end = ""
-    if score is not None:
-        x = 50 + len(values) * step
-        end = (
-            f'<circle class="end" cx="{x:.1f}" cy="{ys[-1]:.1f}" r="5"/>'
-            f'<text x="{x + 10:.1f}" y="{ys[-1] + 4:.1f}">score {score:.2f}</text>'
-        )
-    return Markup(
-        f'<svg class="curve" id="curve" viewBox="0 0 {width} {height}" role="img" data-step="{step:.4f}" '
-        f'data-ys="{" ".join(f"{y:.1f}" for y in ys[: len(values)])}" '
-        f'aria-label="The critic\'s estimate from {values[0]:.2f} at the first token to {values[-1]:.2f} at the last">'
-        f'<polyline points="{points}"/>{end}<text x="4" y="{ys[0] + 4:.1f}">V {values[0]:.2f}</text>'
-        '<g id="at"><line y1="8" y2="130"/><circle r="4"/></g></svg>'
-    )

@@ -2,7 +2,7 @@
 const { steps, lines, says } = JSON.parse(document.getElementById("data").textContent);
 const list = document.getElementById("tokens");
 const tokens = [...list.querySelectorAll(".tok")];
-const curve = document.getElementById("curve");
+const curve = document.querySelector(".curve");
 const ys = curve ? curve.dataset.ys.split(" ").map(Number) : [];
 let at = 0;
 
@@ -36,7 +36,7 @@ function show(t, focus) {
   document.getElementById("at-lines").replaceChildren(...rows);
   if (!curve) return;
   const x = 50 + at * Number(curve.dataset.step);
-  const mark = document.getElementById("at");
+  const mark = curve.querySelector(".at");
   mark.querySelector("line").setAttribute("x1", x);
   mark.querySelector("line").setAttribute("x2", x);
   mark.querySelector("circle").setAttribute("cx", x);

@@ -1,4 +1,4 @@
-"""What can be seen of a token: signals, their colours, and the arithmetic with its numbers. Pure functions."""
+"""What can be seen of a token: signals, their colours, the arithmetic with its numbers, and V(t) as a curve."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from markupsafe import Markup
+
+from tether.config import PPOConfig
+from tether.errors import RunError
+from tether.report.text import visible
+from tether.runs import Run
+from tether.runs.tail import sample_lines
 
 Row = Mapping[str, Any]
 """A response as rollouts/ hold it (run directory, schema 1)."""
@@ -99,6 +107,19 @@ class Knobs:
     beta: float | None
 
 
+def knobs_of(run: Run, cycle: int) -> Knobs:
+    """The knobs of a run of PPO, with β as it was in a cycle."""
+    config = run.config
+    if not isinstance(config, PPOConfig):
+        raise RunError(f"{run.path} is not a run of tether ppo: it has no responses to look into.")
+    p = config.ppo
+    lam = p.lam if isinstance(p.lam, float | int) else p.lam.actor
+    clip = (p.clip[0], p.clip[-1]) if isinstance(p.clip, list) else (p.clip, p.clip)
+    lines, _ = sample_lines(run.path / "metrics.jsonl", 10_000)
+    beta = next((m.get("kl/coef") for m in lines if m.get("cycle") == cycle), p.kl.coef)
+    return Knobs(p.gamma, float(lam), clip, beta if p.kl.place == "reward" else None)
+
+
 def arithmetic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
     """(what, the sum with this token's numbers) of token `t`, as a lecturer would write them on the board."""
     value, reward, delta = row["value"], row["reward"], row["delta"]
@@ -139,6 +160,49 @@ def _n(value: float) -> str:
     return f"({text})".replace("-", "−") if text.startswith("-") else text
 
 
+def tokens_of(row: Row, steps: Sequence[int], knobs: Knobs) -> list[dict[str, Any]]:
+    """What a page shows of each token: its text, colour and arithmetic. As many as there are steps."""
+    return [
+        {
+            "t": t, "text": visible(text) or "∅", "blank": not text.strip(), "clipped": bool(row["clipped"][t]),
+            "step": step, "lines": arithmetic(row, t, knobs),
+        }
+        for t, (text, step) in enumerate(zip(row["text"], steps, strict=False))
+    ]  # fmt: skip
+
+
 def surprise(row: Row) -> float:
     """Mean |A| over the tokens: how far the critic was from what came."""
     return sum(abs(a) for a in row["advantage"]) / max(1, len(row["advantage"]))
+
+
+# ---------------------------------------------------------------- the curve
+
+
+def value_curve(row: Row, most: int = 4000, width: int = 900, height: int = 150) -> Markup:
+    """V(t) over the response with the score at its end, as SVG; a group of class `at` that a script moves.
+
+    most: tokens drawn.
+    """
+    values, score = row["value"][:most], row["score"]
+    if not values:
+        return Markup("")
+    levels = [*values, *([] if score is None else [score])]
+    low, high = min(levels), max(levels)
+    step = (width - 150) / len(values)
+    ys = [height - 20 - (v - low) * (height - 40) / ((high - low) or 1.0) for v in levels]
+    points = " ".join(f"{50 + t * step:.1f},{y:.1f}" for t, y in enumerate(ys[: len(values)]))
+    end = ""
+    if score is not None:
+        x = 50 + len(values) * step
+        end = (
+            f'<circle class="end" cx="{x:.1f}" cy="{ys[-1]:.1f}" r="5"/>'
+            f'<text x="{x + 10:.1f}" y="{ys[-1] + 4:.1f}">score {score:.2f}</text>'
+        )
+    return Markup(
+        f'<svg class="curve" viewBox="0 0 {width} {height}" role="img" data-step="{step:.4f}" '
+        f'data-ys="{" ".join(f"{y:.1f}" for y in ys[: len(values)])}" '
+        f'aria-label="The critic\'s estimate from {values[0]:.2f} at the first token to {values[-1]:.2f} at the last">'
+        f'<polyline points="{points}"/>{end}<text x="4" y="{ys[0] + 4:.1f}">V {values[0]:.2f}</text>'
+        '<g class="at"><line y1="8" y2="130"/><circle r="4"/></g></svg>'
+    )
