@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ class Peer:
         command = [str(environment.absolute() / "bin" / "python"), str(SCRIPTS / script), json.dumps(job)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"HF_HUB_OFFLINE": "1"}, start_new_session=True,
         )  # fmt: skip
         self.peak_mb: int | None = None  # resident memory at its highest, where the peer tells
         self._read("ready")
@@ -47,6 +48,6 @@ class Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)  # with its children: vLLM's workers would outlive it
         self._process.wait()
         self._log.close()

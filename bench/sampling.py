@@ -143,9 +143,8 @@ def measure(name: str, folder: Path, rounds: int, lines: str, peers: Path) -> No
     if "c" in lines:
         stops = tuple(range(2, 2 + vocabulary // 64))  # of nearly uniform logits: one token in 64 ends a response
         many = prompts(name, 256, LENGTH)
-        times = compare(
-            {"ours": ours(model, many, 256, stops), theirs: generate(hf[best], many, 256, stops)}, rounds, warm_up=False
-        )
+        runs = {"ours": ours(model, many, 256, stops), theirs: generate(hf[best], many, 256, stops)}
+        times = compare(runs, max(1, rounds // 2), warm_up=False)  # minutes a round
         show("c", times, f"{ratio(times[theirs], times['ours']):.1f} × {theirs}")
     if "d" in lines:
         times = compare({"ours": fixed, "matmuls": matmuls(name, 64, dtype)}, rounds)

@@ -75,6 +75,7 @@ def opened(browser, studio: Served, **options):
     found.on("pageerror", lambda error: problems.append(str(error)))
     found.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
     found.goto(studio.link())
+    found.wait_for_url("**/runs")
     yield found
     context.close()
     assert studio.foreign == []

@@ -1,6 +1,7 @@
 """What examples/ holds works: every config loads, and the ones small enough are run."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +43,18 @@ def test_the_stories_example_trains_from_the_command_line(stories260k, tmp_path)
     run = tether.Run(tmp_path / "run")
     assert [m["cycle"] for m in run.metrics] == [1, 2]
     assert (run.final / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_loop_runs_from_samples_through_people_and_ppo_to_the_compare_page(stories260k, tmp_path):
+    pytest.importorskip("vaderSentiment")
+    done = subprocess.run(
+        [sys.executable, "loop/loop.py", str(stories260k), "--to", str(tmp_path), "--prompts", "12", "--cycles", "2"],
+        cwd=EXAMPLES, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    labels = re.search(r"(\d+) of \1 labels \(100%\) on 12 items", done.stdout)
+    assert labels
+    assert f"{int(labels[1]) * 15} pairs by 2 annotators" in done.stderr  # six answers in order are 15 pairs
+    assert "nothing found" in done.stdout
+    assert "on the left" in done.stdout

@@ -5,7 +5,6 @@ Items come from a file of answers, from what a run sampled, or from a model that
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from tether.data.pairs import triple
 from tether.data.table import Table, kind, listed, read_table
 from tether.errors import ConfigError, DataError, RunError, StoreError
 from tether.preferences.queue import draw
-from tether.preferences.records import Added, Answer, Item, Progress, Prompt
+from tether.preferences.records import Added, Answer, Item, Progress, Prompt, prompt_of
 from tether.preferences.store import Store, check_fraction
 from tether.runs import Run
 
@@ -198,20 +197,8 @@ def items_of_run(path: str, *, cycle: int | None = None, answers: int = 2, seed:
     for prompt, given in found.items():
         drawn = sorted(given.items(), key=lambda answer: draw(seed, "answer", *answer[1].values()))[:answers]
         if len(drawn) == answers:
-            items.append(Item(_prompt(prompt), tuple(Answer(text, {"run": path} | where) for text, where in drawn)))
+            items.append(Item(prompt_of(prompt), tuple(Answer(text, {"run": path} | where) for text, where in drawn)))
     return Found(items, path, too_few=len(found) - len(items))
-
-
-def _prompt(text: str) -> Prompt:
-    """A prompt as it was before a rollout made one string of it."""
-    if text.startswith("[{"):
-        try:
-            messages = json.loads(text)
-        except ValueError:
-            return text
-        if all(isinstance(message, dict) and "role" in message for message in messages):
-            return list(messages)
-    return text
 
 
 # ---------------------------------------------------------------- from a model

@@ -224,7 +224,7 @@ class Policy(nn.Module):
         if self.critic is not None:
             values = self.critic(rows)
         else:
-            values = _read_values(self._head(), hidden)
+            values = read_values(self._head(), hidden)
         return PolicyOutput(_fill(logprobs, mask), _fill(entropies, mask), _fill(values, mask))
 
     def policy_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -274,7 +274,7 @@ class SeparateCritic(nn.Module):
         """[N] values, one before each response token."""
         with autocast(self.dtype, rows.tokens.device):
             hidden = self.trunk(input_ids=rows.tokens, use_cache=False).last_hidden_state
-        return _read_values(self.head, hidden[rows.before_targets])
+        return read_values(self.head, hidden[rows.before_targets])
 
 
 class Reference:
@@ -375,7 +375,7 @@ def _zero_head(width: int, device: torch.device) -> nn.Linear:
     return head
 
 
-def _read_values(head: nn.Linear, hidden: Tensor) -> Tensor:
+def read_values(head: nn.Linear, hidden: Tensor) -> Tensor:
     """[N] values of hidden states [N, D], in the head's float32: bfloat16 is too coarse to sum the whole width in."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.to(head.weight.dtype)).squeeze(-1)

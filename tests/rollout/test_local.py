@@ -1,7 +1,9 @@
 """The local engine against the plainest sampler there is: one response at a time, one whole forward pass a token."""
 
+import gc
 import itertools
 import math
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +21,7 @@ from tether.errors import TrainingError
 from tether.loading import add_lora
 from tether.model import LanguageModel, Policy
 from tether.rollout import LocalSampler
-from tether.rollout.local import count_slots, slot_bytes
+from tether.rollout.local import _why_not_recorded, count_slots, slot_bytes
 from tether.rollout.recorded import RecordedSteps
 from tether.rollout.slots import SlotCache
 from tiny import language_model, prompts_of, randomise
@@ -318,8 +320,36 @@ def test_recorded_steps_sample_what_steps_one_by_one_do(architecture):
         assert_close(torch.tensor(got), torch.tensor(want))
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_cache_is_gone_as_soon_as_nobody_holds_it(recorded):
+    # a circle would keep keys and values through the update, until Python looks for circles
+    cache = SlotCache(SMALL, slots=2, width=8, recorded=recorded)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    with torch.no_grad():
+        cache.admit(ids, torch.full((2,), 3), 0, torch.arange(2))
+        cache.step(ids[:, 0])
+    gone = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_probe_finds_recorded_steps_right(architecture):
+    assert _why_not_recorded(language_model(architecture)) is None
+
+
+def test_the_probe_finds_recorded_steps_that_are_wrong(monkeypatch):
+    call = RecordedSteps.__call__
+    monkeypatch.setattr(RecordedSteps, "__call__", lambda *args: call(*args) * 1.05)
+    assert "a replay is off by 0.05" in (_why_not_recorded(SMALL) or "")
+
+
 def test_recordings_are_few_and_as_narrow_as_they_may_be():
-    steps = RecordedSteps(lambda tokens, at, reach: at, slots=96, width=300, device=torch.device("cpu"))
+    steps = RecordedSteps(slots=96, width=300, device=torch.device("cpu"))
     asked = [(96, 1), (49, 128), (48, 129), (25, 256), (24, 257), (1, 300)]
     assert [steps._rounded(*shape) for shape in asked] == [
         (96, 128), (96, 128), (48, 256), (48, 256), (24, 300), (1, 300),

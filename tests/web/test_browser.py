@@ -93,8 +93,7 @@ def test_a_skip_asks_for_its_reason_and_a_note_survives_a_reload(page, studio):
     assert page.input_value("textarea[name=note]") == "hmm 1 s"
     page.keyboard.press("s")
     page.keyboard.type("cut off")
-    page.keyboard.press("Escape")
-    page.keyboard.press("s")
+    page.keyboard.press("Enter")
     page.wait_for_selector("text=Saved")
     (label,) = store.labels()
     assert (label.choice, label.reason) == ("skip", "cut off")
@@ -108,6 +107,27 @@ def test_without_scripts_labelling_still_works(plain_page, studio):
     assert [label.choice in ("a", "b") or label.choice for label in store.labels()] == [True, "both_bad"]
     plain_page.click("text=take back")
     assert len(list(store.labels())) == 1
+
+
+def test_enter_in_the_form_without_scripts_records_nothing(plain_page, studio):
+    store = queue(studio.store, 1)
+    plain_page.goto(studio.url + "/label")
+    plain_page.focus("#reason")
+    plain_page.keyboard.type("cut off")
+    plain_page.keyboard.press("Enter")
+    plain_page.wait_for_timeout(300)
+    assert list(store.labels()) == []
+
+
+def test_other_pages_load_while_an_answer_is_written(page, studio):
+    page.goto(studio.url + "/try")
+    page.fill("#prompt", "once")
+    page.click("button:has-text('Answer')")
+    client = studio.client()
+    for _ in range(40):
+        assert client.get("/runs").status_code == 200
+    until(page, "document.querySelector('#after').getAttribute('aria-busy') === 'false'")
+    assert page.is_hidden("#refused")
 
 
 def test_a_completion_is_walked_by_arrow_keys_and_the_numbers_are_the_files(page, studio, trained):
@@ -213,7 +233,7 @@ def test_no_page_is_wider_than_the_screen_and_everything_has_a_name(browser, stu
         ):
             page.goto(studio.url + path)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, path
-            nameless = """[...document.querySelectorAll('input:not([type=hidden]), select, textarea, button, a')]
+            nameless = """[...document.querySelectorAll('input:not([type=hidden]), select, textarea, button:not([hidden]), a')]
                 .filter(e => !(e.labels && e.labels.length) && !e.innerText.trim() && !e.ariaLabel).length"""
             assert page.evaluate(nameless) == 0, path
 

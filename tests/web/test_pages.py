@@ -12,7 +12,7 @@ import pytest
 from served import form_token, serve
 from tether.preferences.records import Answer, Item
 from tether.preferences.store import Store
-from tether.report.signals import SIGNALS, STEPS, Knobs, Scale, arithmetic
+from tether.report.signals import SIGNALS, STEPS, Knobs, Scale, arithmetic, knobs_of
 from tether.report.text import visible
 from tether.runs import Run
 from tether.runs.files import write_table
@@ -110,22 +110,36 @@ ROW = {
 
 def test_the_board_says_what_was_worked_by_hand():
     # γ = 1, λ = 0.5, β = 0.1. δ₁ = 1.1 − 0.5 = 0.6 = A₁; δ₀ = −0.05 + 0.5 − 0.25 = 0.2; A₀ = 0.2 + 0.5·0.6 = 0.5
-    said = dict(arithmetic(ROW, 0, Knobs(1.0, 0.5, (0.2, 0.2), 0.1)))
+    said = dict(arithmetic(ROW, 0, Knobs(1.0, (0.5, 0.5), (0.2, 0.2), 0.1)))
     assert said["δ"] == "r + γ·V′ − V = (−0.050) + 1·0.500 − 0.250 = 0.200"
     assert said["A"] == "δ + γλ·A′ = 0.200 + 0.5·0.600 = 0.500"
     assert said["KL"].endswith("= 0.500")
     assert said["reward"] == "r = −β·KL = −0.1·0.500 = (−0.050)"
-    assert "clipped: above 1.2 with A > 0" in said["ratio"]
-    last = dict(arithmetic(ROW, 1, Knobs(1.0, 0.5, (0.2, 0.2), 0.1)))
+    assert "clipped: above 1.2 with whitened A > 0" in said["ratio"]
+    last = dict(arithmetic(ROW, 1, Knobs(1.0, (0.5, 0.5), (0.2, 0.2), 0.1)))
     assert last["reward"] == "r = score − β·KL = 1.000 − 0.1·(−1.000) = 1.100"
     assert last["δ"] == "r + γ·V′ − V = 1.100 + 1·0.000 − 0.500 = 0.600"
 
 
+def test_the_critics_own_lambda_is_said_and_no_false_sum():
+    said = dict(arithmetic(ROW, 0, Knobs(1.0, (0.5, 1.0), (0.2, 0.2), 0.1)))
+    assert said["return"] == "0.750, with the critic's own λ = 1"
+
+
+def test_beta_is_read_off_the_row_where_a_controller_moves_it(trained):
+    run = Run(trained / "first")
+    for cycle, line in zip((1, 2, 3, 4), run.metrics, strict=True):
+        for row in run.rollouts(cycle).to_pylist():
+            if max(abs(a - b) for a, b in zip(row["old_logprob"], row["ref_logprob"], strict=True)) > 1e-3:
+                assert knobs_of(run.config, row).beta == pytest.approx(line["kl/coef"], rel=1e-2)
+
+
 def test_every_sum_on_the_board_is_true_of_a_real_run(trained):
-    row = Run(trained / "first").rollouts(4).to_pylist()[0]
+    run = Run(trained / "first")
+    row = run.rollouts(4).to_pylist()[0]
     for t in range(len(row["value"])):
-        said = dict(arithmetic(row, t, Knobs(1.0, 0.95, (0.2, 0.2), 0.05)))
-        for name in ("δ", "A", "return"):
+        said = dict(arithmetic(row, t, knobs_of(run.config, row)))
+        for name in ("δ", "A", "return", "reward"):
             sum_, _, result = said[name].rpartition(" = ")
             plain = sum_.rpartition(" = ")[2].replace("−", "-").replace("·", "*")
             assert abs(eval(plain) - float(result.replace("−", "-").strip("()"))) < 3e-3, (name, said[name])
@@ -268,3 +282,34 @@ def test_a_label_that_cannot_be_meant_says_so_and_saves_nothing(studio, data):
     answer = client.post("/label", data={"form_token": form_token(client), "key": "k"} | data)
     assert answer.status_code in (400, 404)
     assert list(store.labels()) == []
+
+
+@pytest.mark.parametrize("data", [{"item": "²"}, {"item": "9" * 5000}, {"choice": "a:²"}, {"seen": "²"}])
+def test_digits_that_are_no_numbers_are_refused_or_passed_over(studio, data):
+    store = Store(studio.store)
+    store.add_items([Item("q", (Answer("x"), Answer("y")))], overlap=0)
+    client = studio.client()
+    client.get("/label")
+    form = {"form_token": form_token(client), "item": "1", "key": "k", "choice": "a:1"} | data
+    assert client.post("/label", data=form).status_code in (200, 400)
+
+
+@pytest.mark.parametrize(
+    "path", ["/live?cursor=" + "9" * 40, "/rollouts/" + "9" * 300 + "/0", "/rollouts/4/" + "9" * 300]
+)
+def test_numbers_beyond_all_bounds_are_answered(studio, path):
+    client = studio.client()
+    assert client.get(f"/runs/{ids(client)['first']}{path}").status_code == 404
+
+
+def test_a_prompt_that_some_evaluations_did_not_ask_is_shown_where_it_was(trained, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(trained, root)
+    run = Run(root / "first")
+    table = run.evaluations(0).to_pydict()
+    write_table(root / "first" / "evaluations" / "cycle-000000.parquet", {k: v[2:] for k, v in table.items()})
+    for served in serve(root, tmp_path / "p.db"):
+        client = served.client()
+        text = client.get(f"/runs/{ids(client)['first']}/evaluations/4/0").text
+        assert "The same prompt through the run" in text
+        assert "cycle 0<" not in text

@@ -28,7 +28,7 @@ def test_without_a_session_no_page_is_shown(studio, path):
 def test_a_link_signs_in_once(studio):
     link = studio.link()
     first = httpx.get(link)
-    assert first.status_code == 303
+    assert first.status_code == 200
     cookie = first.headers["set-cookie"]
     assert "HttpOnly" in cookie
     assert "SameSite=strict" in cookie
@@ -40,8 +40,23 @@ def test_a_session_that_was_made_up_or_changed_is_none():
     cookie = gate.redeem(gate.link("Ada"))
     assert gate.person(cookie) == "Ada"
     name, _, mac = cookie.partition(".")
-    for forged in ("", ".", mac, f"{b'Ben'.hex()}.{mac}", f"{name}.{'0' * 64}", f"{name}x.{mac}", "zz.é", cookie + "0"):
+    forgeries = ["", ".", mac, f"{b'Ben'.hex()}.{mac}", f"{name}.{'0' * 64}", f"{name}x.{mac}", "zz.é", cookie + "0"]
+    for forged in forgeries:
         assert gate.person(forged) is None
+
+
+@pytest.mark.parametrize("cookie", [b"ff.x", b'"416461.\\351"', b"\xff\xfe", b"."])
+def test_a_strange_cookie_is_an_unknown_visitor(studio, cookie):
+    answer = httpx.get(studio.url + "/runs", headers={"cookie": f"{COOKIE}=".encode() + cookie})
+    assert answer.status_code == 401
+    assert "content-security-policy" in answer.headers
+
+
+def test_the_cookies_of_other_programs_on_this_machine_are_passed_over(studio):
+    session = studio.client().cookies[COOKIE]
+    assert (
+        httpx.get(studio.url + "/runs", headers={"cookie": f'prefs={{"a":1}}; {COOKIE}={session}'}).status_code == 200
+    )
 
 
 def test_another_studios_session_is_none():
@@ -173,7 +188,8 @@ def test_a_locked_store_says_so_and_saves_nothing(trained, tmp_path):
 def test_users_sign_in_with_their_own_token_as_often_as_they_like(trained, tmp_path):
     for studio in serve(trained, tmp_path / "p.db", users={"t" * 24: "Ada"}):
         for _ in range(2):
-            assert httpx.get(f"{studio.url}/sign-in?token={'t' * 24}").status_code == 303
+            assert httpx.post(f"{studio.url}/sign-in", data={"token": "t" * 24}).status_code == 200
+        assert httpx.post(f"{studio.url}/sign-in", data={"token": "s" * 24}).status_code == 401
 
 
 def test_other_machines_are_let_in_only_with_users(tmp_path):

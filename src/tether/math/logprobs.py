@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 _CHUNK_BYTES = 8 * 2**20  # of fp32 logits at once, on a CPU: near its caches; about six such buffers are alive
 _CHUNK_BYTES_ACCELERATOR = 256 * 2**20  # there, a matmul needs hundreds of rows to be worth reading the head for
 _LEAST_ROWS = 32
-_KEPT_BYTES = 64 * 2**20  # of log-probs over the vocabulary, from the forward pass to the backward pass
+_KEPT_BYTES = 160 * 2**20  # of log-probs over the vocabulary, from forward to backward: 1,250 tokens of 32,000
 _SUMS_IN_FP32 = hasattr(torch.ops.aten.mm, "dtype")  # CUDA's product of bfloat16 factors in fp32, since torch 2.8
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -118,6 +119,18 @@ def _check_choice(choice: str, ranking: tuple[int, ...] | None, answers: int) ->
             f"choice={choice!r} is none for an item with {answers} answers: it would train nothing. Give one of "
             f"{', '.join(allowed)}."
         )
+
+
+def prompt_of(text: str) -> Prompt:
+    """A prompt as it was before a rollout made one string of it."""
+    if text.startswith("[{"):
+        try:
+            messages = json.loads(text)
+        except ValueError:
+            return text  # it only looks like messages
+        if all(isinstance(message, dict) and "role" in message for message in messages):
+            return list(messages)
+    return text
 
 
 def check_text(name: str, text: str, longest: int) -> None:

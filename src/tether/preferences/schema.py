@@ -128,7 +128,8 @@ class Database:
     def __init__(self, path: Path, *, create: bool, busy_s: float):
         self.path, self._busy_s = path, busy_s
         self._local = threading.local()
-        self._open: list[sqlite3.Connection] = []
+        self._open: dict[threading.Thread, sqlite3.Connection] = {}
+        self._opening = threading.Lock()
         self._writer = threading.Lock()  # threads take turns here: SQLite's own waiting sleeps and is not fair
         if not create and not path.exists():
             raise StoreError(
@@ -205,7 +206,7 @@ class Database:
 
     def close(self) -> None:
         """Close every thread's connection; no thread may be at work."""
-        for connection in self._open:
+        for connection in self._open.values():
             connection.close()
         self._open.clear()
         self._local = threading.local()
@@ -213,7 +214,10 @@ class Database:
     def _connection(self) -> sqlite3.Connection:
         if getattr(self._local, "process", None) != os.getpid():  # SQLite must not be carried through a fork
             self._local.connection, self._local.process = self._connect(), os.getpid()
-            self._open.append(self._local.connection)
+            with self._opening:
+                for thread in [t for t in self._open if not t.is_alive()]:  # a server's threads come and go
+                    self._open.pop(thread).close()
+                self._open[threading.current_thread()] = self._local.connection
         connection: sqlite3.Connection = self._local.connection
         return connection
 

@@ -179,7 +179,7 @@ def _ppo(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> Page
     if metrics:
         entropy = [m["policy/entropy"] for m in metrics]
         headlines.append(Headline("Entropy", _change(entropy[0], entropy[-1]), "nats a token"))
-    return Page(lede, headlines, figures, _facts(run, metrics), before, after, looks=_looks(run))
+    return Page(lede, headlines, figures, _facts(run, metrics), before, after, looks=_looks(run, config))
 
 
 def _held_out_figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
@@ -205,7 +205,7 @@ def _held_out_figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
     ]
 
 
-def _looks(run: Run) -> list[Look]:
+def _looks(run: Run, config: PPOConfig) -> list[Look]:
     """The best, the worst and the most surprising response of the last cycle that was written."""
     if not run.rollout_cycles:
         return []
@@ -213,7 +213,7 @@ def _looks(run: Run) -> list[Look]:
     rows = [row for row in run.rollouts(cycle).to_pylist() if row["score"] is not None]
     if not rows:
         return []
-    knobs, signal = knobs_of(run, cycle), SIGNALS["advantage"]
+    signal = SIGNALS["advantage"]
     scale = Scale.of(signal, rows)
     chosen = {
         "the best": max(rows, key=lambda r: r["score"]),
@@ -225,7 +225,7 @@ def _looks(run: Run) -> list[Look]:
             title=f"Cycle {cycle}, {which}",
             row=row,
             prompt=prompt_text(row["prompt"]),
-            tokens=tokens_of(row, [scale.step(v) for v in signal.of(row)[:_MOST_TOKENS]], knobs),
+            tokens=tokens_of(row, [scale.step(v) for v in signal.of(row)[:_MOST_TOKENS]], knobs_of(config, row)),
             curve=value_curve(row, _MOST_TOKENS),
         )
         for which, row in chosen.items()

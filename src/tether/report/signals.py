@@ -10,10 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tether.config import PPOConfig
-from tether.errors import RunError
 from tether.report.text import visible
-from tether.runs import Run
-from tether.runs.tail import sample_lines
 
 Row = Mapping[str, Any]
 """A response as rollouts/ hold it (run directory, schema 1)."""
@@ -57,8 +54,8 @@ SIGNALS = {
                "coloured around the cycle's mean, as whitening sees it: training makes blue tokens likelier, orange "
                "ones less likely.", _column("advantage"), middle=None),
         Signal("delta", "Surprise δ", "What this one token changed in the critic's estimate.", _column("delta")),
-        Signal("ratio", "Ratio, log", "How much likelier this cycle's update made the token; framed where the clip cut "
-               "its gradient.", _log_ratio),
+        Signal("ratio", "Ratio, log", "How much likelier this cycle's update made the token; underlined where the clip "
+               "cut its gradient.", _log_ratio),
         Signal("kl", "KL to the reference", "How much likelier the token is than under the reference, in nats: summed "
                "over the response, what it paid.", _kl),
         Signal("entropy", "Entropy", "How open the choice was, in nats.", _column("entropy")),
@@ -98,47 +95,60 @@ class Scale:
 
 @dataclass(frozen=True)
 class Knobs:
-    """Of the run that the rollout is from: gamma, lam (the actor's), clip (low, high), and β as the cycle used it, None
-    where the KL is not in the reward."""
+    """Of the run that a row is from.
+
+    gamma, clip (low, high)   as in the config.
+    lam                       (the actor's λ, the critic's).
+    beta                      β as this row was paid; None where the KL is not in the reward.
+    """
 
     gamma: float
-    lam: float
+    lam: tuple[float, float]
     clip: tuple[float, float]
     beta: float | None
 
 
-def knobs_of(run: Run, cycle: int) -> Knobs:
-    """The knobs of a run of PPO, with β as it was in a cycle."""
-    config = run.config
-    if not isinstance(config, PPOConfig):
-        raise RunError(f"{run.path} is not a run of tether ppo: it has no responses to look into.")
+def knobs_of(config: PPOConfig, row: Row) -> Knobs:
+    """The knobs behind a row."""
     p = config.ppo
-    lam = p.lam if isinstance(p.lam, float | int) else p.lam.actor
+    lam = (p.lam, p.lam) if isinstance(p.lam, float | int) else (p.lam.actor, p.lam.critic)
     clip = (p.clip[0], p.clip[-1]) if isinstance(p.clip, list) else (p.clip, p.clip)
-    lines, _ = sample_lines(run.path / "metrics.jsonl", 10_000)
-    beta = next((m.get("kl/coef") for m in lines if m.get("cycle") == cycle), p.kl.coef)
-    return Knobs(p.gamma, float(lam), clip, beta if p.kl.place == "reward" else None)
+    return Knobs(p.gamma, lam, clip, _beta(row, p.kl.coef) if p.kl.place == "reward" else None)
+
+
+def _beta(row: Row, otherwise: float) -> float:
+    """β off the row itself, where its KL is largest: a controller moves it from cycle to cycle."""
+    kl = _kl(row)
+    t = max(range(len(kl)), key=lambda i: abs(kl[i] or 0.0), default=0)
+    if not kl or not kl[t] or row["score"] is None:
+        return otherwise
+    return float((row["score"] * (t == len(kl) - 1) - row["reward"][t]) / kl[t])
 
 
 def arithmetic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
     """(what, the sum with this token's numbers) of token `t`, as a lecturer would write them on the board."""
-    value, reward, delta = row["value"], row["reward"], row["delta"]
+    value, reward, delta, advantage = row["value"], row["reward"], row["delta"], row["advantage"]
     last = t == len(value) - 1
-    after, next_advantage = (0.0, 0.0) if last else (value[t + 1], row["advantage"][t + 1])
+    after, next_advantage = (0.0, 0.0) if last else (value[t + 1], advantage[t + 1])
     kl = row["old_logprob"][t] - row["ref_logprob"][t]
     lines = [("KL", f"ln π − ln π_ref = {_n(row['old_logprob'][t])} − {_n(row['ref_logprob'][t])} = {_n(kl)}")]
+    score = f"score = {_n(row['score'])}" if last and row["score"] is not None else ""
     if knobs.beta is None:
-        lines.append(("reward", f"{'score' if last else 'nothing before the end'} = {_n(reward[t])}"))
+        lines.append(("reward", f"r = {score}" if score else f"r = {_n(reward[t])}: nothing before the end"))
+    elif score:
+        said = f"{_n(row['score'])} − {knobs.beta:.3g}·{_n(kl)}"
+        lines.append(("reward", f"r = score − β·KL = {said} = {_n(reward[t])}"))
     else:
-        price = f"−β·KL = −{knobs.beta:.3g}·{_n(kl)}"
-        paid = f"score − β·KL = {_n(reward[t] + knobs.beta * kl)} − {knobs.beta:.3g}·{_n(kl)}" if last else price
-        lines.append(("reward", f"r = {paid} = {_n(reward[t])}"))
+        lines.append(("reward", f"r = −β·KL = −{knobs.beta:.3g}·{_n(kl)} = {_n(reward[t])}"))
+    actor, critic = knobs.lam
     lines += [
         ("δ", f"r + γ·V′ − V = {_n(reward[t])} + {knobs.gamma:g}·{_n(after)} − {_n(value[t])} = {_n(delta[t])}"),
-        ("A", f"δ + γλ·A′ = {_n(delta[t])} + {knobs.gamma * knobs.lam:g}·{_n(next_advantage)} = "
-              f"{_n(row['advantage'][t])}"),
-        ("return", f"A + V = {_n(row['advantage'][t])} + {_n(value[t])} = {_n(row['return'][t])}"),
-    ]  # fmt: skip
+        ("A", f"δ + γλ·A′ = {_n(delta[t])} + {knobs.gamma * actor:g}·{_n(next_advantage)} = {_n(advantage[t])}"),
+    ]
+    if actor == critic:
+        lines.append(("return", f"A + V = {_n(advantage[t])} + {_n(value[t])} = {_n(row['return'][t])}"))
+    else:
+        lines.append(("return", f"{_n(row['return'][t])}, with the critic's own λ = {critic:g}"))
     ratio = row["ratio"][t]
     if ratio is not None:
         new, old = row["new_logprob"][t], row["old_logprob"][t]
@@ -151,7 +161,7 @@ def _clipped(row: Row, t: int, knobs: Knobs) -> str:
     low, high = 1 - knobs.clip[0], 1 + knobs.clip[1]
     if not row["clipped"][t]:
         return f"inside the clip [{low:g}, {high:g}], or on the side where it does not hold back"
-    side = f"above {high:g} with A > 0" if row["ratio"][t] > high else f"below {low:g} with A < 0"
+    side = f"above {high:g} with whitened A > 0" if row["ratio"][t] > high else f"below {low:g} with whitened A < 0"
     return f"clipped: {side}, no gradient"
 
 
@@ -193,7 +203,7 @@ def value_curve(row: Row, most: int = 4000, width: int = 900, height: int = 150)
     ys = [height - 20 - (v - low) * (height - 40) / ((high - low) or 1.0) for v in levels]
     points = " ".join(f"{50 + t * step:.1f},{y:.1f}" for t, y in enumerate(ys[: len(values)]))
     end = ""
-    if score is not None:
+    if score is not None and len(values) == len(row["value"]):  # else it goes on beyond what is drawn
         x = 50 + len(values) * step
         end = (
             f'<circle class="end" cx="{x:.1f}" cy="{ys[-1]:.1f}" r="5"/>'

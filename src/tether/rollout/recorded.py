@@ -20,30 +20,34 @@ Step = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class RecordedSteps:
-    """`step` with the same arguments and results, recorded for each shape it is called with.
+    """A step, recorded for each shape it is called with.
+
+        recorded(step, tokens, at, reach) == step(tokens, at, reach)
 
     step    (tokens [n], at [n], reach) -> hidden [n, D]: token i becomes number at[i] of slot i and attends to no key
-            beyond `reach`. It must not read a number off the device.
+            beyond `reach`. It must not read a number off the device; always the same one.
     slots   rows of the cache behind it; width: tokens of each.
 
     On a CPU nothing is gained by it and nothing is recorded: the same shapes run step by step.
     """
 
-    def __init__(self, step: Step, *, slots: int, width: int, device: torch.device) -> None:
-        self._step, self._slots, self._width = step, slots, width
+    def __init__(self, *, slots: int, width: int, device: torch.device) -> None:
+        self._slots, self._width = slots, width
         self._tokens = torch.zeros(slots, dtype=torch.long, device=device)
         self._at = torch.zeros(slots, dtype=torch.long, device=device)
         self._recordings: dict[tuple[int, int], Callable[[], Tensor]] = {}
 
-    def __call__(self, tokens: Tensor, at: Tensor, reach: int) -> Tensor:
+    def __call__(self, step: Step, tokens: Tensor, at: Tensor, reach: int) -> Tensor:
         n = len(tokens)
-        shape = self._rounded(n, reach)
+        rows, reach = self._rounded(n, reach)
         # Rows beyond n are free slots. What is written at their first place is overwritten when a prompt moves in.
         self._tokens[:n], self._at[:n] = tokens, at
-        self._at[n : shape[0]] = 0
-        if shape not in self._recordings:
-            self._recordings[shape] = self._record(*shape)
-        return self._recordings[shape]()[:n]  # the recording's own memory: good until its next replay
+        self._at[n:rows] = 0
+        if self._tokens.device.type != "cuda":
+            return step(self._tokens[:rows], self._at[:rows], reach)[:n]
+        if (rows, reach) not in self._recordings:
+            self._recordings[rows, reach] = self._record(step, rows, reach)
+        return self._recordings[rows, reach]()[:n]  # the recording's own memory: good until its next replay
 
     def _rounded(self, n: int, reach: int) -> tuple[int, int]:
         rows = self._slots
@@ -51,25 +55,24 @@ class RecordedSteps:
             rows //= 2
         return rows, min(self._width, -(-reach // _REACH) * _REACH)
 
-    def _record(self, rows: int, reach: int) -> Callable[[], Tensor]:
+    def _record(self, step: Step, rows: int, reach: int) -> Callable[[], Tensor]:
         tokens, at = self._tokens[:rows], self._at[:rows]
-        if tokens.device.type != "cuda":
-            return lambda: self._step(tokens, at, reach)
         # Once outside the recording, on a stream of its own: libraries set themselves up at their first call. The step
         # writes the same keys to the same places every time, so running it twice changes nothing.
-        aside = torch.cuda.Stream()
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a weight cast outside the recording would be gone at its replay
         try:
             with torch.cuda.stream(aside):
-                self._step(tokens, at, reach)
+                step(tokens, at, reach)
             torch.cuda.current_stream().wait_stream(aside)
             with torch.cuda.graph(graph):
-                hidden = self._step(tokens, at, reach)
+                hidden = step(tokens, at, reach)
         finally:
             torch.set_autocast_cache_enabled(caching)
+            torch.cuda.set_stream(here)  # a capture that failed leaves its own behind
 
         def replay() -> Tensor:
             graph.replay()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +35,8 @@ class SlotCache:
         self.lengths = torch.zeros(slots, dtype=torch.long, device=model.device)  # tokens each slot holds
         self.first = 0  # prefill: the first slot that is written
         self.decoding = False
-        record = partial(RecordedSteps, slots=slots, width=width, device=model.device)
-        self._decode = record(self._run) if recorded else self._run
+        # Handed our step at every call: to keep it would be a circle, and the cache would outlive its use.
+        self._recorded = RecordedSteps(slots=slots, width=width, device=model.device) if recorded else None
         self._reach: int | None = None  # the most tokens an active slot holds; unknown after rows came or went
         # Of this decode step, made when the first layer of a kind asks:
         self._target: dict[int, Tensor] = {}  # key heads -> where keys and values go
@@ -64,7 +63,10 @@ class SlotCache:
         """Append one token [n] to each of the active slots 0 … n-1; their hidden states [n, D]."""
         at = self.lengths[: len(tokens)]
         self._reach = 1 + (int(at.max()) if self._reach is None else self._reach)  # every active row grows by one
-        hidden = self._decode(tokens, at, self._reach)
+        if self._recorded:
+            hidden = self._recorded(self._run, tokens, at, self._reach)
+        else:
+            hidden = self._run(tokens, at, self._reach)
         at += 1
         return hidden
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TookLonger
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
 
+from tether.errors import RunError
 from tether.preferences.agreement import Agreement, agreement
 from tether.preferences.store import Store
 from tether.web.studio import Studio
@@ -23,22 +26,22 @@ class Computed:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="agreement")
-        self._of: int | None = None
-        self._running: Future[Agreement] | None = None
+        self._lock = threading.Lock()
+        self._running: tuple[int, Future[Agreement]] | None = None  # up to which event, and the work
         self._newest: tuple[int, Agreement] | None = None
 
     def of(self, store: Store) -> tuple[int, Agreement] | None:
         """(the last event it knows of, statistics): of now where that is quickly done, else older; None: not yet."""
         last = store.last_event()
-        if self._newest and self._newest[0] == last:
-            return self._newest
-        if self._running is None or (self._running.done() and self._of != last):
-            self._of, self._running = last, self._pool.submit(lambda: agreement(store.labels()))
-        try:
-            self._newest = self._of or 0, self._running.result(timeout=_WAIT_S)
-            self._running = None
-        except TookLonger:
-            pass
+        with self._lock:
+            if self._running is None and (self._newest is None or self._newest[0] != last):
+                self._running = last, self._pool.submit(lambda: agreement(store.labels(as_of=last)))
+            running = self._running
+        if running is not None:
+            with contextlib.suppress(TookLonger):
+                found = running[1].result(timeout=_WAIT_S)
+                with self._lock:
+                    self._newest, self._running = (running[0], found), None
         return self._newest
 
 
@@ -76,15 +79,15 @@ def routes(studio: Studio) -> APIRouter:
 
 
 def reward_models(studio: Studio) -> list[dict[str, Any]]:
-    """name and held-out accuracy of the reward models below the folder."""
-    found: list[dict[str, Any]] = []
+    """name and held-out accuracy of the newest reward models below the folder; a damaged report is passed over."""
+    found: list[tuple[float, dict[str, Any]]] = []
     for run_id in studio.runs.all():
-        run = studio.runs.open(run_id)
-        path = run.path / "reward_report.json"
-        if path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found.append({"id": run_id, "name": studio.runs.name(run), "pairs": content["test_pairs"],
-                          "accuracy": content["accuracy"]})  # fmt: skip
-            if len(found) == _MOST_REWARD_RUNS:
-                break
-    return found
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RunError):
+            run = studio.runs.open(run_id)
+            path = run.path / "reward_report.json"
+            if path.exists():
+                content = json.loads(path.read_text(encoding="utf-8"))
+                shown = {key: float(content["accuracy"][key]) for key in ("low", "value", "high")}
+                row = {"id": run_id, "name": studio.runs.name(run), "pairs": content["test_pairs"], "accuracy": shown}
+                found.append((path.stat().st_mtime, row))
+    return [row for _, row in sorted(found, key=lambda f: -f[0])[:_MOST_REWARD_RUNS]]

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
@@ -31,12 +31,20 @@ def create_app(studio: Studio) -> security.App:
         return RedirectResponse("/runs" if request.scope["state"]["owner"] else "/label")
 
     @app.get("/sign-in")
-    def sign_in(request: Request, token: str = "") -> Response:
+    def follow_link(request: Request, token: str = "") -> Response:
+        return _signed_in(request, token)
+
+    @app.post("/sign-in")
+    def sign_in(request: Request, token: Annotated[str, Form()] = "") -> Response:  # a users token stays out of the URL
+        return _signed_in(request, token)
+
+    def _signed_in(request: Request, token: str) -> Response:
         session = studio.gate.redeem(token) if token else None
         if session is None:
             why = "This link was used before, or is of another start of the studio. Take a new one from its terminal."
             return _refusal(request, 401, why if token else "")
-        response = RedirectResponse("/", 303)
+        # Not a redirect: where the link was followed from another site, the browser would not send the cookie along it.
+        response = studio.page(request, "welcome.html.j2")
         response.set_cookie(security.COOKIE, session, httponly=True, samesite="strict", path="/")
         return response
 

@@ -16,11 +16,12 @@ from tether.errors import RunError
 from tether.report.held_out import prompt_text
 from tether.report.text import visible
 from tether.runs import Run
-from tether.web.studio import Studio
+from tether.web.studio import Studio, is_count
 from tether.web.tokens import read
 
 _A_PAGE = 10  # prompts
-_LONGEST_MARKED = 4000  # characters: finding differences takes the product of the lengths
+_MOST_RUNS = 200  # to choose from
+_LONGEST_MARKED = 600  # words: finding differences takes up to the product of the lengths
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.get("/compare")
     def compare(request: Request, a: str = "", b: str = "", blind: bool = False, page: int = 1) -> HTMLResponse:
-        choices = _choices(studio)
+        choices = _choices(studio, a, b)
         if not (a and b):
             return studio.page(request, "compare.html.j2", choices=choices, a=a, b=b, blind=blind, sides=(), pairs=[],
                                page=1, pages=1, count=0, means=())  # fmt: skip
@@ -77,7 +78,7 @@ def side(studio: Studio, key: str) -> Side:
     run_id, _, cycle = key.partition(":")
     run = studio.runs.open(run_id)
     there = run.evaluation_cycles
-    if not cycle.isdigit() or int(cycle) not in there:
+    if not is_count(cycle) or int(cycle) not in there:
         raise RunError(
             f"{studio.runs.name(run)} was not evaluated at cycle {cycle[:20]!r}, only at "
             f"{', '.join(map(str, there)) or 'none'}: choose one of these."
@@ -90,14 +91,16 @@ def coin(*about: str) -> bool:
     return hashlib.sha256("\0".join(about).encode("utf-8", "surrogatepass")).digest()[0] % 2 == 1
 
 
-def _choices(studio: Studio) -> list[tuple[str, str]]:
-    """(key, name) of every evaluation that may be chosen: the first and the last of each run, and some between."""
+def _choices(studio: Studio, *chosen: str) -> list[tuple[str, str]]:
+    """(key, name) of what may be chosen: the first and the last evaluation of each run, and some between."""
     found = []
-    for run_id in studio.runs.all()[:200]:
+    named = [key.partition(":")[0] for key in chosen if key]
+    for run_id in dict.fromkeys([*studio.runs.all()[:_MOST_RUNS], *named]):
         run = studio.runs.open(run_id)
         cycles = run.evaluation_cycles
         every = max(1, -(-len(cycles) // 8))
-        for cycle in sorted({*cycles[::every], *cycles[-1:]}):
+        asked = {int(c) for i, _, c in (key.partition(":") for key in chosen) if i == run_id and is_count(c)}
+        for cycle in sorted({*cycles[::every], *cycles[-1:], *(asked & set(cycles))}):
             found.append((f"{run_id}:{cycle}", f"{studio.runs.name(run)}, cycle {cycle}"))
     return found
 
@@ -119,9 +122,9 @@ def _mean(values: list[float | None]) -> float | None:
 
 def differences(a: str, b: str) -> tuple[Markup, Markup]:
     """Both texts, escaped, with the words marked that the other does not have there."""
-    if max(len(a), len(b)) > _LONGEST_MARKED:
-        return escape(visible(a)), escape(visible(b))
     words: list[list[str]] = [re.findall(r"\s+|[^\s]+", visible(text)) for text in (a, b)]
+    if max(len(text) for text in words) > 2 * _LONGEST_MARKED:  # the spaces between them count
+        return escape(visible(a)), escape(visible(b))
     matcher = difflib.SequenceMatcher(None, words[0], words[1], autojunk=False)
     marked: tuple[list[Markup], list[Markup]] = ([], [])
     for what, a0, a1, b0, b1 in matcher.get_opcodes():

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tether.diagnose.alarms import state
+from tether.diagnose.alarms import patience_s, state
 from tether.errors import RunError
 from tether.runs import Run
 from tether.runs.tail import sample_lines
@@ -46,7 +46,7 @@ class Runs:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.resolve()
+        self.root, self.given = root.resolve(), str(root)  # as it is shown
         self._lock = threading.Lock()
         self._paths: dict[str, Path] = {}
         self._looked = float("-inf")
@@ -66,12 +66,17 @@ class Runs:
             self.all()
         path = self._paths.get(run_id)
         if path is None or not (path / "config.yaml").is_file():
-            raise RunError(f"there is no run {run_id[:40]!r} under {self.root}: it was moved or deleted.")
+            raise RunError(f"there is no run {run_id[:40]!r} below {self.given}: it was moved or deleted.")
         return Run.open(path)
+
+    def checked(self, run_id: str) -> str:
+        """The id, if it is one of ours; RunError if not."""
+        self.open(run_id)
+        return run_id
 
     def shown(self, run_id: str) -> str:
         """An id's path below the root."""
-        path = self._paths[run_id]
+        path = self._paths.get(run_id, self.root)
         return str(path.relative_to(self.root)) if path != self.root else path.name
 
     def name(self, run: Run) -> str:
@@ -83,8 +88,10 @@ class Runs:
         run = self.open(run_id)
         status = run.status
         kept = self._curves(run_id, run, "reward/score_mean" if status["kind"] == "ppo" else "loss")
+        patience = kept.pop("patience")
         return Found(
-            id=run_id, name=self.name(run), kind=status["kind"], state=state(status, datetime.now(UTC)),
+            id=run_id, name=self.name(run), kind=status["kind"],
+            state=state(status, datetime.now(UTC), patience_s=patience),
             heartbeat=status.get("heartbeat", ""), **kept,
         )  # fmt: skip
 
@@ -93,16 +100,17 @@ class Runs:
         stamp = (file.stat().st_mtime_ns, file.stat().st_size) if file.exists() else (0, 0)
         before = self._rows.get(run_id)
         if before and before[0] == stamp:
-            return before[1]
+            return dict(before[1])
         lines, _ = sample_lines(file, _SPARK)
         names = [n for n in (score, "reward_model/loss") if any(n in m for m in lines)] or [score]
         found = {
             "cycles": int(lines[-1].get("cycle", lines[-1].get("step", 0))) if lines else 0,
             "score": [m.get(names[0]) for m in lines],
             "kl": [m.get("kl/ref_mean") for m in lines],
+            "patience": patience_s(lines),
         }
         self._rows[run_id] = stamp, found
-        return found
+        return dict(found)
 
 
 def _id(path: Path, root: Path) -> str:

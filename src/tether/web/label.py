@@ -7,21 +7,24 @@ the page was, so that a form sent twice records once. The script only presses th
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Annotated, Any
 from uuid import uuid4
 
 from fastapi import APIRouter, Form, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from tether.errors import LabelError, RunError
-from tether.preferences.records import AXES, Answer, Item
+from tether.preferences.records import AXES, Answer, Item, prompt_of
 from tether.preferences.store import Store
 from tether.report.held_out import prompt_text
-from tether.web.studio import Studio
+from tether.web.studio import Studio, is_count
 from tether.web.tokens import read
 
 STRENGTHS = [(3, "much"), (2, "clearly"), (1, "slightly")]
+_TIME = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")  # seconds since 1970
 _LONGEST_S = 3600.0  # beyond it, a page was left open, and nobody was thinking
 
 
@@ -50,7 +53,7 @@ def routes(studio: Studio) -> APIRouter:
     async def record(request: Request) -> Response:
         form = {k: v for k, v in (await request.form()).items() if isinstance(v, str)}
         person = request.scope["state"]["person"]
-        await _in_thread(record_form, store(), person, form)
+        await run_in_threadpool(record_form, store(), person, form)
         return RedirectResponse("/label?done=saved", 303)
 
     @router.post("/label/undo")
@@ -63,32 +66,28 @@ def routes(studio: Studio) -> APIRouter:
         rows = [_row(studio, name) for name in (a, b)]
         if rows[0][1]["prompt"] != rows[1][1]["prompt"]:
             raise LabelError("these two answer different prompts: nobody could say which is better. Choose two of one.")
+        if rows[0][1]["completion"] == rows[1][1]["completion"]:
+            raise LabelError("these two answers are the same: neither could be better. Choose two that differ.")
         answers = tuple(Answer(row["completion"], source) for source, row in rows)
         added = store().add_items(
-            [Item(_stored(rows[0][1]["prompt"]), answers, source={"from": "studio"})], overlap=0.0
+            [Item(prompt_of(rows[0][1]["prompt"]), answers, source={"from": "studio"})], overlap=0.0
         )
         return RedirectResponse(f"/label?done={'queued' if added.new else 'known'}", 303)
 
     return router
 
 
-async def _in_thread(function: Any, *args: Any) -> Any:
-    from starlette.concurrency import run_in_threadpool
-
-    return await run_in_threadpool(function, *args)
-
-
 def record_form(store: Store, person: str, form: dict[str, str]) -> None:
     """What a form of the label page says, into the store; LabelError where it cannot be meant."""
     item, seen = form.get("item", ""), form.get("seen", "")
-    if not item.isdigit():
+    if not is_count(item):
         raise LabelError(f"item={item[:20]!r} is no number: nothing was saved. Reload the page.")
     choice, _, strength = form.get("choice", "").partition(":")
     axes = {axis: form[f"axis_{axis}"] for axis in AXES if form.get(f"axis_{axis}")}
-    seconds = max(0.0, time.time() - float(seen)) if _is_number(seen) else None
+    seconds = max(0.0, time.time() - float(seen)) if _TIME.fullmatch(seen) else None
     store.record(
         person, int(item), key=form.get("key", ""), choice=_ranking(form) if choice == "ranking" else choice,
-        strength=int(strength) if strength.isdigit() else None, axes=axes if choice != "skip" else {},
+        strength=int(strength) if is_count(strength) else None, axes=axes if choice != "skip" else {},
         note=form.get("note", "").strip() or None,
         reason=form.get("reason", "").strip() or None if choice == "skip" else None,
         seconds=None if seconds is None else min(seconds, _LONGEST_S),
@@ -98,35 +97,21 @@ def record_form(store: Store, person: str, form: dict[str, str]) -> None:
 def _ranking(form: dict[str, str]) -> list[int]:
     """Stored indices, best first, from rank_0 … rank_K-1, the place given to each."""
     places = {
-        int(k[len("rank_") :]): v for k, v in form.items() if k.startswith("rank_") and k[len("rank_") :].isdigit()
+        int(k[len("rank_") :]): v for k, v in form.items() if k.startswith("rank_") and is_count(k[len("rank_") :])
     }
     if sorted(places.values()) != [str(i) for i in range(1, len(places) + 1)]:
         raise LabelError("two answers have the same place: nothing was saved. Go back and give each its own.")
     return sorted(places, key=lambda answer: int(places[answer]))
 
 
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()
-
-
 def _shown(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else prompt_text(json.dumps(prompt))
-
-
-def _stored(prompt: str) -> Any:
-    """A prompt of a rollout as the store keeps it: messages, which tables hold as JSON, as messages again."""
-    if prompt.startswith("[{"):
-        try:
-            return json.loads(prompt)
-        except ValueError:
-            pass  # text that only looks like messages
-    return prompt
 
 
 def _row(studio: Studio, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(where it comes from, the row) of RUN_ID:FOLDER:CYCLE:NUMBER."""
     run_id, folder, cycle, number = [*name.split(":"), "", "", ""][:4]
-    if folder not in ("rollouts", "evaluations") or not (cycle.isdigit() and number.isdigit()):
+    if folder not in ("rollouts", "evaluations") or not (is_count(cycle) and is_count(number)):
         raise RunError(f"{name[:60]!r} names no response: nothing was queued. Use the buttons of the pages.")
     run = studio.runs.open(run_id)
     rows = read(run, folder, int(cycle)).rows  # type: ignore[arg-type]  # checked above

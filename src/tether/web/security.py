@@ -18,9 +18,10 @@ import hmac
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
+
+from starlette.requests import cookie_parser
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -71,31 +72,33 @@ class Gate:
 
     def redeem(self, token: str) -> str | None:
         """The session cookie of a token's person; None if the token is not one. A one-time token is used up."""
-        for known, person in [*self.once.items(), *self.users.items()]:
-            if hmac.compare_digest(known.encode(), token.encode()):
-                self.once.pop(known, None)
+        given = token.encode("utf-8", "surrogateescape")
+        for known in list(self.once):
+            if hmac.compare_digest(known.encode(), given):
+                person = self.once.pop(known, None)  # None: somebody was as quick
+                return self._signed(person) if person is not None else None
+        for known, person in self.users.items():
+            if hmac.compare_digest(known.encode(), given):
                 return self._signed(person)
         return None
 
     def person(self, cookie: str) -> str | None:
         """Whom a session cookie names, if we signed it."""
-        name, _, _ = cookie.rpartition(".")
-        person = bytes.fromhex(name).decode() if _is_hex(name) else None
-        return person if person is not None and hmac.compare_digest(self._signed(person), cookie) else None
+        name, _, mac = cookie.rpartition(".")
+        genuine = hmac.compare_digest(self._mac("session", name).encode(), mac.encode("utf-8", "surrogateescape"))
+        return bytes.fromhex(name).decode() if genuine else None  # what we signed, we wrote
 
     def form_token(self, person: str) -> str:
         """What forms on a person's pages carry."""
         return self._mac("form", person)
 
     def _signed(self, person: str) -> str:
-        return f"{person.encode().hex()}.{self._mac('session', person)}"
+        name = person.encode().hex()
+        return f"{name}.{self._mac('session', name)}"
 
-    def _mac(self, purpose: str, person: str) -> str:
-        return hmac.new(self._secret, f"{purpose}\0{person}".encode(), hashlib.sha256).hexdigest()
-
-
-def _is_hex(text: str) -> bool:
-    return len(text) % 2 == 0 and text != "" and all(c in "0123456789abcdef" for c in text)
+    def _mac(self, purpose: str, text: str) -> str:
+        content = f"{purpose}\0{text}".encode("utf-8", "surrogateescape")
+        return hmac.new(self._secret, content, hashlib.sha256).hexdigest()
 
 
 class Guard:
@@ -149,16 +152,11 @@ class Guard:
         host = headers.get("host", "")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if name.lower() not in self.gate.hosts:
-            raise _Refused(
-                421, f"This studio is not served under the name {host[:80]!r}. Open it by the link it printed."
-            )
+            raise _Refused(421, f"This studio is not served under the name {host[:80]!r}. Open it by the link that it "
+                                "printed; if the name is right, start it with --name.")  # fmt: skip
 
     def _person(self, scope: Scope, headers: dict[str, str]) -> str:
-        try:
-            morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            morsel = None
-        person = self.gate.person(morsel.value) if morsel else None
+        person = self.gate.person(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""))
         if person is None and scope["path"] not in self.open_paths:
             raise _Refused(401, "Open the studio by the link that it printed when it was started: it signs you in.")
         return person or ""
@@ -169,8 +167,8 @@ class Guard:
             raise _Refused(403, "This came from a page that is not the studio's. Nothing was changed.")
 
     def _check_form_token(self, headers: dict[str, str], body: bytes, person: str) -> None:
-        given = headers.get("x-form-token", "")
-        if not given and headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
+        given = ""
+        if headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
             given = parse_qs(body.decode("utf-8", "replace")).get(FORM_TOKEN, [""])[0]
         if not hmac.compare_digest(given.encode(), self.gate.form_token(person).encode()):
             raise _Refused(403, "This form is not one that the studio gave you, or the studio was restarted since. "

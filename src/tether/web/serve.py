@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -29,7 +30,13 @@ def main(
         may see every page.
     names: that browsers may call this machine by too.
     """
-    import uvicorn
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is loaded: no request leaves this machine
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ConfigError(
+            f"{error.name} is not installed, so the studio has no server: pip install 'tether[studio]'."
+        ) from error
 
     from tether.web.app import create_app
     from tether.web.studio import Studio
@@ -42,8 +49,10 @@ def main(
         )
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a directory: there would be no runs to show. Name the folder they are in.")
-    owner = getpass.getuser()
-    gate = Gate(_LOOPBACK | {"[::1]", host, *(names or [])}, set(owners or []) if known else {owner}, users=known)
+    _check_people(set(known.values()) if users else None, owners or [], people or [])
+    owner = _whoever_this_is()
+    called = {name.lower() for name in (*_LOOPBACK, host, *(names or []))}
+    gate = Gate(called | {f"[{name}]" for name in called if ":" in name}, set(owners or []) or {owner}, users=known)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -64,6 +73,29 @@ def main(
         app = create_app(Studio(Runs(folder), store, gate))
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _whoever_this_is() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return "owner"
+
+
+def _check_people(users: set[str] | None, owners: list[str], people: list[str]) -> None:
+    """ConfigError for names that would go nowhere."""
+    if users is None and owners:
+        raise ConfigError(f"--owner {owners[0]} without --users: whoever starts the studio is its owner. Leave it out.")
+    if users is not None and people:
+        raise ConfigError(f"--person {people[0]} beside --users: nobody gets a link then. Add {people[0]} to the file.")
+    unknown = [name for name in owners if name not in (users or ())]
+    if unknown:
+        raise ConfigError(f"--owner {unknown[0]} is not in the file of --users: nobody could be that owner. Add them.")
+    for name in people:
+        if name != name.strip() or not name.isprintable() or not 0 < len(name) <= 100:
+            raise ConfigError(
+                f"--person {name!r} is no name: give 1 to 100 printable characters, no space around them."
+            )
 
 
 def read_users(file: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -92,3 +93,8 @@ def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
     if value is None:
         return "–"
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def is_count(text: str) -> bool:
+    """Whether a browser's text is a number from 0 on that a file of ours could hold: str.isdigit() takes ² too."""
+    return re.fullmatch(r"[0-9]{1,15}", text) is not None

@@ -6,18 +6,20 @@ a reward function is a program, and a page does not run programs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
 
 from tether.config import ModelConfig, PPOConfig, PromptsConfig, RewardSourceConfig
-from tether.errors import DataError, RunError, TetherError
+from tether.errors import DataError, RunError, TetherError, first_line
 from tether.report.text import visible
 from tether.runs import Run
 from tether.web.studio import Studio
@@ -25,7 +27,9 @@ from tether.web.tokens import safe_json
 
 _LONGEST_PROMPT = 20_000  # characters
 _MOST_TOKENS = 512
-_busy = Lock()  # one answer at a time: the machine is a person's own
+_MOST_RUNS = 100  # to choose from
+Seed = Annotated[int, Query(ge=0, lt=2**31)]
+_busy = threading.Lock()  # one answer at a time: the machine is a person's own
 
 
 def routes(studio: Studio) -> APIRouter:
@@ -33,35 +37,63 @@ def routes(studio: Studio) -> APIRouter:
     router = APIRouter()
 
     @router.get("/try")
-    def page(request: Request, run: str = "", prompt: str = "", seed: int = 0) -> HTMLResponse:
+    def page(request: Request, run: str = "", prompt: str = "", seed: Seed = 0) -> HTMLResponse:
         choices = [(i, studio.runs.name(found)) for i, found in _finished(studio)]
         answers: dict[str, Any] = {}
         if run and prompt:  # without scripts; the page's own asks for /try/stream
-            for said in write(studio.runs.open(run), prompt, seed):
-                answers[said["side"]] = said
+            for said in write(studio.runs.open(run), prompt.replace("\r\n", "\n"), seed):
+                answers[said["side"]] = answers.get(said["side"], {}) | {k: v for k, v in said.items() if v is not None}
         return studio.page(request, "try.html.j2", choices=choices, run=run, prompt=prompt, seed=seed, answers=answers)
 
     @router.get("/try/stream")
-    def stream(run: str, prompt: str, seed: int = 0) -> StreamingResponse:
-        found = studio.runs.open(run)
-        return StreamingResponse(_events(found, prompt, seed), media_type="text/event-stream")
+    async def stream(run: str, prompt: str, seed: Seed = 0) -> StreamingResponse:
+        found = await asyncio.to_thread(studio.runs.open, run)
+        return StreamingResponse(_events(found, prompt.replace("\r\n", "\n"), seed), media_type="text/event-stream")
 
     return router
 
 
 def _finished(studio: Studio) -> list[tuple[str, Run]]:
-    """Runs of PPO with a final model, by path."""
-    found = ((i, studio.runs.open(i)) for i in studio.runs.all())
-    return [(i, run) for i, run in found if (run.final / "config.json").exists() and run.status["kind"] == "ppo"][:100]
+    """Runs of PPO with a final model, by path; a damaged one is passed over."""
+    found = []
+    for run_id in studio.runs.all():
+        with contextlib.suppress(RunError):
+            run = studio.runs.open(run_id)
+            if (run.final / "config.json").exists() and run.status["kind"] == "ppo":
+                found.append((run_id, run))
+    return found[:_MOST_RUNS]
 
 
-def _events(run: Run, prompt: str, seed: int) -> Iterator[str]:
+async def _events(run: Run, prompt: str, seed: int) -> AsyncIterator[str]:
+    """Server-sent events: what is written, as it is written.
+
+    One thread of its own writes from beginning to end: torch's modes belong to a thread. It ends when nobody listens.
+    """
+    loop, said = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+    left = threading.Event()
+
+    def answer() -> None:
+        def put(event: str | None) -> None:
+            loop.call_soon_threadsafe(said.put_nowait, event)
+
+        try:
+            for so_far in write(run, prompt, seed):
+                if left.is_set():
+                    return
+                put(f"data: {safe_json(so_far)}\n\n")
+        except Exception as error:  # out of memory, a model that does not run here: the page says which
+            text = str(error) if isinstance(error, TetherError) else f"{type(error).__name__}: {first_line(error)}"
+            put(f"event: refused\ndata: {safe_json(visible(text))}\n\n")
+        finally:
+            put(None)
+
+    threading.Thread(target=answer, name="try", daemon=True).start()
     try:
-        for said in write(run, prompt, seed):
-            yield f"data: {safe_json(said)}\n\n"
-    except TetherError as error:
-        yield f"event: refused\ndata: {safe_json(visible(error))}\n\n"
-    yield "event: done\ndata: {}\n\n"
+        while (event := await said.get()) is not None:
+            yield event
+        yield "event: done\ndata: {}\n\n"
+    finally:
+        left.set()
 
 
 def write(run: Run, prompt: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -69,15 +101,24 @@ def write(run: Run, prompt: str, seed: int) -> Iterator[dict[str, Any]]:
 
     side: before or after. text: all of it so far. value: the critic's estimate before that token; None before, which
     has no critic. score: once it is done, of the run's reward models; None if it has none. done.
+
+    To be run in one thread from beginning to end.
     """
     if len(prompt) > _LONGEST_PROMPT:
         raise DataError(f"the prompt has {len(prompt):,} characters, more than {_LONGEST_PROMPT:,}. Shorten it.")
     if not prompt:
         raise DataError("the prompt is empty: there is nothing to answer. Write one.")
-    with _busy:
-        models = _load(str(run.path), (run.final / "config.json").stat().st_mtime_ns)
+    final = run.final / "config.json"
+    if not final.exists():
+        raise RunError(f"{run.path.name} has no final model yet: there is nothing to compare. Choose a finished run.")
+    if not _busy.acquire(blocking=False):
+        raise RunError("another answer is being written: one at a time, since they share this machine. Ask again soon.")
+    try:
+        models = _load(str(run.path), final.stat().st_mtime_ns)
         for side in ("before", "after"):
             yield from models.write(side, prompt, seed)
+    finally:
+        _busy.release()
 
 
 @dataclass(frozen=True)
@@ -89,6 +130,7 @@ class Models:
     policy: Any  # Policy, the last one
     start: Any  # LanguageModel
     rewards: Any  # RewardSet, or None
+    cached: bool  # whether they decode through the slot cache
 
     def write(self, side: str, prompt: str, seed: int) -> Iterator[dict[str, Any]]:
         """See `write`."""
@@ -98,7 +140,6 @@ class Models:
         from tether.data.prompts import prompts_of
         from tether.data.table import Table
         from tether.loading import context_length
-        from tether.rollout import LocalSampler
         from tether.rollout.draw import draw
         from tether.rollout.local import Recompute
         from tether.rollout.slots import SlotCache
@@ -113,7 +154,7 @@ class Models:
         (encoded,) = prompts_of(table, anywhere, tokenizer, max_new_tokens=limit, context=context)
         model = self.policy.model if side == "after" else self.start
         stops = stop_token_ids(tokenizer, model.plain.generation_config, sampling.stop_token_ids)
-        kind = SlotCache if LocalSampler(model).cached else Recompute
+        kind = SlotCache if self.cached else Recompute
         chance = torch.from_numpy(uniforms(seed, GENERATE, 0, 0, limit))
         ids: list[int] = []
         text = ""
@@ -140,19 +181,20 @@ class Models:
     def _value(self, hidden: Any, prompt: tuple[int, ...], ids: list[int]) -> float | None:
         """V before the next token: off the policy's own hidden state, or by a critic of its own, off the whole text."""
         from tether.batch import Rows
+        from tether.model import read_values
 
         policy = self.policy
         if policy.critic is not None:
             return float(policy.critic(Rows.of([prompt], [[*ids, 0]]).to(policy.model.device))[-1])
-        head = policy.value_head
-        return None if policy.model.full else float(head(hidden.to(head.weight.dtype))[0])
+        return None if policy.model.full else float(read_values(policy.value_head, hidden)[0])
 
 
 @lru_cache(maxsize=2)
 def _load(path: str, stamp: int) -> Models:
-    from tether.loading import resolve_device
-    from tether.model import build_policy
+    from tether.loading import load_causal_lm, resolve_device
+    from tether.model import LanguageModel, build_policy
     from tether.rewards import build_reward
+    from tether.rollout import LocalSampler
     from tether.tokens import load_tokenizer, stop_token_ids
 
     run = Run(path)
@@ -160,26 +202,32 @@ def _load(path: str, stamp: int) -> Models:
     if not isinstance(config, PPOConfig):
         raise RunError(f"{path} is not a run of tether ppo: it has no critic. Choose one that is.")
     home = Path(run.environment.get("directory") or Path.cwd())
-    start = _placed(config.model.reference or config.model.policy, home)
+    start = _placed(config.model.policy, home)
     critic = run.final / "critic"
     separate = (critic / "config.json").exists()
     device = resolve_device("auto")
-    policy, reference, _ = build_policy(
+    where: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    policy, _, _ = build_policy(
         ModelConfig(
-            policy=str(run.final), reference=start, critic=str(critic) if separate else "shared",
+            policy=str(run.final), critic=str(critic) if separate else "shared",
             dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code,
         ),
         device=device, seed=0,
     )  # fmt: skip
     if not separate and critic.exists():
         policy.load_critic(critic)
+    dtype = policy.model.dtype
+    before = LanguageModel(
+        load_causal_lm(start, dtype=dtype, device=device, **where).eval().requires_grad_(False), dtype
+    )
+    before.check_head()
     tokenizer = load_tokenizer(str(run.final), trust_remote_code=config.model.trust_remote_code)
     stops = stop_token_ids(tokenizer, policy.model.plain.generation_config, config.sampling.stop_token_ids)
     sources: list[RewardSourceConfig] = [
         replace(s, model=_placed(s.model, home)) for s in config.reward if s.model is not None
     ]
     rewards = build_reward(sources, config.reward_shaping, tokenizer, stops, device) if sources else None
-    return Models(config, tokenizer, policy.eval().requires_grad_(False), reference.frozen, rewards)
+    return Models(config, tokenizer, policy.eval().requires_grad_(False), before, rewards, LocalSampler(before).cached)
 
 
 def _placed(path: str, home: Path) -> str:

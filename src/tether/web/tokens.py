@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse
 from markupsafe import Markup
 
+from tether.config import PPOConfig
 from tether.errors import RunError
 from tether.report.held_out import prompt_text
 from tether.report.signals import SIGNALS, Row, Scale, knobs_of, surprise, tokens_of, value_curve
@@ -37,6 +38,10 @@ SORTS = {
 def routes(studio: Studio) -> APIRouter:
     """The pages."""
     router = APIRouter()
+
+    @router.get("/runs/{run_id}/rollouts")
+    def to_cycle(run_id: str, cycle: int) -> RedirectResponse:
+        return RedirectResponse(f"/runs/{studio.runs.checked(run_id)}/rollouts/{cycle}")
 
     @router.get("/runs/{run_id}/{folder}/{cycle}")
     def cycle_page(
@@ -73,10 +78,12 @@ def routes(studio: Studio) -> APIRouter:
         if not 0 <= number < len(content.rows):
             raise RunError(f"cycle {cycle} has {len(content.rows)} responses: there is no number {number}.")
         row = content.rows[number]
-        knobs = knobs_of(run, cycle)
+        config = run.config
+        if not isinstance(config, PPOConfig):
+            raise RunError(f"{studio.runs.name(run)} is not a run of tether ppo: no critic looked at its answers.")
         signal = signal if signal in SIGNALS else "value"
         steps = {key: [content.scale(key).step(v) for v in s.of(row)[:_MOST_SHOWN]] for key, s in SIGNALS.items()}
-        tokens = tokens_of(row, steps[signal], knobs)
+        tokens = tokens_of(row, steps[signal], knobs_of(config, row))
         data = {
             "steps": steps,
             "lines": [t["lines"] for t in tokens],
@@ -120,9 +127,11 @@ class Content:
 
 
 def read(run: Run, folder: Folder, cycle: int) -> Content:
-    """A cycle's responses; kept in memory while the file is the same."""
-    file = run.path / folder / f"cycle-{cycle:06d}.parquet"
-    stamp = file.stat().st_mtime_ns if file.exists() else 0
+    """A cycle's responses; kept in memory while the file is the same. RunError where the cycle was not written."""
+    there = run.rollout_cycles if folder == "rollouts" else run.evaluation_cycles
+    if cycle not in there:
+        raise RunError(f"cycle {str(cycle)[:20]} is not among the {folder} that were written ({len(there)} are).")
+    stamp = (run.path / folder / f"cycle-{cycle:06d}.parquet").stat().st_mtime_ns
     return _read(str(run.path), folder, cycle, stamp)
 
 
@@ -138,26 +147,22 @@ def _read(path: str, folder: Folder, cycle: int, stamp: int) -> Content:
 
 def _strip(run: Run, folder: Folder, row: Row) -> list[dict[str, Any]]:
     """The same prompt at other cycles, evenly over at most `_STRIP` of them: so one sees it learn."""
-    cycles = _cycles_with(run, folder, row["prompt"])
-    every = max(1, -(-len(cycles) // _STRIP))
-    found = []
-    for cycle in sorted({*cycles[::every], *cycles[-1:]}):
-        same = [r for r in read(run, folder, cycle).rows if r["prompt"] == row["prompt"]]
-        scores = [r["score"] for r in same if r["score"] is not None]
-        found.append({"cycle": cycle, "row": same[0], "mean": sum(scores) / len(scores) if scores else None})
-    return found
-
-
-def _cycles_with(run: Run, folder: Folder, prompt: str) -> list[int]:
-    """Cycles, of up to `_MOST_SEARCHED`, in which a prompt was answered: evaluations ask the same ones every time."""
-    if folder == "evaluations":
-        return run.evaluation_cycles
     from pyarrow.parquet import read_table
 
-    cycles = run.rollout_cycles
-    every = max(1, -(-len(cycles) // _MOST_SEARCHED))
-    files = {c: run.path / folder / f"cycle-{c:06d}.parquet" for c in cycles[::every]}
-    return [c for c, file in files.items() if prompt in read_table(file, columns=["prompt"])["prompt"].to_pylist()]
+    cycles = run.evaluation_cycles if folder == "evaluations" else run.rollout_cycles
+    every = max(1, -(-len(cycles) // (_STRIP if folder == "evaluations" else _MOST_SEARCHED)))
+    found = []
+    for cycle in sorted({*cycles[::every], *cycles[-1:]}):
+        file = run.path / folder / f"cycle-{cycle:06d}.parquet"
+        prompts = read_table(file, columns=["prompt"])["prompt"].to_pylist()
+        numbers = [i for i, prompt in enumerate(prompts) if prompt == row["prompt"]]
+        if numbers:  # which prompts are asked may change when a run is continued
+            asked = read_table(file, columns=["completion", "score"]).take(numbers).to_pylist()
+            scores = [answer["score"] for answer in asked if answer["score"] is not None]
+            mean = sum(scores) / len(scores) if scores else None
+            found.append({"cycle": cycle, "number": numbers[0], "completion": asked[0]["completion"], "mean": mean})
+    thin = max(1, -(-len(found) // _STRIP))
+    return [at for i, at in enumerate(found) if i % thin == 0 or at is found[-1]]
 
 
 def _or_zero(value: float | None) -> float:

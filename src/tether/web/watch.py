@@ -7,13 +7,13 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from markupsafe import Markup
 
-from tether.diagnose.alarms import alarms, state
+from tether.diagnose.alarms import PATIENCE_S, alarms, patience_s, state
 from tether.diagnose.diagnosis import reward_report
 from tether.errors import RunError
 from tether.report.curves import curves
@@ -21,13 +21,14 @@ from tether.runs import Run
 from tether.runs.resume import changes
 from tether.runs.tail import lines_since, sample_lines
 from tether.web.found import Found
-from tether.web.studio import Studio
+from tether.web.studio import Studio, is_count
 
 _A_PAGE = 50  # runs
 _POINTS = 1000  # of a curve
 _LINES = 3000  # that the alarms are judged by: all of them, but of the longest runs
 _MOST_OVERLAID = 6
 _LOOK_EVERY_S = 1.0
+Cursor = Annotated[int, Query(ge=0, lt=2**62)]  # bytes of metrics.jsonl
 
 
 def routes(studio: Studio) -> APIRouter:
@@ -42,7 +43,7 @@ def routes(studio: Studio) -> APIRouter:
         shown = [_row(studio, i) for i in ids[(page - 1) * _A_PAGE : page * _A_PAGE]]
         return studio.page(
             request, "runs.html.j2", runs=shown, count=len(ids), page=page, pages=pages, find=find,
-            root=str(studio.runs.root), spark=spark,
+            root=studio.runs.given, spark=spark,
         )  # fmt: skip
 
     @router.get("/runs/differences")
@@ -61,7 +62,7 @@ def routes(studio: Studio) -> APIRouter:
         now = datetime.now(UTC)
         return studio.page(
             request, "run.html.j2", id=run_id, name=studio.runs.name(found), kind=status["kind"],
-            state=state(status, now), status=status, last=lines[-1] if lines else {},
+            state=state(status, now, patience_s=patience_s(lines)), status=status, last=lines[-1] if lines else {},
             alarms=alarms(status["kind"], found.config, lines, found.events, status, now=now,
                           reward_report=reward_report(found)),
             curves=[c for c, _ in curves(status["kind"], found.config, lines)],
@@ -75,15 +76,16 @@ def routes(studio: Studio) -> APIRouter:
         lines, cursor = sample_lines(found.path / "metrics.jsonl", _POINTS)
         overlaid = [studio.runs.open(i) for i in _with(request)]
         plots = _plots(found, lines)
+        own = {metric: len(plot["data"]) for metric, plot in plots.items()}
         for number, other in enumerate(overlaid, 1):
             _overlay(plots, _plots(other, sample_lines(other.path / "metrics.jsonl", _POINTS)[0]), number)
-        return JSONResponse({"plots": plots, "cursor": cursor, "rollouts": found.rollout_cycles})
+        return JSONResponse({"plots": plots, "cursor": cursor, "own": own})
 
     @router.get("/runs/{run_id}/live")
-    async def live(request: Request, run_id: str, cursor: int = 0) -> StreamingResponse:
+    async def live(request: Request, run_id: str, cursor: Cursor = 0) -> StreamingResponse:
         found = studio.runs.open(run_id)
         seen = request.headers.get("last-event-id", "")
-        start = int(seen) if seen.isdigit() else max(0, cursor)
+        start = int(seen) if is_count(seen) else cursor
         return StreamingResponse(_stream(request, found, start), media_type="text/event-stream")
 
     return router
@@ -95,17 +97,18 @@ def _with(request: Request) -> list[str]:
 
 async def _stream(request: Request, run: Run, cursor: int) -> AsyncIterator[str]:
     """Server-sent events: `lines` with the points that are new, `begin-again` where the run was cut back, `state`."""
-    said = ""
+    said, patience = "", PATIENCE_S
     while not await request.is_disconnected():
         found = await asyncio.to_thread(lines_since, run.path / "metrics.jsonl", cursor)
         if found is None:
             yield "event: begin-again\ndata: {}\n\n"
             return
         lines, cursor = found
+        patience = max(patience, patience_s(lines))
         if lines:
             content = {"plots": await asyncio.to_thread(_plots, run, lines), "last": lines[-1]}
             yield f"id: {cursor}\nevent: lines\ndata: {json.dumps(content)}\n\n"
-        now = state(run.status, datetime.now(UTC))
+        now = state(run.status, datetime.now(UTC), patience_s=patience)
         if now != said:
             said = now
             yield f"event: state\ndata: {json.dumps(now)}\n\n"

@@ -8,6 +8,11 @@ let sent = false;
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
+  if (event.key === "Enter" && event.target === reason) { // implicit submission would press the first button
+    event.preventDefault();
+    if (reason.value.trim()) buttons.get("s").click();
+    return;
+  }
   const typing = event.target.matches("input:not([type=radio]), textarea, select");
   if (event.key === "Escape" && typing) { event.target.blur(); return; }
   if (typing) return;
@@ -34,7 +39,6 @@ if (form) {
       return;
     }
     sent = true;
-    sessionStorage.removeItem(draft);
   });
   addEventListener("pageshow", () => { sent = false; });
 }

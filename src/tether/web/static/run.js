@@ -4,6 +4,7 @@ const { id, kind } = box.dataset;
 const overlaid = box.dataset.with ? box.dataset.with.split(",") : [];
 const figures = new Map([...box.querySelectorAll("figure")].map((f) => [f.dataset.metric, f.querySelector(".plot")]));
 let plots = {};
+let own = {}; // metric -> traces of this run
 
 function painted(value, style) {
   if (typeof value === "string") return value.startsWith("--") ? style.getPropertyValue(value).trim() : value;
@@ -20,7 +21,10 @@ function draw() {
     Plotly.react(place, data, layout, { displayModeBar: false, responsive: true });
     if (kind === "ppo" && !place.dataset.opens) {
       place.dataset.opens = "yes";
-      place.on("plotly_click", (event) => { location.href = `/runs/${id}/rollouts/${Math.round(event.points[0].x)}`; });
+      place.on("plotly_click", (event) => {
+        if (event.points[0].curveNumber >= own[metric]) return; // another run's line
+        location.href = `/runs/${id}/rollouts/${Math.round(event.points[0].x)}`;
+      });
     }
   }
 }
@@ -43,7 +47,8 @@ function say(line) {
   const where = line.cycle !== undefined ? `Cycle ${line.cycle}` : `Step ${line.step}`;
   const score = line["reward/score_mean"];
   const kl = line["kl/ref_mean"];
-  const more = score === undefined || score === null ? "" : `: score ${score.toFixed(3)}, KL ${kl.toFixed(2)} nats`;
+  const shown = [[score, "score", 3], [kl, "KL", 2]].filter(([v]) => typeof v === "number").map(([v, name, n]) => `${name} ${v.toFixed(n)}`);
+  const more = shown.length ? `: ${shown.join(", ")}` : "";
   document.getElementById("last").textContent = `${where}${more}.`;
 }
 
@@ -52,6 +57,7 @@ async function begin() {
   const answer = await fetch(`/runs/${id}/curves?${query}`);
   const content = await answer.json();
   plots = content.plots;
+  own = content.own;
   draw();
   const source = new EventSource(`/runs/${id}/live?cursor=${content.cursor}`);
   source.addEventListener("lines", (event) => {
