@@ -31,7 +31,7 @@ bench: $(READY)
 	bench/peers/setup.sh
 	$(BIN)/python bench/sampling.py --rounds 3
 	$(BIN)/python bench/cycle.py --rounds 3
-	$(if $(MODEL),$(BIN)/python bench/race.py --model $(MODEL),@echo "no race: say MODEL=DIR")
+	$(if $(MODEL),$(BIN)/python bench/race.py --model $(MODEL) --seeds 0 1 2,@echo "no race: say MODEL=DIR")
 
 # torch first, alone: pip then settles everything else around the build that it found
 $(READY): pyproject.toml constraints.txt

@@ -233,8 +233,9 @@ def test_no_page_is_wider_than_the_screen_and_everything_has_a_name(browser, stu
         ):
             page.goto(studio.url + path)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, path
-            nameless = """[...document.querySelectorAll('input:not([type=hidden]), select, textarea, button:not([hidden]), a')]
-                .filter(e => !(e.labels && e.labels.length) && !e.innerText.trim() && !e.ariaLabel).length"""
+            nameless = """[...document.querySelectorAll('input:not([type=hidden]), select, textarea, button, a')]
+                .filter(e => !e.hidden && !(e.labels && e.labels.length) && !e.innerText.trim() && !e.ariaLabel)
+                .length"""
             assert page.evaluate(nameless) == 0, path
 
 
