@@ -109,11 +109,14 @@ REWARD = [
 
 def curves(kind: str, config: Config, metrics: Metrics) -> list[tuple[Curve, Plot]]:
     """The curves of a run that has the numbers for them."""
-    wanted = {"ppo": PPO, "sft": SFT, "reward": REWARD}[kind]
-    if isinstance(config, PPOConfig):
-        wanted = _of_ppo(config, metrics)
     unit = "cycle" if kind == "ppo" else "step"
-    return [(c, _plot(c, unit, metrics)) for c in wanted if any(m.get(c.metric) is not None for m in metrics)]
+    return [(c, _plot(c, unit, metrics)) for c in shown(kind, config, metrics)]
+
+
+def shown(kind: str, config: Config, metrics: Metrics) -> list[Curve]:
+    """Which curves there are, without their plots."""
+    wanted = _of_ppo(config, metrics) if isinstance(config, PPOConfig) else {"sft": SFT, "reward": REWARD}[kind]
+    return [c for c in wanted if any(m.get(c.metric) is not None for m in metrics)]
 
 
 def _of_ppo(config: PPOConfig, metrics: Metrics) -> list[Curve]:

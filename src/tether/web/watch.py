@@ -16,7 +16,7 @@ from markupsafe import Markup
 from tether.diagnose.alarms import PATIENCE_S, alarms, patience_s, state
 from tether.diagnose.diagnosis import reward_report
 from tether.errors import RunError
-from tether.report.curves import curves
+from tether.report.curves import curves, shown
 from tether.runs import Run
 from tether.runs.resume import changes
 from tether.runs.tail import lines_since, sample_lines
@@ -24,8 +24,8 @@ from tether.web.found import Found
 from tether.web.studio import Studio, is_count
 
 _A_PAGE = 50  # runs
-_POINTS = 1000  # of a curve
-_LINES = 3000  # that the alarms are judged by: all of them, but of the longest runs
+_POINTS = 1000  # of a curve; the alarms, too, are judged by so many lines, all of a shorter run
+_RECENT = 200  # lines that say which curves there are
 _MOST_OVERLAID = 6
 _LOOK_EVERY_S = 1.0
 Cursor = Annotated[int, Query(ge=0, lt=2**62)]  # bytes of metrics.jsonl
@@ -58,14 +58,15 @@ def routes(studio: Studio) -> APIRouter:
     def run(request: Request, run_id: str) -> HTMLResponse:
         found = studio.runs.open(run_id)
         status = found.status
-        lines, _ = sample_lines(found.path / "metrics.jsonl", _LINES)
+        lines, _ = sample_lines(found.path / "metrics.jsonl", _POINTS)
+        config = found.config
         now = datetime.now(UTC)
         return studio.page(
             request, "run.html.j2", id=run_id, name=studio.runs.name(found), kind=status["kind"],
             state=state(status, now, patience_s=patience_s(lines)), status=status, last=lines[-1] if lines else {},
-            alarms=alarms(status["kind"], found.config, lines, found.events, status, now=now,
+            alarms=alarms(status["kind"], config, lines, found.events, status, now=now,
                           reward_report=reward_report(found)),
-            curves=[c for c, _ in curves(status["kind"], found.config, lines)],
+            curves=shown(status["kind"], config, lines[-_RECENT:]),
             cycles=found.rollout_cycles, evaluations=found.evaluation_cycles,
             others=[(i, studio.runs.name(studio.runs.open(i))) for i in _with(request) if i != run_id],
         )  # fmt: skip
