@@ -197,6 +197,12 @@ def test_other_machines_are_let_in_only_with_users(tmp_path):
         main(tmp_path, store=tmp_path / "p.db", host="0.0.0.0")
 
 
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_that_is_none_is_said(tmp_path, port):
+    with pytest.raises(ConfigError, match="is no port"):
+        main(tmp_path, store=tmp_path / "p.db", port=port)
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"Ada": "short"}', json.dumps({"Ada": "t" * 24, "Ben": "t" * 24})])
 def test_a_users_file_that_protects_nothing_is_refused(tmp_path, content):
     file = tmp_path / "users.json"

@@ -109,7 +109,8 @@ def render(run: Run) -> str:
     page = kinds[status["kind"]](run, config, metrics)
     figures = page.figures + [Figure(c.title, c.says, plot) for c, plot in curves(status["kind"], config, metrics)]
     here = Path(__file__).parent
-    scripts = [get_plotlyjs(), (here / "page.js").read_text(encoding="utf-8")]
+    ours = "".join((here / name).read_text(encoding="utf-8") for name in ("paint.js", "page.js"))
+    scripts = [get_plotlyjs(), ours]
     environment = jinja2.Environment(
         autoescape=True, loader=jinja2.FileSystemLoader(here), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else visible(value),

@@ -99,7 +99,10 @@ def _static_files() -> dict[str, tuple[bytes, str, str]]:
     """name -> (content, media type, etag): everything that a page may ask for, and nothing else."""
     from plotly.offline import get_plotlyjs
 
-    paths = [*sorted((_HERE / "static").iterdir()), _HERE.parent / "report" / "tokens.css"]
+    paths = [
+        *sorted((_HERE / "static").iterdir()),
+        *(_HERE.parent / "report" / name for name in ("tokens.css", "paint.js")),
+    ]
     files: dict[str, Callable[[], bytes]] = {path.name: path.read_bytes for path in paths}
     files["plotly.js"] = lambda: get_plotlyjs().encode()
     found = {}

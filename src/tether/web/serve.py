@@ -41,6 +41,10 @@ def main(
     from tether.web.app import create_app
     from tether.web.studio import Studio
 
+    if not 0 <= port < 2**16:
+        raise ConfigError(
+            f"--port {port} is no port: nothing could listen there. Give 1 to 65535, or 0 for a free one."
+        )
     known = read_users(users) if users else {}
     if host not in _LOOPBACK and not known:
         raise ConfigError(

@@ -84,15 +84,15 @@ def _templates() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         finalize=lambda value: value if isinstance(value, Markup) else visible(value),
     )  # fmt: skip
-    environment.filters |= {"number": number, "signed": lambda v: number(v, sign=True)}
+    environment.filters["number"] = number
     return environment
 
 
-def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """A number as people read it; – for none."""
     if value is None:
         return "–"
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def is_count(text: str) -> bool:

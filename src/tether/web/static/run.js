@@ -6,13 +6,6 @@ const figures = new Map([...box.querySelectorAll("figure")].map((f) => [f.datase
 let plots = {};
 let own = {}; // metric -> traces of this run
 
-function painted(value, style) {
-  if (typeof value === "string") return value.startsWith("--") ? style.getPropertyValue(value).trim() : value;
-  if (Array.isArray(value)) return value.map((item) => painted(item, style));
-  if (value === null || typeof value !== "object") return value;
-  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, painted(item, style)]));
-}
-
 function draw() {
   const style = getComputedStyle(document.documentElement);
   for (const [metric, place] of figures) {
