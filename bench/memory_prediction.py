@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -91,9 +90,10 @@ def prepare(name: str, work: Path) -> None:
 def train(name: str, work: Path) -> None:
     """The child: a run, and then the peak of this process in bytes."""
     import tether
+    from peers.peak import peak_mb
 
     tether.ppo(config(name, work), reward=lambda prompts, completions, completion_ids: [0.0] * len(prompts))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_mb() * 2**20)
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -58,10 +58,10 @@ def test_twenty_pairs_are_labelled_by_keyboard_alone_undone_and_exported(page, s
     assert judged(page) == 20
     assert len(list(store.labels())) == 20
     page.keyboard.press("u")
-    page.wait_for_selector("text=Taken back")
+    until(page, "document.body.innerText.includes('Taken back')")  # and the page listens to keys again
     assert judged(page) == 19
     page.keyboard.press("1")
-    page.wait_for_selector("text=Saved")
+    until(page, "document.body.innerText.includes('Saved')")
     page.goto(studio.url + "/agreement")
     with page.expect_download() as download:
         page.click("text=Preferences as JSONL")
