@@ -2,13 +2,14 @@
 
 python bench/studio.py --run RUN [--labels 1000000] [--runs 1000] [--cycles 100000]
 
-writes  20 clients label 2,000 items through the real HTTP pages: labels a minute, how many were lost or doubled
+writes  20 clients label 4,000 items through the real HTTP pages: labels a minute, how many were lost or doubled
 pages   milliseconds of each page (median of 9) with a million labels, 1,000 runs, and a run of 100,000 cycles
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import re
 import shutil
@@ -22,30 +23,56 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlencode
 
 import httpx
 
 from tether.preferences.records import Answer, Item
 from tether.preferences.store import Store
 
-CLIENTS, LABELS = 20, 2000
+CLIENTS, LABELS = 20, 4000
+
+
+class Person:
+    """A signed-in browser, as cheap as Python has one: it shares the machine with the server that is measured."""
+
+    def __init__(self, link: str) -> None:
+        host, _, path = link.removeprefix("http://").partition("/")
+        self._connection = http.client.HTTPConnection(host, timeout=60)
+        self._cookie = ""
+        self._cookie = self._ask("GET", f"/{path}").headers["set-cookie"].partition(";")[0]
+
+    def _ask(self, method: str, path: str, body: str | None = None) -> http.client.HTTPResponse:
+        headers = {"cookie": self._cookie}
+        if body is not None:
+            headers["content-type"] = "application/x-www-form-urlencoded"
+        self._connection.request(method, path, body, headers)
+        answer = self._connection.getresponse()
+        self.page = answer.read().decode()
+        if answer.status == 303:
+            return self._ask("GET", answer.headers["location"])
+        assert answer.status == 200, self.page
+        return answer
+
+    def get(self, path: str) -> str:
+        self._ask("GET", path)
+        return self.page
+
+    def post(self, path: str, data: dict[str, str]) -> str:
+        """The page that follows."""
+        self._ask("POST", path, urlencode(data))
+        return self.page
 
 
 @contextmanager
-def served(root: Path, store: Path, people: list[str]) -> Iterator[list[httpx.Client]]:
-    """A studio in a process of its own, and a signed-in client for its owner and each person."""
+def served(root: Path, store: Path, people: list[str]) -> Iterator[list[str]]:
+    """A studio in a process of its own; the links of its owner and of each person."""
     names = [word for person in people for word in ("--person", person)]
     command = [sys.executable, "-m", "tether.cli", "studio", str(root), "--store", str(store), "--port", "0", *names]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout
     try:
-        links = [re.search(r"http\S+", server.stdout.readline())[0] for _ in [*people, "owner"]]  # type: ignore[index]
-        clients = []
-        for link in links:
-            client = httpx.Client(base_url=link.split("/sign-in")[0], follow_redirects=True, timeout=60)
-            client.get(link)
-            clients.append(client)
-        yield clients
+        yield [re.search(r"http\S+", server.stdout.readline())[0] for _ in [*people, "owner"]]  # type: ignore[index]
     finally:
         server.terminate()
         server.wait()
@@ -61,14 +88,14 @@ def writes(folder: Path) -> None:
     people = [f"person{i}" for i in range(CLIENTS)]
     acknowledged: list[int] = []
 
-    def label(client: httpx.Client) -> None:
-        page = client.get("/label").text
+    def label(person: Person) -> None:
+        page = person.get("/label")
         while "item" in (data := fields(page)):
-            page = client.post("/label", data=data | {"choice": "a:2"}).text
+            page = person.post("/label", data | {"choice": "a:2"})
             acknowledged.append(int(data["item"]))
 
-    with served(folder, folder / "writes.db", people) as (_, *clients):
-        threads = [threading.Thread(target=label, args=(client,)) for client in clients]
+    with served(folder, folder / "writes.db", people) as (_, *links):
+        threads = [threading.Thread(target=label, args=(Person(link),)) for link in links]
         began = time.perf_counter()
         for thread in threads:
             thread.start()
@@ -97,7 +124,11 @@ def pages(folder: Path, labels: int, runs: int, cycles: int, seed_run: Path) -> 
     with (long / "metrics.jsonl").open("w") as file:
         for cycle in range(1, cycles + 1):
             file.write(json.dumps({**json.loads(lines[cycle % len(lines)]), "cycle": cycle}) + "\n")
-    with served(root, folder / "pages.db", []) as (client,):
+    with (
+        served(root, folder / "pages.db", []) as (link,),
+        httpx.Client(base_url=link.split("/sign-in")[0], timeout=60) as client,
+    ):
+        client.get(link)
         listed = client.get("/runs", params={"find": "long"}).text
         run = re.search(r'href="(/runs/\w{12})"', listed)[1]  # type: ignore[index]
         paths = ["/runs", "/runs?page=9", run, f"{run}/curves", f"{run}/rollouts/4", f"{run}/rollouts/4/0"]
@@ -126,11 +157,11 @@ def fill(path: Path, labels: int) -> None:
                 "INSERT INTO events (kind, annotator, item, key, at, choice, shown, seconds) "
                 "SELECT 'label', :person, id, 'k' || id, '2026-01-01T00:00:00.000Z', "
                 "CASE WHEN (id * 7919) % 5 < :person THEN 'a' ELSE 'b' END, '[0, 1]', 4.0 "
-                "FROM items WHERE id <= :count",
+                "FROM items WHERE position < :count",
                 {"person": person, "count": count},
             )
         c.execute("INSERT INTO standing SELECT id, item, annotator, 1 FROM events")
-        c.execute("UPDATE items SET needs = 0 WHERE id <= ?", (count,))
+        c.execute("UPDATE items SET needs = 0 WHERE position < ?", (count,))
         c.execute("UPDATE annotators SET labels = ?", (count,))
         c.execute("UPDATE totals SET remaining = remaining - ?", (labels,))
 

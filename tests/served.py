@@ -1,12 +1,12 @@
 """A studio served for real on loopback, and pages of a browser that may reach nothing else."""
 
-import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import httpx
 import uvicorn
@@ -15,6 +15,8 @@ from tether.web.app import create_app
 from tether.web.found import Runs
 from tether.web.security import Gate
 from tether.web.studio import Studio
+
+_tokens: WeakKeyDictionary[httpx.Client, str] = WeakKeyDictionary()
 
 
 @dataclass
@@ -33,13 +35,13 @@ class Served:
     def client(self, person: str = "Ada") -> httpx.Client:
         client = httpx.Client(base_url=self.url, follow_redirects=True, timeout=30)
         assert client.get(f"/sign-in?token={self.gate.link(person)}").status_code == 200
+        _tokens[client] = self.gate.form_token(person)
         return client
 
 
 def form_token(client: httpx.Client) -> str:
-    found = re.search(r'name="form-token" content="(\w+)"', client.get("/runs").text)
-    assert found
-    return found[1]
+    """What the forms on this client's pages carry."""
+    return _tokens[client]
 
 
 def serve(root: Path, store: Path, busy_s: float = 5.0, **gate) -> Iterator[Served]:

@@ -49,12 +49,13 @@ def test_the_stories_example_trains_from_the_command_line(stories260k, tmp_path)
 def test_the_loop_runs_from_samples_through_people_and_ppo_to_the_compare_page(stories260k, tmp_path):
     pytest.importorskip("vaderSentiment")
     done = subprocess.run(
-        [sys.executable, "loop/loop.py", str(stories260k), "--to", str(tmp_path), "--prompts", "12", "--cycles", "2"],
+        [sys.executable, "loop/loop.py", str(stories260k), "--to", str(tmp_path), "--prompts", "12", "--rounds", "2",
+         "--cycles", "2"],
         cwd=EXAMPLES, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    labels = re.search(r"(\d+) of \1 labels \(100%\) on 12 items", done.stdout)
+    labels = re.search(r"(\d+) of \1 labels \(100%\) on 24 items", done.stdout)
     assert labels
-    assert f"{int(labels[1]) * 15} pairs by 2 annotators" in done.stderr  # six answers in order are 15 pairs
+    assert f"{int(labels[1]) * 6} pairs by 2 annotators" in done.stderr  # four answers in order are 6 pairs
     assert "nothing found" in done.stdout
     assert "on the left" in done.stdout

@@ -2,8 +2,9 @@
 
     python examples/loop/loop.py MODEL [--to runs/loop] [--cycles 16]      # minutes on two cores
 
-1. MODEL, say stories260K, answers every prompt of examples/stories six times: that is the queue (`tether label`).
-2. `tether studio` serves it. Ada and Ben put each six answers in order, through the pages that people use. They follow
+1. MODEL, say stories260K, answers every prompt of examples/stories, four answers at a time: that is the queue
+   (`tether label`).
+2. `tether studio` serves it. Ada and Ben put each four answers in order, through the pages that people use. They follow
    VADER's lexicon (Hutto & Gilbert 2014), each with slips of their own, so that they agree no better than people do.
 3. `tether reward` fits a reward model to the store; `tether ppo` improves MODEL against it.
 4. `tether doctor` looks for what went wrong, and the studio's compare page shows before and after.
@@ -36,15 +37,17 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("runs/loop"))
     parser.add_argument("--cycles", type=int, default=16, help="of PPO")
     parser.add_argument("--prompts", type=int, help="only the first so many")
+    parser.add_argument("--rounds", type=int, default=4, help="how often each prompt is asked (%(default)s)")
     args = parser.parse_args()
     store, runs = args.to / "preferences.db", args.to / "runs"
     runs.mkdir(parents=True, exist_ok=True)
 
     print("1. the queue")
     limit = [] if args.prompts is None else ["--limit", str(args.prompts)]
-    tether(
-        "label", "--sample", args.model, "--prompts", PROMPTS, "--answers", 6, "--to", store, "--overlap", 0.3, *limit
-    )
+    for seed in range(args.rounds):
+        tether(
+            "label", "--sample", args.model, "--prompts", PROMPTS, "--answers", 4, "--seed", seed, "--to", store, *limit
+        )
 
     print("2. two people label it in the studio")
     with studio(runs, store, ["Ada", "Ben"]) as people:
@@ -72,7 +75,7 @@ def main() -> None:
     with studio(runs, store, []) as people:
         (owner,) = people.values()
         page = owner.get("/compare").text
-        options = re.findall(r'<option value="(\w+:\d+)"[^>]*>ppo, cycle \d+<', page)
+        options = re.findall(r'<option value="(\w+:evaluations:\d+)"[^>]*>ppo, cycle \d+<', page)
         compared = owner.get("/compare", params={"a": options[0], "b": options[-1]}).text
         sentence = re.search(r"Mean score over [^<]*", compared)
         print(html.unescape(sentence[0]) if sentence else "the compare page shows nothing")

@@ -33,11 +33,12 @@ class Found:
 
 
 def label(
-    *, to: str, source: Found | None = None, gold: str | None = None, overlap: float = 0.2, seed: int | None = None,
+    *, to: str, source: Found | None = None, gold: str | None = None, overlap: float = 0.2, seed: int = 0,
     guidelines: str | None = None, annotators: Sequence[str] = (), export: str | None = None, status: bool = False,
 ) -> list[str]:  # fmt: skip
     """Do what the command line asks for; returns what was done, a line each.
 
+    seed: of a new store; one that is there keeps its own.
     Everything is read before anything is written: a mistake in the third file leaves the store as it was.
     """
     check_fraction("overlap", overlap)
@@ -50,7 +51,7 @@ def label(
             "Give --from FILE, say; tether label --help lists the rest."
         )
     said = []
-    with Store(to, create=adds, seed=seed) as store:
+    with Store(to, create=adds, seed=None if Path(to).exists() else seed) as store:
         for found in (source, checked):
             if found is not None:
                 said.append(_added(found, store.add_items(found.items, overlap=overlap), to))
@@ -205,7 +206,7 @@ def items_of_run(path: str, *, cycle: int | None = None, answers: int = 2, seed:
 
 
 def items_of_model(
-    model: str, prompts: str, *, answers: int = 2, limit: int | None = None, seed: int | None = 0, **sampling: Any
+    model: str, prompts: str, *, answers: int = 2, limit: int | None = None, seed: int = 0, **sampling: Any
 ) -> Found:
     """One item a prompt of a file, answered by the model; sampling: of `tether.generate`."""
     check_answers("--answers", answers)
@@ -214,12 +215,12 @@ def items_of_model(
     from tether.train.evaluate import generate  # takes seconds to load
 
     asked = [row["prompt"] for row in table.rows]
-    generations = generate(model, asked, samples=answers, seed=seed or 0, **sampling)
+    generations = generate(model, asked, samples=answers, seed=seed, **sampling)
     items = []
     for i, prompt in enumerate(asked):
         texts = [g.completion for g in generations[i * answers : (i + 1) * answers]]
         if len(set(texts)) == answers:
-            source = {"model": model, "seed": seed or 0, "prompt_index": i}
+            source = {"model": model, "seed": seed, "prompt_index": i}
             items.append(Item(prompt, _numbered(texts, source)))
     return Found(items, model, too_few=len(asked) - len(items))
 

@@ -166,6 +166,7 @@ BROKEN = {
     "truncation-runaway": {"response__truncated_fraction": late(0.98, 0.1)},
     "dead-critic": {"value__explained_variance": lambda x: -0.2 * x},
     "reward-saturation": {"reward__score_std": late(0.0, 1.0)},
+    "score-falling": {"reward__score_mean": lambda x: 3 * x if x < 0.5 else 3 - 3 * x},
     "second-opinion": {
         "reward__helpful_mean": lambda x: 4 * x * (1 - x), "reward__score_mean": lambda x: 5 * x,
         "reward__score_min": lambda x: 5 * x - 3, "reward__score_max": lambda x: 5 * x + 3,
@@ -183,7 +184,8 @@ def test_a_broken_curve_raises_its_alarm_and_no_other(rule, seed):
 
 
 @pytest.mark.parametrize(
-    "rule", [r for r in BROKEN if r not in ("runaway-kl", "length-runaway", "dead-critic", "second-opinion")]
+    "rule",
+    [r for r in BROKEN if r not in ("runaway-kl", "length-runaway", "dead-critic", "score-falling", "second-opinion")],
 )
 def test_first_and_last_cycle_are_those_in_which_it_held(rule):
     (alarm,) = found(healthy(**BROKEN[rule]))
@@ -251,6 +253,16 @@ def test_a_reward_that_is_constant_from_the_start_is_serious():
     assert (alarm.rule, alarm.severity) == ("reward-saturation", "serious")
 
 
+def test_a_falling_score_names_the_kl_penalty_where_the_kl_fell_too_and_small_losses_are_none():
+    hill = {"reward__score_mean": lambda x: 3 * x if x < 0.5 else 3 - 3 * x}
+    (alarm,) = found(healthy(**hill))
+    assert 70 <= alarm.first <= 110
+    assert "optim.lr" in alarm.knob
+    (back,) = found(healthy(**hill, kl__ref_mean=lambda x: 4 * x if x < 0.5 else 4 - 4 * x))
+    assert "ppo.kl.coef" in back.knob
+    assert found(healthy(reward__score_mean=lambda x: 2 * x if x < 0.9 else 1.8 - x / 9)) == []
+
+
 def test_the_held_out_score_is_a_second_opinion():
     rows = healthy()
     for row in rows:
@@ -266,7 +278,7 @@ def test_the_held_out_score_is_a_second_opinion():
 
 def test_one_source_that_falls_under_a_score_that_falls_too_is_no_second_opinion():
     down = {"reward__score_mean": lambda x: 1 - x, "reward__helpful_mean": lambda x: 1 - x}
-    assert found(healthy(**down)) == []
+    assert [alarm.rule for alarm in found(healthy(**down))] == ["score-falling"]
 
 
 def test_in_float32_the_stricter_bounds_hold():

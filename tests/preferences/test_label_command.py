@@ -1,6 +1,8 @@
 """`tether label` makes the queue from files, runs and models, and says what it did."""
 
+import contextlib
 import json
+import sqlite3
 
 import pytest
 
@@ -28,9 +30,8 @@ def write(tmp_path, monkeypatch):
 
 
 def stored(path="preferences.db"):
-    with Store(path, create=False) as store:
-        count = store.overview()
-        return [store.item(i) for i in range(1, count.items + count.gold + 1)]
+    with Store(path, create=False) as store, contextlib.closing(sqlite3.connect(path)) as c:
+        return [store.item(i) for (i,) in c.execute("SELECT id FROM items")]
 
 
 def test_every_form_of_a_row_becomes_an_item(write, capsys):
@@ -98,6 +99,8 @@ def test_a_model_answers_on_the_spot(write, tiny_model, capsys):
     assert {item.kind for item in first} == {"rank"}
     assert main(["label", *argv, "--to", "again.db"]) == 0
     assert stored("again.db") == first  # same seed, same answers
+    assert main(["label", *argv, "--seed", "1"]) == 0  # other answers, into the store that is there
+    assert len(stored()) == 4
 
 
 def test_the_rest_of_a_project_is_set_up_and_looked_at(write, tmp_path, capsys):

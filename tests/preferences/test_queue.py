@@ -1,6 +1,7 @@
 """Who is asked what: leases, overlap, order and sides, gold, repeats."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -70,6 +71,30 @@ def test_a_late_label_is_refused_where_somebody_took_the_item(store, clock):
         store.record("Ada", task.item, key="late", choice="a")
     store.record("Bo", task.item, key="k", choice="b")
     assert [label.annotator for label in store.labels()] == ["Bo"]
+
+
+def test_items_put_first_are_asked_before_those_that_wait_and_once(store):
+    store.add_items(pairs(200), overlap=0)
+    work(store, "Ada", 150)
+    added = store.add_items(pairs(3, 200), overlap=0, first=True)
+    store.add_items(pairs(3, 203), overlap=0)
+    held = work(store, "Ada", 1)  # leased before
+    assert {task.item for task in work(store, "Ada", 3)} | {task.item for task in held} >= set(added.ids)
+    work(store, "Ada")
+    assert store.overview().remaining == 0
+    assert len({label.item for label in store.labels()}) == len(list(store.labels())) == 206
+
+
+def test_an_items_number_does_not_tell_what_it_is_for(tmp_path):
+    store = Store(tmp_path / "p.db", gold_fraction=0.5, repeat_fraction=1.0)
+    golds = store.add_items([replace(item, gold=0) for item in pairs(30)]).ids
+    plain = store.add_items(pairs(60, 30), overlap=0).ids
+    store.add_annotator("Ada")
+    repeats = [task.item for task in work(store, "Ada") if store.item(task.item).repeat_of is not None]
+    assert len(repeats) > 20
+    for numbers in (golds, plain, repeats):  # each kind is spread over all the numbers there are
+        assert 0.3 < sum(numbers) / len(numbers) / 2**31 < 0.7
+        assert sorted(numbers) != list(numbers)
 
 
 def test_everybody_at_work_gives_every_item_exactly_the_labels_it_is_to_have(store):

@@ -13,6 +13,7 @@ from tether.cli import main
 from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig
 from tether.errors import ConfigError, DataError, ModelError
 from tether.report.text import visible
+from tether.runs import Compared
 from tether.train.evaluate import _summed_logprobs
 
 PROMPTS = ["Hello", "The sun", "A dog and"]
@@ -279,6 +280,29 @@ def test_the_table_and_the_file_say_the_same(models, prompts, tmp_path):
         assert tuple(row["score"]) == result.score
         assert f"{result.score.mean:.3f}" in found.table()
     assert str(found) == found.table()
+
+
+def test_the_answers_are_kept_beside_the_results_and_give_the_same_means(models, prompts, tmp_path):
+    found = tether.evaluate(config(models, prompts, run=str(tmp_path / "out")), reward=length)
+    there = Compared(tmp_path / "out")
+    assert there.models == [str(m) for m in models]
+    for index, result in enumerate(found.results):
+        rows = there.answers(index).to_pylist()
+        assert [row["prompt"] for row in rows] == [p for p in PROMPTS for _ in range(2)]
+        assert [row["response_index"] for row in rows] == [0, 1] * len(PROMPTS)
+        assert [row["score"] for row in rows] == [row["length"] for row in rows]
+        assert sum(row["score"] for row in rows) / len(rows) == pytest.approx(result.score.mean)
+        assert sum(row["kl"] for row in rows) / len(rows) == pytest.approx(result.kl.mean)
+    with pytest.raises(tether.RunError, match=r"model-02.parquet does not exist"):
+        there.answers(2)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"results": [3]}', '{"results": 3}', "{}"])
+def test_a_damaged_evaluation_says_so(content, tmp_path):
+    if content is not None:
+        (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(tether.RunError, match=r"evaluation.json cannot be read .* Run tether evaluate again"):
+        _ = Compared(tmp_path).models
 
 
 def test_a_place_that_cannot_be_written_is_named(models, prompts, tmp_path):

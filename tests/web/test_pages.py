@@ -9,14 +9,17 @@ from random import Random
 
 import pytest
 
+import tether
 from served import form_token, serve
+from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig
 from tether.preferences.records import Answer, Item
 from tether.preferences.store import Store
 from tether.report.signals import SIGNALS, STEPS, Knobs, Scale, arithmetic, knobs_of
 from tether.report.text import visible
-from tether.runs import Run
+from tether.runs import Compared, Run
 from tether.runs.files import write_table
 from tether.runs.tail import lines_since, sample_lines
+from tiny_ppo import id_score
 
 HOSTILE = [
     "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "' \" ` & &amp;", "abc\u202egpj.exe\u2066",
@@ -175,7 +178,7 @@ def test_hostile_text_is_shown_as_text_on_every_page(trained, tmp_path):
         client = served.client()
         i = ids(client)["first"]
         paths = [f"/runs/{i}/rollouts/4", f"/runs/{i}/rollouts/4/0", f"/runs/{i}/rollouts/4/1", "/label",
-                 f"/compare?a={i}:0&b={i}:4", f"/runs/{i}/evaluations/4/0"]  # fmt: skip
+                 f"/compare?a={i}:evaluations:0&b={i}:evaluations:4", f"/runs/{i}/evaluations/4/0"]  # fmt: skip
         for path in paths:
             text = client.get(path).text
             assert "<script>alert" not in text, path
@@ -267,19 +270,61 @@ def test_a_pair_of_the_pages_comes_into_the_queue(studio):
     run = ids(client)["first"]
     data = {"form_token": form_token(client), "a": f"{run}:evaluations:0:0", "b": f"{run}:evaluations:4:0"}
     assert "Queued" in client.post("/queue", data=data).text
-    item = Store(studio.store).item(1)
+    store = Store(studio.store)
+    item = store.item(store.next_task("Ada").item)
     assert [answer.source["cycle"] for answer in item.answers] == [0, 4]
 
 
-@pytest.mark.parametrize(
-    "data", [{"item": "x", "choice": "a:1"}, {"item": "1", "choice": "c"}, {"item": "1", "choice": "skip"}, {}]
-)
+def test_what_is_queued_from_a_page_is_asked_before_all_that_waits(studio):
+    store = Store(studio.store)
+    store.add_items([Item(f"q{i}", (Answer("x"), Answer("y"))) for i in range(100)], overlap=0)
+    client = studio.client()
+    run = ids(client)["first"]
+    for row in (0, 2):
+        data = {"form_token": form_token(client), "a": f"{run}:evaluations:0:{row}", "b": f"{run}:evaluations:4:{row}"}
+        assert "Queued" in client.post("/queue", data=data).text
+    for person in ("Ada", "Ben"):
+        store.add_annotator(person)
+        assert not store.next_task(person).prompt.startswith("q")
+
+
+def test_models_that_tether_evaluate_asked_are_compared_as_runs_are_and_a_pair_of_them_is_queued(
+    trained, tmp_path, tiny_model
+):
+    root = tmp_path / "runs"
+    root.mkdir()
+    models = [str(trained / "first" / "final"), str(tiny_model(seed=3))]
+    prompts, sampling = PromptsConfig(str(trained / "prompts.jsonl")), SamplingConfig(max_new_tokens=8)
+    tether.evaluate(
+        EvaluateConfig(models, prompts, run=str(root / "asked"), samples=2, sampling=sampling), reward=id_score
+    )
+    for studio in serve(root, tmp_path / "p.db"):
+        client = studio.client()
+        choices = dict(re.findall(r'<option value="(\w+:answers:\d+)">([^<]*)', client.get("/compare").text))
+        assert [name.rpartition(": ")[0] for name in choices.values()] == ["asked", "asked"]
+        a, b = choices
+        page = client.get("/compare", params={"a": a, "b": b}).text
+        left, right = (Compared(root / "asked").answers(i).to_pylist() for i in (0, 1))
+        means = [sum(row["score"] for row in rows) / len(rows) for rows in (left, right)]
+        assert f"{means[0]:.3f} on the left, {means[1]:.3f} on the right" in page
+        assert f"· {left[0]['kl']:.1f} nats".replace("-", "−") in page
+        differ = next(i for i, row in enumerate(left) if row["completion"] != right[i]["completion"])
+        data = {"form_token": form_token(client), "a": f"{a}:{differ}", "b": f"{b}:{differ}"}
+        assert "Queued" in client.post("/queue", data=data).text
+        store = Store(tmp_path / "p.db")
+        answers = store.item(store.next_task("Ada").item).answers
+        assert [answer.source["model"] for answer in answers] == models
+        for wrong in (f"{a}:99", f"{a}x:0", "a:answers:0:0", f"{a[:12]}:answers:7:0", f"{a[:12]}:final:0:0", "x"):
+            assert client.post("/queue", data=data | {"b": wrong}).status_code == 404, wrong
+
+
+@pytest.mark.parametrize("data", [{"item": "x", "choice": "a:1"}, {"choice": "c"}, {"choice": "skip"}, {}])
 def test_a_label_that_cannot_be_meant_says_so_and_saves_nothing(studio, data):
     store = Store(studio.store)
-    store.add_items([Item("q", (Answer("x"), Answer("y")))], overlap=0)
+    (item,) = store.add_items([Item("q", (Answer("x"), Answer("y")))], overlap=0).ids
     client = studio.client()
     client.get("/label")
-    answer = client.post("/label", data={"form_token": form_token(client), "key": "k"} | data)
+    answer = client.post("/label", data={"form_token": form_token(client), "item": str(item), "key": "k"} | data)
     assert answer.status_code in (400, 404)
     assert list(store.labels()) == []
 
@@ -287,10 +332,10 @@ def test_a_label_that_cannot_be_meant_says_so_and_saves_nothing(studio, data):
 @pytest.mark.parametrize("data", [{"item": "²"}, {"item": "9" * 5000}, {"choice": "a:²"}, {"seen": "²"}])
 def test_digits_that_are_no_numbers_are_refused_or_passed_over(studio, data):
     store = Store(studio.store)
-    store.add_items([Item("q", (Answer("x"), Answer("y")))], overlap=0)
+    (item,) = store.add_items([Item("q", (Answer("x"), Answer("y")))], overlap=0).ids
     client = studio.client()
     client.get("/label")
-    form = {"form_token": form_token(client), "item": "1", "key": "k", "choice": "a:1"} | data
+    form = {"form_token": form_token(client), "item": str(item), "key": "k", "choice": "a:1"} | data
     assert client.post("/label", data=form).status_code in (200, 400)
 
 

@@ -441,6 +441,29 @@ def reward_saturation(view: View) -> Iterator[Alarm]:
         )  # fmt: skip
 
 
+def score_falling(view: View) -> Iterator[Alarm]:
+    """The score went up and came down again, or only down: since its peak it has lost half of what the responses of a
+    cycle differ by (their standard deviation), and seven times its noise. Readings are medians over twentieths of the
+    run, so that a peak is not one lucky cycle."""
+    score, spread = view.curve("reward/score_mean").coarse(), view.curve("reward/score_std")
+    if len(score) < 8 or not len(spread):
+        return
+    smooth, peak = _smooth_and_peak(score)
+    then, fall = score.last[peak + 1], smooth[peak] - smooth[-1]
+    if then < score.last[-2] and fall > max(7 * score.noise, 0.5 * median(spread.levels), 1e-9):
+        kl = view.curve("kl/ref_mean")
+        held_back = len(kl) > 0 and _level_at(kl, score.last[-1]) < 0.5 * _level_at(kl, then)
+        yield Alarm(
+            "score-falling", "reward/score_mean", then, score.last[-1], "serious",
+            f"Since cycle {then} the score fell from {smooth[peak]:.3g} to {smooth[-1]:.3g}.",
+            "The KL penalty pulls the policy back: the KL has fallen to less than half as well." if held_back else
+            "Steps too long for what the advantages say: the policy, or the critic behind them, has gone astray.",
+            ("Lower ppo.kl.coef, or raise ppo.kl.target." if held_back else
+             "Lower optim.lr and ppo.epochs, or raise ppo.batch; see value/explained_variance.")
+            + f" The checkpoint nearest cycle {then} may be the better model.",
+        )  # fmt: skip
+
+
 def second_opinion(view: View) -> Iterator[Alarm]:
     """The score rises while another reading falls: a reward source of its own, or the score on held-out prompts. A gold
     score rises with the proxy, peaks and falls (Gao et al. 2022, 2210.10760). Asked for: since its peak the reading has
@@ -454,8 +477,7 @@ def second_opinion(view: View) -> Iterator[Alarm]:
         reading = (view.series.sparse(name) if held_out else view.curve(name)).coarse()
         if len(reading) < 8 or len(score) < 8:
             continue
-        smooth = [median(reading.levels[i : i + 3]) for i in range(len(reading) - 2)]
-        peak = max(range(len(smooth)), key=smooth.__getitem__)
+        smooth, peak = _smooth_and_peak(reading)
         fall, went = smooth[peak] - smooth[-1], max(smooth) - min(smooth)
         then, now = reading.last[peak + 1], reading.last[-2]  # the middles of the three
         scores = [median([_level_at(score, c) for c in reading.last[i : i + 3]]) for i in (peak, len(smooth) - 1)]
@@ -625,8 +647,8 @@ def recorded(view: View) -> Iterator[Alarm]:
 RULES: dict[str, tuple[Rule, ...]] = {
     "ppo": (
         not_finite, skipped_steps, first_ratio, sampler_gap, negative_kl, runaway_kl, entropy_collapse, long_steps,
-        clip_fraction, length_runaway, truncation_runaway, dead_critic, reward_saturation, second_opinion, stale,
-        recorded,
+        clip_fraction, length_runaway, truncation_runaway, dead_critic, reward_saturation, score_falling,
+        second_opinion, stale, recorded,
     ),
     "sft": (not_finite, skipped_steps, loss_rising, gradient_norm, stale, recorded),
     "reward": (
@@ -642,6 +664,12 @@ def _precision(config: Config) -> Precision:
     """The compute precision; auto may be either, and is read as the coarser one."""
     assert isinstance(config, PPOConfig)
     return "float32" if config.model.dtype == "float32" else "bfloat16"
+
+
+def _smooth_and_peak(curve: Curve) -> tuple[list[float], int]:
+    """Medians of three levels in a row, and which of them is the highest."""
+    smooth = [median(curve.levels[i : i + 3]) for i in range(len(curve) - 2)]
+    return smooth, max(range(len(smooth)), key=smooth.__getitem__)
 
 
 def _level_at(curve: Curve, cycle: int) -> float:

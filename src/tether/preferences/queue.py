@@ -9,6 +9,7 @@ within a block in an order of their own, so that what tires one person is fresh 
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,8 @@ from tether.preferences.schema import GOLD, MAIN, REPEAT, to_json
 BLOCK = 64  # neighbours in the queue whose order is each annotator's own
 REPEAT_AFTER = 10  # items judged in between, at least: less, and the person remembers
 REPEAT_SPREAD = 20  # up to so many more
+
+_IDS = 2**31  # items that one store may hold
 
 _CURSOR = {MAIN: "cursor", GOLD: "gold_cursor"}
 
@@ -69,8 +72,10 @@ def person_of(connection: sqlite3.Connection, name: str) -> sqlite3.Row:
 # ---------------------------------------------------------------- adding
 
 
-def add_items(connection: sqlite3.Connection, items: Iterable[Item], *, overlap: float, seed: int) -> Added:
-    """Queue what is not there yet, behind what is."""
+def add_items(
+    connection: sqlite3.Connection, items: Iterable[Item], *, overlap: float, seed: int, first: bool = False
+) -> Added:
+    """Queue what is not there yet, behind what is; `first`: before it."""
     order: list[str] = []
     new: dict[str, Item] = {}
     ids: dict[str, int] = {}
@@ -92,7 +97,8 @@ def add_items(connection: sqlite3.Connection, items: Iterable[Item], *, overlap:
         )
         if pool == MAIN:
             twice = _chosen(batch, overlap, seed)
-        ids |= _insert(connection, pool, [(mark, new[mark]) for mark in batch], twice)
+        start = _first_position(connection, pool, len(batch)) if first else _last_position(connection, pool)
+        ids |= _insert(connection, pool, [(mark, new[mark]) for mark in batch], twice, start=start, seed=seed)
     golds = sum(item.gold is not None for item in new.values())
     wanted = len(new) - golds + len(twice)
     connection.execute(
@@ -116,25 +122,48 @@ def _chosen(batch: Sequence[str], fraction: float, seed: int) -> set[str]:
     return set(sorted(batch, key=lambda mark: draw(seed, "twice", mark))[:count])
 
 
-def _insert(
-    connection: sqlite3.Connection, pool: int, batch: Sequence[tuple[str, Item]], twice: set[str]
-) -> dict[str, int]:
-    ids = {}
+def _last_position(connection: sqlite3.Connection, pool: int) -> int:
+    """Where the next item goes: behind everything, since positions count from 0, those put first from -1 down."""
     totals = connection.execute("SELECT items, gold FROM totals").fetchone()
-    start: int = totals["gold" if pool == GOLD else "items"]  # positions count from 0 without a gap
+    position: int = totals["gold" if pool == GOLD else "items"]
+    return position
+
+
+def _first_position(connection: sqlite3.Connection, pool: int, count: int) -> int:
+    """Where `count` items go before everything; everybody looks there next."""
+    (least,) = connection.execute("SELECT min(position) FROM items WHERE pool = ? AND needs > 0", (pool,)).fetchone()
+    position: int = min(least or 0, 0) - count
+    column = _CURSOR[pool]
+    connection.execute(f"UPDATE annotators SET {column} = min({column}, ?)", (position,))
+    return position
+
+
+def _new_id(connection: sqlite3.Connection, *about: object) -> int:
+    """A number that says nothing: counted ones would tell people which items are gold, and which are repeats."""
+    for attempt in itertools.count():
+        number = draw("id", *about, attempt) % _IDS
+        if connection.execute("SELECT 1 FROM items WHERE id = ?", (number,)).fetchone() is None:
+            return number
+    raise AssertionError
+
+
+def _insert(
+    connection: sqlite3.Connection, pool: int, batch: Sequence[tuple[str, Item]], twice: set[str],
+    *, start: int, seed: int,
+) -> dict[str, int]:  # fmt: skip
+    ids = {}
     for position, (mark, item) in enumerate(batch, start):
         target = None if pool == GOLD else 2 if mark in twice else 1
-        cursor = connection.execute(
-            "INSERT INTO items (pool, position, needs, target, kind, fingerprint, longer, gold, grp, source, prompt, "
-            "answers) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        ids[mark] = _new_id(connection, seed, mark)
+        connection.execute(
+            "INSERT INTO items (id, pool, position, needs, target, kind, fingerprint, longer, gold, grp, source, "
+            "prompt, answers) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                pool, position, target or 1, target, item.kind, mark, _longer(item), item.gold, item.group,
+                ids[mark], pool, position, target or 1, target, item.kind, mark, _longer(item), item.gold, item.group,
                 None if item.source is None else to_json(item.source), to_json(item.prompt),
                 to_json([{"text": a.text} | ({"source": a.source} if a.source else {}) for a in item.answers]),
             ),
         )  # fmt: skip
-        assert cursor.lastrowid is not None
-        ids[mark] = cursor.lastrowid
     return ids
 
 
@@ -206,7 +235,7 @@ def _choose(connection: sqlite3.Connection, person: sqlite3.Row, now: float, mix
         (person["id"], done),
     ).fetchone()
     if due is not None:
-        return due["shown_as"] or _make_repeat(connection, person["id"], due["item"])
+        return due["shown_as"] or _make_repeat(connection, person["id"], due["item"], mix.seed)
     if chance(mix.seed, "gold", person["name"], done) < mix.gold_fraction:
         item = _next_in(connection, GOLD, person, now, mix.seed)
         if item is not None:
@@ -247,16 +276,15 @@ def _next_in(connection: sqlite3.Connection, pool: int, person: sqlite3.Row, now
         at = rows[-1]["position"] + 1
 
 
-def _make_repeat(connection: sqlite3.Connection, person: int, item: int) -> int:
+def _make_repeat(connection: sqlite3.Connection, person: int, item: int, seed: int) -> int:
     """Copy an item that this annotator has judged, to be judged again."""
-    cursor = connection.execute(
-        "INSERT INTO items (pool, position, needs, target, kind, fingerprint, longer, repeat_of, grp, source, prompt, "
-        "answers) SELECT ?, 0, 1, 1, kind, fingerprint, longer, id, grp, source, prompt, answers FROM items "
+    copy = _new_id(connection, seed, "repeat", person, item)
+    connection.execute(
+        "INSERT INTO items (id, pool, position, needs, target, kind, fingerprint, longer, repeat_of, grp, source, "
+        "prompt, answers) SELECT ?, ?, 0, 1, 1, kind, fingerprint, longer, id, grp, source, prompt, answers FROM items "
         "WHERE id = ?",
-        (REPEAT, item),
+        (copy, REPEAT, item),
     )
-    copy = cursor.lastrowid
-    assert copy is not None
     connection.execute("UPDATE repeats SET shown_as = ? WHERE annotator = ? AND item = ?", (copy, person, item))
     return copy
 

@@ -73,7 +73,7 @@ def item(connection: sqlite3.Connection, number: int) -> StoredItem:
 
 def items(connection: sqlite3.Connection) -> Iterator[StoredItem]:
     """In the order in which they were added."""
-    return map(_item, connection.execute("SELECT * FROM items ORDER BY id"))
+    return map(_item, connection.execute("SELECT * FROM items ORDER BY pool, position, id"))
 
 
 def _item(row: sqlite3.Row) -> StoredItem:

@@ -1,7 +1,8 @@
 """The file behind the store: its tables, its connections, and what can go wrong with it.
 
 SQLite in WAL mode with synchronous=FULL: a commit is on the disk before it is acknowledged, so neither kill -9 nor a
-power failure takes back what somebody was told is saved. One writer at a time (BEGIN IMMEDIATE), any number of readers.
+power failure takes back what somebody was told is saved; leases alone do without the wait (NORMAL). One writer at a
+time (BEGIN IMMEDIATE), any number of readers.
 
 `events` is the truth, append-only by trigger. `standing`, `items.needs`, `repeats` and the counters follow from it, are
 written in the same transaction, and are there so that no page ever has to count a million rows.
@@ -35,8 +36,8 @@ CREATE TABLE annotators (
     at TEXT NOT NULL,
     labels INTEGER NOT NULL DEFAULT 0,       -- that stand
     skips INTEGER NOT NULL DEFAULT 0,
-    cursor INTEGER NOT NULL DEFAULT 0,       -- before this position nothing in the queue is left for them
-    gold_cursor INTEGER NOT NULL DEFAULT 0
+    cursor INTEGER NOT NULL DEFAULT (-1 << 62),  -- before this position nothing in the queue is left for them
+    gold_cursor INTEGER NOT NULL DEFAULT (-1 << 62)
 );
 CREATE TABLE items (
     id INTEGER PRIMARY KEY,
@@ -169,10 +170,15 @@ class Database:
             )
 
     @contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: all of it is on the disk when the block has ended, or none of it."""
+    def write(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """A transaction: all of it is on the disk when the block has ended, or none of it.
+
+        durable: False for what a power failure may take back, though never kill -9: its commit does not wait for the
+        disk, the next durable one takes it along.
+        """
         with self._saying_what_failed(), self._writer:
             connection = self._connection()
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -226,7 +232,6 @@ class Database:
             self.path, timeout=self._busy_s, isolation_level=None, check_same_thread=False, cached_statements=256
         )
         connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         return connection
 

@@ -104,14 +104,15 @@ class Store:
 
     # ------------------------------------------------------------ making the queue
 
-    def add_items(self, items: Iterable[Item], *, overlap: float = 0.2) -> Added:
+    def add_items(self, items: Iterable[Item], *, overlap: float = 0.2, first: bool = False) -> Added:
         """Queue items behind those that are there; what is there already, prompt and answers alike, stays one item.
 
+        first: before those that are there: whoever labels next is asked these.
         overlap: share of them that two people are to judge, drawn by the seed. Items with gold are asked everybody.
         """
         check_fraction("overlap", overlap)
         with self._database.write() as c:
-            return queue.add_items(c, items, overlap=overlap, seed=self.mix.seed)
+            return queue.add_items(c, items, overlap=overlap, seed=self.mix.seed, first=first)
 
     def add_annotator(self, name: str) -> bool:
         """Register somebody who labels; False if the name is there already."""
@@ -149,7 +150,7 @@ class Store:
         with self._database.read() as c:
             if task := queue.held_task(c, annotator, now, self.mix):
                 return task
-        with self._database.write() as c:
+        with self._database.write(durable=False) as c:  # who holds what may be forgotten: it is asked anew
             return queue.next_task(c, annotator, now, self.mix)
 
     def record(

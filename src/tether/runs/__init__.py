@@ -8,10 +8,12 @@ and writes. `Run` is everybody else's: it only reads, also while the run is stil
     status.json       running, finished, stopped, failed    evaluations/    likewise, on the fixed prompts
     events.jsonl      resumes, changes, alarms              checkpoints/    see tether.train.checkpoint
     lock              flock: one writer at a time           final/          the last policy, a Hugging Face directory
+
+What `tether evaluate` writes is read by `Compared`: evaluation.json, and answers/model-00.parquet of each model in it.
 """
 
 from tether.runs.directory import RunDirectory, began_with
 from tether.runs.files import SCHEMA, hash_files, sha256, to_plain
-from tether.runs.reader import Run
+from tether.runs.reader import Compared, Run
 
-__all__ = ["SCHEMA", "Run", "RunDirectory", "began_with", "hash_files", "sha256", "to_plain"]
+__all__ = ["SCHEMA", "Compared", "Run", "RunDirectory", "began_with", "hash_files", "sha256", "to_plain"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,3 +93,36 @@ class Run:
                 f"{file} does not exist: {folder} were written of these cycles: {there}. Ask for one of them."
             )
         return read_table(file)
+
+
+class Compared:
+    """What `tether evaluate` wrote: several models' answers to the same prompts."""
+
+    path: Path  # the directory
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def models(self) -> list[str]:
+        """Their directories or hub ids, the baseline first; RunError where evaluation.json is not what was written."""
+        file = self.path / "evaluation.json"
+        try:
+            return [str(result["model"]) for result in json.loads(file.read_text(encoding="utf-8"))["results"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{file} cannot be read ({type(error).__name__}): it is unclear which models these are. Run tether "
+                "evaluate again."
+            ) from error
+
+    def file(self, index: int) -> Path:
+        """Where the answers of `models[index]` are."""
+        return self.path / "answers" / f"model-{index:02d}.parquet"
+
+    def answers(self, index: int) -> pyarrow.Table:
+        """One response a row: prompt, completion, score, kl and more; kl is null where vocabularies differ."""
+        if not self.file(index).exists():
+            raise RunError(
+                f"{self.file(index)} does not exist: its answers cannot be shown. Run tether evaluate again."
+            )
+        return read_table(self.file(index))

@@ -24,7 +24,10 @@ from tether.math import Interval, bootstrap_mean
 from tether.model import LanguageModel
 from tether.rewards import build_reward
 from tether.rollout import LocalSampler
+from tether.runs import Compared
+from tether.runs.files import write_table
 from tether.tokens import check_vocabulary, completion_text, load_tokenizer, stop_token_ids
+from tether.train.record import response_columns
 
 _FORWARD_TOKENS = 8192  # padded tokens in one forward pass without gradient
 
@@ -144,7 +147,8 @@ class Evaluation:
 def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None) -> Evaluation:
     """Sample from every model, score the answers, and compare with the baseline.
 
-    reward: a reward function as one more source, as in `tether.ppo`. With config.run, evaluation.json is written there.
+    reward: a reward function as one more source, as in `tether.ppo`. With config.run, evaluation.json is written there,
+    and the answers themselves, which `tether studio` shows side by side.
     At most two models are in memory, the baseline and another, beside the reward sources.
     """
     check(config, reward_given=reward is not None)
@@ -155,6 +159,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
     prompts = _common({name: load_prompts(config.prompts, s.tokenizer, **s.room) for name, s in sources.items()})
     base = sources[baseline].load(device, config.dtype)
     results: list[Result] = []
+    answers: list[dict[str, list[Any]]] = []
     base_scores = torch.empty(0)
     for name, source in sources.items():
         model = base if name == baseline else source.load(device, config.dtype)
@@ -162,13 +167,16 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
         stop_ids = source.stop_ids(model)
         rewards = build_reward(config.reward, config.reward_shaping, source.tokenizer, stop_ids, device, reward)
         rewards.check(prompts[name])
-        scores = _by_prompt(rewards.score(found).scores, config.samples)
-        kl: Tensor | None = None
+        scored = rewards.score(found)
+        scores = _by_prompt(scored.scores, config.samples)
+        kl = ratios = None
         note: str | None = "its vocabulary is not the baseline's, so there is no KL between them"
         if source.tokenizer.get_vocab() == sources[baseline].tokenizer.get_vocab():
             asked = [p for p in prompts[baseline] for _ in range(config.samples)]
             ratios = _log_ratios(model, base, found, asked, config.sampling.temperature)
             kl, note = _by_prompt(ratios, config.samples), _truncation(config.sampling)
+        columns = response_columns(found, scored, source.tokenizer, stop_ids, responses_per_prompt=config.samples)
+        answers.append(columns | {"kl": [None] * len(found) if ratios is None else ratios.tolist()})
         if name == baseline:
             base_scores = scores
         wins = (scores > base_scores).double() + 0.5 * (scores == base_scores)
@@ -190,7 +198,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
         del model, rewards  # before the next ones are loaded
     evaluation = Evaluation(baseline, len(prompts[baseline]), config.samples, results)
     if config.run is not None:
-        _write(evaluation, config, Path(config.run))
+        _write(evaluation, answers, config, Path(config.run))
     return evaluation
 
 
@@ -243,9 +251,13 @@ def _common(prompts: dict[str, list[Prompt]]) -> dict[str, list[Prompt]]:
     return {name: [p for p in found if p.row in kept] for name, found in prompts.items()}
 
 
-def _write(evaluation: Evaluation, config: EvaluateConfig, directory: Path) -> None:
+def _write(
+    evaluation: Evaluation, answers: Sequence[dict[str, list[Any]]], config: EvaluateConfig, directory: Path
+) -> None:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "answers").mkdir(parents=True, exist_ok=True)
+        for index, columns in enumerate(answers):
+            write_table(Compared(directory).file(index), columns)
         content = {"schema": 1, **asdict(evaluation), "config": asdict(config)}
         (directory / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A cycle's responses as rows of a table: what rollouts/ and evaluations/ hold (run directory schema 1)."""
+"""Responses as rows of a table: what rollouts/ and evaluations/ hold (run directory schema 1), and answers/."""
 
 from __future__ import annotations
 
@@ -9,10 +9,28 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from tether.batch import Text
+from tether.batch import Completions, Text
 from tether.config import PPOSection
+from tether.rewards import ScoredBatch
 from tether.tokens import completion_text, fragments
 from tether.train.experience import Experience
+
+
+def response_columns(
+    completions: Completions, scored: ScoredBatch, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...],
+    *, responses_per_prompt: int,
+) -> dict[str, list[Any]]:  # fmt: skip
+    """Columns of B rows, one a response: what was asked, answered and scored, without a number for each token."""
+    return {
+        "prompt_index": [p.row for p in completions.prompts],
+        "response_index": [i % responses_per_prompt for i in range(len(completions))],
+        "prompt": [_as_text(p.source) for p in completions.prompts],
+        "completion": [completion_text(tokenizer, ids, stop_ids) for ids in completions.response_ids],
+        "finish_reason": completions.finish_reasons,
+        "length": completions.lengths,
+        "score": scored.scores.tolist(),
+        **{f"score/{name}": list(answers) for name, answers in scored.parts.items()},
+    }
 
 
 def table(
@@ -25,7 +43,7 @@ def table(
     nulls.
     """
     completions, rollout = experience.completions, experience.rollout
-    lengths, prompts = completions.lengths, completions.prompts
+    lengths = completions.lengths
 
     def ragged(values: Tensor) -> list[list[Any]]:
         return [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]
@@ -33,14 +51,9 @@ def table(
     next_values = pad(rollout.values[:, 1:], (0, 1))  # 0 after the last counted token: values are 0 outside the mask
     columns: dict[str, list[Any]] = {
         "cycle": [cycle] * len(completions),
-        "prompt_index": [p.row for p in prompts],
-        "response_index": [i % responses_per_prompt for i in range(len(completions))],
-        "prompt": [_as_text(p.source) for p in prompts],
-        "completion": [completion_text(tokenizer, ids, stop_ids) for ids in completions.response_ids],
-        "finish_reason": completions.finish_reasons,
-        "length": lengths,
-        "score": experience.scored.scores.tolist(),
-        **{f"score/{name}": list(answers) for name, answers in experience.scored.parts.items()},
+        **response_columns(
+            completions, experience.scored, tokenizer, stop_ids, responses_per_prompt=responses_per_prompt
+        ),
         "kl": (rollout.old_logprobs - rollout.ref_logprobs).sum(1).tolist(),
         "token_id": completions.response_ids,
         "text": [fragments(tokenizer, ids, stop_ids) for ids in completions.response_ids],

@@ -1,11 +1,11 @@
-"""The same prompts through two checkpoints or two runs, side by side; blind if wanted."""
+"""The same prompts through two checkpoints, runs or models, side by side; blind if wanted."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,34 +15,12 @@ from markupsafe import Markup, escape
 from tether.errors import RunError
 from tether.report.held_out import prompt_text
 from tether.report.text import visible
-from tether.runs import Run
-from tether.web.studio import Studio, is_count
-from tether.web.tokens import read
+from tether.web.answers import Answers, short
+from tether.web.studio import Studio
 
 _A_PAGE = 10  # prompts
 _MOST_RUNS = 200  # to choose from
 _LONGEST_MARKED = 600  # words: finding differences takes up to the product of the lengths
-
-
-@dataclass(frozen=True)
-class Side:
-    """One evaluation of one run.
-
-    key: RUN_ID:CYCLE, as pages name it.
-    """
-
-    key: str
-    name: str
-    run: Run
-    run_id: str
-    cycle: int
-
-    def answers(self) -> dict[str, list[dict[str, Any]]]:
-        """prompt -> its answers, in the order they were drawn."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for row in read(self.run, "evaluations", self.cycle).rows:
-            found.setdefault(row["prompt"], []).append(row)
-        return found
 
 
 def routes(studio: Studio) -> APIRouter:
@@ -55,8 +33,8 @@ def routes(studio: Studio) -> APIRouter:
         if not (a and b):
             return studio.page(request, "compare.html.j2", choices=choices, a=a, b=b, blind=blind, sides=(), pairs=[],
                                page=1, pages=1, count=0, means=())  # fmt: skip
-        sides = (side(studio, a), side(studio, b))
-        answers = [s.answers() for s in sides]
+        sides = (Answers.of(studio, a), Answers.of(studio, b))
+        answers = [side.by_prompt() for side in sides]
         common = [prompt for prompt in answers[0] if prompt in answers[1]]
         pages = max(1, -(-len(common) // _A_PAGE))
         page = min(max(page, 1), pages)
@@ -73,35 +51,27 @@ def routes(studio: Studio) -> APIRouter:
     return router
 
 
-def side(studio: Studio, key: str) -> Side:
-    """The evaluation that a key names."""
-    run_id, _, cycle = key.partition(":")
-    run = studio.runs.open(run_id)
-    there = run.evaluation_cycles
-    if not is_count(cycle) or int(cycle) not in there:
-        raise RunError(
-            f"{studio.runs.name(run)} was not evaluated at cycle {cycle[:20]!r}, only at "
-            f"{', '.join(map(str, there)) or 'none'}: choose one of these."
-        )
-    return Side(key, f"{studio.runs.name(run)}, cycle {cycle}", run, run_id, int(cycle))
-
-
 def coin(*about: str) -> bool:
     """A toss that is the same for the same prompt and sides: turning the page must not give the game away."""
     return hashlib.sha256("\0".join(about).encode("utf-8", "surrogatepass")).digest()[0] % 2 == 1
 
 
 def _choices(studio: Studio, *chosen: str) -> list[tuple[str, str]]:
-    """(key, name) of what may be chosen: the first and the last evaluation of each run, and some between."""
+    """(key, name) of what may be chosen: what `tether evaluate` asked, and some evaluations of each run."""
     found = []
-    named = [key.partition(":")[0] for key in chosen if key]
+    for evaluation_id in studio.runs.evaluations()[:_MOST_RUNS]:
+        with contextlib.suppress(RunError):  # damaged: there is nothing to choose
+            evaluation = studio.runs.evaluation(evaluation_id)
+            name = studio.runs.name(evaluation)
+            found += [(f"{evaluation_id}:answers:{i}", f"{name}: {short(m)}") for i, m in enumerate(evaluation.models)]
+    named = [key.partition(":")[0] for key in chosen if ":evaluations:" in key]
     for run_id in dict.fromkeys([*studio.runs.all()[:_MOST_RUNS], *named]):
         run = studio.runs.open(run_id)
         cycles = run.evaluation_cycles
-        every = max(1, -(-len(cycles) // 8))
-        asked = {int(c) for i, _, c in (key.partition(":") for key in chosen) if i == run_id and is_count(c)}
-        for cycle in sorted({*cycles[::every], *cycles[-1:], *(asked & set(cycles))}):
-            found.append((f"{run_id}:{cycle}", f"{studio.runs.name(run)}, cycle {cycle}"))
+        every = max(1, -(-len(cycles) // 8))  # the first, the last, and some between
+        asked = {c for c in cycles if f"{run_id}:evaluations:{c}" in chosen}
+        for cycle in sorted({*cycles[::every], *cycles[-1:], *asked}):
+            found.append((f"{run_id}:evaluations:{cycle}", f"{studio.runs.name(run)}, cycle {cycle}"))
     return found
 
 

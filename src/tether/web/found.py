@@ -1,4 +1,7 @@
-"""The runs below a folder. A page names a run by an id that we made; no path ever comes from a browser."""
+"""The runs below a folder, and the evaluations of `tether evaluate`.
+
+A page names either by an id that we made; no path ever comes from a browser.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from typing import Any
 
 from tether.diagnose.alarms import patience_s, state
 from tether.errors import RunError
-from tether.runs import Run
+from tether.runs import Compared, Run
 from tether.runs.tail import sample_lines
 
 _DEEPEST = 4  # folders below the root in which runs are looked for
-_INSIDE_A_RUN = {"checkpoints", "rollouts", "evaluations", "final", "tensorboard"}
+_INSIDE_A_RUN = {"checkpoints", "rollouts", "evaluations", "final", "tensorboard", "answers"}
 _LOOK_AGAIN_S = 2.0
 _SPARK = 40  # points of a small curve
 
@@ -40,7 +43,7 @@ class Found:
 
 
 class Runs:
-    """Every run below `root`, looked up again after a while.
+    """Every run below `root`, and every evaluation, looked up again after a while.
 
     Reading a run's row costs a few small reads; it is kept until the run's files change.
     """
@@ -49,16 +52,27 @@ class Runs:
         self.root, self.given = root.resolve(), str(root)  # as it is shown
         self._lock = threading.Lock()
         self._paths: dict[str, Path] = {}
+        self._evaluations: dict[str, Path] = {}
         self._looked = float("-inf")
         self._rows: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
 
     def all(self) -> list[str]:
-        """Ids, by path."""
+        """Ids of the runs, by path."""
+        self._look()
+        return list(self._paths)
+
+    def evaluations(self) -> list[str]:
+        """Ids of what `tether evaluate` wrote, by path."""
+        self._look()
+        return list(self._evaluations)
+
+    def _look(self) -> None:
         with self._lock:
             if time.monotonic() - self._looked > _LOOK_AGAIN_S:
-                self._paths = {_id(p, self.root): p for p in sorted(_runs_below(self.root, _DEEPEST))}
+                below = sorted(_below(self.root, _DEEPEST))
+                self._paths = {_id(p, self.root): p for p, is_run in below if is_run}
+                self._evaluations = {_id(p, self.root): p for p, is_run in below if not is_run}
                 self._looked = time.monotonic()
-            return list(self._paths)
 
     def open(self, run_id: str) -> Run:
         """The run of an id; RunError if it is gone or never was."""
@@ -68,6 +82,17 @@ class Runs:
         if path is None or not (path / "config.yaml").is_file():
             raise RunError(f"there is no run {run_id[:40]!r} below {self.given}: it was moved or deleted.")
         return Run.open(path)
+
+    def evaluation(self, evaluation_id: str) -> Compared:
+        """The evaluation of an id; RunError if it is gone or never was."""
+        if evaluation_id not in self._evaluations:
+            self._look()
+        path = self._evaluations.get(evaluation_id)
+        if path is None or not (path / "evaluation.json").is_file():
+            raise RunError(
+                f"there is no evaluation {evaluation_id[:40]!r} below {self.given}: it was moved or deleted."
+            )
+        return Compared(path)
 
     def checked(self, run_id: str) -> str:
         """The id, if it is one of ours; RunError if not."""
@@ -79,8 +104,8 @@ class Runs:
         path = self._paths.get(run_id, self.root)
         return str(path.relative_to(self.root)) if path != self.root else path.name
 
-    def name(self, run: Run) -> str:
-        """A run's path below the root."""
+    def name(self, run: Run | Compared) -> str:
+        """A run's, or an evaluation's, path below the root."""
         return str(run.path.relative_to(self.root)) if run.path != self.root else run.path.name
 
     def row(self, run_id: str) -> Found:
@@ -117,14 +142,18 @@ def _id(path: Path, root: Path) -> str:
     return hashlib.sha256(os.fsencode(path.relative_to(root))).hexdigest()[:12]
 
 
-def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
+def _below(folder: Path, depth: int) -> Iterator[tuple[Path, bool]]:
+    """(a directory, whether it is a run): else it is an evaluation."""
     try:
         entries = list(os.scandir(folder))
     except OSError:
         return
-    if any(entry.name == "config.yaml" for entry in entries) and any(e.name == "status.json" for e in entries):
-        yield folder
+    names = {entry.name for entry in entries}
+    if "evaluation.json" in names:
+        yield folder, False
+    if {"config.yaml", "status.json"} <= names:
+        yield folder, True
         return
     for entry in entries if depth else ():
         if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".") and entry.name not in _INSIDE_A_RUN:
-            yield from _runs_below(Path(entry.path), depth - 1)
+            yield from _below(Path(entry.path), depth - 1)

@@ -16,12 +16,12 @@ from fastapi import APIRouter, Form, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
-from tether.errors import LabelError, RunError
+from tether.errors import LabelError
 from tether.preferences.records import AXES, Answer, Item, prompt_of
 from tether.preferences.store import Store
 from tether.report.held_out import prompt_text
+from tether.web.answers import answer
 from tether.web.studio import Studio, is_count
-from tether.web.tokens import read
 
 STRENGTHS = [(3, "much"), (2, "clearly"), (1, "slightly")]
 _TIME = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")  # seconds since 1970
@@ -63,14 +63,14 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.post("/queue")
     def queue(a: Annotated[str, Form()], b: Annotated[str, Form()]) -> Response:
-        rows = [_row(studio, name) for name in (a, b)]
+        rows = [answer(studio, name) for name in (a, b)]
         if rows[0][1]["prompt"] != rows[1][1]["prompt"]:
             raise LabelError("these two answer different prompts: nobody could say which is better. Choose two of one.")
         if rows[0][1]["completion"] == rows[1][1]["completion"]:
             raise LabelError("these two answers are the same: neither could be better. Choose two that differ.")
         answers = tuple(Answer(row["completion"], source) for source, row in rows)
         added = store().add_items(
-            [Item(prompt_of(rows[0][1]["prompt"]), answers, source={"from": "studio"})], overlap=0.0
+            [Item(prompt_of(rows[0][1]["prompt"]), answers, source={"from": "studio"})], overlap=0.0, first=True
         )
         return RedirectResponse(f"/label?done={'queued' if added.new else 'known'}", 303)
 
@@ -106,16 +106,3 @@ def _ranking(form: dict[str, str]) -> list[int]:
 
 def _shown(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else prompt_text(json.dumps(prompt))
-
-
-def _row(studio: Studio, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(where it comes from, the row) of RUN_ID:FOLDER:CYCLE:NUMBER."""
-    run_id, folder, cycle, number = [*name.split(":"), "", "", ""][:4]
-    if folder not in ("rollouts", "evaluations") or not (is_count(cycle) and is_count(number)):
-        raise RunError(f"{name[:60]!r} names no response: nothing was queued. Use the buttons of the pages.")
-    run = studio.runs.open(run_id)
-    rows = read(run, folder, int(cycle)).rows  # type: ignore[arg-type]  # checked above
-    if int(number) >= len(rows):
-        raise RunError(f"cycle {cycle} has {len(rows)} responses: there is no number {number}. Nothing was queued.")
-    source = {"run": studio.runs.name(run), "folder": folder, "cycle": int(cycle), "row": int(number)}
-    return source, rows[int(number)]
