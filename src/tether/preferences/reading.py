@@ -72,7 +72,7 @@ def item(connection: sqlite3.Connection, number: int) -> StoredItem:
 
 
 def items(connection: sqlite3.Connection) -> Iterator[StoredItem]:
-    """In the order in which they were added."""
+    """In the order of their queues: what is labelled, gold, repeats."""
     return map(_item, connection.execute("SELECT * FROM items ORDER BY pool, position, id"))
 
 

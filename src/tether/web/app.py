@@ -23,7 +23,14 @@ _OPEN = {"/sign-in", "/static/studio.css"}
 def create_app(studio: Studio) -> security.App:
     """The ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    for pages in (watch, tokens, compare, label, agreement, talk):
+    for pages in (
+        label,
+        watch,
+        tokens,
+        compare,
+        agreement,
+        talk,
+    ):  # the label page is asked for most, so looked up first
         app.include_router(pages.routes(studio))
 
     @app.get("/")

@@ -13,17 +13,17 @@ from typing import Annotated, Any
 from uuid import uuid4
 
 from fastapi import APIRouter, Form, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from markupsafe import Markup
 
 from tether.errors import LabelError
-from tether.preferences.records import AXES, Answer, Item, prompt_of
+from tether.preferences.records import AXES, Answer, Item, Task, prompt_of
 from tether.preferences.store import Store
 from tether.report.held_out import prompt_text
 from tether.web.answers import answer
-from tether.web.studio import Studio, is_count
+from tether.web.studio import Studio, is_count, part
 
-STRENGTHS = [(3, "much"), (2, "clearly"), (1, "slightly")]
+STRENGTHS = ((3, "much"), (2, "clearly"), (1, "slightly"))
 _TIME = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")  # seconds since 1970
 _LONGEST_S = 3600.0  # beyond it, a page was left open, and nobody was thinking
 
@@ -32,28 +32,29 @@ def routes(studio: Studio) -> APIRouter:
     """The pages."""
     router = APIRouter()
     store = studio.labels
+    registered: set[str] = set()  # in the store, as far as this process knows
 
     @router.get("/label")
     def label(request: Request, done: str = "") -> HTMLResponse:
         person = request.scope["state"]["person"]
         if not store.there:
-            return studio.page(request, "label.html.j2", task=None, progress=None, guideline=None, done=done, last=None,
-                               overview=None)  # fmt: skip
+            return studio.page(request, "label.html.j2", task=None, progress=None, overview=None, done=done)
         labels = store()
-        labels.add_annotator(person)
+        if person not in registered:
+            labels.add_annotator(person)
+            registered.add(person)
         task = labels.next_task(person)
-        prompt = "" if task is None else _shown(task.prompt)
         return studio.page(
-            request, "label.html.j2", task=task, prompt=prompt, progress=labels.progress(person),
-            overview=labels.overview(), guideline=labels.guideline(), key=str(uuid4()), undo_key=str(uuid4()),
-            now=time.time(), done=done, axes=AXES, strengths=STRENGTHS, last=labels.history(person, limit=1),
+            request, "label.html.j2", task=task, prompt="" if task is None else _shown(task.prompt),
+            progress=labels.progress(person), overview=labels.overview() if request.scope["state"]["owner"] else None,
+            guideline=labels.guideline(task.guideline) if task and task.guideline else None, key=str(uuid4()),
+            undo_key=str(uuid4()), now=time.time(), done=done,
+            choices=_choices(task) if task else None,
         )  # fmt: skip
 
     @router.post("/label")
-    async def record(request: Request) -> Response:
-        form = {k: v for k, v in (await request.form()).items() if isinstance(v, str)}
-        person = request.scope["state"]["person"]
-        await run_in_threadpool(record_form, store(), person, form)
+    def record(request: Request) -> Response:
+        record_form(store(), request.scope["state"]["person"], request.scope["state"]["form"])
         return RedirectResponse("/label?done=saved", 303)
 
     @router.post("/label/undo")
@@ -102,6 +103,12 @@ def _ranking(form: dict[str, str]) -> list[int]:
     if sorted(places.values()) != [str(i) for i in range(1, len(places) + 1)]:
         raise LabelError("two answers have the same place: nothing was saved. Go back and give each its own.")
     return sorted(places, key=lambda answer: int(places[answer]))
+
+
+def _choices(task: Task) -> Markup:
+    """The buttons below the answers: the same for all pairs whose answers stand the same way round."""
+    left, right = (task.choice_of(0), task.choice_of(1)) if task.kind == "pair" else ("", "")
+    return part("choices.html.j2", kind=task.kind, left=left, right=right, axes=AXES, strengths=STRENGTHS)
 
 
 def _shown(prompt: Any) -> str:

@@ -13,13 +13,12 @@ One middleware stands before every page:
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 from starlette.requests import cookie_parser
 
@@ -31,6 +30,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 COOKIE = "tether_session"
 FORM_TOKEN = "form_token"
+MOST_FIELDS = 1000
 MOST_BYTES = 1_000_000  # of a request's body: a label with a long note is a thousandth of it
 
 _OF_ALL = ("/label", "/static/")  # paths that every person may ask for
@@ -98,13 +98,14 @@ class Gate:
 
     def _mac(self, purpose: str, text: str) -> str:
         content = f"{purpose}\0{text}".encode("utf-8", "surrogateescape")
-        return hmac.new(self._secret, content, hashlib.sha256).hexdigest()
+        return hmac.digest(self._secret, content, "sha256").hex()
 
 
 class Guard:
     """The middleware: `app` is reached by those alone that the gate lets through.
 
-    Sets scope["state"]: person, owner, form_token. open_paths: those that need no session.
+    Sets scope["state"]: person, owner, form_token, and form, the fields that were sent.
+    open_paths: those that need no session.
     """
 
     def __init__(self, app: App, gate: Gate, refuse: Callable[[int, str], App], open_paths: set[str]) -> None:
@@ -115,6 +116,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         body: bytes | None = b""
+        form: dict[str, str] = {}
         try:
             headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
             self._check_host(headers)
@@ -126,9 +128,12 @@ class Guard:
             if scope["method"] not in ("GET", "HEAD"):
                 self._check_origin(headers)
                 body = sent = await _whole_body(headers, receive)
+                form = _fields(headers, sent)
                 if scope["path"] not in self.open_paths:
-                    self._check_form_token(headers, sent, person)
-            scope.setdefault("state", {}).update(person=person, owner=owner, form_token=self.gate.form_token(person))
+                    self._check_form_token(form, person)
+            scope.setdefault("state", {}).update(
+                person=person, owner=owner, form_token=self.gate.form_token(person), form=form
+            )
             app = self.app
         except _Refused as refused:
             app = self.refuse(refused.status, refused.why)
@@ -166,10 +171,8 @@ class Guard:
         if origin is not None and origin.partition("://")[2] != headers["host"]:
             raise _Refused(403, "This came from a page that is not the studio's. Nothing was changed.")
 
-    def _check_form_token(self, headers: dict[str, str], body: bytes, person: str) -> None:
-        given = ""
-        if headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
-            given = parse_qs(body.decode("utf-8", "replace")).get(FORM_TOKEN, [""])[0]
+    def _check_form_token(self, form: dict[str, str], person: str) -> None:
+        given = form.get(FORM_TOKEN, "")
         if not hmac.compare_digest(given.encode(), self.gate.form_token(person).encode()):
             raise _Refused(403, "This form is not one that the studio gave you, or the studio was restarted since. "
                                 "Nothing was changed: reload the page and do it again.")  # fmt: skip
@@ -178,6 +181,16 @@ class Guard:
 class _Refused(Exception):
     def __init__(self, status: int, why: str) -> None:
         self.status, self.why = status, why
+
+
+def _fields(headers: dict[str, str], body: bytes) -> dict[str, str]:
+    if not headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
+        return {}
+    try:
+        found = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MOST_FIELDS)
+    except ValueError:
+        raise _Refused(413, f"More than {MOST_FIELDS} fields: nothing was changed.") from None
+    return dict(found)
 
 
 async def _whole_body(headers: dict[str, str], receive: Receive) -> bytes:

@@ -74,11 +74,15 @@ def main(
         if known:
             print(f"http://{shown}:{port} for {', '.join(known.values())}, each with their own token")
         print(f"runs below {folder}, labels in {store}; each link works once. Ctrl-C stops.", flush=True)
-        # A page makes dozens of short calls that let go of the interpreter (SQLite, files): beside a thread that
-        # computes, each would wait Python's usual 5 ms to get it back.
-        sys.setswitchinterval(0.0005)
         app = create_app(Studio(Runs(folder), store, gate))
-        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
         uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -75,6 +76,12 @@ class Studio:
 
 
 # ---------------------------------------------------------------- templates
+
+
+@lru_cache(maxsize=64)
+def part(template: str, **values: Hashable) -> Markup:
+    """A piece of a page that follows from `values` alone: rendered once."""
+    return Markup(_templates().get_template(template).render(**values))
 
 
 @cache
