@@ -18,7 +18,7 @@ from tether.preferences.agreement import Agreement, agreement
 from tether.preferences.store import Store
 from tether.web.studio import Studio
 
-_WAIT_S = 0.1
+_WAIT_S = 0.05
 _MOST_REWARD_RUNS = 8
 
 
