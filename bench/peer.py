@@ -14,7 +14,10 @@ SCRIPTS = Path(__file__).resolve().parent / "peers"
 
 
 class Peer:
-    """One of `bench/peers/*.py`, started with a job as JSON; `run` has it work once and returns what it counted."""
+    """One of `bench/peers/*.py`, started with a job as JSON; `run` has it work once and returns what it counted.
+
+    In between it is stopped: vLLM's engine polls for work, and would slow whoever is measured next.
+    """
 
     def __init__(self, environment: Path, script: str, **job: Any) -> None:
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
@@ -25,13 +28,16 @@ class Peer:
         )  # fmt: skip
         self.peak_mb: int | None = None  # resident memory at its highest, where the peer tells
         self._read("ready")
+        os.killpg(self._process.pid, signal.SIGSTOP)
 
     def run(self) -> int:
         """Once more; the number of tokens."""
         assert self._process.stdin
+        os.killpg(self._process.pid, signal.SIGCONT)
         self._process.stdin.write("run\n")
         self._process.stdin.flush()
         tokens, *peak = self._read("done").split()
+        os.killpg(self._process.pid, signal.SIGSTOP)
         self.peak_mb = int(peak[0]) if peak else None
         return int(tokens)
 

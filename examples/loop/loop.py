@@ -7,7 +7,8 @@
 2. `tether studio` serves it. Ada and Ben put each four answers in order, through the pages that people use. They follow
    VADER's lexicon (Hutto & Gilbert 2014), each with slips of their own, so that they agree no better than people do.
 3. `tether reward` fits a reward model to the store; `tether ppo` improves MODEL against it.
-4. `tether doctor` looks for what went wrong, and the studio's compare page shows before and after.
+4. `tether doctor` looks for what went wrong, the studio's compare page shows before and after, and the lexicon itself,
+   which no model has seen, says whether the people got what they wanted.
 
 Needs `pip install tether[studio] httpx vaderSentiment`.
 """
@@ -25,7 +26,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pyarrow
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from tether.runs import Run
 
 PROMPTS = Path(__file__).resolve().parent.parent / "stories" / "prompts.jsonl"
 SLIP = 0.25  # standard deviation of a person's error, on the lexicon's scale from -1 to 1
@@ -79,11 +83,19 @@ def main() -> None:
         compared = owner.get("/compare", params={"a": options[0], "b": options[-1]}).text
         sentence = re.search(r"Mean score over [^<]*", compared)
         print(html.unescape(sentence[0]) if sentence else "the compare page shows nothing")
+    before, *_, after = (Run(runs / "ppo").evaluations(cycle) for cycle in Run(runs / "ppo").evaluation_cycles)
+    print(f"The lexicon itself: {liking(before):.2f} on the left, {liking(after):.2f} on the right.")
 
 
 def tether(*words: object) -> None:
     """A command, as a person would type it."""
     subprocess.run([sys.executable, "-m", "tether.cli", *map(str, words)], check=True)
+
+
+def liking(answers: pyarrow.Table) -> float:
+    """What the people go by, without their slips: mean over answers."""
+    texts = answers["completion"].to_pylist()
+    return sum(_lexicon.polarity_scores(text)["compound"] for text in texts) / len(texts)
 
 
 @contextmanager
@@ -113,8 +125,8 @@ def judge(client: httpx.Client, slips: random.Random) -> int:
         return 0
     texts = [html.unescape(text) for text in re.findall(r'<p class="text" dir="auto">(.*?)</p>', page, re.DOTALL)]
     answers = re.findall(r'<select name="(rank_\d+)">', page)
-    liking = [_lexicon.polarity_scores(text)["compound"] + slips.gauss(0, SLIP) for text in texts]
-    order = sorted(range(len(texts)), key=lambda i: -liking[i])
+    felt = [_lexicon.polarity_scores(text)["compound"] + slips.gauss(0, SLIP) for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: -felt[i])
     places = {answers[i]: str(place) for place, i in enumerate(order, 1)}
     client.post("/label", data=form | places | {"choice": "ranking"}).raise_for_status()
     return int(form["item"])

@@ -274,8 +274,8 @@ def _label(argv: list[str]) -> None:
         "--annotator", metavar="NAME", action="append", default=[], help="register somebody; may be given again"
     )
     parser.add_argument(
-        "--seed", metavar="N", type=int, default=0,
-        help="of the answers that are drawn; a new store keeps it for order, sides and overlap (%(default)s)",
+        "--seed", metavar="N", type=int,
+        help="of the answers that are drawn; a new store keeps it for order, sides and overlap (0)",
     )  # fmt: skip
     parser.add_argument("--export", metavar="DIR", help="write preferences.jsonl, events.jsonl and items.jsonl")
     parser.add_argument("--status", action="store_true", help="how far the labelling is")
@@ -288,10 +288,10 @@ def _label(argv: list[str]) -> None:
     if args.file:
         found = read_items(args.file, args.limit)
     elif args.from_run:
-        found = items_of_run(args.from_run, cycle=args.cycle, answers=args.per_prompt, seed=args.seed)
+        found = items_of_run(args.from_run, cycle=args.cycle, answers=args.per_prompt, seed=args.seed or 0)
     elif args.sample:
         found = items_of_model(
-            args.sample, args.prompts, answers=args.answers, limit=args.limit, seed=args.seed,
+            args.sample, args.prompts, answers=args.answers, limit=args.limit, seed=args.seed or 0,
             temperature=args.temperature, max_new_tokens=args.max_new_tokens,
         )  # fmt: skip
     done = label(

@@ -455,7 +455,7 @@ class EvaluateConfig:
     baseline: str | None = None
     """The model that the others are compared with; null: the first of `models`."""
     run: str | None = None
-    """Directory for the results; null prints them only."""
+    """Directory for results and answers, which the studio shows side by side; null prints the results alone."""
     samples: int = 8
     """Responses to each prompt."""
     seed: int = 0

@@ -33,7 +33,7 @@ class Found:
 
 
 def label(
-    *, to: str, source: Found | None = None, gold: str | None = None, overlap: float = 0.2, seed: int = 0,
+    *, to: str, source: Found | None = None, gold: str | None = None, overlap: float = 0.2, seed: int | None = None,
     guidelines: str | None = None, annotators: Sequence[str] = (), export: str | None = None, status: bool = False,
 ) -> list[str]:  # fmt: skip
     """Do what the command line asks for; returns what was done, a line each.
@@ -51,7 +51,10 @@ def label(
             "Give --from FILE, say; tether label --help lists the rest."
         )
     said = []
-    with Store(to, create=adds, seed=None if Path(to).exists() else seed) as store:
+    new = not Path(to).exists() or not Path(to).stat().st_size
+    with Store(to, create=adds, seed=seed if new else None) as store:
+        if seed is not None and seed != store.mix.seed:
+            said.append(f"{to} keeps its own seed, {store.mix.seed}, for order, sides and overlap")
         for found in (source, checked):
             if found is not None:
                 said.append(_added(found, store.add_items(found.items, overlap=overlap), to))

@@ -261,6 +261,7 @@ def test_a_falling_score_names_the_kl_penalty_where_the_kl_fell_too_and_small_lo
     (back,) = found(healthy(**hill, kl__ref_mean=lambda x: 4 * x if x < 0.5 else 4 - 4 * x))
     assert "ppo.kl.coef" in back.knob
     assert found(healthy(reward__score_mean=lambda x: 2 * x if x < 0.9 else 1.8 - x / 9)) == []
+    assert found(healthy(**hill, reward__score_std=4.0)) == []  # less than half of what one cycle's answers differ by
 
 
 def test_the_held_out_score_is_a_second_opinion():

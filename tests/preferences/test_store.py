@@ -233,9 +233,26 @@ def test_errors_of_the_store_are_the_users_exit_code():
     assert (StoreError.exit_code, LabelError.exit_code) == (2, 2)
 
 
-def test_every_write_is_on_the_disk_before_it_is_acknowledged(tmp_path):
+def test_every_write_but_a_lease_is_on_the_disk_before_it_is_acknowledged(tmp_path):
     store = Store(tmp_path / "s.db")
     connection = store._database._connection()
     assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-    assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
     assert connection.execute("PRAGMA foreign_keys").fetchone()[0] == 1
+    waits = {}
+
+    def do(what, call):
+        waited = []
+        connection.set_trace_callback(lambda sql: waited.append(sql) if "synchronous" in sql else None)
+        found = call()
+        connection.set_trace_callback(None)
+        waits[what] = waited
+        return found
+
+    do("annotator", lambda: store.add_annotator("Ada"))
+    do("items", lambda: store.add_items(pairs(3), overlap=0))
+    task = do("lease", lambda: store.next_task("Ada"))
+    do("label", lambda: store.record("Ada", task.item, key="k", choice="a"))
+    do("undo", lambda: store.undo("Ada", key="u"))
+    do("guidelines", lambda: store.add_guidelines("Be kind"))
+    assert waits.pop("lease") == ["PRAGMA synchronous = NORMAL"]
+    assert set(map(tuple, waits.values())) == {("PRAGMA synchronous = FULL",)}

@@ -256,8 +256,12 @@ def test_another_vocabulary_has_no_kl_and_says_so(models, prompts, tmp_path):
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(other)
     tokenizer.save_pretrained(other)
-    found = tether.evaluate(config((models[0], other), prompts), reward=length)
+    run = str(tmp_path / "out")
+    found = tether.evaluate(config((models[0], other), prompts, run=run), reward=length)
     assert found.results[1].kl is None
+    kl = [Compared(run).answers(i)["kl"].to_pylist() for i in (0, 1)]
+    assert set(kl[1]) == {None}
+    assert kl[0] == [0.0] * len(kl[0])  # of the baseline to itself
     assert "vocabulary is not the baseline's" in found.table()
     assert found.results[1].win_rate is not None
 
@@ -293,8 +297,10 @@ def test_the_answers_are_kept_beside_the_results_and_give_the_same_means(models,
         assert [row["score"] for row in rows] == [row["length"] for row in rows]
         assert sum(row["score"] for row in rows) / len(rows) == pytest.approx(result.score.mean)
         assert sum(row["kl"] for row in rows) / len(rows) == pytest.approx(result.kl.mean)
-    with pytest.raises(tether.RunError, match=r"model-02.parquet does not exist"):
-        there.answers(2)
+    tether.evaluate(config(models[:1], prompts, run=str(tmp_path / "out")), reward=length)  # again, of fewer
+    assert there.models == [str(models[0])]
+    with pytest.raises(tether.RunError, match=r"model-01.parquet does not exist"):
+        there.answers(1)
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"results": [3]}', '{"results": 3}', "{}"])
@@ -307,7 +313,7 @@ def test_a_damaged_evaluation_says_so(content, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(models, prompts, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(tether.RunError, match=r"evaluation.json cannot be written"):
+    with pytest.raises(tether.RunError, match=r"run=.*file cannot be written .* the results above are in no file"):
         tether.evaluate(config(models[:1], prompts, run=str(tmp_path / "file")), reward=length)
 
 

@@ -116,6 +116,7 @@ def test_a_body_that_is_too_large_is_refused_whatever_it_claims(studio):
             yield large[i : i + 65536]
 
     assert client.post("/label/undo", content=pieces(), headers=headers).status_code == 413
+    assert client.post("/label/undo", content=b"a=1&" * 2000, headers=headers).status_code == 413
 
 
 @pytest.mark.parametrize(

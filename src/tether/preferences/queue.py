@@ -26,7 +26,7 @@ BLOCK = 64  # neighbours in the queue whose order is each annotator's own
 REPEAT_AFTER = 10  # items judged in between, at least: less, and the person remembers
 REPEAT_SPREAD = 20  # up to so many more
 
-_IDS = 2**31  # items that one store may hold
+_IDS = 2**31 - 1  # numbers that items may have, from 1
 
 _CURSOR = {MAIN: "cursor", GOLD: "gold_cursor"}
 
@@ -95,6 +95,8 @@ def add_items(
             (mark for mark, item in new.items() if (item.gold is not None) == (pool == GOLD)),
             key=lambda mark: draw(seed, "queue", mark),
         )
+        if not batch:
+            continue
         if pool == MAIN:
             twice = _chosen(batch, overlap, seed)
         start = _first_position(connection, pool, len(batch)) if first else _last_position(connection, pool)
@@ -131,7 +133,7 @@ def _last_position(connection: sqlite3.Connection, pool: int) -> int:
 
 def _first_position(connection: sqlite3.Connection, pool: int, count: int) -> int:
     """Where `count` items go before everything; everybody looks there next."""
-    (least,) = connection.execute("SELECT min(position) FROM items WHERE pool = ? AND needs > 0", (pool,)).fetchone()
+    (least,) = connection.execute("SELECT min(position) FROM items WHERE pool = ?", (pool,)).fetchone()
     position: int = min(least or 0, 0) - count
     column = _CURSOR[pool]
     connection.execute(f"UPDATE annotators SET {column} = min({column}, ?)", (position,))
@@ -141,7 +143,7 @@ def _first_position(connection: sqlite3.Connection, pool: int, count: int) -> in
 def _new_id(connection: sqlite3.Connection, *about: object) -> int:
     """A number that says nothing: counted ones would tell people which items are gold, and which are repeats."""
     for attempt in itertools.count():
-        number = draw("id", *about, attempt) % _IDS
+        number = 1 + draw("id", *about, attempt) % _IDS
         if connection.execute("SELECT 1 FROM items WHERE id = ?", (number,)).fetchone() is None:
             return number
     raise AssertionError

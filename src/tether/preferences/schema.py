@@ -36,8 +36,8 @@ CREATE TABLE annotators (
     at TEXT NOT NULL,
     labels INTEGER NOT NULL DEFAULT 0,       -- that stand
     skips INTEGER NOT NULL DEFAULT 0,
-    cursor INTEGER NOT NULL DEFAULT (-1 << 62),  -- before this position nothing in the queue is left for them
-    gold_cursor INTEGER NOT NULL DEFAULT (-1 << 62)
+    cursor INTEGER NOT NULL,                 -- before this position nothing in the queue is left for them
+    gold_cursor INTEGER NOT NULL
 );
 CREATE TABLE items (
     id INTEGER PRIMARY KEY,
@@ -57,6 +57,7 @@ CREATE TABLE items (
 );
 CREATE UNIQUE INDEX items_once ON items (fingerprint) WHERE repeat_of IS NULL;
 CREATE INDEX items_queue ON items (pool, position) WHERE needs > 0;
+CREATE INDEX items_place ON items (pool, position);
 CREATE TABLE events (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     kind TEXT NOT NULL CHECK (kind IN ('label', 'undo')),

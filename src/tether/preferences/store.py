@@ -126,7 +126,8 @@ class Store:
                 return False
         with self._database.write() as c:
             added = c.execute(
-                "INSERT INTO annotators (name, at) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, self._now())
+                "INSERT INTO annotators (name, at, cursor, gold_cursor) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (name, self._now(), -_LARGEST, -_LARGEST),  # before every position, of items put first too
             )
             return added.rowcount == 1
 

@@ -14,6 +14,6 @@ What `tether evaluate` writes is read by `Compared`: evaluation.json, and answer
 
 from tether.runs.directory import RunDirectory, began_with
 from tether.runs.files import SCHEMA, hash_files, sha256, to_plain
-from tether.runs.reader import Compared, Run
+from tether.runs.reader import Compared, Run, short_name
 
-__all__ = ["SCHEMA", "Compared", "Run", "RunDirectory", "began_with", "hash_files", "sha256", "to_plain"]
+__all__ = ["SCHEMA", "Compared", "Run", "RunDirectory", "began_with", "hash_files", "sha256", "short_name", "to_plain"]

@@ -104,15 +104,19 @@ class Compared:
         self.path = Path(path)
 
     @property
+    def named(self) -> Path:
+        """The file that names the models and holds the results."""
+        return self.path / "evaluation.json"
+
+    @property
     def models(self) -> list[str]:
         """Their directories or hub ids, the baseline first; RunError where evaluation.json is not what was written."""
-        file = self.path / "evaluation.json"
         try:
-            return [str(result["model"]) for result in json.loads(file.read_text(encoding="utf-8"))["results"]]
+            return [str(result["model"]) for result in json.loads(self.named.read_text(encoding="utf-8"))["results"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{file} cannot be read ({type(error).__name__}): it is unclear which models these are. Run tether "
-                "evaluate again."
+                f"{self.named} cannot be read ({type(error).__name__}): it is unclear which models these are. Run "
+                "tether evaluate again."
             ) from error
 
     def file(self, index: int) -> Path:
@@ -126,3 +130,8 @@ class Compared:
                 f"{self.file(index)} does not exist: its answers cannot be shown. Run tether evaluate again."
             )
         return read_table(self.file(index))
+
+
+def short_name(model: str) -> str:
+    """The last two parts of a model's path: runs/a/final and runs/b/final differ in the first of them."""
+    return "/".join(Path(model).parts[-2:])

@@ -24,8 +24,8 @@ from tether.math import Interval, bootstrap_mean
 from tether.model import LanguageModel
 from tether.rewards import build_reward
 from tether.rollout import LocalSampler
-from tether.runs import Compared
-from tether.runs.files import write_table
+from tether.runs import Compared, short_name
+from tether.runs.files import write_atomically, write_table
 from tether.tokens import check_vocabulary, completion_text, load_tokenizer, stop_token_ids
 from tether.train.record import response_columns
 
@@ -123,7 +123,7 @@ class Evaluation:
         head = ("model", "score", "KL to baseline", "win rate", "length", "cut")
         rows = [
             (
-                _short(r.model) + (" (baseline)" if r.model == self.baseline else ""),
+                short_name(r.model) + (" (baseline)" if r.model == self.baseline else ""),
                 _shown(r.score, ".3f"),
                 _shown(r.kl, ".2f"),
                 _shown(r.win_rate, ".2f"),
@@ -136,7 +136,7 @@ class Evaluation:
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
         ]
-        lines += [f"{_short(r.model)}: {r.note}" for r in self.results if r.note]
+        lines += [f"{short_name(r.model)}: {r.note}" for r in self.results if r.note]
         lines.append(
             f"{self.prompts} prompts, {self.samples} responses to each; [95 % intervals] over prompts; KL in nats a "
             "response"
@@ -254,16 +254,24 @@ def _common(prompts: dict[str, list[Prompt]]) -> dict[str, list[Prompt]]:
 def _write(
     evaluation: Evaluation, answers: Sequence[dict[str, list[Any]]], config: EvaluateConfig, directory: Path
 ) -> None:
+    """The answers first, the file that names their models last: a reader never sees one beside the other's."""
+    there = Compared(directory)
     try:
-        (directory / "answers").mkdir(parents=True, exist_ok=True)
+        folder = there.file(0).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        there.named.unlink(missing_ok=True)
+        for old in folder.glob("model-*.parquet"):
+            old.unlink()
         for index, columns in enumerate(answers):
-            write_table(Compared(directory).file(index), columns)
+            write_table(there.file(index), columns)
         content = {"schema": 1, **asdict(evaluation), "config": asdict(config)}
-        (directory / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
+        write_atomically(there.named, json.dumps(content, indent=2) + "\n")
+    except (OSError, RunError) as error:
+        print(evaluation.table())  # it took a while
+        cause = error if isinstance(error, OSError) else error.__cause__
         raise RunError(
-            f"run={directory}: evaluation.json cannot be written ({error.strerror or error}): the results "
-            "would be in no file. Name a directory that is writable."
+            f"run={directory} cannot be written ({getattr(cause, 'strerror', None) or cause}): the results above are "
+            "in no file. Name a directory that is writable, on a disk with room."
         ) from error
 
 
@@ -315,11 +323,6 @@ class _Source:
 def _say(note: str | None) -> None:
     if note:
         print(note, file=sys.stderr)
-
-
-def _short(path: str) -> str:
-    """The last two parts of a path: runs/a/final and runs/b/final differ in the first of them."""
-    return "/".join(Path(path).parts[-2:])
 
 
 def _shown(interval: Interval | None, form: str) -> str:

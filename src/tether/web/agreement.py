@@ -18,6 +18,7 @@ from tether.preferences.agreement import Agreement, agreement
 from tether.preferences.store import Store
 from tether.web.studio import Studio
 
+_USUAL_S = sys.getswitchinterval()
 _WAIT_S = 0.05
 _MOST_REWARD_RUNS = 8
 
@@ -40,21 +41,25 @@ class Computed:
             running = self._running
         if running is not None:
             with contextlib.suppress(TookLonger):
-                found = running[1].result(timeout=_WAIT_S)
-                with self._lock:
-                    self._newest, self._running = (running[0], found), None
+                try:
+                    found = running[1].result(timeout=_WAIT_S)
+                    with self._lock:
+                        self._newest = running[0], found
+                finally:
+                    if running[1].done():  # well or not: a store that was locked may be asked again
+                        with self._lock:
+                            self._running = None
         return self._newest
 
 
 def _count(store: Store, last: int) -> Agreement:
     """A page makes dozens of short calls that let go of the interpreter (SQLite, files): beside a thread that computes,
     each would wait Python's usual 5 ms to get it back."""
-    usual = sys.getswitchinterval()
     sys.setswitchinterval(0.0002)
     try:
         return agreement(store.labels(as_of=last))
     finally:
-        sys.setswitchinterval(usual)
+        sys.setswitchinterval(_USUAL_S)
 
 
 def routes(studio: Studio) -> APIRouter:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 from tether.errors import RunError
-from tether.runs import Compared
+from tether.runs import Compared, short_name
 from tether.web.studio import Studio, is_count
 from tether.web.tokens import Folder, read
 
@@ -42,7 +41,7 @@ class Answers:
             if index >= len(models):
                 raise RunError(f"{name} compares {len(models)} models: there is no number {index}.")
             asked: dict[str, Any] = {"evaluation": name, "model": models[index]}
-            return cls(key, f"{name}: {short(models[index])}", _asked(found, index), asked, None)
+            return cls(key, f"{name}: {short_name(models[index])}", _asked(found, index), asked, None)
         run = studio.runs.open(whose)
         rows = read(run, cast(Folder, folder), index).rows
         name = studio.runs.name(run)
@@ -55,11 +54,6 @@ class Answers:
         for row in self.rows:
             found.setdefault(row["prompt"], []).append(row)
         return found
-
-
-def short(model: str) -> str:
-    """The last two parts of a path: runs/a/final and runs/b/final differ in the first of them."""
-    return "/".join(Path(model).parts[-2:])
 
 
 def answer(studio: Studio, name: str) -> tuple[dict[str, Any], dict[str, Any]]:

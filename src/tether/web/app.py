@@ -23,14 +23,8 @@ _OPEN = {"/sign-in", "/static/studio.css"}
 def create_app(studio: Studio) -> security.App:
     """The ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    for pages in (
-        label,
-        watch,
-        tokens,
-        compare,
-        agreement,
-        talk,
-    ):  # the label page is asked for most, so looked up first
+    # The label page first: it is asked for most, and routes are tried in order.
+    for pages in (label, watch, tokens, compare, agreement, talk):
         app.include_router(pages.routes(studio))
 
     @app.get("/")

@@ -15,11 +15,12 @@ from markupsafe import Markup, escape
 from tether.errors import RunError
 from tether.report.held_out import prompt_text
 from tether.report.text import visible
-from tether.web.answers import Answers, short
+from tether.runs import short_name
+from tether.web.answers import Answers
 from tether.web.studio import Studio
 
 _A_PAGE = 10  # prompts
-_MOST_RUNS = 200  # to choose from
+_MOST = 200  # runs, and evaluations, to choose from
 _LONGEST_MARKED = 600  # words: finding differences takes up to the product of the lengths
 
 
@@ -59,13 +60,17 @@ def coin(*about: str) -> bool:
 def _choices(studio: Studio, *chosen: str) -> list[tuple[str, str]]:
     """(key, name) of what may be chosen: what `tether evaluate` asked, and some evaluations of each run."""
     found = []
-    for evaluation_id in studio.runs.evaluations()[:_MOST_RUNS]:
+    named = {
+        kind: [key.partition(":")[0] for key in chosen if f":{kind}:" in key] for kind in ("answers", "evaluations")
+    }
+    for evaluation_id in dict.fromkeys([*studio.runs.evaluations()[:_MOST], *named["answers"]]):
         with contextlib.suppress(RunError):  # damaged: there is nothing to choose
             evaluation = studio.runs.evaluation(evaluation_id)
             name = studio.runs.name(evaluation)
-            found += [(f"{evaluation_id}:answers:{i}", f"{name}: {short(m)}") for i, m in enumerate(evaluation.models)]
-    named = [key.partition(":")[0] for key in chosen if ":evaluations:" in key]
-    for run_id in dict.fromkeys([*studio.runs.all()[:_MOST_RUNS], *named]):
+            for i, model in enumerate(evaluation.models):
+                if evaluation.file(i).exists():
+                    found.append((f"{evaluation_id}:answers:{i}", f"{name}: {short_name(model)}"))
+    for run_id in dict.fromkeys([*studio.runs.all()[:_MOST], *named["evaluations"]]):
         run = studio.runs.open(run_id)
         cycles = run.evaluation_cycles
         every = max(1, -(-len(cycles) // 8))  # the first, the last, and some between

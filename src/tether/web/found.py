@@ -21,7 +21,7 @@ from tether.runs import Compared, Run
 from tether.runs.tail import sample_lines
 
 _DEEPEST = 4  # folders below the root in which runs are looked for
-_INSIDE_A_RUN = {"checkpoints", "rollouts", "evaluations", "final", "tensorboard", "answers"}
+_OURS = {"checkpoints", "rollouts", "evaluations", "final", "tensorboard", "answers"}
 _LOOK_AGAIN_S = 2.0
 _SPARK = 40  # points of a small curve
 
@@ -77,7 +77,7 @@ class Runs:
     def open(self, run_id: str) -> Run:
         """The run of an id; RunError if it is gone or never was."""
         if run_id not in self._paths:
-            self.all()
+            self._look()
         path = self._paths.get(run_id)
         if path is None or not (path / "config.yaml").is_file():
             raise RunError(f"there is no run {run_id[:40]!r} below {self.given}: it was moved or deleted.")
@@ -88,7 +88,7 @@ class Runs:
         if evaluation_id not in self._evaluations:
             self._look()
         path = self._evaluations.get(evaluation_id)
-        if path is None or not (path / "evaluation.json").is_file():
+        if path is None or not Compared(path).named.is_file():
             raise RunError(
                 f"there is no evaluation {evaluation_id[:40]!r} below {self.given}: it was moved or deleted."
             )
@@ -155,5 +155,5 @@ def _below(folder: Path, depth: int) -> Iterator[tuple[Path, bool]]:
         yield folder, True
         return
     for entry in entries if depth else ():
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".") and entry.name not in _INSIDE_A_RUN:
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".") and entry.name not in _OURS:
             yield from _below(Path(entry.path), depth - 1)

@@ -43,13 +43,13 @@ def routes(studio: Studio) -> APIRouter:
         if person not in registered:
             labels.add_annotator(person)
             registered.add(person)
-        task = labels.next_task(person)
+        task, owner = labels.next_task(person), request.scope["state"]["owner"]
         return studio.page(
-            request, "label.html.j2", task=task, prompt="" if task is None else _shown(task.prompt),
-            progress=labels.progress(person), overview=labels.overview() if request.scope["state"]["owner"] else None,
-            guideline=labels.guideline(task.guideline) if task and task.guideline else None, key=str(uuid4()),
-            undo_key=str(uuid4()), now=time.time(), done=done,
+            request, "label.html.j2", task=task, prompt=_shown(task.prompt) if task else "",
             choices=_choices(task) if task else None,
+            guideline=labels.guideline(task.guideline) if task and task.guideline else None,
+            progress=labels.progress(person), overview=labels.overview() if owner or not task else None,
+            key=str(uuid4()), undo_key=str(uuid4()), now=time.time(), done=done,
         )  # fmt: skip
 
     @router.post("/label")

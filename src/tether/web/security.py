@@ -30,7 +30,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 COOKIE = "tether_session"
 FORM_TOKEN = "form_token"
-MOST_FIELDS = 1000
+MOST_FIELDS = 1000  # of a form: a ranking of as many answers is more than anybody reads
 MOST_BYTES = 1_000_000  # of a request's body: a label with a long note is a thousandth of it
 
 _OF_ALL = ("/label", "/static/")  # paths that every person may ask for
@@ -189,7 +189,9 @@ def _fields(headers: dict[str, str], body: bytes) -> dict[str, str]:
     try:
         found = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MOST_FIELDS)
     except ValueError:
-        raise _Refused(413, f"More than {MOST_FIELDS} fields: nothing was changed.") from None
+        raise _Refused(
+            413, f"More than {MOST_FIELDS} fields: nothing was changed. Go back and reload the page."
+        ) from None
     return dict(found)
 
 

@@ -75,14 +75,11 @@ def main(
             print(f"http://{shown}:{port} for {', '.join(known.values())}, each with their own token")
         print(f"runs below {folder}, labels in {store}; each link works once. Ctrl-C stops.", flush=True)
         app = create_app(Studio(Runs(folder), store, gate))
+        http = "auto" if host in _LOOPBACK else "h11"  # httptools is faster, and reads a request's head however long
         config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
+            app, http=http, log_level="warning", access_log=False, proxy_headers=False, server_header=False,
             timeout_graceful_shutdown=1,
-        )
+        )  # fmt: skip
         uvicorn.Server(config).run(sockets=[listening])
 
 
