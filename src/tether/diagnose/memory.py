@@ -23,7 +23,7 @@ TrainingConfig = PPOConfig | SFTConfig | RewardConfig
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
-_PROCESS_CPU = 455 * MIB  # Python, torch, transformers, TensorBoard: resident before a weight is loaded
+_PROCESS_CPU = 485 * MIB  # Python, torch, transformers, TensorBoard: resident before a weight is loaded
 _CONTEXT_CUDA = 600 * MIB  # the CUDA context and its libraries, which no allocator counts
 
 
