@@ -7,6 +7,7 @@ import re
 import shutil
 from random import Random
 
+import httpx
 import pytest
 
 import tether
@@ -36,6 +37,25 @@ def test_runs_are_listed_with_their_state_and_curves(studio):
     text = studio.client().get("/runs").text
     assert text.count('class="state finished"') == 2
     assert text.count("<polyline") == 4
+
+
+def test_every_link_of_every_page_leads_somewhere(studio):
+    client = studio.client()
+    queue, seen = ["/runs", "/compare", "/label", "/agreement", "/try"], set()
+    while queue:
+        path = queue.pop()
+        answer = client.get(path)
+        assert answer.status_code == 200, path
+        if answer.headers["content-type"].startswith("text/html"):
+            here = httpx.URL(studio.url + path)
+            links = {
+                str(here.join(html.unescape(link))) for link in re.findall(r'(?:href|src)="([^"#]+)"', answer.text)
+            }
+            inside = {link.removeprefix(studio.url) for link in links if link.startswith(studio.url)}
+            queue += sorted(inside - seen)
+            seen |= inside
+    assert any("/compare?a=" in path for path in seen)
+    assert any(re.fullmatch(r"/runs/\w+/rollouts/4/\d+", path) for path in seen)
 
 
 def test_a_damaged_run_does_not_hide_the_others(studio, trained, tmp_path):
