@@ -45,8 +45,11 @@ function show(t, focus) {
 
 const moves = { ArrowRight: () => at + 1, ArrowDown: () => at + 1, ArrowLeft: () => at - 1, ArrowUp: () => at - 1,
                 Home: () => 0, End: () => tokens.length - 1 };
-list.addEventListener("keydown", (event) => {
-  if (!moves[event.key]) return;
+document.addEventListener("keydown", (event) => {
+  if (event.altKey || event.ctrlKey || event.metaKey) return;
+  const sideways = event.key === "ArrowRight" || event.key === "ArrowLeft";
+  // From the page at large the keys that it does not need itself; a focused control keeps all of its own.
+  if (!moves[event.key] || !(list.contains(event.target) || (sideways && event.target === document.body))) return;
   event.preventDefault();
   show(moves[event.key](), true);
 });
