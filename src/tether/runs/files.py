@@ -116,11 +116,12 @@ def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
         pyarrow.parquet.write_table(pa.table(arrays), partial)
 
 
-def read_table(path: Path) -> pyarrow.Table:
-    """A Parquet file that `write_table` wrote."""
-    import pyarrow.parquet
+def read_table(path: Path, columns: list[str] | None = None) -> pyarrow.Table:
+    """A Parquet file that `write_table` wrote; columns: only these."""
+    from pyarrow.parquet import ParquetFile  # its read_table would load pandas first, for half a second
 
-    return pyarrow.parquet.read_table(path)
+    with ParquetFile(path) as file:
+        return file.read(columns)
 
 
 # ---------------------------------------------------------------- lines

@@ -16,6 +16,7 @@ from tether.errors import RunError
 from tether.report.held_out import prompt_text
 from tether.report.signals import SIGNALS, Row, Scale, knobs_of, surprise, tokens_of, value_curve
 from tether.runs import Run
+from tether.runs.files import read_table
 from tether.web.studio import Studio
 
 _A_PAGE = 50  # responses
@@ -147,8 +148,6 @@ def _read(path: str, folder: Folder, cycle: int, stamp: int) -> Content:
 
 def _strip(run: Run, folder: Folder, row: Row) -> list[dict[str, Any]]:
     """The same prompt at other cycles, evenly over at most `_STRIP` of them: so one sees it learn."""
-    from pyarrow.parquet import read_table
-
     cycles = run.evaluation_cycles if folder == "evaluations" else run.rollout_cycles
     every = max(1, -(-len(cycles) // (_STRIP if folder == "evaluations" else _MOST_SEARCHED)))
     found = []
@@ -157,7 +156,8 @@ def _strip(run: Run, folder: Folder, row: Row) -> list[dict[str, Any]]:
         prompts = read_table(file, columns=["prompt"])["prompt"].to_pylist()
         numbers = [i for i, prompt in enumerate(prompts) if prompt == row["prompt"]]
         if numbers:  # which prompts are asked may change when a run is continued
-            asked = read_table(file, columns=["completion", "score"]).take(numbers).to_pylist()
+            answers = read_table(file, columns=["completion", "score"])
+            asked = [answers.slice(i, 1).to_pylist()[0] for i in numbers]
             scores = [answer["score"] for answer in asked if answer["score"] is not None]
             mean = sum(scores) / len(scores) if scores else None
             found.append({"cycle": cycle, "number": numbers[0], "completion": asked[0]["completion"], "mean": mean})
