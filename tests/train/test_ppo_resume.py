@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": {"lora": LoraConfig(rank=2)},
         "ppo": {"kl": KLConfig(coef=0.2, target=0.05, horizon=40)},
     },
+    "bfloat16": {"model": {"dtype": "bfloat16"}},
 }
 
 
@@ -170,8 +171,8 @@ def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_happened(model, whole
     assert_same(tether.ppo(config, reward=id_score), whole("full"))
 
 
-@pytest.mark.parametrize("variant", ["separate critic", "adapters, adaptive KL"])
-def test_so_do_runs_with_a_separate_critic_and_with_adapters_killed_twice(model, whole, tmp_path, variant):
+@pytest.mark.parametrize("variant", ["separate critic", "adapters, adaptive KL", "bfloat16"])
+def test_so_do_runs_with_a_separate_critic_with_adapters_and_in_bfloat16_killed_twice(model, whole, tmp_path, variant):
     config = config_of(variant, tmp_path / "run", model)
     for moment in (in_update(10), in_generation(1)):  # in cycle 3; then, continued from 2, in cycle 3 again
         assert in_a_fork(config, moment) == -signal.SIGKILL
