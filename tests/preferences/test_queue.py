@@ -73,6 +73,17 @@ def test_a_late_label_is_refused_where_somebody_took_the_item(store, clock):
     assert [label.annotator for label in store.labels()] == ["Bo"]
 
 
+def test_a_skip_taken_back_leaves_the_item_to_whoever_was_given_it_since(store):
+    store.add_items(pairs(1), overlap=0)
+    task = store.next_task("Ada")
+    store.record("Ada", task.item, key="k", choice="skip", reason="tired")
+    assert store.next_task("Bo").item == task.item
+    assert store.undo("Ada", key="u").item == task.item
+    assert store.next_task("Ada") is None
+    store.record("Bo", task.item, key="k", choice="a")
+    assert store.overview().remaining == 0
+
+
 def test_items_put_first_are_asked_before_those_that_wait_and_once(store):
     store.add_items(pairs(200), overlap=0)
     work(store, "Ada", 150)

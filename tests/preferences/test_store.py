@@ -139,7 +139,9 @@ def test_whatever_three_people_do_in_whatever_order_the_rules_hold(tmp_path_fact
             undone = store.undo(who, key=f"u{n}")
             assert (undone is None) == (not latest)
             if undone:
-                assert undone.item == latest[0].item == store.next_task(who).item
+                assert undone.item == latest[0].item
+                task = store.next_task(who)
+                assert (task and task.item == undone.item) or latest[0].choice == "skip"  # which others may have by now
         elif what == "again" and who in last:
             item, said, receipt = last[who]
             assert store.record(who, item, **said) == receipt

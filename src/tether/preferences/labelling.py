@@ -72,7 +72,10 @@ def record(
 
 
 def undo(connection: sqlite3.Connection, annotator: str, key: str, *, now: float, at: str, mix: Mix) -> Receipt | None:
-    """Withdraw the annotator's latest label that stands, and give them its item back; None if none stands."""
+    """Withdraw the annotator's latest label that stands, and give them its item back; None if none stands.
+
+    A skipped item that somebody else has taken since stays with them: it would have more labels than it is to have.
+    """
     person = person_of(connection, annotator)
     if earlier := _earlier(connection, person, key):
         if earlier["kind"] != "undo":
@@ -91,7 +94,8 @@ def undo(connection: sqlite3.Connection, annotator: str, key: str, *, now: float
     connection.execute("DELETE FROM standing WHERE event = ?", (last["event"],))
     _count(connection, person, row, decided=bool(last["decided"]), by=-1)
     _let_back(connection, person, row)
-    take_lease(connection, person, row["id"], now, mix)
+    if may_take(connection, row["id"], person["id"], now):  # a label's item always: it needs one more now
+        take_lease(connection, person, row["id"], now, mix)
     return Receipt(event, "undo", row["id"], annotator, at)
 
 

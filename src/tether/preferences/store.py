@@ -178,6 +178,7 @@ class Store:
     def undo(self, annotator: str, *, key: str) -> Receipt | None:
         """Withdraw the annotator's latest label or skip; `next_task` gives its item back. None: none stands.
 
+        A skipped item that somebody else has been given since is theirs: `next_task` then gives another.
         key: as for `record`, so that a request sent twice undoes one label.
         """
         with self._database.write() as c:

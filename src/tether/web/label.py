@@ -59,8 +59,12 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.post("/label/undo")
     def undo(request: Request, key: Annotated[str, Form()]) -> Response:
-        undone = store().undo(request.scope["state"]["person"], key=key)
-        return RedirectResponse(f"/label?done={'undone' if undone else 'nothing'}", 303)
+        person, labels = request.scope["state"]["person"], store()
+        undone = labels.undo(person, key=key)
+        if undone is None:
+            return RedirectResponse("/label?done=nothing", 303)
+        task = labels.next_task(person)
+        return RedirectResponse(f"/label?done={'undone' if task and task.item == undone.item else 'elsewhere'}", 303)
 
     @router.post("/queue")
     def queue(a: Annotated[str, Form()], b: Annotated[str, Form()]) -> Response:
