@@ -313,8 +313,15 @@ def test_a_damaged_evaluation_says_so(content, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(models, prompts, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(tether.RunError, match=r"run=.*file cannot be written .* the results above are in no file"):
+    with pytest.raises(tether.RunError, match=r"run=.*file cannot be written .* the results would be in no file"):
         tether.evaluate(config(models[:1], prompts, run=str(tmp_path / "file")), reward=length)
+
+
+def test_results_that_cannot_be_written_in_the_end_are_printed_at_least(models, prompts, tmp_path, capsys):
+    (tmp_path / "answers").write_text("in the way")
+    with pytest.raises(tether.RunError, match="the results above are in no file"):
+        tether.evaluate(config(models[:1], prompts, run=str(tmp_path)), reward=length)
+    assert "(baseline)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("truncation", [{"top_k": 5}, {"top_p": 0.9}])

@@ -5,6 +5,8 @@ import itertools
 import json
 import re
 import shutil
+import threading
+import time
 from random import Random
 
 import httpx
@@ -13,6 +15,8 @@ import pytest
 import tether
 from served import form_token, serve
 from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig
+from tether.errors import StoreError
+from tether.preferences import agreement
 from tether.preferences.records import Answer, Item
 from tether.preferences.store import Store
 from tether.report.signals import SIGNALS, STEPS, Knobs, Scale, arithmetic, knobs_of
@@ -37,6 +41,36 @@ def test_runs_are_listed_with_their_state_and_curves(studio):
     text = studio.client().get("/runs").text
     assert text.count('class="state finished"') == 2
     assert text.count("<polyline") == 4
+
+
+def test_agreement_that_is_being_counted_is_shown_once_it_is_and_a_failure_is_tried_again(studio, monkeypatch):
+    store = Store(studio.store)
+    store.add_items([Item(f"q{i}", (Answer("x"), Answer("y"))) for i in range(4)], overlap=1)
+    for person in ("Ada", "Ben"):
+        store.add_annotator(person)
+        while task := store.next_task(person):
+            store.record(person, task.item, key=f"k{task.item}", choice="ab"[task.item % 2])
+    go = threading.Event()
+    calls = []
+
+    def slowly(labels):
+        calls.append(1)
+        go.wait(30)
+        if len(calls) == 1:
+            raise StoreError("it is locked")
+        return agreement.agreement(labels)
+
+    monkeypatch.setattr("tether.web.agreement.agreement", slowly)
+    client = studio.client()
+    waiting = client.get("/agreement").text
+    assert "being computed" in waiting
+    assert 'http-equiv="refresh"' in waiting
+    go.set()
+    answers = [client.get("/agreement") for _ in range(50) if not time.sleep(0.02)]
+    assert sum(answer.status_code == 503 for answer in answers) == 1
+    assert "Krippendorff" in answers[-1].text
+    assert 'http-equiv="refresh"' not in answers[-1].text
+    assert len(calls) == 2
 
 
 def test_every_link_of_every_page_leads_somewhere(studio):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,9 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
     At most two models are in memory, the baseline and another, beside the reward sources.
     """
     check(config, reward_given=reward is not None)
+    if config.run is not None:
+        with _saying_that_nothing_is_kept(config):  # before the minutes that it takes
+            Path(config.run).mkdir(parents=True, exist_ok=True)
     device = resolve_device(config.device)
     baseline = config.baseline or config.models[0]
     names = list(dict.fromkeys([baseline, *config.models]))
@@ -198,7 +202,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
         del model, rewards  # before the next ones are loaded
     evaluation = Evaluation(baseline, len(prompts[baseline]), config.samples, results)
     if config.run is not None:
-        _write(evaluation, answers, config, Path(config.run))
+        _write(evaluation, answers, config, Compared(config.run))
     return evaluation
 
 
@@ -252,11 +256,10 @@ def _common(prompts: dict[str, list[Prompt]]) -> dict[str, list[Prompt]]:
 
 
 def _write(
-    evaluation: Evaluation, answers: Sequence[dict[str, list[Any]]], config: EvaluateConfig, directory: Path
+    evaluation: Evaluation, answers: Sequence[dict[str, list[Any]]], config: EvaluateConfig, there: Compared
 ) -> None:
     """The answers first, the file that names their models last: a reader never sees one beside the other's."""
-    there = Compared(directory)
-    try:
+    with _saying_that_nothing_is_kept(config, evaluation):
         folder = there.file(0).parent
         folder.mkdir(parents=True, exist_ok=True)
         there.named.unlink(missing_ok=True)
@@ -266,12 +269,21 @@ def _write(
             write_table(there.file(index), columns)
         content = {"schema": 1, **asdict(evaluation), "config": asdict(config)}
         write_atomically(there.named, json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def _saying_that_nothing_is_kept(config: EvaluateConfig, evaluation: Evaluation | None = None) -> Iterator[None]:
+    """Where writing fails, print what was found, since it took a while, and raise a RunError that names the place."""
+    try:
+        yield
     except (OSError, RunError) as error:
-        print(evaluation.table())  # it took a while
+        if evaluation is not None:
+            print(evaluation.table())
         cause = error if isinstance(error, OSError) else error.__cause__
         raise RunError(
-            f"run={directory} cannot be written ({getattr(cause, 'strerror', None) or cause}): the results above are "
-            "in no file. Name a directory that is writable, on a disk with room."
+            f"run={config.run} cannot be written ({getattr(cause, 'strerror', None) or cause}): "
+            f"{'the results above are' if evaluation else 'the results would be'} in no file. Name a directory that is "
+            "writable, on a disk with room."
         ) from error
 
 

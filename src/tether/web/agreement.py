@@ -6,8 +6,7 @@ import contextlib
 import json
 import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as TookLonger
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -39,16 +38,13 @@ class Computed:
             if self._running is None and (self._newest is None or self._newest[0] != last):
                 self._running = last, self._pool.submit(_count, store, last)
             running = self._running
-        if running is not None:
-            with contextlib.suppress(TookLonger):
-                try:
-                    found = running[1].result(timeout=_WAIT_S)
-                    with self._lock:
-                        self._newest = running[0], found
-                finally:
-                    if running[1].done():  # well or not: a store that was locked may be asked again
-                        with self._lock:
-                            self._running = None
+        if running is not None and wait([running[1]], timeout=_WAIT_S).done:
+            with self._lock:
+                if self._running is running:
+                    self._running = None  # well or not: a store that was locked may be asked again
+            found = running[1].result()
+            with self._lock:
+                self._newest = running[0], found
         return self._newest
 
 
