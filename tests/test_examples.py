@@ -59,3 +59,4 @@ def test_the_loop_runs_from_samples_through_people_and_ppo_to_the_compare_page(s
     assert f"{int(labels[1]) * 6} pairs by 2 annotators" in done.stderr  # four answers in order are 6 pairs
     assert "nothing found" in done.stdout
     assert done.stdout.count("on the left") == 2
+    assert "They say the same of" in done.stdout

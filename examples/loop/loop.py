@@ -29,6 +29,8 @@ import httpx
 import pyarrow
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from tether.preferences.agreement import agreement
+from tether.preferences.store import Store
 from tether.runs import Run
 
 PROMPTS = Path(__file__).resolve().parent.parent / "stories" / "prompts.jsonl"
@@ -59,6 +61,8 @@ def main() -> None:
         while done:  # in turns, so that both get some of everything
             done = sum(judge(people[name], random.Random(f"{name} {done}")) for name in ("Ada", "Ben"))
     tether("label", "--status", "--to", store)
+    for both in agreement(Store(store, create=False).labels()).kappas:
+        print(f"They say the same of {both.agreement:.0%} of the pairs that both judged, κ {both.value:.2f}.")
 
     print("3. a reward model from the store, and PPO against it")
     (args.to / "reward.yaml").write_text(

@@ -9,7 +9,6 @@ within a block in an order of their own, so that what tires one person is fresh 
 
 from __future__ import annotations
 
-import itertools
 import json
 import sqlite3
 from collections.abc import Iterable, Sequence
@@ -142,11 +141,10 @@ def _first_position(connection: sqlite3.Connection, pool: int, count: int) -> in
 
 def _new_id(connection: sqlite3.Connection, *about: object) -> int:
     """A number that says nothing: counted ones would tell people which items are gold, and which are repeats."""
-    for attempt in itertools.count():
-        number = 1 + draw("id", *about, attempt) % _IDS
-        if connection.execute("SELECT 1 FROM items WHERE id = ?", (number,)).fetchone() is None:
-            return number
-    raise AssertionError
+    attempt, number = 0, 0
+    while not number or connection.execute("SELECT 1 FROM items WHERE id = ?", (number,)).fetchone():
+        attempt, number = attempt + 1, 1 + draw("id", *about, attempt) % _IDS
+    return number
 
 
 def _insert(
