@@ -27,7 +27,7 @@ import torch
 
 from peer import Peer
 from shapes import build, build_reward, matmul_weights, prompts, words
-from tether.config import (
+from tether.config.sections import (
     HeldOutConfig,
     ModelConfig,
     OptimConfig,
@@ -37,8 +37,8 @@ from tether.config import (
     RewardSourceConfig,
     SamplingConfig,
 )
-from tether.train.experience import Experience
 from tether.train.ppo import Job, prepare
+from tether.train.rollout import Experience
 from tether.train.update import update
 
 EPOCHS, MINIBATCHES = 4, 4

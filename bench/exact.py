@@ -35,8 +35,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import tether
 from chart import Line, draw
-from tether.batch import GENERATE, Prompt, Rows, Sampling
-from tether.config import (
+from tether.config.sections import (  # fmt: skip
     CheckpointConfig,
     HeldOutConfig,
     KLConfig,
@@ -47,11 +46,12 @@ from tether.config import (
     PPOSection,
     PromptsConfig,
     SamplingConfig,
-)  # fmt: skip
-from tether.loading import load_causal_lm
+)
 from tether.math import optimality_gap_logmeanexp
-from tether.model import LanguageModel, Policy
-from tether.rollout import LocalSampler
+from tether.models.loading import load_causal_lm
+from tether.models.policy import LanguageModel, Policy
+from tether.samplers.local import LocalSampler
+from tether.types import GENERATE, Prompt, Rows, Sampling
 
 CPU = torch.device("cpu")
 Ids = tuple[int, ...]

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tether.batch import Rollout, Rows
-from tether.config import OptimConfig, PPOSection
-from tether.model import LanguageModel, Policy
+from tether.config.sections import OptimConfig, PPOSection
+from tether.models.policy import LanguageModel, Policy
 from tether.train.optim import Steps, build_optimizer
 from tether.train.update import update
+from tether.types import Rollout, Rows
 
 VOCABULARY, ROWS, TOKENS = 50_000, 16, 512
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tether.config import (
+from tether.config.sections import (
     HeldOutConfig,
     LoraConfig,
     ModelConfig,

@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import tether
-from tether.config import (
+from tether.config.sections import (
     CheckpointConfig,
     HeldOutConfig,
     KLConfig,

@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM
 
 from peer import Peer
 from shapes import build, matmul_weights, prompts
-from tether.batch import TRAIN, Prompt, Sampling
-from tether.loading import resolve_dtype
-from tether.model import LanguageModel
-from tether.rollout import LocalSampler
+from tether.models.loading import resolve_dtype
+from tether.models.policy import LanguageModel
+from tether.samplers.local import LocalSampler
+from tether.types import TRAIN, Prompt, Sampling
 
 NEW, LENGTH = 64, 16
 

@@ -27,8 +27,8 @@ from urllib.parse import urlencode
 
 import httpx
 
-from tether.preferences.records import Answer, Item
-from tether.preferences.store import Store
+from tether.feedback.records import Answer, Item
+from tether.feedback.store import Store
 
 CLIENTS, LABELS = 20, 4000
 

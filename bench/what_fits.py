@@ -13,7 +13,14 @@ from typing import Any
 
 from transformers import Qwen2Config
 
-from tether.config import LoraConfig, ModelConfig, PPOConfig, PPOSection, PromptsConfig, SamplingConfig
+from tether.config.sections import (
+    LoraConfig,
+    ModelConfig,
+    PPOConfig,
+    PPOSection,
+    PromptsConfig,
+    SamplingConfig,
+)
 from tether.diagnose.memory import GIB, Memory, predict
 
 # width, width of the MLP, layers, heads, key-value heads, embeddings tied

@@ -1,6 +1,6 @@
 """Items to label."""
 
-from tether.preferences.records import Answer, Item
+from tether.feedback.records import Answer, Item
 
 
 def pairs(count: int, start: int = 0) -> list[Item]:

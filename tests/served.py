@@ -11,10 +11,10 @@ from weakref import WeakKeyDictionary
 import httpx
 import uvicorn
 
-from tether.web.app import create_app
-from tether.web.found import Runs
-from tether.web.security import Gate
-from tether.web.studio import Studio
+from tether.studio.app import create_app
+from tether.studio.index import Runs
+from tether.studio.security import Gate
+from tether.studio.shared import Studio
 
 _tokens: WeakKeyDictionary[httpx.Client, str] = WeakKeyDictionary()
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import ARCHITECTURES
-from tether.batch import Prompt, Rows
-from tether.loading import without_dropout
-from tether.model import LanguageModel, Policy
+from tether.models.loading import without_dropout
+from tether.models.policy import LanguageModel, Policy
+from tether.types import Prompt, Rows
 
 VOCABULARY = 40
 

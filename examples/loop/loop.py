@@ -29,8 +29,8 @@ import httpx
 import pyarrow
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from tether.preferences.agreement import agreement
-from tether.preferences.store import Store
+from tether.feedback.agreement import agreement
+from tether.feedback.store import Store
 from tether.runs import Run
 
 PROMPTS = Path(__file__).resolve().parent.parent / "stories" / "prompts.jsonl"

@@ -7,13 +7,12 @@
 Every name below is loaded when it is first used, so that `import tether` costs nothing and loads no torch.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
+    from tether.config.reading import load_config
+    from tether.config.sections import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
     from tether.errors import (
         BatchError,
         ConfigError,
@@ -27,9 +26,8 @@ if TYPE_CHECKING:
         TetherError,
         TrainingError,
     )
-    from tether.export import export
-    from tether.parse import load_config
-    from tether.report import report
+    from tether.models.export import export
+    from tether.reports.page import report
     from tether.runs import Run
     from tether.train.evaluate import evaluate, generate
     from tether.train.ppo import ppo
@@ -42,11 +40,11 @@ _HOME = {
     "reward_model": "tether.train.reward",
     "evaluate": "tether.train.evaluate",
     "generate": "tether.train.evaluate",
-    "export": "tether.export",
-    "report": "tether.report",
-    "load_config": "tether.parse",
+    "export": "tether.models.export",
+    "report": "tether.reports.page",
+    "load_config": "tether.config.reading",
     "Run": "tether.runs",
-    **dict.fromkeys(("PPOConfig", "SFTConfig", "RewardConfig", "EvaluateConfig"), "tether.config"),
+    **dict.fromkeys(("PPOConfig", "SFTConfig", "RewardConfig", "EvaluateConfig"), "tether.config.sections"),
     **dict.fromkeys(
         ("TetherError", "ConfigError", "DataError", "ModelError", "RewardError", "RunError", "StoreError",
          "LabelError", "BatchError", "TrainingError", "Interrupted"),
@@ -93,15 +91,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(ModuleType):
-    """Keeps `tether.export` and `tether.report` functions: importing the modules of these names would, as imports do,
-    put the modules in their place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

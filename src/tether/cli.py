@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tether
-from tether.config import EvaluateConfig
+from tether.config.sections import EvaluateConfig
 from tether.errors import ConfigError, Interrupted, RunError, TetherError
 
 
@@ -83,7 +83,7 @@ def _ppo(argv: list[str]) -> None:
 def _train(kind: str, argv: list[str]) -> None:
     if _help_wanted(kind, argv):
         return
-    from tether.parse import parse_args, to_yaml
+    from tether.config.reading import parse_args, to_yaml
 
     config, options = parse_args(kind, argv)
     if options.print_config:
@@ -101,7 +101,7 @@ def _train(kind: str, argv: list[str]) -> None:
 def _evaluate(argv: list[str]) -> None:
     if _help_wanted("evaluate", argv):
         return
-    from tether.parse import parse_args, to_yaml
+    from tether.config.reading import parse_args, to_yaml
 
     config, options = parse_args("evaluate", argv)
     if options.print_config:
@@ -117,11 +117,11 @@ def _doctor(argv: list[str]) -> None:
         return
     if len(argv) == 1 and Path(argv[0]).is_dir():
         from tether.diagnose import examine
-        from tether.report.text import visible  # an event may hold what a model wrote
+        from tether.reports.text import visible  # an event may hold what a model wrote
 
         print(visible(examine(argv[0])))
         return
-    from tether.parse import parse_args
+    from tether.config.reading import parse_args
 
     config = parse_args(None, argv)[0] if argv else None
     from tether.diagnose import doctor
@@ -132,7 +132,7 @@ def _doctor(argv: list[str]) -> None:
 def _help_wanted(kind: str, argv: list[str]) -> bool:
     if "-h" not in argv and "--help" not in argv:
         return False
-    from tether.help import help_text
+    from tether.config.help import help_text
 
     print(help_text(kind))
     return True
@@ -193,17 +193,17 @@ def _generate(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     prompts: list[Any] = list(args.prompt)
     if prompts and not args.raw:
-        from tether.tokens import load_tokenizer
+        from tether.data.tokenizer import load_tokenizer
 
         if load_tokenizer(args.model, trust_remote_code=args.trust_remote_code).chat_template:
             prompts = [[{"role": "user", "content": text}] for text in prompts]
     if args.prompts:
-        from tether.data import read_rows
+        from tether.data.table import read_rows
 
         prompts += [row["prompt"] for row in read_rows(args.prompts, "train", ["prompt"], None)]
     if not prompts:
         raise ConfigError("no prompt: there is nothing to answer. Give --prompt TEXT or --prompts FILE.")
-    from tether.report.text import visible  # what a model wrote must not act on the terminal
+    from tether.reports.text import visible  # what a model wrote must not act on the terminal
 
     generations = tether.generate(
         args.model,
@@ -282,7 +282,7 @@ def _label(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if (args.sample is None) != (args.prompts is None):
         raise ConfigError("--sample MODEL and --prompts FILE go together: one answers what the other asks. Give both.")
-    from tether.label import items_of_model, items_of_run, label, read_items
+    from tether.feedback.items import items_of_model, items_of_run, label, read_items
 
     found = None
     if args.file:
@@ -338,7 +338,7 @@ def _studio(argv: list[str]) -> None:
     parser.add_argument("--owner", metavar="NAME", action="append", help="of --users, who may see every page")
     parser.add_argument("--name", metavar="HOST", action="append", help="a further name that browsers may call us by")
     args = parser.parse_args(argv)
-    from tether.web.serve import main as serve
+    from tether.studio.serve import main as serve
 
     serve(
         Path(args.folder), store=Path(args.store), host=args.host, port=args.port, users=args.users,

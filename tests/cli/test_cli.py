@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tether.cli import COMMANDS, main
-from tether.keys import KINDS, keys
-from tether.parse import load_config
+from tether.config.keys import KINDS, keys
+from tether.config.reading import load_config
 
 TETHER = Path(sys.executable).parent / "tether"
 FILE = "run: r\nmodel: {policy: m}\nprompts: {path: p}\nreward: [{function: a.py:f}]\nppo: {cycles: 7}\n"

@@ -3,9 +3,9 @@
 import pytest
 
 import tether
-from tether.config import check
+from tether.config.reading import parse_args
+from tether.config.sections import check
 from tether.errors import ConfigError
-from tether.parse import parse_args
 
 LEAST = {
     "ppo": ["--run", "r", "--model.policy", "m", "--prompts.path", "p", "--reward", "[{function: a.py:f}]"],

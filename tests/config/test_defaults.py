@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
-from tether.keys import KINDS, keys
-from tether.parse import load_config, to_yaml
+from tether.config.keys import KINDS, keys
+from tether.config.reading import load_config, to_yaml
+from tether.config.sections import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 
 PPO = """
 run: r

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.config.reading import load_config
+from tether.config.sections import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.errors import ConfigError
-from tether.parse import load_config
 
 HEAD = "run: r\nmodel: {policy: m}\n"
 PPO = HEAD + "prompts: {path: p}\nreward: [{function: f.py:f}]\n"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tether.config import LamConfig, LoraConfig, RewardSourceConfig
+from tether.config.reading import Options, parse_args
+from tether.config.sections import LamConfig, LoraConfig, RewardSourceConfig
 from tether.errors import ConfigError
-from tether.parse import Options, parse_args
 
 FILE = """
 run: r

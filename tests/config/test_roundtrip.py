@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.config import (
+from tether.config.reading import load_config, to_yaml
+from tether.config.sections import (
     Config,
     DataConfig,
     EvaluateConfig,
@@ -29,7 +30,6 @@ from tether.config import (
     SFTModelConfig,
     WandbConfig,
 )
-from tether.parse import load_config, to_yaml
 
 text = st.one_of(
     st.text(st.characters(codec="utf-8"), min_size=1),

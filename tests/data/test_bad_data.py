@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tether.config import DataConfig, PromptsConfig
-from tether.data import load_examples, load_pairs, load_prompts
+from tether.config.sections import DataConfig, PromptsConfig
+from tether.data.examples import load_examples
+from tether.data.pairs import load_pairs
+from tether.data.prompts import load_prompts
 from tether.errors import DataError, ModelError
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.config import DataConfig
-from tether.data import Example, load_examples
+from tether.config.sections import DataConfig
+from tether.data.chat import encode_completion, encode_prompt
+from tether.data.examples import Example, load_examples
 from tether.errors import DataError, ModelError
-from tether.tokens import encode_completion, encode_prompt
 
 STOP = 1
 

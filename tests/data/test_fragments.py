@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from tether.tokens import completion_text, encode_completion, fragments
+from tether.data.chat import encode_completion
+from tether.data.text import completion_text, fragments
 
 anything = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.differing_executors])
 

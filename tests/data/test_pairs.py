@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.config import DataConfig
-from tether.data import load_pairs
+from tether.config.sections import DataConfig
+from tether.data.chat import encode_completion, encode_prompt
+from tether.data.pairs import load_pairs
+from tether.data.split import Pair, split_pairs, split_transcripts
 from tether.errors import DataError
-from tether.preferences import Pair, split_pairs, split_transcripts
-from tether.tokens import encode_completion, encode_prompt
 
 STOP = 1
 

@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tether.batch import Prompt
-from tether.config import PromptsConfig
-from tether.data import load_prompts
+from tether.config.sections import PromptsConfig
+from tether.data.prompts import load_prompts
 from tether.errors import ConfigError, DataError
+from tether.types import Prompt
 
 
 def load(path, tokenizer, context=None, max_new_tokens=8, **changes):

@@ -3,9 +3,11 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tether.config import DataConfig, PromptsConfig
-from tether.data import load_examples, load_pairs, load_prompts
-from tether.preferences import split_pairs
+from tether.config.sections import DataConfig, PromptsConfig
+from tether.data.examples import load_examples
+from tether.data.pairs import load_pairs
+from tether.data.prompts import load_prompts
+from tether.data.split import split_pairs
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.config import DataConfig, PromptsConfig
-from tether.data import load_examples, load_pairs, load_prompts, read_rows
+from tether.config.sections import DataConfig, PromptsConfig
+from tether.data.examples import load_examples
+from tether.data.pairs import load_pairs
+from tether.data.prompts import load_prompts
+from tether.data.table import read_rows
 from tether.errors import DataError
 
 leaves = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ConfigError, ModelError
-from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
 
 
 def config(eos):

@@ -15,7 +15,8 @@ import pytest
 
 import tether
 from tether.cli import main
-from tether.config import (
+from tether.config.keys import KINDS, keys
+from tether.config.sections import (
     DataConfig,
     KLConfig,
     ModelConfig,
@@ -32,7 +33,6 @@ from tether.diagnose import examine
 from tether.diagnose.alarms import RULES, alarms, state
 from tether.diagnose.series import Curve
 from tether.errors import Interrupted, RunError
-from tether.keys import KINDS, keys
 from tether.runs import RunDirectory
 from tiny_ppo import id_score, tiny_config
 

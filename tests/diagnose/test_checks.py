@@ -8,7 +8,8 @@ import pytest
 
 import tether
 from tether.cli import main
-from tether.config import (
+from tether.config.reading import to_yaml
+from tether.config.sections import (
     DataConfig,
     EvaluateConfig,
     HeldOutConfig,
@@ -28,7 +29,6 @@ from tether.config import (
 )
 from tether.diagnose import Memory, Part, doctor, dry_run
 from tether.diagnose.checks import verdict
-from tether.parse import to_yaml
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tether.config import (
+from tether.config.sections import (
     DataConfig,
     HeldOutConfig,
     InitModelConfig,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tether.config import LoraConfig
+from tether.config.sections import LoraConfig
 from tether.diagnose.simulate import Shape, _Meter, simulate
-from tether.loading import add_lora
+from tether.models.loading import add_lora
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "cohere"]
 SHAPE = Shape(rows=2, width=24, targets=16)

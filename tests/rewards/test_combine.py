@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tether.batch import Completions, Prompt
-from tether.config import MissingEosConfig, RewardShapingConfig, RewardSourceConfig
+from tether.config.sections import MissingEosConfig, RewardShapingConfig, RewardSourceConfig
 from tether.errors import ConfigError, RewardError
 from tether.rewards import RewardSet, build_reward, shape_scores
+from tether.types import Completions, Prompt
 
 
 class Fixed:

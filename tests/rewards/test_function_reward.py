@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tether.batch import Completions, Prompt
 from tether.errors import RewardError
 from tether.rewards import FunctionReward, load_function
+from tether.types import Completions, Prompt
 
 EOS = 1
 

@@ -10,14 +10,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
-from tether.batch import Completions, Prompt
-from tether.config import DataConfig, RewardShapingConfig, RewardSourceConfig
-from tether.data import load_pairs
+from tether.config.sections import DataConfig, RewardShapingConfig, RewardSourceConfig
+from tether.data.pairs import load_pairs
+from tether.data.tokenizer import load_tokenizer
 from tether.errors import RewardError
-from tether.reward_model import init_reward_model, load_reward_model, save_reward_model
+from tether.models.reward_model import init_reward_model, load_reward_model, save_reward_model
 from tether.rewards import build_reward
 from tether.rewards.model import same_tokens
-from tether.tokens import load_tokenizer
+from tether.types import Completions, Prompt
 
 CPU = torch.device("cpu")
 EOS = 1

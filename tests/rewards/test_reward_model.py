@@ -9,8 +9,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from conftest import ARCHITECTURES
+from tether.data.tokenizer import load_tokenizer
 from tether.errors import ModelError
-from tether.reward_model import (
+from tether.models.reward_model import (
     choose_pad_id,
     compare_with_stock,
     init_head,
@@ -18,7 +19,6 @@ from tether.reward_model import (
     load_reward_model,
     save_reward_model,
 )
-from tether.tokens import load_tokenizer
 
 CPU = torch.device("cpu")
 FLOAT = {"dtype": torch.float32, "device": CPU}

@@ -18,14 +18,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tether.config import DataConfig, SFTConfig, SFTModelConfig
+from tether.config.reading import to_yaml
+from tether.config.sections import DataConfig, SFTConfig, SFTModelConfig
 from tether.errors import Interrupted, RewardError, RunError
-from tether.parse import to_yaml
 from tether.runs import Run, RunDirectory, hash_files
 
 HOLD = """
 import sys
-from tether.parse import load_config
+from tether.config.reading import load_config
 from tether.runs import RunDirectory
 with RunDirectory.open(load_config(sys.argv[1]), command="ppo") as run:
     run.append_metrics({"cycle": 1, "reward/score_mean": 0.5})

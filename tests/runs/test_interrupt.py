@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from tether.train.interrupt import Signals, StopRequested
+from tether.train.signals import Signals, StopRequested
 
 TRAINER = """
 import sys, time
-from tether.train.interrupt import Signals, StopRequested
+from tether.train.signals import Signals, StopRequested
 
 def user_code():
     while True:

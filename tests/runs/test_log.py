@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tether.config import DataConfig, LogConfig, SFTConfig, SFTModelConfig, WandbConfig
+from tether.config.reading import to_yaml
+from tether.config.sections import DataConfig, LogConfig, SFTConfig, SFTModelConfig, WandbConfig
 from tether.errors import ConfigError, Interrupted
-from tether.parse import to_yaml
 from tether.runs import Run, RunDirectory
 from tether.train.log import Logger
 
@@ -29,7 +29,7 @@ CYCLE = {
 
 ON_A_TERMINAL = """
 import sys, time
-from tether.parse import load_config
+from tether.config.reading import load_config
 from tether.runs import RunDirectory
 from tether.train.log import Logger
 config = load_config(sys.argv[1])
@@ -43,7 +43,7 @@ with RunDirectory.open(config, command="ppo") as run, Logger(run, config.log, to
 
 READ_BY_NOBODY = """
 import sys
-from tether.parse import load_config
+from tether.config.reading import load_config
 from tether.runs import RunDirectory
 from tether.train.log import Logger
 config = load_config(sys.argv[1])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tether.config import (
+from tether.config.sections import (
     CheckpointConfig,
     DataConfig,
     HeldOutConfig,

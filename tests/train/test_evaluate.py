@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import tether
-from tether.batch import Rows
 from tether.cli import main
-from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig
+from tether.config.sections import EvaluateConfig, PromptsConfig, SamplingConfig
 from tether.errors import ConfigError, DataError, ModelError
-from tether.report.text import visible
+from tether.reports.text import visible
 from tether.runs import Compared
 from tether.train.evaluate import _summed_logprobs
+from tether.types import Rows
 
 PROMPTS = ["Hello", "The sun", "A dog and"]
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tether.errors import ModelError
-from tether.export import check_reload
+from tether.models.export import check_reload
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.batch import Prompt
 from tether.train.ppo import hold_out
+from tether.types import Prompt
 
 
 def prompts_of(ids):

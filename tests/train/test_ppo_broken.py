@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 import tether
-from tether.batch import Completions
 from tether.errors import ModelError, RewardError, TrainingError
-from tether.train import checkpoint, experience
+from tether.train import checkpoint
+from tether.train import rollout as experience
 from tether.train.ppo import prepare
+from tether.types import Completions
 from tiny_ppo import id_score, tiny_config
 
 
@@ -133,7 +134,7 @@ def test_a_score_that_is_not_on_the_last_token_stops_the_run(tiny_model, tmp_pat
 
 
 def test_a_sampler_that_drifts_from_the_policy_raises_an_alarm(tiny_model, tmp_path, monkeypatch):
-    from tether.rollout.local import LocalSampler
+    from tether.samplers.local import LocalSampler
 
     honest = LocalSampler.generate
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tether.batch import Rollout, Rows
-from tether.config import KLConfig, LoraConfig, PPOSection
-from tether.loading import add_lora, checkpoint_activations
-from tether.model import LanguageModel, Policy, SeparateCritic
+from tether.config.sections import KLConfig, LoraConfig, PPOSection
+from tether.models.loading import add_lora, checkpoint_activations
+from tether.models.policy import LanguageModel, Policy, SeparateCritic
 from tether.train.update import accumulate
+from tether.types import Rollout, Rows
 from tiny import VOCABULARY, ragged_rows, randomise, transformer
 
 TEMPERATURE, BETA = 0.7, 0.3

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 import tether
-from tether.config import KLConfig, LoraConfig, PPOConfig, RewardSourceConfig
-from tether.parse import to_yaml
-from tether.rollout.local import LocalSampler
+from tether.config.reading import to_yaml
+from tether.config.sections import KLConfig, LoraConfig, PPOConfig, RewardSourceConfig
 from tether.runs import Run
+from tether.samplers.local import LocalSampler
 from tether.train import checkpoint
 from tiny_ppo import id_score, tiny_config
 

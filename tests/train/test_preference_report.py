@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tether.data.split import Pair
 from tether.errors import RunError
-from tether.preferences import Pair
 from tether.train.preference_report import calibrate, judge, share, wilson
 
 

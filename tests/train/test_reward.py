@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tether
 from conftest import ARCHITECTURES
 from resume import launch, steady, wait_for_step
-from tether.config import (
+from tether.config.reading import to_yaml
+from tether.config.sections import (
     CheckpointConfig,
     DataConfig,
     LogConfig,
@@ -24,10 +25,9 @@ from tether.config import (
     RewardModelSection,
     SFTModelConfig,
 )
+from tether.data.split import Pair
 from tether.errors import DataError, TrainingError
-from tether.parse import to_yaml
-from tether.preferences import Pair
-from tether.reward_model import init_reward_model, load_reward_model
+from tether.models.reward_model import init_reward_model, load_reward_model
 from tether.train.reward import accumulate, finish, plan_steps, reward_model
 
 CPU = torch.device("cpu")

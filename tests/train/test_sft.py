@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tether
 from conftest import ARCHITECTURES
 from resume import launch, steady, wait_for_step
-from tether.config import (
+from tether.config.reading import to_yaml
+from tether.config.sections import (
     CheckpointConfig,
     DataConfig,
     InitModelConfig,
@@ -25,11 +26,10 @@ from tether.config import (
     SFTModelConfig,
     SFTSection,
 )
-from tether.data import Example
+from tether.data.examples import Example
 from tether.errors import ConfigError, TrainingError
-from tether.loading import load_causal_lm
-from tether.model import LanguageModel
-from tether.parse import to_yaml
+from tether.models.loading import load_causal_lm
+from tether.models.policy import LanguageModel
 from tether.train.sft import accumulate, check_packing, pack, plan_steps, sft
 
 CPU = torch.device("cpu")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tether.config import LoraConfig
+from tether.config.sections import LoraConfig
 from tether.errors import ModelError
-from tether.loading import add_lora
+from tether.models.loading import add_lora
 from tether.train.weights import restore_weights, save_weights
 from tiny import language_model
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tether.batch import Text
+from tether.data.chat import Messages
 from tether.data.table import kind, listed
 from tether.errors import DataError, did_you_mean
-from tether.tokens import Messages
+from tether.types import Text
 
 
 def as_text(value: Any) -> str:

@@ -7,13 +7,13 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.config import DataConfig
+from tether.config.sections import DataConfig
 from tether.data.cells import as_answer, as_messages, as_prompt, as_text
-from tether.data.encode import encode_answers, encode_prompt_column, stopped
+from tether.data.chat import encode_conversation, encode_texts
+from tether.data.columns import encode_answers, encode_prompt_column, stopped
 from tether.data.limit import Limit, keep_right
 from tether.data.table import Table, listed, read_table
 from tether.errors import DataError, did_you_mean
-from tether.tokens import encode_conversation, encode_texts
 
 
 @dataclass(frozen=True, slots=True)

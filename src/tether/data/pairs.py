@@ -8,16 +8,16 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.batch import Text
-from tether.config import DataConfig
+from tether.config.sections import DataConfig
 from tether.data.cells import as_answer, as_prompt, as_text_or_messages
-from tether.data.encode import encode_answers, encode_prompt_column
-from tether.data.labels import read_pairs
+from tether.data.columns import encode_answers, encode_prompt_column
 from tether.data.limit import Limit, keep_right
+from tether.data.snapshot import read_pairs
+from tether.data.split import Pair, split_transcripts
 from tether.data.table import Table, kind
+from tether.data.text import common_prefix
 from tether.errors import DataError
-from tether.preferences import Pair, split_transcripts
-from tether.tokens import common_prefix
+from tether.types import Text
 
 
 def load_pairs(

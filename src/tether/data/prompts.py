@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.batch import Prompt
-from tether.config import PromptsConfig
+from tether.config.sections import PromptsConfig
 from tether.data.cells import as_prompt
-from tether.data.encode import encode_prompt_column
+from tether.data.columns import encode_prompt_column
 from tether.data.limit import Limit, keep_right
 from tether.data.table import Table, read_table
+from tether.types import Prompt
 
 
 def load_prompts(

@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tether.data.tokenizer import looks_local
 from tether.errors import DataError, did_you_mean, did_you_mean_path, first_line
-from tether.preferences.schema import is_store
-from tether.preferences.store import Store
-from tether.tokens import looks_local
+from tether.feedback.schema import is_store
+from tether.feedback.store import Store
 
 Row = dict[str, Any]
 

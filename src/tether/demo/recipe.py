@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tether.config import (
+from tether.config.sections import (
     CheckpointConfig,
     DataConfig,
     HeldOutConfig,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from tether.config import Config, PPOConfig, RewardConfig, SFTConfig
+from tether.config.sections import Config, PPOConfig, RewardConfig, SFTConfig
 from tether.diagnose.series import Curve, Series, correlation, median
 from tether.runs.bounds import FIRST_RATIO_MEAN, FIRST_RATIO_STOP, SAMPLER_GAP, Precision
 

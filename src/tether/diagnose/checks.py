@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tether.config import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, check
+from tether.config.reading import to_yaml
+from tether.config.sections import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, check
 from tether.diagnose.inputs import Inputs, check_inputs
 from tether.diagnose.machine import machine, memory_of
 from tether.diagnose.memory import Memory, predict, size
 from tether.errors import ConfigError, RunError, TetherError
-from tether.loading import resolve_device
-from tether.parse import to_yaml
+from tether.models.loading import resolve_device
 from tether.runs import Run
 from tether.runs.resume import config_changes
 

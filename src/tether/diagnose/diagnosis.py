@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tether.config import PPOConfig
+from tether.config.sections import PPOConfig
 from tether.diagnose.alarms import RULES, Alarm, alarms, patience_s, silence_s, state
 from tether.errors import RunError
 from tether.runs import Run

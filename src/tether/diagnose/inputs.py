@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from tether.batch import Prompt
-from tether.config import (
+from tether.config.sections import (
     DataConfig,
     InitModelConfig,
     LabelsConfig,
@@ -22,16 +21,20 @@ from tether.config import (
     check_warmup,
     source_name,
 )
-from tether.data import load_examples, load_pairs, load_prompts, read_rows
+from tether.data.examples import load_examples
+from tether.data.pairs import load_pairs
+from tether.data.prompts import load_prompts
+from tether.data.split import split_pairs
+from tether.data.table import read_rows
+from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ModelError
-from tether.loading import context_length, model_config
-from tether.preferences import split_pairs
+from tether.models.loading import context_length, model_config
 from tether.rewards import FunctionReward, load_function
-from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.train.ppo import hold_out
 from tether.train.reward import plan_steps as plan_pairs
 from tether.train.sft import init_architecture
 from tether.train.sft import plan_steps as plan_examples
+from tether.types import Prompt
 
 _SHOWN = 24  # tokens of the rendered row, at either end
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig, source_name
+from tether.config.sections import InitModelConfig, PPOConfig, RewardConfig, SFTConfig, source_name
+from tether.data.tokenizer import load_tokenizer
 from tether.diagnose.simulate import Shape, Step, simulate
-from tether.loading import model_config, resolve_device, resolve_dtype
-from tether.rollout.local import PREFILL_TOKENS, count_slots, slot_bytes
-from tether.tokens import load_tokenizer
+from tether.models.loading import model_config, resolve_device, resolve_dtype
+from tether.samplers.local import PREFILL_TOKENS, count_slots, slot_bytes
 from tether.train.sft import init_architecture
 
 TrainingConfig = PPOConfig | SFTConfig | RewardConfig

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tether.batch import Reward
-from tether.config import RESERVED_NAMES, RewardShapingConfig, RewardSourceConfig, source_name
+from tether.config.sections import RESERVED_NAMES, RewardShapingConfig, RewardSourceConfig, source_name
 from tether.errors import ConfigError
 from tether.rewards.combine import RewardSet, ScoredBatch, shape_scores
 from tether.rewards.function import FunctionReward, function_file, load_function
 from tether.rewards.model import ModelReward
+from tether.types import Reward
 
 __all__ = [
     "FunctionReward", "ModelReward", "RewardSet", "ScoredBatch", "build_reward", "function_file", "load_function",

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tether.batch import Completions, Prompt, Reward
-from tether.config import RewardShapingConfig
+from tether.config.sections import RewardShapingConfig
 from tether.errors import RewardError
 from tether.rewards.function import FunctionReward, describe_row
 from tether.rewards.model import ModelReward
+from tether.types import Completions, Prompt, Reward
 
 
 @dataclass(frozen=True, slots=True)

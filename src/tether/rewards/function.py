@@ -25,9 +25,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.batch import Completions, Prompt
+from tether.data.text import completion_text
 from tether.errors import RewardError, did_you_mean, did_you_mean_path
-from tether.tokens import completion_text
+from tether.types import Completions, Prompt
 
 RewardFunction = Callable[..., Any]
 

@@ -9,13 +9,15 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tether.batch import Completions, Prompt, Text
-from tether.data.encode import encode_answers
+from tether.data.chat import encode_prompts
+from tether.data.columns import encode_answers
+from tether.data.text import completion_text
+from tether.data.tokenizer import load_tokenizer, stop_token_ids
 from tether.errors import DataError, RewardError
-from tether.loading import context_length, model_config, resolve_dtype
-from tether.reward_model import RewardModel, load_reward_model
+from tether.models.loading import context_length, model_config, resolve_dtype
+from tether.models.reward_model import RewardModel, load_reward_model
 from tether.rewards.function import describe_row
-from tether.tokens import completion_text, encode_prompts, load_tokenizer, stop_token_ids
+from tether.types import Completions, Prompt, Text
 
 
 class ModelReward:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tether.config import Config
+from tether.config.reading import load_config
+from tether.config.sections import Config
 from tether.errors import RunError
-from tether.parse import load_config
 from tether.runs.files import read_environment, read_lines, read_status, read_table
 
 if TYPE_CHECKING:

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tether.batch import EVALUATE, GENERATE, Completions, Prompt, Rows, Sampling, Text, microbatches
-from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig, check
-from tether.data import load_prompts
-from tether.data.prompts import prompts_of
+from tether.config.sections import EvaluateConfig, PromptsConfig, SamplingConfig, check
+from tether.data.prompts import load_prompts, prompts_of
 from tether.data.table import Table
+from tether.data.text import completion_text
+from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ConfigError, DataError, RunError
-from tether.loading import context_length, load_causal_lm, model_config, resolve_device, resolve_dtype
 from tether.math import Interval, bootstrap_mean
-from tether.model import LanguageModel
+from tether.models.loading import context_length, load_causal_lm, model_config, resolve_device, resolve_dtype
+from tether.models.policy import LanguageModel
 from tether.rewards import build_reward
-from tether.rollout import LocalSampler
 from tether.runs import Compared, short_name
 from tether.runs.files import write_atomically, write_table
-from tether.tokens import check_vocabulary, completion_text, load_tokenizer, stop_token_ids
-from tether.train.record import response_columns
+from tether.samplers.local import LocalSampler
+from tether.train.columns import response_columns
+from tether.types import EVALUATE, GENERATE, Completions, Prompt, Rows, Sampling, Text, microbatches
 
 _FORWARD_TOKENS = 8192  # padded tokens in one forward pass without gradient
 

@@ -1,7 +1,7 @@
 """Proximal policy optimisation on a language model (Schulman et al. 2017; Ziegler et al. 2019).
 
     each cycle
-      phase 1  sample completions, score them, value every token, turn both into advantages     tether.train.experience
+      phase 1  sample completions, score them, value every token, turn both into advantages     tether.train.rollout
       phase 2  epochs × minibatches of the clipped objective                                    tether.train.update
 
 The loop below is all of it. What a run needs besides (models, data, the run directory, signals, checkpoints) is set up
@@ -20,29 +20,29 @@ from typing import Any
 
 import torch
 
-from tether.batch import EVALUATE, TRAIN, Prompt, Sampling
-from tether.config import PPOConfig, check
-from tether.data import load_prompts
+from tether.config.sections import PPOConfig, check
+from tether.data.prompts import load_prompts
+from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import Interrupted, RewardError, TrainingError
-from tether.export import save_model
-from tether.loading import context_length, model_config, resolve_device
 from tether.math import next_kl_coef
-from tether.model import Policy, Reference, build_policy
+from tether.models.export import save_model
+from tether.models.loading import context_length, model_config, resolve_device
+from tether.models.policy import Policy, Reference, build_policy
 from tether.rewards import RewardSet, build_reward, function_file
-from tether.rollout import LocalSampler
 from tether.runs import Run, RunDirectory, hash_files
 from tether.runs.bounds import SAMPLER_GAP
-from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
+from tether.samplers.local import LocalSampler
 from tether.train import checkpoint
 from tether.train.card import ppo_card
+from tether.train.columns import table
 from tether.train.deterministic import deterministic
-from tether.train.experience import Experience, collect
-from tether.train.interrupt import Signals, StopRequested
 from tether.train.log import Logger, say
 from tether.train.optim import HELD_OUT, PROMPTS, Steps, build_optimizer, permutation
-from tether.train.record import table
+from tether.train.rollout import Experience, collect
+from tether.train.signals import Signals, StopRequested
 from tether.train.update import update
 from tether.train.weights import restore_weights, save_weights
+from tether.types import EVALUATE, TRAIN, Prompt, Sampling
 
 
 def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: bool = False) -> Run:

@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from tether.batch import microbatches
-from tether.config import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
-from tether.data import load_pairs, pin_labels
+from tether.config.sections import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
+from tether.data.pairs import load_pairs
+from tether.data.snapshot import pin_labels
+from tether.data.split import Pair, split_pairs
+from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import Interrupted
-from tether.loading import (
+from tether.math import bradley_terry_loss
+from tether.models.loading import (
     add_lora,
     checkpoint_activations,
     context_length,
@@ -25,20 +28,18 @@ from tether.loading import (
     resolve_dtype,
     wants_checkpointing,
 )
-from tether.math import bradley_terry_loss
-from tether.preferences import Pair, split_pairs
-from tether.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
+from tether.models.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
 from tether.runs import Run, RunDirectory, began_with
-from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.train import checkpoint
 from tether.train.card import reward_card
 from tether.train.deterministic import deterministic
-from tether.train.interrupt import Signals
 from tether.train.log import Logger
 from tether.train.optim import SHUFFLE, Named, Steps, build_optimizer, permutation
 from tether.train.preference_report import PreferenceReport, judge
 from tether.train.sft import init_model, input_hashes, newest_checkpoint
+from tether.train.signals import Signals
 from tether.train.weights import restore_weights, save_weights
+from tether.types import microbatches
 
 
 def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:

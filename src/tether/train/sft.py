@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tether.batch import microbatches
-from tether.config import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig, check, check_warmup
-from tether.data import Example, load_examples
+from tether.config.sections import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig, check, check_warmup
+from tether.data.examples import Example, load_examples
+from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ConfigError, Interrupted
-from tether.export import save_model
-from tether.loading import (
+from tether.math import nll_loss
+from tether.models.export import save_model
+from tether.models.loading import (
     add_lora,
     checkpoint_activations,
     context_length,
@@ -34,17 +35,16 @@ from tether.loading import (
     resolve_dtype,
     wants_checkpointing,
 )
-from tether.math import nll_loss
-from tether.model import LanguageModel
+from tether.models.policy import LanguageModel
 from tether.runs import Run, RunDirectory, hash_files
-from tether.tokens import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.train import checkpoint
 from tether.train.card import sft_card
 from tether.train.deterministic import deterministic
-from tether.train.interrupt import Signals
 from tether.train.log import Logger
 from tether.train.optim import SHUFFLE, Named, Steps, build_optimizer, permutation
+from tether.train.signals import Signals
 from tether.train.weights import restore_weights, save_weights
+from tether.types import microbatches
 
 Row = list[Example]  # what stands in one row of tokens: one example, or several when packed
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tether.batch import Rollout, microbatches
-from tether.config import PPOSection
+from tether.config.sections import PPOSection
 from tether.errors import TrainingError
 from tether.math import clipped_policy_loss, entropy_mean, kl_loss, value_loss
-from tether.model import Policy
+from tether.models.policy import Policy
 from tether.runs.bounds import FIRST_RATIO_MAX_FLOAT32, FIRST_RATIO_MEAN, FIRST_RATIO_STOP
-from tether.train.experience import Metrics
 from tether.train.optim import ANEW, SHUFFLE, Steps, permutation
+from tether.train.rollout import Metrics
+from tether.types import Rollout, microbatches
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from tether.errors import ModelError, first_line
-from tether.loading import load_weights, quiet_transformers
+from tether.models.loading import load_weights, quiet_transformers
 
 
 def save_weights(model: Any, directory: Path) -> None:

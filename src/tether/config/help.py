@@ -1,0 +1,49 @@
+"""`--help` of the commands that take a config: every key with its type, default and reason."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from dataclasses import MISSING
+
+from tether.config.keys import KINDS, Key, describe, in_yaml, is_section, keys
+
+_PURPOSE = {
+    "sft": "Teach a model to imitate examples.",
+    "reward": "Fit a reward model to preferred and rejected completions.",
+    "ppo": "Improve a model against its rewards with PPO.",
+    "evaluate": "Score, KL and win rate of several models on the same prompts, with intervals.",
+}
+
+_OPTIONS = """\
+  --print-config  print the resolved config, every key, and stop"""
+
+_TRAINER_OPTIONS = """\
+  --dry-run       check everything, print config, data and memory, and train nothing
+  --print-config  print the resolved config, every key, and stop
+  --fresh         begin anew: the old run directory is moved to RUN.old-N, never deleted"""
+
+
+def help_text(kind: str) -> str:
+    """The whole help of one command, as wide as the terminal, 100 columns at most."""
+    width = min(100, shutil.get_terminal_size().columns)
+    blocks = [
+        f"usage: tether {kind} [C.yaml] [--key VALUE …] [options]\n\n{_PURPOSE[kind]}",
+        f"options\n{_OPTIONS if kind == 'evaluate' else _TRAINER_OPTIONS}",
+        "keys: in the YAML file, or as --key VALUE before or after it. Flags override the file;\n"
+        "lists and mappings are replaced whole, e.g. --reward '[{function: my_rewards.py:helpful}]'",
+        *(_entry(key, width) for key in keys(KINDS[kind])),
+    ]
+    return "\n\n".join(blocks)
+
+
+def _entry(key: Key, width: int) -> str:
+    if is_section(key.hint):  # a section: its keys follow
+        return textwrap.fill(f"{key.name}: {key.help}", width)
+    default = "required" if key.default is MISSING else f"default {_plain(key.default)}"
+    head = f"  {key.name}  ({describe(key.hint)}; {default})"
+    return head + "\n" + textwrap.fill(key.help, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else in_yaml(value)

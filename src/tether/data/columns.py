@@ -1,0 +1,65 @@
+"""Columns of a table to ids; what cannot be encoded is named by its row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tether.data.chat import encode_answer, encode_prompt, encode_prompts, encode_texts
+from tether.data.table import Table
+from tether.errors import DataError
+from tether.types import Text
+
+
+def encode_prompt_column(
+    table: Table, sources: Sequence[Text], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]
+) -> list[list[int]]:
+    """The ids of each prompt, at least one."""
+    try:
+        encoded = encode_prompts(tokenizer, sources, kwargs)
+    except DataError:  # all at once is fast, one by one tells which
+        for i, source in enumerate(sources):
+            with table.at(i, "prompt"):
+                encode_prompt(tokenizer, source, kwargs)
+        raise
+    for i, ids in enumerate(encoded):
+        if not ids:
+            bos = f", such as {tokenizer.bos_token!r}" if tokenizer.bos_token else ""
+            raise table.error(
+                i,
+                "prompt",
+                "is empty and the tokenizer adds no token of its own, so the first token of a response would follow "
+                f"nothing. Write at least one token{bos}.",
+            )
+    return encoded
+
+
+def encode_answers(
+    prompts: Sequence[Text],
+    answers: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_id: int | None,
+    kwargs: dict[str, Any] | None,
+    at: Callable[[int], AbstractContextManager[None]],
+) -> list[list[int]]:
+    """The ids of each answer up to its stop token, as if they had been sampled after the prompt.
+
+    at: says where, in what is raised about answer i.
+    """
+    texts = iter(encode_texts(tokenizer, [a for a in answers if isinstance(a, str)], special=False))
+    encoded = []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if isinstance(prompt, str) or isinstance(answer, str):
+            encoded.append(stopped(next(texts), stop_id))
+            continue
+        with at(i):
+            encoded.append(encode_answer(tokenizer, prompt, answer, stop_id=stop_id, kwargs=kwargs))
+    return encoded
+
+
+def stopped(ids: list[int], stop_id: int | None) -> list[int]:
+    """`ids` with a stop token at the end."""
+    return ids if stop_id is None or ids[-1:] == [stop_id] else [*ids, stop_id]

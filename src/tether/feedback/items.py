@@ -1,0 +1,238 @@
+"""`tether label`: makes the queue that people work through in the studio, and says how far they are.
+
+Items come from a file of answers, from what a run sampled, or from a model that answers on the spot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tether.data.cells import as_answer, as_prompt
+from tether.data.pairs import triple
+from tether.data.table import Table, kind, listed, read_table
+from tether.errors import ConfigError, DataError, RunError, StoreError
+from tether.feedback.queue import draw
+from tether.feedback.records import Added, Answer, Item, Progress, Prompt, prompt_of
+from tether.feedback.store import Store, check_fraction
+from tether.runs import Run
+
+_FORMS = '{"prompt": "…", "answers": ["…", "…"]}, {"prompt": "…", "a": "…", "b": "…"} or prompt, chosen, rejected'
+_SHOWN_COLUMNS = ["prompt", "completion", "prompt_index", "response_index"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Items from one source, and prompts that gave none."""
+
+    items: list[Item]
+    where: str  # for people
+    too_few: int = 0  # prompts without enough answers that differ
+
+
+def label(
+    *, to: str, source: Found | None = None, gold: str | None = None, overlap: float = 0.2, seed: int | None = None,
+    guidelines: str | None = None, annotators: Sequence[str] = (), export: str | None = None, status: bool = False,
+) -> list[str]:  # fmt: skip
+    """Do what the command line asks for; returns what was done, a line each.
+
+    seed: of a new store; one that is there keeps its own.
+    Everything is read before anything is written: a mistake in the third file leaves the store as it was.
+    """
+    check_fraction("overlap", overlap)
+    checked = read_gold(gold) if gold else None
+    text = _read_text(guidelines) if guidelines else None
+    adds = bool(source or checked or text or annotators)
+    if not (adds or export or status):
+        raise ConfigError(
+            "nothing to do: neither items, gold, guidelines nor an annotator to add, nothing to export or to show. "
+            "Give --from FILE, say; tether label --help lists the rest."
+        )
+    said = []
+    new = not Path(to).exists() or not Path(to).stat().st_size
+    with Store(to, create=adds, seed=seed if new else None) as store:
+        if seed is not None and seed != store.mix.seed:
+            said.append(f"{to} keeps its own seed, {store.mix.seed}, for order, sides and overlap")
+        for found in (source, checked):
+            if found is not None:
+                said.append(_added(found, store.add_items(found.items, overlap=overlap), to))
+        if text is not None:
+            said.append(f"{guidelines}: version {store.add_guidelines(text)} of the guidelines, in force")
+        for name in annotators:
+            said.append(f"{name} is registered" + ("" if store.add_annotator(name) else " already"))
+        if export is not None:
+            done = store.export(export)
+            said.append(
+                f"{done.path}: {done.rows} pairs in preferences.jsonl, {done.events} events, {done.items} items"
+            )
+        if status:
+            said += _status(to, store.overview())
+    return said
+
+
+def _added(found: Found, added: Added, to: str) -> str:
+    line = f"{found.where}: {added.new} items added to {to}, {added.twice} of them for two people"
+    if added.known:
+        line += f"; {added.known} were there already"
+    if found.too_few:
+        line += f"; {found.too_few} prompts left out, whose answers are too few or all the same"
+    return line
+
+
+def _status(path: str, now: Progress) -> list[str]:
+    done = now.wanted - now.remaining
+    share = f" ({done / now.wanted:.0%})" if now.wanted else ""
+    version = f"guidelines version {now.guideline}" if now.guideline else "no guidelines"
+    lines = [f"{path}: {done} of {now.wanted} labels{share} on {now.items} items; {now.gold} gold items; {version}"]
+    width = max((len(person.annotator) for person in now.annotators), default=0)
+    return lines + [
+        f"  {person.annotator:<{width}}  {person.labels} labels, {person.skips} skips" for person in now.annotators
+    ]
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(f"{path} cannot be read ({why}): there would be no guidelines. Check the path.") from error
+
+
+# ---------------------------------------------------------------- from a file
+
+
+def read_items(path: str, limit: int | None = None) -> Found:
+    """Items of a JSONL or Parquet file; what was preferred there is not told to anybody."""
+    table = read_table(path, limit=limit)
+    return Found([_item(table, row, gold=False) for row in range(len(table))], path)
+
+
+def read_gold(path: str) -> Found:
+    """Items whose better answer is known: `chosen`, or `gold`, an index or a, b."""
+    table = read_table(path)
+    return Found([_item(table, row, gold=True) for row in range(len(table))], f"{path} (gold)")
+
+
+def _item(table: Table, row: int, *, gold: bool) -> Item:
+    cells = table.rows[row]
+    better: int | None = None
+    if "chosen" in cells and "rejected" in cells:
+        prompt, *values = triple(table, row)
+        column, better = "chosen", 0
+    else:
+        column = "answers" if "answers" in cells else "a"
+        values = _listed_answers(table, row)
+        with table.at(row, "prompt"):
+            prompt = as_prompt(cells.get("prompt"))
+        better = _better(table, row, len(values)) if gold else None
+    with table.at(row, column):
+        answers = tuple(_answer(prompt, value) for value in values)
+        try:
+            return Item(
+                prompt,
+                answers,
+                group=None if cells.get("group") is None else str(cells["group"]),
+                gold=better if gold else None,
+                source={"file": table.path, "row": row},
+            )
+        except StoreError as error:
+            raise DataError(str(error)) from error
+
+
+def _listed_answers(table: Table, row: int) -> list[Any]:
+    cells = table.rows[row]
+    if isinstance(cells.get("answers"), list):
+        return list(cells["answers"])
+    if "a" in cells and "b" in cells:
+        return [cells["a"], cells["b"]]
+    raise DataError(f"{table.place(row)}: the columns {listed(cells)} hold no answers to compare. Write {_FORMS}.")
+
+
+def _better(table: Table, row: int, answers: int) -> int:
+    value = table.rows[row].get("gold")
+    index = "ab".find(value) if isinstance(value, str) and len(value) == 1 else value
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < answers:
+        raise table.error(
+            row,
+            "gold",
+            f"is {kind(value)}, and no answer of {answers}: nobody could be right. Write 0 to {answers - 1}.",
+        )
+    return index
+
+
+def _answer(prompt: Prompt, value: Any) -> Answer:
+    """A text, the assistant's message, or {"text": …, "source": {…}}."""
+    source = None
+    if isinstance(value, dict) and "text" in value:
+        value, source = value["text"], value.get("source")
+        if source is not None and not isinstance(source, dict):
+            raise DataError(f"an answer's source is {kind(source)}, where an object belongs. Write it as {{…}}.")
+    answer = as_answer(prompt, value)
+    text = answer if isinstance(answer, str) else answer[0].get("content")
+    if not isinstance(text, str):
+        raise DataError("holds an answer that is more than text, which the pages cannot show. Give its text alone.")
+    return Answer(text, source)
+
+
+# ---------------------------------------------------------------- from a run
+
+
+def items_of_run(path: str, *, cycle: int | None = None, answers: int = 2, seed: int = 0) -> Found:
+    """One item a prompt, from what a run answered it: in one cycle, or in whichever, so that people see it learn.
+
+    Which answers, follows from the seed; those that say the same count as one.
+    """
+    check_answers("--per-prompt", answers)
+    run = Run.open(path)
+    cycles = run.rollout_cycles if cycle is None else [cycle]
+    if not cycles:
+        raise RunError(
+            f"{path} holds no rollouts, so there are no answers to compare. Name a run of tether ppo, with "
+            "log.rollouts_every above 0."
+        )
+    found: dict[str, dict[str, dict[str, int]]] = {}  # prompt → answer → where it was first given
+    for number in cycles:
+        for row in run.rollouts(number).select(_SHOWN_COLUMNS).to_pylist():
+            where = {"cycle": number} | {name: row[name] for name in _SHOWN_COLUMNS[2:]}
+            found.setdefault(row["prompt"], {}).setdefault(row["completion"], where)
+    items = []
+    for prompt, given in found.items():
+        drawn = sorted(given.items(), key=lambda answer: draw(seed, "answer", *answer[1].values()))[:answers]
+        if len(drawn) == answers:
+            items.append(Item(prompt_of(prompt), tuple(Answer(text, {"run": path} | where) for text, where in drawn)))
+    return Found(items, path, too_few=len(found) - len(items))
+
+
+# ---------------------------------------------------------------- from a model
+
+
+def items_of_model(
+    model: str, prompts: str, *, answers: int = 2, limit: int | None = None, seed: int = 0, **sampling: Any
+) -> Found:
+    """One item a prompt of a file, answered by the model; sampling: of `tether.generate`."""
+    check_answers("--answers", answers)
+    table = read_table(prompts, limit=limit)
+    table.require(["prompt"])
+    from tether.train.evaluate import generate  # takes seconds to load
+
+    asked = [row["prompt"] for row in table.rows]
+    generations = generate(model, asked, samples=answers, seed=seed, **sampling)
+    items = []
+    for i, prompt in enumerate(asked):
+        texts = [g.completion for g in generations[i * answers : (i + 1) * answers]]
+        if len(set(texts)) == answers:
+            source = {"model": model, "seed": seed, "prompt_index": i}
+            items.append(Item(prompt, _numbered(texts, source)))
+    return Found(items, model, too_few=len(asked) - len(items))
+
+
+def _numbered(texts: Iterable[str], source: dict[str, Any]) -> tuple[Answer, ...]:
+    return tuple(Answer(text, source | {"response_index": k}) for k, text in enumerate(texts))
+
+
+def check_answers(flag: str, answers: int) -> None:
+    """ConfigError for fewer than two."""
+    if answers < 2:
+        raise ConfigError(f"{flag} {answers}: there would be nothing to compare. Give 2 for pairs, more for rankings.")

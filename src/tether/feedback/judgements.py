@@ -1,0 +1,174 @@
+"""Recording a judgement, and taking one back: each an event that is added, and what follows from it.
+
+Both take a key that the client made up. A request that is sent again, because the answer got lost on the way, has the
+same key: it finds the first event, changes nothing, and is answered as before.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from typing import Any
+
+from tether.errors import LabelError
+from tether.feedback.queue import REPEAT_AFTER, REPEAT_SPREAD, Mix, chance, draw, may_take, person_of, take_lease
+from tether.feedback.records import RANKING, Judgement, Receipt, check_seconds, check_text
+from tether.feedback.schema import GOLD, MAIN, REPEAT, to_json
+
+_LONGEST_KEY = 200  # characters
+
+
+def record(
+    connection: sqlite3.Connection, annotator: str, item: int, key: str, said: Judgement,
+    *, seconds: float | None, now: float, at: str, mix: Mix,
+) -> Receipt:  # fmt: skip
+    """Add a label event for the item that the annotator holds."""
+    person = person_of(connection, annotator)
+    columns = _columns(said)
+    if earlier := _earlier(connection, person, key):
+        if earlier["kind"] != "label" or earlier["item"] != item or any(earlier[k] != v for k, v in columns.items()):
+            raise _key_taken(key)
+        return _receipt(earlier, annotator)
+    lease = connection.execute("SELECT * FROM leases WHERE annotator = ?", (person["id"],)).fetchone()
+    if lease is None or lease["item"] != item:
+        raise LabelError(
+            f"item {item} is not the one that {annotator} was given last: labels could be forged, or given twice. "
+            "Nothing was recorded; ask for the next task."
+        )
+    row = connection.execute("SELECT * FROM items WHERE id = ?", (item,)).fetchone()
+    said.check(len(json.loads(row["answers"])))
+    check_seconds(seconds)
+    decided = said.choice != "skip"
+    if decided and not may_take(connection, item, person["id"], now):
+        raise LabelError(
+            f"item {item} went to somebody else after {annotator}'s {mix.lease_s / 60:g} minutes: it would have more "
+            "labels than it is to have. Nothing was recorded; ask for the next task."
+        )
+    at = _not_before_the_last(connection, at)
+    event = _append(
+        connection, kind="label", annotator=person["id"], item=item, key=key, at=at, guideline=lease["guideline"],
+        shown=lease["shown"], seconds=seconds, **columns,
+    )  # fmt: skip
+    connection.execute(
+        "INSERT INTO standing (event, item, annotator, decided) VALUES (?, ?, ?, ?)",
+        (event, item, person["id"], decided),
+    )
+    connection.execute("DELETE FROM leases WHERE annotator = ?", (person["id"],))
+    _count(connection, person, row, decided=decided, by=1)
+    if row["pool"] == REPEAT:
+        connection.execute("UPDATE repeats SET done = 1 WHERE shown_as = ?", (item,))
+    elif row["pool"] == MAIN and row["kind"] == "pair" and decided:
+        _plan_repeat(connection, person, row, mix)
+    return Receipt(event, "label", item, annotator, at)
+
+
+def undo(connection: sqlite3.Connection, annotator: str, key: str, *, now: float, at: str, mix: Mix) -> Receipt | None:
+    """Withdraw the annotator's latest label that stands, and give them its item back; None if none stands.
+
+    A skipped item that somebody else has taken since stays with them: it would have more labels than it is to have.
+    """
+    person = person_of(connection, annotator)
+    if earlier := _earlier(connection, person, key):
+        if earlier["kind"] != "undo":
+            raise _key_taken(key)
+        return _receipt(earlier, annotator)
+    last = connection.execute(
+        "SELECT * FROM standing WHERE annotator = ? ORDER BY event DESC LIMIT 1", (person["id"],)
+    ).fetchone()
+    if last is None:
+        return None
+    row = connection.execute("SELECT * FROM items WHERE id = ?", (last["item"],)).fetchone()
+    at = _not_before_the_last(connection, at)
+    event = _append(
+        connection, kind="undo", annotator=person["id"], item=row["id"], key=key, at=at, undoes=last["event"]
+    )
+    connection.execute("DELETE FROM standing WHERE event = ?", (last["event"],))
+    _count(connection, person, row, decided=bool(last["decided"]), by=-1)
+    _let_back(connection, person, row)
+    if may_take(connection, row["id"], person["id"], now):  # a label's item always: it needs one more now
+        take_lease(connection, person, row["id"], now, mix)
+    return Receipt(event, "undo", row["id"], annotator, at)
+
+
+def _columns(said: Judgement) -> dict[str, Any]:
+    """A judgement as the table holds it. Equal exactly if the same was said."""
+    return {
+        "choice": said.choice,
+        "ranking": to_json(said.ranking) if said.choice == RANKING else None,
+        "strength": said.strength,
+        "axes": to_json(dict(sorted(said.axes.items()))) if said.axes else None,
+        "note": said.note or None,
+        "reason": said.reason or None,
+    }
+
+
+def _earlier(connection: sqlite3.Connection, person: sqlite3.Row, key: str) -> sqlite3.Row | None:
+    if not key:
+        raise LabelError("the key is empty: a request sent twice would be recorded twice. Send a fresh one each time.")
+    check_text("key", key, _LONGEST_KEY)
+    found: sqlite3.Row | None = connection.execute(
+        "SELECT * FROM events WHERE annotator = ? AND key = ?", (person["id"], key)
+    ).fetchone()
+    return found
+
+
+def _key_taken(key: str) -> LabelError:
+    return LabelError(
+        f"the key {key[:60]!r} was used before, for something else: one of the two would be lost. Nothing was "
+        "recorded; send a fresh key with each judgement."
+    )
+
+
+def _receipt(event: sqlite3.Row, annotator: str) -> Receipt:
+    return Receipt(event["id"], event["kind"], event["item"], annotator, event["at"])
+
+
+def _not_before_the_last(connection: sqlite3.Connection, at: str) -> str:
+    """A time that does not go back, though a machine's clock may: the order of events is that of their times."""
+    last = connection.execute("SELECT at FROM events ORDER BY id DESC LIMIT 1").fetchone()
+    return max(at, last["at"]) if last else at
+
+
+def _append(connection: sqlite3.Connection, **columns: Any) -> int:
+    marks = ", ".join("?" * len(columns))
+    cursor = connection.execute(f"INSERT INTO events ({', '.join(columns)}) VALUES ({marks})", tuple(columns.values()))
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid
+
+
+def _count(connection: sqlite3.Connection, person: sqlite3.Row, item: sqlite3.Row, *, decided: bool, by: int) -> None:
+    """Keep the counters: what a person has done, what an item still needs."""
+    column = "labels" if decided else "skips"
+    connection.execute(f"UPDATE annotators SET {column} = {column} + ? WHERE id = ?", (by, person["id"]))
+    if item["pool"] == MAIN and decided:
+        connection.execute("UPDATE items SET needs = needs - ? WHERE id = ?", (by, item["id"]))
+        connection.execute("UPDATE totals SET remaining = remaining - ?", (by,))
+
+
+def _plan_repeat(connection: sqlite3.Connection, person: sqlite3.Row, item: sqlite3.Row, mix: Mix) -> None:
+    """Where the seed says so, this pair comes back to this person once they have forgotten it."""
+    who = (mix.seed, item["fingerprint"], person["name"])
+    if chance("repeat", *who) >= mix.repeat_fraction:
+        return
+    due = person["labels"] + person["skips"] + 1 + REPEAT_AFTER + draw("due", *who) % REPEAT_SPREAD
+    connection.execute(
+        "INSERT INTO repeats (annotator, item, due) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET due = excluded.due, "
+        "done = 0",
+        (person["id"], item["id"], due),
+    )
+
+
+def _let_back(connection: sqlite3.Connection, person: sqlite3.Row, item: sqlite3.Row) -> None:
+    """The item can be chosen again, by everybody who had passed it."""
+    if item["pool"] == REPEAT:
+        connection.execute("UPDATE repeats SET done = 0 WHERE shown_as = ?", (item["id"],))
+        return
+    connection.execute(  # what is withdrawn cannot be repeated
+        "UPDATE repeats SET done = 1 WHERE annotator = ? AND item = ?", (person["id"], item["id"])
+    )
+    if item["pool"] == GOLD:
+        connection.execute(
+            "UPDATE annotators SET gold_cursor = min(gold_cursor, ?) WHERE id = ?", (item["position"], person["id"])
+        )
+    else:
+        connection.execute("UPDATE annotators SET cursor = min(cursor, ?)", (item["position"],))

@@ -1,0 +1,261 @@
+"""Reading the store: progress, labels that stand, rows for a reward model, raw events.
+
+What stands is asked for now, or as of an event: since events are only added, the labels that stood when event N was
+the newest can be read for ever, however much has been labelled and taken back since.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from heapq import merge
+from itertools import combinations, islice
+from typing import Any
+
+from tether.errors import StoreError
+from tether.feedback.queue import guideline_now, person_of
+from tether.feedback.records import (
+    RANKING,
+    TIES,
+    AnnotatorProgress,
+    Answer,
+    Filters,
+    Label,
+    Preferences,
+    Progress,
+    StoredItem,
+    time_bounds,
+)
+
+_LABEL = (
+    "SELECT e.id AS event, e.item, a.name AS annotator, i.kind, e.choice, e.ranking, e.strength, e.axes, e.note, "
+    "e.reason, e.shown, e.seconds, e.guideline, e.at, i.gold, i.repeat_of, i.longer"
+)
+_PAIR = _LABEL + ", i.prompt, i.answers, i.grp"
+_OF = " JOIN items i ON i.id = e.item JOIN annotators a ON a.id = e.annotator"
+_NOW = f" FROM standing s CROSS JOIN events e ON e.id = s.event{_OF}"  # CROSS: in this order, which is the answer's
+_THEN = f" FROM events e{_OF}"
+
+
+# ---------------------------------------------------------------- progress
+
+
+def progress_of(connection: sqlite3.Connection, annotator: str) -> AnnotatorProgress:
+    row = person_of(connection, annotator)
+    return AnnotatorProgress(row["name"], row["labels"], row["skips"])
+
+
+def overview(connection: sqlite3.Connection) -> Progress:
+    totals = connection.execute("SELECT * FROM totals").fetchone()
+    people = connection.execute("SELECT name, labels, skips FROM annotators ORDER BY name").fetchall()
+    return Progress(
+        items=totals["items"],
+        gold=totals["gold"],
+        wanted=totals["wanted"],
+        remaining=totals["remaining"],
+        annotators=tuple(AnnotatorProgress(*row) for row in people),
+        guideline=guideline_now(connection),
+    )
+
+
+# ---------------------------------------------------------------- items
+
+
+def item(connection: sqlite3.Connection, number: int) -> StoredItem:
+    row = connection.execute("SELECT * FROM items WHERE id = ?", (number,)).fetchone()
+    if row is None:
+        raise StoreError(f"there is no item {number} in this store. Is it an item of another one?")
+    return _item(row)
+
+
+def items(connection: sqlite3.Connection) -> Iterator[StoredItem]:
+    """In the order of their queues: what is labelled, gold, repeats."""
+    return map(_item, connection.execute("SELECT * FROM items ORDER BY pool, position, id"))
+
+
+def _item(row: sqlite3.Row) -> StoredItem:
+    return StoredItem(
+        id=row["id"],
+        kind=row["kind"],
+        prompt=json.loads(row["prompt"]),
+        answers=tuple(Answer(a["text"], a.get("source")) for a in json.loads(row["answers"])),
+        group=row["grp"],
+        gold=row["gold"],
+        repeat_of=row["repeat_of"],
+        source=None if row["source"] is None else json.loads(row["source"]),
+        target=row["target"],
+    )
+
+
+# ---------------------------------------------------------------- labels
+
+
+def labels(
+    connection: sqlite3.Connection, filters: Filters, *, as_of: int | None = None, before: int | None = None,
+    limit: int | None = None, newest_first: bool = False,
+) -> Iterator[Label]:  # fmt: skip
+    """Labels that stand, in the order in which they were given; before: only events below that number."""
+    if limit is not None and filters.annotators is not None and len(filters.annotators) > 1:
+        # Each person's labels are in order in an index; those of several would all be sorted for the sake of a page.
+        each = (
+            labels(connection, replace(filters, annotators=[name]), as_of=as_of, before=before, limit=limit,
+                   newest_first=newest_first)
+            for name in dict.fromkeys(filters.annotators)
+        )  # fmt: skip
+        return islice(merge(*each, key=lambda label: label.event, reverse=newest_first), limit)
+    query, values = _standing(connection, _LABEL, filters, as_of)
+    number = "s.event" if as_of is None else "e.id"
+    if before is not None:
+        query, values = f"{query} AND {number} < ?", [*values, before]
+    query += f" ORDER BY {number}{' DESC' if newest_first else ''}"
+    if limit is not None:
+        query, values = f"{query} LIMIT ?", [*values, limit]
+    return map(_label, connection.execute(query, values))
+
+
+def _standing(
+    connection: sqlite3.Connection, columns: str, filters: Filters, as_of: int | None
+) -> tuple[str, list[Any]]:
+    """A query for labels that stand, without its order, and its values."""
+    values: list[Any] = []
+    if as_of is None:
+        query, annotator, number = f"{columns}{_NOW} WHERE 1", "s.annotator", "s.event"
+    else:
+        annotator, number = "e.annotator", "e.id"
+        query = f"{columns}{_THEN} WHERE e.kind = 'label' AND e.id <= ?"
+        query += " AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id AND u.id <= ?)"
+        values += [as_of, as_of]
+    if filters.annotators is not None:
+        people = [person_of(connection, name)["id"] for name in filters.annotators]
+        query += f" AND {annotator} IN ({', '.join('?' * len(people))})"
+        values += people
+    for sign, time in zip((">=", "<"), time_bounds(filters.since, filters.until), strict=True):
+        if time is not None:
+            query, values = f"{query} AND {number} {sign} ?", [*values, _first_event(connection, time)]
+    if filters.guideline is not None:
+        newest = guideline_now(connection) or 0
+        if not 1 <= filters.guideline <= newest:
+            raise StoreError(
+                f"guideline={filters.guideline} is no version of the guidelines here, so no label could be meant. "
+                + (f"Give 1 to {newest}." if newest else "There are none yet: leave it out.")
+            )
+        query, values = query + " AND e.guideline = ?", [*values, filters.guideline]
+    return query, values
+
+
+def _first_event(connection: sqlite3.Connection, time: str) -> int:
+    """The first event at `time` or later; past the last one where there is none. Times never go back (`labelling`)."""
+    row = connection.execute("SELECT id FROM events WHERE at >= ? ORDER BY at, id LIMIT 1", (time,)).fetchone()
+    return int(row["id"]) if row else last_event(connection) + 1
+
+
+@lru_cache(maxsize=1024)
+def _numbers(text: str) -> tuple[int, ...]:
+    """A JSON list of answer indices; there are few that differ, and a million of them."""
+    return tuple(json.loads(text))
+
+
+def _label(row: sqlite3.Row) -> Label:
+    return Label(
+        event=row["event"],
+        item=row["item"],
+        annotator=row["annotator"],
+        kind=row["kind"],
+        choice=row["choice"],
+        ranking=_numbers(row["ranking"]) if row["ranking"] else None,
+        strength=row["strength"],
+        axes=json.loads(row["axes"]) if row["axes"] else {},
+        note=row["note"],
+        reason=row["reason"],
+        order=_numbers(row["shown"]),
+        seconds=row["seconds"],
+        guideline=row["guideline"],
+        at=row["at"],
+        gold=row["gold"],
+        repeat_of=row["repeat_of"],
+        longer=row["longer"],
+    )
+
+
+# ---------------------------------------------------------------- preferences
+
+
+def preferences(
+    connection: sqlite3.Connection, filters: Filters, *, as_of: int | None = None, gold: bool = False,
+    repeats: bool = False,
+) -> Preferences:  # fmt: skip
+    """Labels as rows of prompt, chosen, rejected; gold and repeats: keep those too."""
+    query, values = _standing(connection, _PAIR, filters, as_of)
+    rows: list[dict[str, Any]] = []
+    left_out = dict.fromkeys(("ties", "skips", "gold", "repeats"), 0)
+    for row in connection.execute(f"{query} ORDER BY e.id", values):
+        if row["gold"] is not None and not gold:
+            left_out["gold"] += 1
+        elif row["repeat_of"] is not None and not repeats:
+            left_out["repeats"] += 1
+        elif row["choice"] in TIES:
+            left_out["ties"] += 1
+        elif row["choice"] == "skip":
+            left_out["skips"] += 1
+        else:
+            rows += _pairs(row)
+    return Preferences(rows=rows, **left_out)
+
+
+def _pairs(row: sqlite3.Row) -> Iterator[dict[str, Any]]:
+    """The pairs that one label says: one, or every pair of a ranking, all in one group."""
+    prompt, answers = json.loads(row["prompt"]), [a["text"] for a in json.loads(row["answers"])]
+    best_first: Sequence[int]
+    if row["choice"] == RANKING:
+        best_first, group = json.loads(row["ranking"]), row["grp"] or f"item-{row['repeat_of'] or row['item']}"
+    else:
+        best_first, group = (0, 1) if row["choice"] == "a" else (1, 0), row["grp"]
+    for better, worse in combinations(best_first, 2):
+        yield {
+            "prompt": prompt,
+            "chosen": _as_answer(prompt, answers[better]),
+            "rejected": _as_answer(prompt, answers[worse]),
+            "strength": row["strength"],
+            "annotator": row["annotator"],
+            "item": row["item"],
+            "group": group,
+            "axes": _in_terms_of(row["choice"], json.loads(row["axes"]) if row["axes"] else None),
+            "note": row["note"],
+        }
+
+
+def _as_answer(prompt: Any, text: str) -> Any:
+    """An answer in its prompt's form."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _in_terms_of(choice: str, axes: dict[str, str] | None) -> dict[str, str] | None:
+    """Axes as chosen, rejected or tie: a row no longer knows which answer was a."""
+    if axes is None:
+        return None
+    return {axis: side if side == "tie" else "chosen" if side == choice else "rejected" for axis, side in axes.items()}
+
+
+# ---------------------------------------------------------------- events
+
+
+def last_event(connection: sqlite3.Connection) -> int:
+    """The number of the newest event, 0 if there is none."""
+    newest: int = connection.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()[0]
+    return newest
+
+
+def events(connection: sqlite3.Connection, *, after: int = 0, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """What happened, oldest first, as JSON can hold it."""
+    rows = connection.execute(
+        "SELECT e.id AS event, e.kind, a.name AS annotator, e.item, e.key, e.at, e.guideline, e.choice, e.ranking, "
+        "e.strength, e.axes, e.note, e.reason, e.shown, e.seconds, e.undoes FROM events e JOIN annotators a "
+        "ON a.id = e.annotator WHERE e.id > ? ORDER BY e.id LIMIT ?",
+        (after, -1 if limit is None else limit),
+    )
+    for row in rows:
+        event = {name: row[name] for name in row.keys() if row[name] is not None}  # noqa: SIM118  a Row iterates values
+        yield event | {name: json.loads(event[name]) for name in ("ranking", "axes", "shown") if name in event}

@@ -1,0 +1,282 @@
+"""The store of labels: one SQLite file that any number of threads and processes share.
+
+    store = Store("preferences.db")
+    store.add_items([Item("Once upon a time", (Answer(" there was"), Answer(" !!")))])
+    store.add_annotator("Ada")
+    task = store.next_task("Ada")
+    store.record("Ada", task.item, key=str(uuid4()), choice=task.choice_of(0), strength=2)
+    store.preference_rows()
+
+What serves an annotator (`next_task`, `record`, `undo`, `history`, `progress`) never tells what others said. The rest
+is for whoever runs the project.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tether.errors import StoreError
+from tether.feedback import judgements as labelling
+from tether.feedback import queue, reading
+from tether.feedback.export import export
+from tether.feedback.records import (
+    Added,
+    AnnotatorProgress,
+    Exported,
+    Filters,
+    Guideline,
+    Item,
+    Judgement,
+    Label,
+    Preferences,
+    Progress,
+    Receipt,
+    StoredItem,
+    Task,
+    utc_iso,
+)
+from tether.feedback.schema import Database
+
+_LARGEST = 2**63 - 1  # of SQLite's integers: a number from an address may be anything
+LEASE_S = 600.0  # seconds: long enough for two long answers, short enough that nobody waits for one who has left
+_MADE_WITH = {"seed": 0, "gold_fraction": 0.1, "repeat_fraction": 0.05}
+_EVERYTHING = Filters()
+
+
+class Store:
+    """Labels in the file `path`; every method may be called from any thread.
+
+    create           make the file if it is not there; else that is a StoreError.
+    seed, gold_fraction, repeat_fraction
+                     how tasks are ordered and mixed. Set when the file is made, and kept in it: None takes what is
+                     there (new: 0, 0.1, 0.05), another value is a StoreError, since people would meet items twice.
+    lease_s          seconds that an item is one annotator's.
+    busy_s           seconds to wait for another process that writes.
+    clock            seconds since 1970.
+    """
+
+    def __init__(
+        self, path: str | Path, *, create: bool = True, seed: int | None = None, gold_fraction: float | None = None,
+        repeat_fraction: float | None = None, lease_s: float = LEASE_S, busy_s: float = 10.0,
+        clock: Callable[[], float] = time.time,
+    ):  # fmt: skip
+        self.path = Path(path)
+        for name, fraction in (("gold_fraction", gold_fraction), ("repeat_fraction", repeat_fraction)):
+            check_fraction(name, fraction)
+        self._clock = clock
+        self._database = Database(self.path, create=create, busy_s=busy_s)
+        asked = {"seed": seed, "gold_fraction": gold_fraction, "repeat_fraction": repeat_fraction}
+        self.mix = queue.Mix(**self._settle(asked), lease_s=lease_s)
+
+    def _settle(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The settings that the file was made with; into a new file, those asked for."""
+        with self._database.read() as c:
+            kept = _settings(c)
+        if not kept:
+            with self._database.write() as c:
+                for name, default in _MADE_WITH.items():
+                    value = default if asked[name] is None else asked[name]
+                    c.execute("INSERT INTO settings VALUES (?, ?) ON CONFLICT DO NOTHING", (name, value))
+                kept = _settings(c)
+        for name, wanted in asked.items():
+            if wanted is not None and wanted != kept[name]:
+                raise StoreError(
+                    f"{name}={wanted} for {self.path}, which was made with {kept[name]}: people would meet items in "
+                    "another order, on other sides. Leave it out, or make another store."
+                )
+        return kept
+
+    def close(self) -> None:
+        """Close the file. The store must not be used again, in any thread."""
+        self._database.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ making the queue
+
+    def add_items(self, items: Iterable[Item], *, overlap: float = 0.2, first: bool = False) -> Added:
+        """Queue items behind those that are there; what is there already, prompt and answers alike, stays one item.
+
+        first: before those that are there: whoever labels next is asked these.
+        overlap: share of them that two people are to judge, drawn by the seed. Items with gold are asked everybody.
+        """
+        check_fraction("overlap", overlap)
+        with self._database.write() as c:
+            return queue.add_items(c, items, overlap=overlap, seed=self.mix.seed, first=first)
+
+    def add_annotator(self, name: str) -> bool:
+        """Register somebody who labels; False if the name is there already."""
+        name = name.strip()
+        if not name or len(name) > 100 or not name.isprintable():
+            raise StoreError(
+                f"{name[:100]!r} is no name that labels could be told apart by. Give 1 to 100 printable characters."
+            )
+        with self._database.read() as c:  # pages call this often, and writers wait for each other
+            if c.execute("SELECT 1 FROM annotators WHERE name = ?", (name,)).fetchone():
+                return False
+        with self._database.write() as c:
+            added = c.execute(
+                "INSERT INTO annotators (name, at, cursor, gold_cursor) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (name, self._now(), -_LARGEST, -_LARGEST),  # before every position, of items put first too
+            )
+            return added.rowcount == 1
+
+    def add_guidelines(self, text: str) -> int:
+        """Put a text in force; returns its version. The text that is in force already stays the version it is."""
+        if not text.strip():
+            raise StoreError("the guidelines are empty: nobody would know what to go by. Give a text.")
+        with self._database.write() as c:
+            newest = c.execute("SELECT version, text FROM guidelines ORDER BY version DESC LIMIT 1").fetchone()
+            if newest and newest["text"] == text:
+                return int(newest["version"])
+            version = int(newest["version"]) + 1 if newest else 1
+            c.execute("INSERT INTO guidelines VALUES (?, ?, ?)", (version, text, self._now()))
+            return version
+
+    # ------------------------------------------------------------ for the person who labels
+
+    def next_task(self, annotator: str) -> Task | None:
+        """The item that this annotator holds, or the next one, theirs for `lease_s`; None if nothing is left."""
+        now = self._clock()
+        with self._database.read() as c:
+            if task := queue.held_task(c, annotator, now, self.mix):
+                return task
+        with self._database.write(durable=False) as c:  # who holds what may be forgotten: it is asked anew
+            return queue.next_task(c, annotator, now, self.mix)
+
+    def record(
+        self, annotator: str, item: int, *, key: str, choice: str | Sequence[int], strength: int | None = None,
+        axes: dict[str, str] | None = None, note: str | None = None, reason: str | None = None,
+        seconds: float | None = None,
+    ) -> Receipt:  # fmt: skip
+        """Keep a judgement for good; it is on the disk when this returns.
+
+        item: the one that `next_task` gave this annotator last; its lease may have run out if nobody else took it.
+        key: made up by the client for this judgement. Sent again with the same content, it returns the first receipt
+            and changes nothing (`seconds` may differ); with other content it is a LabelError.
+        choice: a, b (answers 0 and 1 in stored order: `Task.choice_of`), both_good, both_bad, skip; or, for items with
+            more answers, stored indices, best first (`Task.ranking_of`).
+        strength: 1 slightly, 2 clearly, 3 much better; with a and b alone.
+        axes: of helpful, harmless, honest, each a, b or tie. reason: of a skip. seconds: spent on it.
+        """
+        said = Judgement.of(choice, strength=strength, axes=axes or {}, note=note, reason=reason)
+        with self._database.write() as c:
+            return labelling.record(
+                c, annotator, item, key, said, seconds=seconds, now=self._clock(), at=self._now(), mix=self.mix
+            )
+
+    def undo(self, annotator: str, *, key: str) -> Receipt | None:
+        """Withdraw the annotator's latest label or skip; `next_task` gives its item back. None: none stands.
+
+        A skipped item that somebody else has been given since is theirs: `next_task` then gives another.
+        key: as for `record`, so that a request sent twice undoes one label.
+        """
+        with self._database.write() as c:
+            return labelling.undo(c, annotator, key, now=self._clock(), at=self._now(), mix=self.mix)
+
+    def history(self, annotator: str, *, before: int | None = None, limit: int = 50) -> list[Label]:
+        """The annotator's own labels that stand, newest first; before: an event number, for the next page.
+
+        `gold` and `repeat_of` are None throughout: they would tell people what checks them.
+        """
+        with self._database.read() as c:
+            mine = Filters(annotators=[annotator])
+            before = None if before is None else min(before, _LARGEST)
+            found = reading.labels(c, mine, before=before, limit=limit, newest_first=True)
+            return [replace(label, gold=None, repeat_of=None) for label in found]
+
+    def progress(self, annotator: str) -> AnnotatorProgress:
+        """How much this annotator has done."""
+        with self._database.read() as c:
+            return reading.progress_of(c, annotator)
+
+    def guideline(self, version: int | None = None) -> Guideline | None:
+        """A version of the guidelines; None the one in force, if there is any."""
+        with self._database.read() as c:
+            wanted = queue.guideline_now(c) if version is None else min(version, _LARGEST)
+            row = c.execute("SELECT version, text, at FROM guidelines WHERE version = ?", (wanted,)).fetchone()
+            return Guideline(*row) if row else None
+
+    # ------------------------------------------------------------ for whoever runs the project
+
+    def guidelines(self) -> list[Guideline]:
+        """Every version, oldest first."""
+        with self._database.read() as c:
+            return [Guideline(*r) for r in c.execute("SELECT version, text, at FROM guidelines ORDER BY version")]
+
+    def annotators(self) -> list[str]:
+        """Everybody who is registered, by name."""
+        with self._database.read() as c:
+            return [row["name"] for row in c.execute("SELECT name FROM annotators ORDER BY name")]
+
+    def overview(self) -> Progress:
+        """How far the whole project is, from counters."""
+        with self._database.read() as c:
+            return reading.overview(c)
+
+    def item(self, number: int) -> StoredItem:
+        """One item with everything that is known of it."""
+        with self._database.read() as c:
+            return reading.item(c, min(number, _LARGEST))
+
+    def labels(
+        self, filters: Filters = _EVERYTHING, *, as_of: int | None = None, before: int | None = None,
+        limit: int | None = None, newest_first: bool = False,
+    ) -> Iterator[Label]:  # fmt: skip
+        """Labels that stand (of gold items and repeats, ties, skips too), as when event `as_of` was the newest."""
+        with self._database.snapshot() as c:
+            yield from reading.labels(c, filters, as_of=as_of, before=before, limit=limit, newest_first=newest_first)
+
+    def preferences(
+        self, filters: Filters = _EVERYTHING, *, as_of: int | None = None, gold: bool = False, repeats: bool = False
+    ) -> Preferences:
+        """Rows to fit a reward model to, and counts of what did not become one. The order is that of labelling.
+
+        Columns: prompt, chosen, rejected (messages where the prompt is messages), strength, annotator, item, group,
+        axes (chosen, rejected or tie), note. A ranking of K answers is K·(K-1)/2 rows that share a group.
+        """
+        with self._database.read() as c:
+            return reading.preferences(c, filters, as_of=as_of, gold=gold, repeats=repeats)
+
+    def preference_rows(self, filters: Filters = _EVERYTHING, **options: Any) -> list[dict[str, Any]]:
+        """The rows of `preferences`."""
+        return self.preferences(filters, **options).rows
+
+    def events(self, *, after: int = 0, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Everything that was said and taken back, oldest first."""
+        with self._database.snapshot() as c:
+            yield from reading.events(c, after=after, limit=limit)
+
+    def last_event(self) -> int:
+        """The newest event's number: as long as it is the same, so is everything that follows from labels."""
+        with self._database.read() as c:
+            return reading.last_event(c)
+
+    def export(self, to: str | Path, filters: Filters = _EVERYTHING) -> Exported:
+        """Write preferences.jsonl, events.jsonl and items.jsonl into a directory, all of one moment."""
+        with self._database.snapshot() as c:
+            return export(c, Path(to), filters)
+
+    def _now(self) -> str:
+        return utc_iso(datetime.fromtimestamp(self._clock(), UTC))
+
+
+def _settings(connection: sqlite3.Connection) -> dict[str, Any]:
+    return {row["name"]: row["value"] for row in connection.execute("SELECT name, value FROM settings")}
+
+
+def check_fraction(name: str, fraction: float | None) -> None:
+    """StoreError for what is no share, None aside."""
+    if fraction is not None and not 0 <= fraction <= 1:
+        raise StoreError(f"{name}={fraction} is no share of anything. Give a number from 0 to 1.")

@@ -1,0 +1,1 @@
+"""Models: loading, the language model's head, policy with critic and reference, reward model, export."""

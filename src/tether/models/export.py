@@ -1,0 +1,98 @@
+"""A trained model as a plain Hugging Face directory: what `transformers` and vLLM load, checked by loading it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from tether.errors import ModelError, RunError
+from tether.models.loading import without_dropout
+from tether.models.policy import LanguageModel
+from tether.runs import Run
+
+
+def save_model(
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *,
+    card: str, temperature: float | None = None, max_new_tokens: int | None = None, stop_ids: tuple[int, ...] = (),
+) -> None:  # fmt: skip
+    """Write weights (adapters merged), tokenizer, generation_config and model card, then reload and compare.
+
+    The generation config samples as training did: at its temperature, without top-k or top-p. A directory appears whole
+    or not at all. Raises ModelError when the reloaded model's logits differ.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    plain = merged(model)
+    generation = copy.deepcopy(plain.generation_config)
+    if temperature is not None:
+        generation.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens)
+        generation.max_length = None  # its default would speak against max_new_tokens
+    if stop_ids:
+        generation.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+    plain.generation_config = generation
+    plain.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    check_reload(plain, partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def merged(model: LanguageModel) -> Any:
+    """The transformers model without adapters: under LoRA a merged copy in float32 on the CPU, else the model itself.
+
+    A GPU that was large enough to train adapters may have no room for the whole model twice in float32.
+    """
+    if not hasattr(model.lm, "merge_and_unload"):
+        return model.plain
+    copies: dict[int, Any] = {id(b): b.to("cpu", copy=True) for b in model.lm.buffers()}
+    for p in model.lm.parameters():  # deepcopy takes these instead of copying where the weights are
+        copies[id(p)] = torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True), requires_grad=False)
+    return copy.deepcopy(model.lm, copies).merge_and_unload()
+
+
+@torch.no_grad()
+def check_reload(plain: Any, directory: Path) -> None:
+    """Raise ModelError unless `directory`, loaded by transformers, has the weights of `plain` and gives its logits.
+
+    It is loaded on the CPU, in the precision it was saved in: the device that trained the model may not hold it twice.
+    Weights must be equal to the bit; logits but for the rounding of two devices.
+    """
+    own_code = not type(plain).__module__.startswith("transformers.models")  # trusted once, when it was loaded
+    loader: Any = type(plain) if own_code else AutoModelForCausalLM
+    again = without_dropout(loader.from_pretrained(directory, dtype=plain.dtype))
+    want, got = plain.state_dict(), again.state_dict()
+    for name in sorted(want.keys() | got.keys()):
+        if name not in want or name not in got or not torch.equal(want[name].cpu(), got[name]):
+            raise ModelError(f"{directory}: {name} is not what was trained: it must not be used.")
+    tokens = torch.arange(8)[None] * 7919 % plain.config.get_text_config().vocab_size
+    a, b = (m(input_ids=tokens.to(m.device), use_cache=False).logits.float().cpu() for m in (plain, again))
+    gap, allowed = (a - b).abs().max().item(), (1e-4 if plain.dtype == torch.float32 else 2e-2)
+    if not gap <= allowed * max(1.0, a.abs().max().item()):
+        raise ModelError(f"{directory} gives other logits than the trained model (by {gap:.2g}): it must not be used.")
+
+
+def export(run: str | Path | Run, to: str | Path) -> Path:
+    """Copy a finished run's final model to `to`, and check that it loads as it was.
+
+    Raises RunError when there is nothing to export or `to` is not empty.
+    """
+    run = Run.open(run) if not isinstance(run, Run) else run
+    to = Path(to)
+    if not (run.final / "config.json").exists():
+        state = run.status["state"]
+        raise RunError(
+            f"{run.path} is {state} and has no final model: there is nothing to export. Run the same command again to "
+            "finish it, or point at a checkpoint's policy directory."
+        )
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise RunError(f"{to} exists and is not empty: its files would mix with the model's. Name a new directory.")
+    shutil.copytree(run.final, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("critic"))
+    if run.status["kind"] != "reward":
+        check_reload(without_dropout(AutoModelForCausalLM.from_pretrained(run.final)), to)
+    return to

@@ -1,0 +1,386 @@
+"""The models of a PPO run: the policy with its critic, and the frozen reference.
+
+Model code is transformers': any causal language model, by directory or hub id. Ours is what surrounds it: reading
+log-probs off hidden states without ever holding [B, T, V], and a value head.
+
+Every forward pass here sees whole rows, prompt and response, padded on the right and without an attention mask: under
+causal attention no token sees what comes after it (see `tether.types`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tether.config.sections import ModelConfig
+from tether.errors import ModelError
+from tether.math import Head, full_logprobs, token_logprobs
+from tether.models.loading import (
+    add_lora,
+    autocast,
+    checkpoint_activations,
+    load_causal_lm,
+    load_weights,
+    model_config,
+    resolve_dtype,
+    wants_checkpointing,
+)
+from tether.models.reward_model import load_reward_model
+from tether.types import Rows
+
+_VALUE_HEAD = "value_head.safetensors"  # in a critic's directory, beside its trunk if it has one
+
+# ---------------------------------------------------------------- from hidden states to log-probs
+
+
+@dataclass
+class LanguageModel:
+    """A causal LM seen as trunk and head: hidden states out of one, log-probs of chosen tokens out of the other."""
+
+    lm: Any  # the model that `transformers` would run, adapters included
+    dtype: torch.dtype  # compute precision
+    full: bool = False  # read log-probs off the model's own logits: for heads that ours does not know
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.plain.base_model
+
+    @property
+    def plain(self) -> Any:
+        """The transformers model itself, adapters injected but unwrapped."""
+        return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+
+    @property
+    def config(self) -> Any:
+        return self.plain.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.plain.parameters()).device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward pass in the compute precision."""
+        return autocast(self.dtype, self.device)
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Inside, the trunk computes in float32 (or float64): for probes, which rounding to bfloat16 would blunt.
+
+        Weights that are kept in bfloat16 are widened a layer at a time, while it runs: the model need not fit twice.
+        """
+        narrow: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+        def widen(layer: nn.Module, _: Any) -> None:
+            for p in layer.parameters():
+                if p.dtype in (torch.bfloat16, torch.float16):
+                    narrow[id(p)] = p, p.data
+                    p.data = p.data.float()
+
+        def put_back(*_: Any) -> None:
+            for p, data in narrow.values():
+                p.data = data
+            narrow.clear()
+
+        hooks = []
+        for child in self.trunk.children():
+            for layer in child if isinstance(child, nn.ModuleList) else [child]:
+                hooks.append(layer.register_forward_pre_hook(widen))
+                hooks.append(layer.register_forward_hook(put_back, always_call=True))
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            put_back()
+
+    def hidden(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        """[B, T, D] hidden states after the last norm, for tokens [B, T]."""
+        return self.trunk(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
+
+    def head(self) -> dict[str, Any]:
+        """What stands between the trunk and the logits, for `token_logprobs`: weight, bias, scale and soft-cap."""
+        output = self.plain.get_output_embeddings()
+        scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere multiplies
+        scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite divides
+        return {
+            "weight": output.weight,
+            "bias": getattr(output, "bias", None),
+            "scale": scale,
+            "softcap": getattr(self.config, "final_logit_softcapping", None),  # Gemma
+        }
+
+    def output_head(self) -> Head:
+        """The head as a function, for many hidden states in a row: its weight is converted once."""
+        kind = self.head()
+        dtype = self.dtype if self.dtype == torch.bfloat16 else kind["weight"].dtype
+        return Head(**kind, dtype=dtype)
+
+    def response_logprobs(self, rows: Rows, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward pass; ([N] log-probs in nats, [N] entropies in nats, [N, D] hidden states) of N response tokens.
+
+        Position t's come from the hidden state before token t. Without `entropy`, entropies are zeros.
+        """
+        return self.logprobs(rows.tokens, rows.before_targets, rows.targets, temperature=temperature, entropy=entropy)
+
+    def logprobs(
+        self,
+        tokens: Tensor,
+        before: tuple[Tensor, Tensor],
+        targets: Tensor,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward pass over tokens [B, T]; what `response_logprobs` returns, of any N positions.
+
+        before: ([N], [N]) row and column of the position whose hidden state predicts each of targets [N].
+        kwargs: for the trunk, such as position_ids.
+        """
+        with self.autocast():
+            if self.full:
+                output = self.plain(input_ids=tokens, use_cache=False, output_hidden_states=True, **kwargs)
+                hidden, logits = output.hidden_states[-1][before], output.logits[before]
+                return *full_logprobs(logits, targets, temperature=temperature, entropy=entropy), hidden
+            hidden = self.hidden(tokens, **kwargs)[before]
+            return *token_logprobs(hidden, targets=targets, temperature=temperature, entropy=entropy,
+                                   **self.head()), hidden  # fmt: skip
+
+    def check_head(self) -> str | None:
+        """Compare our log-probs with the model's own logits on a probe; on a mismatch use those, and say so.
+
+        Some architectures scale, cap or otherwise change logits after the head in ways that no config key names. Both
+        sides are in float32 from the head on, whatever the compute precision: rounding would hide a small change.
+        """
+        output = self.plain.get_output_embeddings()
+        if not hasattr(output, "weight") or type(output).__module__.startswith("peft"):
+            self.full = True
+            return "the head is not a plain linear layer: log-probs come from full logits, which takes more memory"
+        vocabulary = self.config.vocab_size
+        tokens = (torch.arange(12, device=self.device) * 7919 % vocabulary)[None]
+        rows = Rows(tokens, torch.tensor([1], device=self.device), torch.tensor([11], device=self.device))
+        wide = torch.promote_types(output.weight.dtype, torch.float32)
+        head = self.head()
+        plain_head = Head(head["weight"], head["bias"], dtype=wide)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            hidden = self.hidden(tokens)[0, :-1].to(wide)
+            ours = token_logprobs(hidden, targets=rows.targets, entropy=False, **head)[0]
+            hook = output.register_forward_hook(lambda _, given, __: plain_head.logits(given[0]))
+            try:
+                logits = self.plain(input_ids=tokens, use_cache=False).logits[0, :-1]
+            finally:
+                hook.remove()
+            theirs = full_logprobs(logits, rows.targets, entropy=False)[0]
+        gap = (ours - theirs).abs().max().item()
+        if gap <= 1e-3:
+            return None
+        self.full = True
+        return (
+            f"chunked log-probs differ from {type(self.plain).__name__}'s own by {gap:.2g} nats: "
+            "log-probs come from full logits, which takes more memory"
+        )
+
+
+# ---------------------------------------------------------------- policy, critic, reference
+
+
+class PolicyOutput(NamedTuple):
+    """Of every response token, 0 outside the mask."""
+
+    logprobs: Tensor  # [B, R] nats, at the sampling temperature
+    entropy: Tensor  # [B, R] nats, of the whole next-token distribution
+    values: Tensor  # [B, R] reward units: V before the token is chosen
+
+
+class Policy(nn.Module):
+    """A language model that learns, and the critic beside it: a head on its trunk, or a trunk of its own."""
+
+    def __init__(self, model: LanguageModel, critic: SeparateCritic | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.lm = model.lm  # registered, so that parameters() finds it
+        self.critic = critic
+        self.value_head = None if critic else _zero_head(model.config.hidden_size, model.device)
+        self.critic_only = False  # value warm-up: the critic learns, a shared trunk is frozen
+
+    def forward(self, rows: Rows, *, temperature: float, entropy: bool = True) -> PolicyOutput:
+        """Log-probs, entropies and values of every response token: one pass with a shared trunk, two without.
+
+        Shapes: rows B × T; each output [B, R].
+        """
+        mask = rows.response_mask
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.critic_only):
+            logprobs, entropies, hidden = self.model.response_logprobs(rows, temperature=temperature, entropy=entropy)
+        if self.critic is not None:
+            values = self.critic(rows)
+        else:
+            values = read_values(self._head(), hidden)
+        return PolicyOutput(_fill(logprobs, mask), _fill(entropies, mask), _fill(values, mask))
+
+    def policy_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trained weights of the language model, by name, in a fixed order."""
+        return [(f"lm.{name}", p) for name, p in self.lm.named_parameters() if p.requires_grad]
+
+    def critic_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trained weights of the critic alone, by name, in a fixed order."""
+        module = self.critic or self.value_head
+        assert module is not None
+        return [(f"critic.{name}", p) for name, p in module.named_parameters() if p.requires_grad]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[LanguageModel]:
+        """Under LoRA: the model without its adapter, which is the model that the run began with."""
+        with self.lm.disable_adapter():
+            yield self.model
+
+    def save_critic(self, directory: Path) -> None:
+        """Write the critic: its head, and its trunk if it has one of its own."""
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.critic is not None:
+            self.critic.trunk.save_pretrained(directory)
+        head = {name: tensor.detach().cpu().contiguous() for name, tensor in self._head().state_dict().items()}
+        save_file(head, directory / _VALUE_HEAD)
+
+    def load_critic(self, directory: Path) -> None:
+        """Read back what save_critic wrote, bit for bit."""
+        self._head().load_state_dict(load_file(directory / _VALUE_HEAD))
+        if self.critic is not None:
+            load_weights(self.critic.trunk, directory)
+
+    def _head(self) -> nn.Linear:
+        head = self.critic.head if self.critic is not None else self.value_head
+        assert head is not None
+        return head
+
+
+class SeparateCritic(nn.Module):
+    """A critic with a trunk of its own: it cannot disturb the policy, and costs a second forward and backward pass."""
+
+    def __init__(self, trunk: Any, head: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.trunk, self.head, self.dtype = trunk, head, dtype
+
+    def forward(self, rows: Rows) -> Tensor:
+        """[N] values, one before each response token."""
+        with autocast(self.dtype, rows.tokens.device):
+            hidden = self.trunk(input_ids=rows.tokens, use_cache=False).last_hidden_state
+        return read_values(self.head, hidden[rows.before_targets])
+
+
+class Reference:
+    """The frozen model that the KL is measured to."""
+
+    def __init__(self, policy: Policy, frozen: LanguageModel | None) -> None:
+        self.policy, self.frozen = policy, frozen
+
+    @torch.no_grad()
+    def logprobs(self, rows: Rows, *, temperature: float) -> Tensor:
+        """[B, R] nats, 0 outside the mask."""
+        with nullcontext(self.frozen) if self.frozen else self.policy.as_reference() as model:
+            logprobs, _, _ = model.response_logprobs(rows, temperature=temperature, entropy=False)
+        return _fill(logprobs, rows.response_mask)
+
+
+def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tuple[Policy, Reference, list[str]]:
+    """Load policy, critic and reference as the config says. The third value: notes on what fell back, for the log.
+
+    Trained weights are float32; frozen ones (the reference, the base under LoRA) are in the compute precision.
+    """
+    where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    width = model_config(config.policy, **where).get_text_config().hidden_size
+    dtype = resolve_dtype(config.dtype, device, width)
+    lm: Any = load_causal_lm(config.policy, dtype=dtype if config.lora else torch.float32, device=device, **where)
+
+    frozen = None
+    if config.reference is not None:
+        other = load_causal_lm(config.reference, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
+        frozen = LanguageModel(other, dtype)
+        _check_same_vocabulary("model.reference", config.reference, frozen.lm, lm)
+    elif not config.lora:
+        frozen = LanguageModel(copy_in(dtype, lm), dtype)
+
+    critic = None
+    if config.critic != "shared":
+        critic = _load_critic(config, lm, dtype, device)
+    if config.lora:
+        lm = add_lora(lm, config.lora, seed=seed)
+    if wants_checkpointing(config.gradient_checkpointing, lm, device):
+        for module in [lm] + ([critic.trunk] if critic else []):
+            checkpoint_activations(module)
+
+    policy = Policy(LanguageModel(lm, dtype), critic).to(device)
+    notes = [note for model in (policy.model, frozen) if model and (note := model.check_head())]
+    if config.lora and critic:
+        notes.append("model.lora adapts the policy alone: the separate critic's own trunk is trained whole, in float32")
+    if frozen is not None:
+        frozen.lm.eval().requires_grad_(False)
+    policy.train()
+    return policy, Reference(policy, frozen), notes
+
+
+def copy_in(dtype: torch.dtype, lm: Any) -> Any:
+    """A frozen copy of `lm` with its weights in `dtype`.
+
+    Its buffers stay as they are: rotary frequencies in bfloat16 would drift from the trained model's by position.
+    """
+    copied = copy.deepcopy(lm).requires_grad_(False)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return copied
+
+
+def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> SeparateCritic:
+    if config.critic == "separate":
+        trunk: Any = copy.deepcopy(lm.base_model).float()
+        return SeparateCritic(trunk, _zero_head(trunk.config.get_text_config().hidden_size, device), dtype)
+    where: dict[str, Any] = {"device": device, "trust_remote_code": config.trust_remote_code}
+    kind = model_config(config.critic, trust_remote_code=config.trust_remote_code).architectures or [""]
+    if kind[0].endswith("ForSequenceClassification"):
+        scorer = load_reward_model(config.critic, dtype=torch.float32, **where)
+        trunk, head = scorer.trunk, scorer.value_head()
+    else:
+        trunk = load_causal_lm(config.critic, dtype=torch.float32, trunk_only=True, **where)
+        head = _zero_head(trunk.config.get_text_config().hidden_size, device)
+        saved = Path(config.critic) / _VALUE_HEAD  # another run's critic
+        if saved.exists():
+            head.load_state_dict(load_file(saved))
+    _check_same_vocabulary("model.critic", config.critic, trunk, lm)
+    return SeparateCritic(trunk, head, dtype)
+
+
+def _check_same_vocabulary(key: str, path: str, other: PreTrainedModel, policy: PreTrainedModel) -> None:
+    theirs, ours = (m.config.get_text_config().vocab_size for m in (other, policy))
+    if theirs != ours:
+        raise ModelError(
+            f"{key}={path} has a vocabulary of {theirs} tokens, the policy one of {ours}: the same ids would mean "
+            "other words to it. Name a model with the policy's tokenizer."
+        )
+
+
+def _zero_head(width: int, device: torch.device) -> nn.Linear:
+    """A value head that says 0 of everything: the first cycle's advantages are then the rewards' own."""
+    head = nn.Linear(width, 1, device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def read_values(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """[N] values of hidden states [N, D], in the head's float32: bfloat16 is too coarse to sum the whole width in."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).squeeze(-1)
+
+
+def _fill(values: Tensor, mask: Tensor) -> Tensor:
+    """[N] values of the counted positions -> [B, R], 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

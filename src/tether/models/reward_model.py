@@ -1,0 +1,289 @@
+"""A reward model: a causal trunk and one number, read at the last real token.
+
+The model is transformers' sequence classifier with one label. What is ours is where it is read: at the last token by
+length. The stock forward pass looks for the last token that is not the pad id instead, and skips a final stop token
+where pad and eos are the same; `save_reward_model` chooses a pad id with which both agree, and checks that they do.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from tether.errors import ModelError
+from tether.models.loading import autocast, model_config, quiet_transformers, without_dropout
+from tether.types import microbatches
+
+
+class RewardModel(nn.Module):
+    """Scores sequences of tokens. `forward` is what is trained; `score` is what is used: normalised, no gradient."""
+
+    def __init__(self, classifier: PreTrainedModel, *, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.dtype = dtype  # compute precision; the weights may be float32 masters
+        self.mean, self.std = mean, std  # of the raw scores of reference responses
+
+    @property
+    def trunk(self) -> PreTrainedModel:
+        """The transformer without its head: tokens in, hidden states out."""
+        trunk: Any = self.classifier.base_model
+        return trunk
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear layer from width to one number."""
+        head: Any = self.classifier.score
+        return head
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def value_head(self) -> nn.Linear:
+        """A linear layer that says the normalised score of a hidden state: a critic's head to start from."""
+        head = nn.Linear(self.head.in_features, 1, device=self.device)
+        with torch.no_grad():
+            head.weight.copy_(self.head.weight / self.std)
+            bias = self.head.bias if self.head.bias is not None else torch.zeros(1, device=self.device)
+            head.bias.copy_((bias - self.mean) / self.std)
+        return head
+
+    def forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Raw scores [B] of B ragged sequences of ids; float32 or wider.
+
+        Rows are padded on the right and no attention mask is needed: attention is causal, and the score is read at the
+        last real token, which sees nothing after it. Only those B hidden states go through the head.
+        """
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        with autocast(self.dtype, self.device):
+            hidden = self.trunk(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
+        pooled = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+        wide = torch.promote_types(pooled.dtype, torch.float32)  # a sum over the whole width is too coarse in bfloat16
+        bias = self.head.bias.to(wide) if self.head.bias is not None else None
+        return nn.functional.linear(pooled.to(wide), self.head.weight.to(wide), bias).squeeze(-1)
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Sequence[int]], *, batch_tokens: int = 16384) -> Tensor:
+        """Normalised scores [B] float32 on the CPU, in the order of `rows`; batch_tokens: padded tokens at once."""
+        scores = torch.empty(len(rows))
+        for index in microbatches([len(row) for row in rows], batch_tokens):
+            scores[index] = self([rows[i] for i in index.tolist()]).float().cpu()
+        return (scores - self.mean) / self.std
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_reward_model(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> RewardModel:
+    """A trained reward model with its normalisation; weights in `dtype`, dropout 0."""
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = model_config(path, **where)
+    if config.num_labels != 1:
+        raise ModelError(
+            f"{path} has {config.num_labels} labels: a reward model has one number to give. Name a sequence "
+            "classifier with num_labels=1, such as `tether reward` writes."
+        )
+    classifier, missing = _load_classifier(path, config, dtype, **where)
+    if missing:
+        raise ModelError(
+            f"{path} lacks {missing[0]}: its scores would be random. It is a language model, or an incomplete copy; "
+            "train a reward model from it with `tether reward`."
+        )
+    mean, std = getattr(config, "tether_reward_mean", 0.0), getattr(config, "tether_reward_std", 1.0)
+    return RewardModel(classifier.to(device), dtype=dtype, mean=mean, std=std)
+
+
+def init_reward_model(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    weights_dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> RewardModel:
+    """A reward model to train: the trunk of a language model and a fresh head, or a reward model with its own head.
+
+    dtype: compute precision. weights_dtype: float32 for masters, the compute precision for a frozen base.
+    """
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = model_config(path, **where)
+    if config.num_labels != 1:
+        config.num_labels = 1
+    classifier, missing = _load_classifier(path, config, weights_dtype, **where)
+    lost = [name for name in missing if not name.startswith("score.")]
+    if lost:
+        raise ModelError(
+            f"{path} lacks {len(lost)} weights of {type(classifier).__name__}, {lost[0]} first: they would be random. "
+            "Name a directory that holds a whole model."
+        )
+    if missing:
+        init_head(classifier, seed)
+    return RewardModel(classifier.to(device), dtype=dtype)
+
+
+def reward_model_from_config(config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> RewardModel:
+    """A reward model of random float32 weights; same seed, same weights."""
+    config.num_labels = 1
+    _ensure_classifier(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    init_head(classifier, seed)
+    return RewardModel(without_dropout(classifier), dtype=dtype)
+
+
+def init_head(classifier: PreTrainedModel, seed: int) -> None:
+    """Head weights from N(0, 1/(d+1)), bias 0: first scores then have a spread of about 1, whatever the width d.
+
+    Source: Ziegler et al. 2019 and its code; "The N+ Implementation Details" (arXiv:2403.17031).
+    """
+    head: Any = classifier.score
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def _load_classifier(path: str, config: PretrainedConfig, dtype: torch.dtype, **where: Any) -> tuple[Any, list[str]]:
+    """(classifier, names of the weights that the directory did not have)."""
+    _ensure_classifier(config)
+    with quiet_transformers():
+        try:
+            classifier, info = AutoModelForSequenceClassification.from_pretrained(
+                path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+            )
+        except Exception as error:
+            raise ModelError(f"{path} cannot be loaded as a sequence classifier: {error}") from error
+    if not isinstance(getattr(classifier, "score", None), nn.Linear):
+        raise ModelError(
+            f"{path} is a {type(classifier).__name__}, which does not read its score at the last token: Tether's "
+            "reward models are causal, with a head named `score`. Train one with `tether reward`."
+        )
+    return without_dropout(classifier), sorted(info["missing_keys"])
+
+
+def _ensure_classifier(config: PretrainedConfig) -> None:
+    """Teach transformers a classifier for a decoder that has none (Cohere, Granite): its own generic one on that trunk.
+
+    Tether loads such a reward model; plain transformers does so after the same registration.
+    """
+    kind = type(config)
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_MAPPING:
+        return
+    trunk: Any = MODEL_MAPPING[kind]
+    name = trunk.__name__.removesuffix("Model") + "ForSequenceClassification"
+    classifier = type(name, (GenericForSequenceClassification, trunk.__bases__[0]), {"config_class": kind})
+    AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
+
+
+# ---------------------------------------------------------------- saving
+
+
+def save_reward_model(
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, directory: Path,
+    *, stop_id: int | None, card: str = "", trust_remote_code: bool = False,
+) -> None:  # fmt: skip
+    """Write a Hugging Face directory that the stock classifier scores as we do, normalisation in its config.json.
+
+    stop_id: the token that ended the sequences it was trained on. card: the model card.
+    Stock scores are raw; a normalised one is (raw - tether_reward_mean) / tether_reward_std. A directory appears whole
+    or not at all. Raises ModelError where the reloaded stock model scores a probe differently.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    config = model.classifier.config
+    pad_id = choose_pad_id(tokenizer, stop_id=stop_id, vocab_size=config.get_text_config().vocab_size)
+    config.pad_token_id = config.get_text_config().pad_token_id = pad_id
+    config.tether_reward_mean, config.tether_reward_std = model.mean, model.std
+    config.eos_token_id = stop_id
+    tokenizer.pad_token = None if pad_id is None else tokenizer.convert_ids_to_tokens(pad_id)
+    with quiet_transformers():
+        model.classifier.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    compare_with_stock(model, partial, stop_id=stop_id, trust_remote_code=trust_remote_code)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def choose_pad_id(tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, vocab_size: int) -> int | None:
+    """A pad id that no scored sequence ends with: the tokenizer's own, else unk, else another special token.
+
+    None if there is no such token: the stock model then scores one sequence at a time and refuses padded batches, which
+    is better than reading them one token too early.
+    """
+    special = sorted(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    ends = {stop_id, tokenizer.eos_token_id}
+    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, *special):
+        if candidate is not None and candidate not in ends and candidate < vocab_size:
+            return candidate
+    return None
+
+
+def compare_with_stock(
+    model: RewardModel, directory: Path, *, stop_id: int | None, trust_remote_code: bool = False
+) -> None:
+    """Reload `directory` in plain transformers and compare raw scores on a padded batch with rows that end with a stop.
+
+    Both compute in the precision of the weights, whatever that of training: rounding would hide a small difference.
+    Raises ModelError where they differ by more than what is left of it.
+    """
+    weights = model.head.weight.dtype
+    with quiet_transformers():
+        stock = AutoModelForSequenceClassification.from_pretrained(
+            directory, dtype=weights, trust_remote_code=trust_remote_code
+        )
+    stock = stock.to(model.device).eval()
+    config = stock.config.get_text_config()
+    pad_id = config.pad_token_id
+    stop = [] if stop_id is None else [stop_id]
+    ordinary = [i for i in range(min(config.vocab_size, 64)) if i not in (pad_id, stop_id)] or stop
+    rows = [ordinary[:9] + stop, ordinary[:5], ordinary[-3:] + stop]
+    with torch.no_grad():
+        ours = RewardModel(model.classifier, dtype=weights)(rows)
+        if pad_id is None:
+            theirs = torch.cat([stock(torch.tensor([row], device=model.device)).logits[:, 0] for row in rows])
+        else:
+            width = max(len(row) for row in rows)
+            tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=model.device)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+            theirs = stock(tokens, attention_mask=mask).logits[:, 0]
+    gap = (ours - theirs.to(ours.dtype)).abs().max().item()
+    allowed = (5e-2 if weights == torch.bfloat16 else 1e-3) * max(1.0, ours.abs().max().item())
+    if not gap <= allowed:
+        raise ModelError(
+            f"{directory}: plain transformers scores a probe {gap:.2g} away from Tether's own score: whoever loads it "
+            f"would rank answers differently. {type(stock).__name__} pools at the last token that is not "
+            f"pad_token_id={pad_id}; give the tokenizer a pad token that is not its stop token, or use an "
+            "architecture of transformers' own."
+        )

@@ -1,0 +1,148 @@
+"""Which curves a report shows, and what to say of each: what it is, and what is healthy.
+
+Healthy ranges: docs/algorithm.md, "Healthy". They are what good published runs showed, not limits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tether.config.sections import Config, PPOConfig
+from tether.reports.plots import Plot, line
+
+Metrics = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over the run."""
+
+    metric: str
+    title: str
+    says: str
+    """One sentence: what it is and how it should look."""
+    outside: str = ""
+    """What usually takes it where it should not be, and the knob to turn."""
+    healthy: tuple[float, float] | None = None
+    """Range to shade."""
+    spread: tuple[str, str] | None = None
+    """Metrics of the band's lower and upper edge."""
+    mark: float | None = None
+    """A level to draw: a target."""
+    shows: tuple[float, ...] = ()
+    """Levels that the axis always reaches, so that small changes look small."""
+
+
+PPO = [
+    Curve("reward/score_mean", "Score",
+          "Mean score of a cycle's responses, with a band of one standard deviation. It should rise, then level off.",
+          outside="Flat: too small a step (optim.lr), or all responses score alike. Falling: too large a step, or a"
+          " KL price (ppo.kl.coef) above what the score pays. Read some responses before you believe a "
+          "rise."),
+    Curve("kl/ref_mean", "KL to the reference",
+          "How far the policy has moved from where it began, in nats a response: the price of the score. The classic "
+          "sentiment run held it at 6; tens of nats under a score that rises no more are over-optimisation.",
+          shows=(0,),
+          outside="Running away: raise ppo.kl.coef, or set ppo.kl.target; lower optim.lr. Below 0 over several "
+          "cycles: sampler and trainer disagree, see the sampler gap."),
+    Curve("policy/entropy", "Entropy",
+          "Freedom in the choice of the next token, in nats. It should fall slowly; a sudden fall is collapse.",
+          shows=(0,),
+          outside="A fall to a fraction of its start: lower optim.lr or ppo.epochs, raise ppo.entropy_coef or "
+          "ppo.kl.coef."),
+    Curve("policy/clip_fraction", "Clip fraction",
+          "Share of tokens that an update wanted to change by more than the trust region allows. Healthy up to about "
+          "0.1; above it, lower the learning rate or the epochs.", healthy=(0, 0.1), shows=(0, 0.1),
+          outside="Above: lower optim.lr, ppo.epochs, or raise ppo.minibatch. Always 0: the steps are timid, raise "
+          "optim.lr."),
+    Curve("policy/kl_old_new", "Size of an update",
+          "KL between the policy before and after a cycle's update, in nats a token. Healthy up to about 0.01.",
+          healthy=(0, 0.01), shows=(0, 0.01),
+          outside="Above: lower optim.lr or ppo.epochs, or set ppo.stop_epoch_at_kl."),
+    Curve("value/loss", "Value loss",
+          "Half the critic's squared error. It moves with the size of the returns, so read it beside the next one.",
+          shows=(0,)),
+    Curve("value/explained_variance", "Explained variance",
+          "How much of the returns' spread the critic foresaw: 1 is all, 0 no more than a constant would. Good critics "
+          "come to about 0.75; well below 0, the critic misleads the policy.", healthy=(0.5, 1), shows=(0, 1),
+          outside="Below 0 for long: raise optim.critic_lr or ppo.value_coef, give it ppo.value_warmup_cycles, or "
+          "model.critic: separate."),
+    Curve("response/length_mean", "Length",
+          "Tokens a response, with the shortest and the longest. A score that grows only as answers do has found "
+          "length.",
+          spread=("response/length_min", "response/length_max"), shows=(0,),
+          outside="Growing with the score: length is what is rewarded; mend the reward, or set "
+          "reward_shaping.missing_eos."),
+    Curve("response/truncated_fraction", "Cut at the limit",
+          "Share of responses that ran into the length limit. They are scored as they stand: where it is near 1, the "
+          "model never gets to say that it is done.", shows=(0, 1),
+          outside="Near 1: raise sampling.max_new_tokens, or make an end worth it with reward_shaping.missing_eos."),
+    Curve("kl/coef", "Weight of the KL, β",
+          "Reward units a nat; adapted so that the KL comes to its target."),
+    Curve("policy/optimality_gap", "Optimality gap",
+          "Estimated KL, in nats a response, to the best policy for this score and β. It falls to 0 as training "
+          "converges; a collapsed policy reads 0 too, so read it beside entropy.", shows=(0,)),
+]  # fmt: skip
+
+SFT = [
+    Curve("loss", "Loss", "Negative log-likelihood of the examples, in nats a token. It should fall, then level off."),
+    Curve("optim/grad_norm", "Gradient norm",
+          "Before clipping. Spikes are single odd examples; steady growth is a learning rate that is too high."),
+    Curve("optim/lr", "Learning rate", "As the schedule set it."),
+]  # fmt: skip
+
+REWARD = [
+    Curve("reward_model/loss", "Loss",
+          "Bradley–Terry loss in nats a pair, on the pairs of each step. Knowing nothing is 0.693, the dotted line.",
+          mark=0.6931, shows=(0,)),
+    Curve("reward_model/accuracy", "Training accuracy",
+          "Share of a step's pairs whose chosen answer scores higher. People agree with each other on 63 to 77 % of "
+          "such pairs: far more than that on noisy labels is memory.", healthy=(0.6, 1), shows=(0.5, 1)),
+    Curve("reward_model/margin", "Margin",
+          "Mean distance between the scores of chosen and rejected. It grows as the model gets surer."),
+    *SFT[1:],
+]  # fmt: skip
+
+
+def curves(kind: str, config: Config, metrics: Metrics) -> list[tuple[Curve, Plot]]:
+    """The curves of a run that has the numbers for them."""
+    unit = "cycle" if kind == "ppo" else "step"
+    return [(c, _plot(c, unit, metrics)) for c in shown(kind, config, metrics)]
+
+
+def shown(kind: str, config: Config, metrics: Metrics) -> list[Curve]:
+    """Which curves there are, without their plots."""
+    wanted = _of_ppo(config, metrics) if isinstance(config, PPOConfig) else {"sft": SFT, "reward": REWARD}[kind]
+    return [c for c in wanted if any(m.get(c.metric) is not None for m in metrics)]
+
+
+def _of_ppo(config: PPOConfig, metrics: Metrics) -> list[Curve]:
+    """The KL's target drawn into its curve, β only where it moves, and every source where there are several."""
+    target = config.ppo.kl.target
+    found = [replace(c, mark=target) if c.metric == "kl/ref_mean" else c for c in PPO]
+    if target is None:
+        found = [c for c in found if c.metric != "kl/coef"]
+    sums = {"reward/score_mean", "reward/total_mean"}
+    names = dict.fromkeys(name for m in metrics for name in m if re.fullmatch(r"reward/.*_mean", name))
+    parts = [name for name in names if name not in sums]
+    if len(parts) > 1:
+        says = "Mean answer of this reward source, before its weight and before clipping."
+        found += [Curve(name, f"Source: {name[len('reward/') : -len('_mean')]}", says) for name in parts]
+    return found
+
+
+def _plot(curve: Curve, unit: str, metrics: Metrics) -> Plot:
+    x = [m[unit] for m in metrics]
+    y = [m.get(curve.metric) for m in metrics]
+    low: list[float | None] = []
+    high: list[float | None] = []
+    if curve.metric == "reward/score_mean":
+        spread = [(m.get("reward/score_std") or 0.0) for m in metrics]
+        low = [None if v is None else v - s for v, s in zip(y, spread, strict=True)]
+        high = [None if v is None else v + s for v, s in zip(y, spread, strict=True)]
+    elif curve.spread:
+        low, high = ([m.get(name) for m in metrics] for name in curve.spread)
+    return line(x, y, unit=unit, low=low, high=high, healthy=curve.healthy, mark=curve.mark, shows=curve.shows)

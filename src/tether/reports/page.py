@@ -1,0 +1,374 @@
+"""From a run directory to the page: what is said of each kind of run, and the file itself."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from tether.config.reading import to_yaml
+from tether.config.sections import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.diagnose.alarms import alarms
+from tether.diagnose.diagnosis import reward_report
+from tether.errors import RunError
+from tether.math import Interval
+from tether.reports.curves import curves
+from tether.reports.held_out import Evaluation, best_of, prompt_text, win_share
+from tether.reports.plots import Plot, calibration, frontier, points
+from tether.reports.signals import SIGNALS, Scale, knobs_of, surprise, tokens_of, value_curve
+from tether.reports.text import visible
+from tether.runs import Run
+
+_MOST_PROMPTS = 24  # shown before and after
+_MOST_EVENTS = 200
+_MOST_TOKENS = 500  # of a response that is shown token by token
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One figure that the run is judged by."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot with its title and a sentence on how to read it."""
+
+    title: str
+    says: str
+    plot: Plot
+
+
+@dataclass(frozen=True)
+class Look:
+    """One response, token by token."""
+
+    title: str
+    row: dict[str, Any]
+    prompt: str
+    tokens: list[dict[str, Any]]
+    """Coloured by advantage; see `tokens_of`."""
+    curve: Markup
+    """V(t), with the score at its end."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What is particular to one kind of run."""
+
+    lede: str
+    """One sentence: what was trained, from what, on what."""
+    headlines: list[Headline]
+    figures: list[Figure]
+    facts: dict[str, str] = field(default_factory=dict)
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    looks: list[Look] = field(default_factory=list)
+
+
+def report(run: str | Path | Run, to: str | Path | None = None) -> Path:
+    """Write one self-contained HTML file about a run; returns its path.
+
+    run: a run directory of `tether ppo`, `sft` or `reward`; it may still be going.
+    to: the file; None is report.html in the run directory. An existing file is replaced.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    target = run.path / "report.html" if to is None else Path(to)
+    html = render(run)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.write_text(html, encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        raise RunError(
+            f"{target} cannot be written ({error.strerror or error}): there is no report. Name a file in a directory "
+            "that exists and is writable: --to FILE."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def render(run: Run) -> str:
+    """The page as HTML."""
+    from plotly.offline import get_plotlyjs
+
+    config, status, metrics = run.config, run.status, run.metrics
+    kinds: dict[str, Callable[..., Page]] = {"ppo": _ppo, "sft": _sft, "reward": _reward}
+    page = kinds[status["kind"]](run, config, metrics)
+    figures = page.figures + [Figure(c.title, c.says, plot) for c, plot in curves(status["kind"], config, metrics)]
+    here = Path(__file__).parent
+    ours = "".join((here / name).read_text(encoding="utf-8") for name in ("paint.js", "page.js"))
+    scripts = [get_plotlyjs(), ours]
+    environment = jinja2.Environment(
+        autoescape=True, loader=jinja2.FileSystemLoader(here), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+    )  # fmt: skip
+    return environment.get_template("page.html.j2").render(
+        name=run.path.resolve().name,
+        page=page,
+        figures=figures,
+        status=status,
+        environment=run.environment,
+        config=to_yaml(config),
+        checks=_checks(metrics),
+        alarms=alarms(
+            status["kind"], config, metrics, run.events, status, now=datetime.now(UTC), reward_report=reward_report(run)
+        ),
+        unit="cycle" if status["kind"] == "ppo" else "step",
+        events=run.events[-_MOST_EVENTS:],
+        event_count=len(run.events),
+        pairs=_pairs(page),
+        prompt_count=len(page.after.answers) if page.after else 0,
+        plots=_json({f"plot-{i}": figure.plot for i, figure in enumerate(figures)}),
+        style=Markup("".join((here / name).read_text(encoding="utf-8") for name in ("page.css", "tokens.css"))),
+        scripts=[Markup(script) for script in scripts],
+        hashes=[f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts],
+    )
+
+
+# ---------------------------------------------------------------- kinds of run
+
+
+def _ppo(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> Page:
+    evaluations = [Evaluation.read(run, cycle) for cycle in run.evaluation_cycles]
+    before, after = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
+    done = metrics[-1]["cycle"] if metrics else 0
+    sums = ("reward/score_mean", "reward/total_mean")
+    sources = [k[len("reward/") : -len("_mean")] for k in (metrics[-1] if metrics else {})
+               if k.startswith("reward/") and k.endswith("_mean") and k not in sums]  # fmt: skip
+    lora = " with LoRA" if config.model.lora else ""
+    lede = (
+        f"PPO on {config.model.policy}{lora}: {done} of {config.ppo.cycles} cycles of {config.ppo.batch} responses "
+        f"to the prompts of {config.prompts.path}" + (f", scored by {', '.join(sources)}." if sources else ".")
+    )
+    headlines: list[Headline] = []
+    figures: list[Figure] = []
+    if before and after:
+        first, last = before.mean(), after.mean()
+        headlines.append(
+            Headline(
+                "Score on held-out prompts",
+                _change(first.mean, last.mean),
+                f"95 % interval at the end {_interval(last)}",
+            )
+        )
+        share = win_share(before, after) if after.cycle > before.cycle else None
+        if share:
+            doubt = f"; 95 % interval {_interval(share, '.0%')}" if share.low < share.high else ""
+            note = f"of {len(after.answers)} held-out prompts answered better than at the start, ties half{doubt}"
+            headlines.append(Headline("Win share", f"{share.mean:.0%}", note))
+        headlines.append(
+            Headline("KL spent", f"{after.mean('kl').mean:.3g} nats", "a response, to the reference, held-out prompts")
+        )
+        figures += _held_out_figures(evaluations)
+    elif metrics:
+        score = [m["reward/score_mean"] for m in metrics]
+        headlines.append(Headline("Score", _change(score[0], score[-1]), "mean of the first and the last cycle"))
+        headlines.append(Headline("KL spent", f"{metrics[-1]['kl/ref_mean']:.3g} nats", "a response, to the reference"))
+    if metrics:
+        entropy = [m["policy/entropy"] for m in metrics]
+        headlines.append(Headline("Entropy", _change(entropy[0], entropy[-1]), "nats a token"))
+    return Page(lede, headlines, figures, _facts(run, metrics), before, after, looks=_looks(run, config))
+
+
+def _held_out_figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
+    cycles = [e.cycle for e in evaluations]
+    score = [e.mean() for e in evaluations]
+    kl = [e.mean("kl").mean for e in evaluations]
+    means = [s.mean for s in score]
+    chosen = best_of(evaluations[0]) if evaluations[0].cycle == 0 else []
+    prompts = len(evaluations[-1].answers)
+    return [
+        Figure(
+            "Held-out score",
+            f"{prompts} prompts that are never trained on, with the same draws each time; bars are 95 % intervals over "
+            "prompts. It should follow the training score: where it stays behind, the model has learned the prompts.",
+            points(cycles, means, unit="cycle", low=[s.low for s in score], high=[s.high for s in score]),
+        ),
+        Figure(
+            "Score for KL",
+            "What each nat of distance bought, evaluation by evaluation; dotted: choosing the best of n answers of the "
+            "start model. A line that turns flat or falls while it runs to the right is over-optimisation.",
+            frontier(kl, means, [f"cycle {c}" for c in cycles], chosen if len(chosen) > 1 else []),
+        ),
+    ]
+
+
+def _looks(run: Run, config: PPOConfig) -> list[Look]:
+    """The best, the worst and the most surprising response of the last cycle that was written."""
+    if not run.rollout_cycles:
+        return []
+    cycle = run.rollout_cycles[-1]
+    rows = [row for row in run.rollouts(cycle).to_pylist() if row["score"] is not None]
+    if not rows:
+        return []
+    signal = SIGNALS["advantage"]
+    scale = Scale.of(signal, rows)
+    chosen = {
+        "the best": max(rows, key=lambda r: r["score"]),
+        "the worst": min(rows, key=lambda r: r["score"]),
+        "the one that surprised the critic most": max(rows, key=surprise),
+    }
+    return [
+        Look(
+            title=f"Cycle {cycle}, {which}",
+            row=row,
+            prompt=prompt_text(row["prompt"]),
+            tokens=tokens_of(row, [scale.step(v) for v in signal.of(row)[:_MOST_TOKENS]], knobs_of(config, row)),
+            curve=value_curve(row, _MOST_TOKENS),
+        )
+        for which, row in chosen.items()
+    ]
+
+
+def _sft(run: Run, config: SFTConfig, metrics: Sequence[dict[str, Any]]) -> Page:
+    lede = f"Supervised fine-tuning of {_model_name(config)} on {config.data.path}, {config.sft.epochs} epochs."
+    headlines = []
+    if metrics:
+        loss = _ends(metrics, "loss")
+        headlines = [
+            Headline("Loss", _change(*loss), "nats a token, first and last tenth of the steps"),
+            Headline("Steps", f"{metrics[-1]['step']:,}", f"of {config.sft.batch} examples"),
+            Headline(
+                "Trained tokens", f"{sum(m.get('tokens/trained') or 0 for m in metrics):,.0f}", "seen in all epochs"
+            ),
+        ]
+    return Page(lede, headlines, [], _facts(run, metrics))
+
+
+def _reward(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]]) -> Page:
+    lede = (
+        f"Reward model from {_model_name(config)}, fitted to the preferences of {config.data.path}, "
+        f"{config.reward_model.epochs} epochs."
+    )
+    path = run.path / "reward_report.json"
+    if not path.exists():
+        ends = _ends(metrics, "reward_model/loss") if metrics else None
+        headlines = [Headline("Loss", _change(*ends), "nats a pair, first and last tenth of the steps")] if ends else []
+        return Page(lede, headlines, [], _facts(run, metrics))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    accuracy, length = found["accuracy"], found["length_accuracy"]
+    verdict = "" if found["learned"] else " Nothing was learned that can be told from chance."
+    sure = _interval(Interval(accuracy["value"], accuracy["low"], accuracy["high"]), ".1%")
+    prefers, train_pairs = found["length_prefers"], found["train_pairs"]
+    headlines = [
+        Headline("Held-out accuracy", f"{accuracy['value']:.1%}", f"{sure} on {found['test_pairs']} pairs.{verdict}"),
+        Headline("Length alone", f"{length['value']:.1%}", f"right by always preferring the {prefers} answer"),
+        Headline(
+            "Training accuracy", f"{found['train_accuracy']:.1%}", f"on {train_pairs} pairs; people agree on 63 to 77 %"
+        ),
+        Headline("Held-out loss", f"{found['loss']:.3f}", "nats a pair; knowing nothing is 0.693"),
+        Headline("Calibration error", f"{found['calibration_error']:.3f}", "mean gap of confidence and accuracy"),
+    ]
+    figure = Figure(
+        "Calibration",
+        "Held-out pairs by how sure the model was; bars are 95 % intervals. On the dashed line it is right as often as "
+        "it says; below, it is too sure of itself.",
+        calibration(found["calibration"]),
+    )
+    return Page(lede, headlines, [figure], _facts(run, metrics))
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _pairs(page: Page) -> list[dict[str, Any]]:
+    """The prompts to show: each with its answers before and after, in the order of the data."""
+    if page.after is None or page.before is None:
+        return []
+    old, new = page.before.means(), page.after.means()
+    return [
+        {
+            "prompt": prompt_text(rows[0]["prompt"]),
+            "before": page.before.answers.get(i, []) if page.before.cycle < page.after.cycle else [],
+            "after": rows,
+            "before_mean": old.get(i),
+            "after_mean": new[i],
+        }
+        for i, rows in sorted(page.after.answers.items())[:_MOST_PROMPTS]
+    ]
+
+
+def _checks(metrics: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The run's self-checks at their worst."""
+    wanted: dict[str, tuple[str, str, Callable[[list[float]], float]]] = {
+        "check/first_ratio_error": ("first ratio of a cycle, off 1 by", "{:.1e}", max),
+        "check/sampler_gap": ("sampler against trainer, nats a token", "{:.1e}", max),
+        "check/truncated_mass": ("probability that top-k and top-p cut off", "{:.2%}", max),
+        "optim/skipped_steps": ("optimiser steps skipped", "{:.0f}", sum),
+        "memory/peak_mb": ("peak memory, MB", "{:,.0f}", max),
+    }
+    found = {}
+    for name, (label, form, worst) in wanted.items():
+        values = [m[name] for m in metrics if m.get(name) is not None]
+        if values:
+            found[label] = form.format(worst(values))
+    return found
+
+
+def _facts(run: Run, metrics: Sequence[dict[str, Any]]) -> dict[str, str]:
+    environment = run.environment
+    hardware, versions = environment["hardware"], environment["versions"]
+    seconds: dict[str, float] = {}
+    for m in metrics:
+        for name, value in m.items():
+            if name.startswith("time/") and value is not None:
+                part = name.removeprefix("time/").removesuffix("_s")
+                seconds[part] = seconds.get(part, 0.0) + value
+    total = sum(seconds.values())
+    shares = ", ".join(f"{part} {s / total:.0%}" for part, s in seconds.items()) if total else ""
+    return {
+        "seed": str(environment["seed"]),
+        "began": environment["created"],
+        "time": _duration(total) + (f" ({shares})" if len(seconds) > 1 else "") if total else "–",
+        "machine": ", ".join(
+            [hardware["cpu"], f"{hardware['cpus']} cores", f"{hardware['memory_gb']} GB", *hardware["gpus"]]
+        ),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "command": environment["command"],
+    }
+
+
+def _model_name(config: SFTConfig | RewardConfig) -> str:
+    policy = config.model.policy
+    if isinstance(policy, InitModelConfig):
+        return f"a new {policy.init.get('model_type')} model"
+    return policy + (" with LoRA" if config.model.lora else "")
+
+
+def _ends(metrics: Sequence[dict[str, Any]], name: str) -> tuple[float, float]:
+    """Means over the first and the last tenth: single steps are noisy."""
+    values = [m[name] for m in metrics if m.get(name) is not None] or [float("nan")]
+    tenth = max(1, len(values) // 10)
+    return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+
+
+def _interval(interval: Interval, form: str = ".3g") -> str:
+    return f"[{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def _change(first: float, last: float) -> str:
+    return f"{first:.3g} → {last:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {s} s" if minutes else f"{s} s"
+
+
+def _json(value: Any) -> Markup:
+    """JSON for inside a script element: no character of it can end the element or open a comment."""
+    return Markup(json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

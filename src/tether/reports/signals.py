@@ -1,0 +1,218 @@
+"""What can be seen of a token: signals, their colours, the arithmetic with its numbers, and V(t) as a curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from tether.config.sections import PPOConfig
+from tether.reports.text import visible
+
+Row = Mapping[str, Any]
+"""A response as rollouts/ hold it (run directory, schema 1)."""
+
+STEPS = 8  # colours on either side of the middle
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One number a token.
+
+    of      its values in a row; None where it has none.
+    middle  the value without colour; None: the mean over the cycle.
+    """
+
+    key: str
+    name: str
+    says: str
+    of: Callable[[Row], list[float | None]]
+    middle: float | None = 0.0
+
+
+def _column(name: str) -> Callable[[Row], list[float | None]]:
+    return lambda row: list(row[name])
+
+
+def _kl(row: Row) -> list[float | None]:
+    return [old - ref for old, ref in zip(row["old_logprob"], row["ref_logprob"], strict=True)]
+
+
+def _log_ratio(row: Row) -> list[float | None]:
+    return [None if r is None else math.log(r) if r > 0 else None for r in row["ratio"]]
+
+
+SIGNALS = {
+    s.key: s
+    for s in (
+        Signal("value", "Value V", "What the critic expected still to come, before this token was chosen.",
+               _column("value"), middle=None),
+        Signal("advantage", "Advantage A", "How much better things went from this token on than the critic expected, "
+               "coloured around the cycle's mean, as whitening sees it: training makes blue tokens likelier, orange "
+               "ones less likely.", _column("advantage"), middle=None),
+        Signal("delta", "Surprise δ", "What this one token changed in the critic's estimate.", _column("delta")),
+        Signal("ratio", "Ratio, log", "How much likelier this cycle's update made the token; underlined where the clip "
+               "cut its gradient.", _log_ratio),
+        Signal("kl", "KL to the reference", "How much likelier the token is than under the reference, in nats: summed "
+               "over the response, what it paid.", _kl),
+        Signal("entropy", "Entropy", "How open the choice was, in nats.", _column("entropy")),
+        Signal("reward", "Reward", "What the token was paid: the KL's price, and the score at the last one.",
+               _column("reward")),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From a signal's value to a colour, the same for a whole cycle.
+
+    middle  the value without colour.
+    reach   distance from it at which the colour is full: the 98th percentile, so that one outlier does not grey all.
+    """
+
+    middle: float
+    reach: float
+
+    @classmethod
+    def of(cls, signal: Signal, rows: Sequence[Row]) -> Scale:
+        """The scale of a signal over a cycle's rows."""
+        values = [v for row in rows for v in signal.of(row) if v is not None and math.isfinite(v)]
+        if not values:
+            return cls(0.0, 1.0)
+        middle = sum(values) / len(values) if signal.middle is None else signal.middle
+        away = sorted(abs(v - middle) for v in values)
+        return cls(middle, away[min(len(away) - 1, int(0.98 * len(away)))] or 1.0)
+
+    def step(self, value: float | None) -> int:
+        """-STEPS … STEPS, 0 in the middle and where there is no number."""
+        if value is None or not math.isfinite(value):
+            return 0
+        return round(max(-1.0, min(1.0, (value - self.middle) / self.reach)) * STEPS)
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Of the run that a row is from.
+
+    gamma, clip (low, high)   as in the config.
+    lam                       (the actor's λ, the critic's).
+    beta                      β as this row was paid; None where the KL is not in the reward.
+    """
+
+    gamma: float
+    lam: tuple[float, float]
+    clip: tuple[float, float]
+    beta: float | None
+
+
+def knobs_of(config: PPOConfig, row: Row) -> Knobs:
+    """The knobs behind a row."""
+    p = config.ppo
+    lam = (p.lam, p.lam) if isinstance(p.lam, float | int) else (p.lam.actor, p.lam.critic)
+    clip = (p.clip[0], p.clip[-1]) if isinstance(p.clip, list) else (p.clip, p.clip)
+    return Knobs(p.gamma, lam, clip, _beta(row, p.kl.coef) if p.kl.place == "reward" else None)
+
+
+def _beta(row: Row, otherwise: float) -> float:
+    """β off the row itself, where its KL is largest: a controller moves it from cycle to cycle."""
+    kl = _kl(row)
+    t = max(range(len(kl)), key=lambda i: abs(kl[i] or 0.0), default=0)
+    if not kl or not kl[t] or row["score"] is None:
+        return otherwise
+    return float((row["score"] * (t == len(kl) - 1) - row["reward"][t]) / kl[t])
+
+
+def arithmetic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
+    """(what, the sum with this token's numbers) of token `t`, as a lecturer would write them on the board."""
+    value, reward, delta, advantage = row["value"], row["reward"], row["delta"], row["advantage"]
+    last = t == len(value) - 1
+    after, next_advantage = (0.0, 0.0) if last else (value[t + 1], advantage[t + 1])
+    kl = row["old_logprob"][t] - row["ref_logprob"][t]
+    lines = [("KL", f"ln π − ln π_ref = {_n(row['old_logprob'][t])} − {_n(row['ref_logprob'][t])} = {_n(kl)}")]
+    score = f"score = {_n(row['score'])}" if last and row["score"] is not None else ""
+    if knobs.beta is None:
+        lines.append(("reward", f"r = {score}" if score else f"r = {_n(reward[t])}: nothing before the end"))
+    elif score:
+        said = f"{_n(row['score'])} − {knobs.beta:.3g}·{_n(kl)}"
+        lines.append(("reward", f"r = score − β·KL = {said} = {_n(reward[t])}"))
+    else:
+        lines.append(("reward", f"r = −β·KL = −{knobs.beta:.3g}·{_n(kl)} = {_n(reward[t])}"))
+    actor, critic = knobs.lam
+    lines += [
+        ("δ", f"r + γ·V′ − V = {_n(reward[t])} + {knobs.gamma:g}·{_n(after)} − {_n(value[t])} = {_n(delta[t])}"),
+        ("A", f"δ + γλ·A′ = {_n(delta[t])} + {knobs.gamma * actor:g}·{_n(next_advantage)} = {_n(advantage[t])}"),
+    ]
+    if actor == critic:
+        lines.append(("return", f"A + V = {_n(advantage[t])} + {_n(value[t])} = {_n(row['return'][t])}"))
+    else:
+        lines.append(("return", f"{_n(row['return'][t])}, with the critic's own λ = {critic:g}"))
+    ratio = row["ratio"][t]
+    if ratio is not None:
+        new, old = row["new_logprob"][t], row["old_logprob"][t]
+        lines.append(("ratio", f"exp(new − old) = exp({_n(new)} − {_n(old)}) = {_n(ratio)}; {_clipped(row, t, knobs)}"))
+    lines.append(("entropy", f"{_n(row['entropy'][t])} nats"))
+    return lines
+
+
+def _clipped(row: Row, t: int, knobs: Knobs) -> str:
+    low, high = 1 - knobs.clip[0], 1 + knobs.clip[1]
+    if not row["clipped"][t]:
+        return f"inside the clip [{low:g}, {high:g}], or on the side where it does not hold back"
+    side = f"above {high:g} with whitened A > 0" if row["ratio"][t] > high else f"below {low:g} with whitened A < 0"
+    return f"clipped: {side}, no gradient"
+
+
+def _n(value: float) -> str:
+    text = f"{value:.3f}"
+    return f"({text})".replace("-", "−") if text.startswith("-") else text
+
+
+def tokens_of(row: Row, steps: Sequence[int], knobs: Knobs) -> list[dict[str, Any]]:
+    """What a page shows of each token: its text, colour and arithmetic. As many as there are steps."""
+    return [
+        {
+            "t": t, "text": visible(text) or "∅", "blank": not text.strip(), "clipped": bool(row["clipped"][t]),
+            "step": step, "lines": arithmetic(row, t, knobs),
+        }
+        for t, (text, step) in enumerate(zip(row["text"], steps, strict=False))
+    ]  # fmt: skip
+
+
+def surprise(row: Row) -> float:
+    """Mean |A| over the tokens: how far the critic was from what came."""
+    return sum(abs(a) for a in row["advantage"]) / max(1, len(row["advantage"]))
+
+
+# ---------------------------------------------------------------- the curve
+
+
+def value_curve(row: Row, most: int = 4000, width: int = 900, height: int = 150) -> Markup:
+    """V(t) over the response with the score at its end, as SVG; a group of class `at` that a script moves.
+
+    most: tokens drawn.
+    """
+    values, score = row["value"][:most], row["score"]
+    if not values:
+        return Markup("")
+    levels = [*values, *([] if score is None else [score])]
+    low, high = min(levels), max(levels)
+    step = (width - 150) / len(values)
+    ys = [height - 20 - (v - low) * (height - 40) / ((high - low) or 1.0) for v in levels]
+    points = " ".join(f"{50 + t * step:.1f},{y:.1f}" for t, y in enumerate(ys[: len(values)]))
+    end = ""
+    if score is not None and len(values) == len(row["value"]):  # else it goes on beyond what is drawn
+        x = 50 + len(values) * step
+        end = (
+            f'<circle class="end" cx="{x:.1f}" cy="{ys[-1]:.1f}" r="5"/>'
+            f'<text x="{x + 10:.1f}" y="{ys[-1] + 4:.1f}">score {score:.2f}</text>'
+        )
+    return Markup(
+        f'<svg class="curve" viewBox="0 0 {width} {height}" role="img" data-step="{step:.4f}" '
+        f'data-ys="{" ".join(f"{y:.1f}" for y in ys[: len(values)])}" '
+        f'aria-label="The critic\'s estimate from {values[0]:.2f} at the first token to {values[-1]:.2f} at the last">'
+        f'<polyline points="{points}"/>{end}<text x="4" y="{ys[0] + 4:.1f}">V {values[0]:.2f}</text>'
+        '<g class="at"><line y1="8" y2="130"/><circle r="4"/></g></svg>'
+    )

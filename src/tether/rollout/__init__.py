@@ -1,5 +1,0 @@
-"""Engines that sample responses."""
-
-from tether.rollout.local import LocalSampler
-
-__all__ = ["LocalSampler"]

@@ -1,0 +1,335 @@
+"""The local engine: prompts in, sampled responses out, in this process and with the policy's own weights.
+
+Continuous batching: up to `slots` rows decode together; a row that stops leaves at once and a waiting prompt takes its
+slot. Three verbs a step: admit, draw, step. Nothing in a step is done row by row in Python.
+
+Left out: paging (a slot is as wide as the longest prompt plus the length limit), sharing common prefixes, speculation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tether.models.policy import LanguageModel, copy_in
+from tether.samplers.draw import draw
+from tether.samplers.slots import SlotCache
+from tether.samplers.uniforms import uniforms
+from tether.types import Completions, Prompt, Rows, Sampling
+
+PREFILL_TOKENS = 8192  # padded prompt tokens encoded at once: bounds the memory of their attention scores
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+# Of `slots: auto`. More rows a step make each of them cheaper: the small operations of a step cost the same for all,
+# and matmuls come nearer their peak. They pay in memory.
+_FEWEST_SLOTS, _MOST_SLOTS = 64, 256
+_SLOT_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}  # of cache and workspace, beyond the fewest
+_DRAW_BYTES = 28  # a token of the vocabulary: logits, log-probs and probabilities in fp32, their sums in fp64
+
+
+class Decoder(Protocol):
+    """Turns tokens into hidden states, remembering each slot's past. The active slots are always 0 … n-1."""
+
+    def admit(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
+        """Encode prompts [m, P] (padded right), prompt copies[j] into slot first+j; [k, D] at their last tokens.
+
+        copies: [k] rows of `tokens`, in order, each at least once: a prompt that is answered n times is encoded once.
+        """
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token [n] to each active slot; [n, D]."""
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots `source` [k] over slots `target` [k]."""
+
+
+class LocalSampler:
+    """Samples from a language model that lives in this process.
+
+    slots  rows decoded at once; "auto" takes as many as there are responses, up to 256, or up to 64 where their cache
+           would be large (see `slot_bytes`).
+    note   what fell back, for the log; None if nothing did.
+    """
+
+    def __init__(self, model: LanguageModel, *, slots: int | str = "auto") -> None:
+        self.slots = slots
+        self._copied = model.dtype == torch.bfloat16 and model.plain.dtype == torch.float32
+        self.model = model
+        if self._copied:
+            self.model = LanguageModel(copy_in(model.dtype, model.lm), model.dtype, model.full)
+        self.note = _why_not_cached(model)
+        self.cached = self.note is None
+        self.recorded = self.cached and model.device.type == "cuda"
+        if self.recorded:
+            self.note = _why_not_recorded(self.model)
+            self.recorded = self.note is None
+
+    def load_weights(self, model: LanguageModel) -> None:
+        """Sample from `model` as it is now.
+
+        In float32, and under LoRA, its very storage is used and this costs nothing; else the copy in the compute
+        precision is refreshed.
+        """
+        if not self._copied:
+            self.model = model
+            return
+        with torch.no_grad():
+            for ours, theirs in zip(self.model.lm.parameters(), model.lm.parameters(), strict=True):
+                ours.copy_(theirs)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int) -> Completions:
+        """Draw `responses_per_prompt` responses to each prompt, in the prompts' order.
+
+        The uniform behind token t of response i = prompt × n + k is a function of (seed, stream, cycle, i, t) alone.
+        """
+        asked = [p for p in prompts for _ in range(sampling.responses_per_prompt)]
+        width = max(len(p.ids) for p in asked) + sampling.max_new_tokens
+        m, wish = self.model, self.slots if self.cached or self.slots != "auto" else _FEWEST_SLOTS
+        slots = count_slots(wish, len(asked), m.config, width, m.dtype, m.device.type)
+        decoder: Decoder
+        if self.cached:
+            decoder = SlotCache(self.model, slots=slots, width=width, recorded=self.recorded)
+        else:
+            decoder = Recompute(self.model, slots=slots, width=width)
+        batch = _Batch(self.model, decoder, asked, sampling, cycle, slots)
+        with self.model.autocast():
+            while not batch.done:
+                batch.admit()
+                batch.draw()
+                batch.step()
+        return batch.completions()
+
+
+def count_slots(slots: int | str, responses: int, config: Any, width: int, dtype: torch.dtype, device: str) -> int:
+    """Rows to decode at once: `slots`, or for "auto" what the model's text config and a slot's width in tokens allow.
+
+    A function of config and kind of device alone, never of free memory: the same run gets the same every time.
+    """
+    if slots == "auto":
+        room = _SLOT_BYTES.get(device, _SLOT_BYTES["cpu"]) // sum(slot_bytes(config, width, dtype))
+        slots = min(max(room, _FEWEST_SLOTS), _MOST_SLOTS)
+    return min(responses, int(slots))
+
+
+def slot_bytes(config: Any, width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes of a slot's keys and values, bytes of its workspace when a token is drawn); config: the text config."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    cache = 2 * config.num_hidden_layers * kv_heads * head_dim * width * dtype.itemsize
+    return cache, config.vocab_size * _DRAW_BYTES
+
+
+@torch.no_grad()
+def _why_not_cached(model: LanguageModel) -> str | None:
+    """Decode a few tokens through the cache and compare with a plain forward pass; None if they agree.
+
+    Unknown kinds of attention (or none at all) are then sampled by recomputing, which is slow and always right. What a
+    few tokens cannot show is read off the config: kinds of layers, and windows that the mask knows and we do not.
+    """
+    slow = "sampling recomputes every token, which is slow"
+    if model.full:
+        return f"the head is not ours to apply to a single token: {slow}"
+    unknown = sorted(set(getattr(model.config, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    if unknown:
+        return f"{type(model.plain).__name__} has layers of {', '.join(unknown)}, which our cache does not know: {slow}"
+    tokens = torch.arange(8, device=model.device)[None] * 7919 % model.config.vocab_size
+    with model.exactly():
+        want = model.hidden(tokens)[0, 4:]
+        try:
+            cache = SlotCache(model, slots=1, width=8)
+            one = torch.zeros(1, dtype=torch.long, device=model.device)
+            first = cache.admit(tokens[:, :5], one + 5, 0, one)
+            got = torch.cat([first, *[cache.step(tokens[:, t]) for t in range(5, 8)]])
+            gap = ((got - want).abs().max() / want.abs().max()).item()
+            why = f"off by {gap:.2g}"
+            if wrong := [layer for layer, window in cache.windows.items() if window != _window(model.config, layer)]:
+                gap, why = float("inf"), f"layer {wrong[0]} does not tell it its sliding window"
+        except Exception as error:  # whatever another library's attention may raise
+            gap, why = float("inf"), f"{type(error).__name__}: {error}"
+    if gap <= 1e-4:
+        return None
+    return f"{type(model.plain).__name__} does not decode through our cache ({why}): {slow}"
+
+
+@torch.no_grad()
+def _why_not_recorded(model: LanguageModel) -> str | None:
+    """Record a decode step, replay it, and compare with plain ones; None if they agree.
+
+    A model that reads a number off the device in the middle of a step cannot be recorded.
+    """
+    zero = torch.zeros(1, dtype=torch.long, device=model.device)
+    seen = []
+    try:
+        with model.autocast():
+            for recorded in (False, True):
+                cache = SlotCache(model, slots=1, width=4, recorded=recorded)
+                cache.admit(zero[:, None], zero + 1, 0, zero)
+                seen.append(torch.cat([cache.step(zero + t).float() for t in range(3)]))
+        gap = ((seen[0] - seen[1]).abs().max() / seen[0].abs().max()).item()
+        why = f"a replay is off by {gap:.2g}" if not gap <= 1e-2 else None
+    except Exception as error:  # whatever another library's model may raise
+        why = f"{type(error).__name__}: {error}"
+    return why and f"decode steps are not recorded ({why}): sampling is slower"
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """The sliding window of a layer's mask, as transformers reads it off the config."""
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or kinds[layer] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+class _Batch:
+    """The state of one `generate`: which response sits in which slot, and what has been drawn.
+
+    Slots 0 … len(row)-1 are active. `row` maps a slot to its response, `drawn` counts its tokens so far.
+    """
+
+    def __init__(
+        self, model: LanguageModel, decoder: Decoder, asked: list[Prompt], sampling: Sampling, cycle: int, slots: int
+    ) -> None:
+        self.model, self.decoder, self.asked = model, decoder, asked
+        self.head = None if model.full else model.output_head()  # where it is not ours the decoder gives logits
+        self.sampling, self.cycle, self.slots = sampling, cycle, slots
+        device, limit = model.device, sampling.max_new_tokens
+        self.waiting = 0  # the next response to admit
+        self.row = torch.empty(0, dtype=torch.long, device=device)
+        self.drawn = torch.empty(0, dtype=torch.long, device=device)
+        self.tokens = torch.empty(0, dtype=torch.long, device=device)  # each slot's newest token
+        self.hidden = torch.empty(0, device=device)  # [active, D] after it
+        precise = torch.float32 if device.type == "mps" else torch.float64
+        self.uniforms = torch.zeros(slots, limit, dtype=precise, device=device)
+        self.stops = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
+        self.ids = torch.zeros(len(asked), limit, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(len(asked), limit, device=device)
+        self.truncated = torch.zeros(len(asked), limit, device=device)
+        self.lengths = torch.zeros(len(asked), dtype=torch.long, device=device)
+        self.stopped = torch.zeros(len(asked), dtype=torch.bool, device=device)
+
+    @property
+    def done(self) -> bool:
+        return self.waiting == len(self.asked) and len(self.row) == 0
+
+    def admit(self) -> None:
+        """Let waiting responses into the free slots and encode their prompts."""
+        s, device = self.sampling, self.model.device
+        while self.waiting < len(self.asked) and len(self.row) < self.slots:
+            first, (rows, prompts, copies) = len(self.row), self._next_rows()
+            batch = Rows.of([p.ids for p in prompts], [()] * len(prompts)).to(device)
+            which = torch.tensor(copies, device=device)
+            hidden = self.decoder.admit(batch.tokens, batch.prompt_lengths, first, which)
+            chance = np.stack([uniforms(s.seed, s.stream, self.cycle, i, s.max_new_tokens) for i in rows])
+            self.uniforms[first : first + len(rows)] = torch.from_numpy(chance).to(self.uniforms)
+            self.row = torch.cat([self.row, torch.tensor(rows, device=device)])
+            self.drawn = torch.cat([self.drawn, torch.zeros(len(rows), dtype=torch.long, device=device)])
+            self.hidden = torch.cat([self.hidden, hidden]) if first else hidden
+            self.waiting += len(rows)
+
+    def _next_rows(self) -> tuple[list[int], list[Prompt], list[int]]:
+        """(waiting responses for the free slots, their prompts, each once, and which of these each response answers).
+
+        As many as are encoded at once.
+        """
+        rows: list[int] = []
+        prompts: list[Prompt] = []
+        copies: list[int] = []
+        width = 0
+        for i in range(self.waiting, min(len(self.asked), self.waiting + self.slots - len(self.row))):
+            prompt = self.asked[i]
+            if not prompts or prompt is not prompts[-1]:
+                width = max(width, len(prompt.ids))
+                if prompts and width * (len(prompts) + 1) > PREFILL_TOKENS:
+                    break
+                prompts.append(prompt)
+            rows.append(i)
+            copies.append(len(prompts) - 1)
+        return rows, prompts, copies
+
+    def draw(self) -> None:
+        """Draw a token for every active slot and let the rows go that it finishes."""
+        s = self.sampling
+        logits = self.head.logits(self.hidden) if self.head else self.hidden
+        chance = self.uniforms[: len(self.row)].gather(1, self.drawn[:, None]).squeeze(1)
+        new = draw(logits, chance, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        self.ids[self.row, self.drawn] = new.tokens
+        self.logprobs[self.row, self.drawn] = new.logprobs
+        self.truncated[self.row, self.drawn] = new.truncated_mass
+        self.drawn += 1
+        self.tokens = new.tokens
+        stopped = torch.isin(new.tokens, self.stops)
+        finished = stopped | (self.drawn == s.max_new_tokens)
+        if finished.any():
+            self.lengths[self.row] = self.drawn
+            self.stopped[self.row] = stopped
+            self._release(finished)
+
+    def _release(self, finished: Tensor) -> None:
+        """Free the finished slots; active ones from the end move into the holes."""
+        keep = int((~finished).sum())
+        target = finished[:keep].nonzero().squeeze(1)
+        source = keep + (~finished[keep:]).nonzero().squeeze(1)
+        self.decoder.move(source, target)
+        for state in (self.row, self.drawn, self.tokens, self.uniforms):
+            state[target] = state[source]
+        self.row, self.drawn, self.tokens = self.row[:keep], self.drawn[:keep], self.tokens[:keep]
+
+    def step(self) -> None:
+        """Run the model on the tokens just drawn."""
+        if len(self.row):
+            self.hidden = self.decoder.step(self.tokens)
+
+    def completions(self) -> Completions:
+        lengths = self.lengths.tolist()
+
+        def ragged(values: Tensor) -> list[list[Any]]:
+            return [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]
+
+        return Completions(
+            prompts=self.asked,
+            response_ids=ragged(self.ids),
+            sampler_logprobs=ragged(self.logprobs),
+            truncated_mass=ragged(self.truncated),
+            finish_reasons=["stop" if stopped else "length" for stopped in self.stopped.tolist()],
+        )
+
+
+class Recompute:
+    """A decoder without a cache: every step runs the whole sequences again. For any architecture at all.
+
+    Where the head is not ours to apply it returns logits [n, V] in place of hidden states.
+    """
+
+    def __init__(self, model: LanguageModel, *, slots: int, width: int) -> None:
+        self.model = model
+        self.tokens = torch.zeros(slots, width, dtype=torch.long, device=model.device)
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=model.device)
+
+    def admit(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
+        end = first + len(copies)
+        self.tokens[first:end, : tokens.shape[1]] = tokens[copies]
+        self.lengths[first:end] = lengths[copies]
+        return self._last(first, end)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        n = len(tokens)
+        self.tokens[torch.arange(n, device=tokens.device), self.lengths[:n]] = tokens
+        self.lengths[:n] += 1
+        return self._last(0, n)
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        self.tokens[target], self.lengths[target] = self.tokens[source], self.lengths[source]
+
+    def _last(self, first: int, end: int) -> Tensor:
+        lengths = self.lengths[first:end]
+        tokens = self.tokens[first:end, : int(lengths.max())]
+        at = torch.arange(end - first, device=tokens.device), lengths - 1
+        if self.model.full:
+            logits: Tensor = self.model.plain(input_ids=tokens, use_cache=False).logits[at]
+            return logits.float()
+        return self.model.hidden(tokens)[at]

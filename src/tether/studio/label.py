@@ -1,0 +1,119 @@
+"""Collecting preferences: one pair (or several answers to rank) at a time, by keyboard, saved as they are given.
+
+The pages are plain forms: each button holds what will be recorded, in the answers' stored order, and a key made when
+the page was, so that a form sent twice records once. The script only presses the buttons.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Annotated, Any
+from uuid import uuid4
+
+from fastapi import APIRouter, Form, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from markupsafe import Markup
+
+from tether.errors import LabelError
+from tether.feedback.records import AXES, Answer, Item, Task, prompt_of
+from tether.feedback.store import Store
+from tether.reports.held_out import prompt_text
+from tether.studio.answers import answer
+from tether.studio.shared import Studio, is_count, part
+
+STRENGTHS = ((3, "much"), (2, "clearly"), (1, "slightly"))
+_TIME = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")  # seconds since 1970
+_LONGEST_S = 3600.0  # beyond it, a page was left open, and nobody was thinking
+
+
+def routes(studio: Studio) -> APIRouter:
+    """The pages."""
+    router = APIRouter()
+    store = studio.labels
+    registered: set[str] = set()  # in the store, as far as this process knows
+
+    @router.get("/label")
+    def label(request: Request, done: str = "") -> HTMLResponse:
+        person = request.scope["state"]["person"]
+        if not store.there:
+            return studio.page(request, "label.html.j2", task=None, progress=None, overview=None, done=done)
+        labels = store()
+        if person not in registered:
+            labels.add_annotator(person)
+            registered.add(person)
+        task, owner = labels.next_task(person), request.scope["state"]["owner"]
+        return studio.page(
+            request, "label.html.j2", task=task, prompt=_shown(task.prompt) if task else "",
+            choices=_choices(task) if task else None,
+            guideline=labels.guideline(task.guideline) if task and task.guideline else None,
+            progress=labels.progress(person), overview=labels.overview() if owner or not task else None,
+            key=str(uuid4()), undo_key=str(uuid4()), now=time.time(), done=done,
+        )  # fmt: skip
+
+    @router.post("/label")
+    def record(request: Request) -> Response:
+        record_form(store(), request.scope["state"]["person"], request.scope["state"]["form"])
+        return RedirectResponse("/label?done=saved", 303)
+
+    @router.post("/label/undo")
+    def undo(request: Request, key: Annotated[str, Form()]) -> Response:
+        person, labels = request.scope["state"]["person"], store()
+        undone = labels.undo(person, key=key)
+        if undone is None:
+            return RedirectResponse("/label?done=nothing", 303)
+        task = labels.next_task(person)
+        return RedirectResponse(f"/label?done={'undone' if task and task.item == undone.item else 'elsewhere'}", 303)
+
+    @router.post("/queue")
+    def queue(a: Annotated[str, Form()], b: Annotated[str, Form()]) -> Response:
+        rows = [answer(studio, name) for name in (a, b)]
+        if rows[0][1]["prompt"] != rows[1][1]["prompt"]:
+            raise LabelError("these two answer different prompts: nobody could say which is better. Choose two of one.")
+        if rows[0][1]["completion"] == rows[1][1]["completion"]:
+            raise LabelError("these two answers are the same: neither could be better. Choose two that differ.")
+        answers = tuple(Answer(row["completion"], source) for source, row in rows)
+        added = store().add_items(
+            [Item(prompt_of(rows[0][1]["prompt"]), answers, source={"from": "studio"})], overlap=0.0, first=True
+        )
+        return RedirectResponse(f"/label?done={'queued' if added.new else 'known'}", 303)
+
+    return router
+
+
+def record_form(store: Store, person: str, form: dict[str, str]) -> None:
+    """What a form of the label page says, into the store; LabelError where it cannot be meant."""
+    item, seen = form.get("item", ""), form.get("seen", "")
+    if not is_count(item):
+        raise LabelError(f"item={item[:20]!r} is no number: nothing was saved. Reload the page.")
+    choice, _, strength = form.get("choice", "").partition(":")
+    axes = {axis: form[f"axis_{axis}"] for axis in AXES if form.get(f"axis_{axis}")}
+    seconds = max(0.0, time.time() - float(seen)) if _TIME.fullmatch(seen) else None
+    store.record(
+        person, int(item), key=form.get("key", ""), choice=_ranking(form) if choice == "ranking" else choice,
+        strength=int(strength) if is_count(strength) else None, axes=axes if choice != "skip" else {},
+        note=form.get("note", "").strip() or None,
+        reason=form.get("reason", "").strip() or None if choice == "skip" else None,
+        seconds=None if seconds is None else min(seconds, _LONGEST_S),
+    )  # fmt: skip
+
+
+def _ranking(form: dict[str, str]) -> list[int]:
+    """Stored indices, best first, from rank_0 … rank_K-1, the place given to each."""
+    places = {
+        int(k[len("rank_") :]): v for k, v in form.items() if k.startswith("rank_") and is_count(k[len("rank_") :])
+    }
+    if sorted(places.values()) != [str(i) for i in range(1, len(places) + 1)]:
+        raise LabelError("two answers have the same place: nothing was saved. Go back and give each its own.")
+    return sorted(places, key=lambda answer: int(places[answer]))
+
+
+def _choices(task: Task) -> Markup:
+    """The buttons below the answers: the same for all pairs whose answers stand the same way round."""
+    left, right = (task.choice_of(0), task.choice_of(1)) if task.kind == "pair" else ("", "")
+    return part("choices.html.j2", kind=task.kind, left=left, right=right, axes=AXES, strengths=STRENGTHS)
+
+
+def _shown(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else prompt_text(json.dumps(prompt))

@@ -1,0 +1,107 @@
+"""What the pages share: the runs, the store of labels, the gate, and the templates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import jinja2
+from fastapi import Request
+from fastapi.responses import HTMLResponse
+from markupsafe import Markup
+
+from tether.feedback.store import Store
+from tether.reports.text import visible
+from tether.studio.index import Runs
+from tether.studio.security import Gate
+
+
+class OpenStore:
+    """The store, opened when it is first needed."""
+
+    def __init__(self, path: Path, busy_s: float) -> None:
+        self._path, self._busy_s, self._lock = path, busy_s, Lock()
+        self._store: Store | None = None
+
+    def __call__(self) -> Store:
+        with self._lock:
+            if self._store is None:
+                self._store = Store(self._path, busy_s=self._busy_s)
+            return self._store
+
+    @property
+    def there(self) -> bool:
+        """Whether anything was ever put into it."""
+        return self._store is not None or self._path.exists()
+
+
+@dataclass
+class Studio:
+    """What the pages share.
+
+    runs    the runs below a folder.
+    store   path of the preference store; it is made when the first label page is opened.
+    gate    who may come in.
+    busy_s  seconds that a write waits for another process before its page says that the store is locked.
+    """
+
+    runs: Runs
+    store: Path
+    gate: Gate
+    busy_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        self.labels = OpenStore(self.store, self.busy_s)
+
+    def page(self, request: Request, template: str, status_code: int = 200, **values: Any) -> HTMLResponse:
+        """A page from its template."""
+        state = request.scope.get("state", {})
+        html = (
+            _templates()
+            .get_template(template)
+            .render(
+                person=state.get("person", ""),
+                owner=state.get("owner", False),
+                form_token=state.get("form_token", ""),
+                path=request.url.path,
+                **values,
+            )
+        )
+        return HTMLResponse(html.encode("utf-8", "backslashreplace"), status_code)
+
+
+# ---------------------------------------------------------------- templates
+
+
+@lru_cache(maxsize=64)
+def part(template: str, **values: Hashable) -> Markup:
+    """A piece of a page that follows from `values` alone: rendered once."""
+    return Markup(_templates().get_template(template).render(**values))
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=True, loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+    )  # fmt: skip
+    environment.filters["number"] = number
+    return environment
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number as people read it; – for none."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def is_count(text: str) -> bool:
+    """Whether a browser's text is a number from 0 on that a file of ours could hold: str.isdigit() takes ² too."""
+    return re.fullmatch(r"[0-9]{1,15}", text) is not None

@@ -1,0 +1,143 @@
+"""Phase 1 of a cycle: from prompts to completions, scores, values and advantages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tether.config.sections import LamConfig, PPOSection
+from tether.errors import TrainingError
+from tether.math import explained_variance, gae, masked_mean, masked_var, optimality_gap, place_rewards, whiten
+from tether.models.policy import Policy, Reference
+from tether.rewards import RewardSet, ScoredBatch
+from tether.types import Completions, Prompt, Rollout, Sampler, Sampling, microbatches
+
+Metrics = dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """What a cycle's phase 1 found: all that phase 2 and the rollout file need."""
+
+    completions: Completions
+    scored: ScoredBatch
+    rollout: Rollout
+    advantages: Tensor  # [B, R] reward units, before whitening
+    entropy: Tensor  # [B, R] nats, of the policy as it was when the cycle began
+    metrics: Metrics
+
+
+def collect(
+    prompts: Sequence[Prompt], sampler: Sampler, reward: RewardSet, policy: Policy, reference: Reference,
+    sampling: Sampling, ppo: PPOSection, *, kl_coef: float, cycle: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Experience:  # fmt: skip
+    """Sample, score, value, and turn all three into advantages.
+
+    The KL penalty is in the rewards unless ppo.kl.place says loss. Advantages are whitened over the cycle's counted
+    tokens, if the config says so.
+    """
+    clock = _Clock()
+    progress("sampling")
+    completions = sampler.generate(prompts, sampling, cycle=cycle)
+    clock.lap("time/rollout_s")
+
+    progress("scoring")
+    scored = reward.score(completions)
+    clock.lap("time/score_s")
+
+    progress("valuing")
+    rows = completions.rows().to(policy.model.device)
+    mask = rows.response_mask
+    old, entropy, values, ref = (torch.zeros(mask.shape, device=mask.device) for _ in range(4))
+    for index in microbatches(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
+        part = rows.select(index)
+        width = part.response_mask.shape[1]
+        with torch.no_grad():
+            output = policy(part, temperature=sampling.temperature)
+        old[index, :width], entropy[index, :width], values[index, :width] = output
+        ref[index, :width] = reference.logprobs(part, temperature=sampling.temperature)
+    clock.lap("time/forward_s")
+
+    in_reward = kl_coef if ppo.kl.place == "reward" else 0.0
+    scores = scored.scores.to(old)
+    rewards = place_rewards(scores, old, ref, mask, kl_coef=in_reward)
+    _check_placement(rewards + in_reward * (old - ref), scores, rows.response_lengths)
+    lam = ppo.lam if isinstance(ppo.lam, LamConfig) else LamConfig(ppo.lam, ppo.lam)
+    advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.actor)
+    if lam.critic != lam.actor:
+        _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.critic)
+    rollout = Rollout(rows, old, ref, values, rewards, whiten(advantages, mask) if ppo.whiten else advantages, returns)
+
+    log_ratio_sums = ((old - ref) * mask).sum(1)
+    gap = None
+    exact = ppo.gamma == 1 and ppo.entropy_coef == 0 and not sampling.top_k and sampling.top_p == 1
+    if exact and in_reward > 0 and sampling.responses_per_prompt >= 2:
+        gap = optimality_gap(
+            scored.scores, log_ratio_sums.cpu(), responses_per_prompt=sampling.responses_per_prompt, kl_coef=in_reward
+        )
+    sampled = torch.zeros_like(old)
+    sampled[mask] = torch.tensor([x for row in completions.sampler_logprobs for x in row], device=mask.device)
+    cut = [x for row in completions.truncated_mass for x in row]
+    lengths = rows.response_lengths.float()
+    metrics: Metrics = {
+        "reward/score_mean": float(scored.scores.mean()),
+        "reward/score_std": float(scored.scores.std(correction=0)),
+        "reward/score_min": float(scored.scores.min()),
+        "reward/score_max": float(scored.scores.max()),
+        **{f"reward/{name}_mean": _mean_of_answers(answers) for name, answers in scored.parts.items()},
+        "reward/total_mean": float(rewards.sum(1).mean()),
+        "kl/ref_mean": float(log_ratio_sums.mean()),
+        "kl/ref_per_token": float(masked_mean(old - ref, mask)),
+        "kl/coef": kl_coef,
+        "policy/optimality_gap": gap,
+        "value/explained_variance": explained_variance(values, returns, mask),
+        "advantage/mean": float(masked_mean(advantages, mask)),
+        "advantage/std": float(masked_var(advantages, mask).sqrt()),
+        "response/length_mean": float(lengths.mean()),
+        "response/length_min": float(lengths.min()),
+        "response/length_max": float(lengths.max()),
+        "response/truncated_fraction": completions.finish_reasons.count("length") / len(completions),
+        "check/sampler_gap": float(masked_mean((old - sampled).abs(), mask)),
+        "check/truncated_mass": sum(cut) / len(cut),
+        "tokens/generated": float(lengths.sum()),
+        "tokens_per_s/rollout": float(lengths.sum()) / max(clock.laps["time/rollout_s"], 1e-9),
+        **clock.laps,
+    }
+    return Experience(completions, scored, rollout, advantages, entropy, metrics)
+
+
+def _check_placement(without_kl: Tensor, scores: Tensor, lengths: Tensor) -> None:
+    """Before anything is learned from them: a row's rewards [B, R] are its score, on its last token, and nothing else.
+
+    One past the stop token, where some implementations put it, the score would be masked and lost.
+    """
+    want = torch.zeros_like(without_kl).scatter(1, lengths[:, None] - 1, scores[:, None])
+    wrong = ~torch.isclose(without_kl, want, rtol=1e-3, atol=1e-3, equal_nan=True)
+    if wrong.any():
+        row, t = wrong.nonzero()[0].tolist()
+        raise TrainingError(
+            f"the reward of token {t} of response {row} is off by {float((without_kl - want)[row, t]):.3g}: the score "
+            "is not on the last token, and the policy would learn something else. Please report it."
+        )
+
+
+def _mean_of_answers(answers: Sequence[float | None]) -> float | None:
+    given = [a for a in answers if a is not None]
+    return sum(given) / len(given) if given else None
+
+
+class _Clock:
+    """Seconds of each part of a phase."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now

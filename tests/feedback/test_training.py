@@ -1,0 +1,143 @@
+"""`tether reward` reads the store directly, and a run keeps reading what it began with."""
+
+from dataclasses import replace
+
+import pytest
+
+import tether
+from labelled import pairs
+from tether.config.reading import load_config, to_yaml
+from tether.config.sections import (
+    DataConfig,
+    LabelsConfig,
+    LogConfig,
+    OptimConfig,
+    PairsConfig,
+    RewardConfig,
+    RewardModelSection,
+    SFTModelConfig,
+)
+from tether.data.pairs import load_pairs
+from tether.data.snapshot import pin_labels
+from tether.data.table import read_rows
+from tether.errors import ConfigError, DataError, RunError, StoreError
+from tether.feedback.records import Answer, Item
+from tether.feedback.store import Store
+
+
+@pytest.fixture
+def labelled(store, say):
+    """Four labels by Ada, one tie and one skip by Bo, under guidelines 1; then two more by Cy under guidelines 2."""
+    store.add_guidelines("one")
+    store.add_items(pairs(20), overlap=0)
+    for choice in "aabb":
+        say("Ada", choice)
+    say("Bo", "both_bad")
+    say("Bo", "skip", reason="?")
+    store.add_guidelines("two")
+    say("Cy"), say("Cy")
+    return store
+
+
+def config(store, **labels) -> PairsConfig:
+    return PairsConfig(str(store.path), labels=LabelsConfig(**labels))
+
+
+def test_labels_are_pairs_and_what_is_left_out_is_counted(labelled, tiny_tokenizer, capsys):
+    found = load_pairs(config(labelled), tiny_tokenizer, stop_id=1)
+    assert len(found) == 6
+    rows = labelled.preference_rows()
+    assert [tiny_tokenizer.decode(p.chosen_ids[:-1]) for p in found] == [row["chosen"] for row in rows]
+    assert capsys.readouterr().err == f"{labelled.path}: 6 pairs by 2 annotators; left out: 1 ties, 1 skips\n"
+    assert read_rows(str(labelled.path), columns=["chosen"]) == rows
+    assert len(load_pairs(DataConfig(str(labelled.path), limit=2), tiny_tokenizer, stop_id=1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "count"),
+    [({"annotators": ["Ada"]}, 4), ({"guideline": 2}, 2), ({"since": "2026-09-21"}, 6), ({"until": "2026-09-21"}, 6)],
+)
+def test_filters_of_the_config_pick_labels(labelled, tiny_tokenizer, labels, count):
+    assert len(load_pairs(config(labelled, **labels), tiny_tokenizer, stop_id=1)) == count
+
+
+def test_filters_that_leave_nothing_or_mean_nothing_are_said(labelled, tiny_tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"no label by which one answer is better than another under data.labels"):
+        load_pairs(config(labelled, since="2030-01-01"), tiny_tokenizer, stop_id=1)
+    with pytest.raises(StoreError, match="nobody named 'Dov'"):
+        load_pairs(config(labelled, annotators=["Dov"]), tiny_tokenizer, stop_id=1)
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "p", "chosen": "x", "rejected": "y"}\n')
+    with pytest.raises(ConfigError, match="is no store of labels"):
+        load_pairs(PairsConfig(str(file), labels=LabelsConfig(guideline=1)), tiny_tokenizer, stop_id=1)
+    with pytest.raises(DataError, match="does not exist"):
+        load_pairs(PairsConfig(str(tmp_path / "missing.db")), tiny_tokenizer, stop_id=1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "complaint"),
+    [
+        ({"annotators": []}, "data.labels.annotators is empty"),
+        ({"since": "yesterday"}, "data.labels.since='yesterday'"),
+        ({"until": "2026-13-01"}, "data.labels.until='2026-13-01'"),
+        ({"guideline": 0}, "data.labels.guideline=0"),
+    ],
+)
+def test_a_filter_that_cannot_be_meant_is_refused_before_anything_is_read(labels, complaint):
+    from tether.config.sections import check
+
+    with pytest.raises(ConfigError, match=complaint):
+        check(RewardConfig("r", SFTModelConfig("m"), PairsConfig("d", labels=LabelsConfig(**labels))))
+
+
+def test_filters_survive_yaml_and_a_config_without_them_loads_back_equal(tmp_path):
+    for data in (DataConfig("d"), PairsConfig("d", labels=LabelsConfig(["Ada"], "2026-10-01", None, 2))):
+        written = RewardConfig("r", SFTModelConfig("m"), data)
+        (tmp_path / "c.yaml").write_text(to_yaml(written))
+        assert load_config(tmp_path / "c.yaml") == written
+
+
+def test_what_a_run_read_stays_the_same_whatever_is_labelled_since(labelled, say, tiny_tokenizer):
+    data = config(labelled)
+    pinned = pin_labels(data, {})
+    before = load_pairs(data, tiny_tokenizer, stop_id=1, pinned=pinned)
+    say("Ada")
+    labelled.undo("Cy", key="u")
+    assert pin_labels(data, {"data.path": pinned}) == pinned
+    assert load_pairs(data, tiny_tokenizer, stop_id=1, pinned=pinned) == before
+    assert pin_labels(data, {}) != pinned
+    assert pin_labels(DataConfig("pairs.jsonl"), {}) is None
+
+
+def test_a_run_goes_on_while_people_label_and_refuses_another_store(tmp_path, tiny_model, capsys):
+    path = tmp_path / "preferences.db"
+    fill(path, 24, "!", "?")
+    config = RewardConfig(
+        str(tmp_path / "run"),
+        SFTModelConfig(str(tiny_model())),
+        PairsConfig(str(path)),
+        reward_model=RewardModelSection(batch=8, test_fraction=0.25),
+        optim=OptimConfig(lr=1e-3),
+        log=LogConfig(tensorboard=False),
+    )
+    run = tether.reward_model(config)
+    assert "24 pairs by 1 annotators" in capsys.readouterr().err
+    assert run.environment["inputs"]["data.path"].startswith("labels up to event 24, sha256:")
+    fill(path, 30, "!", "?")
+    tether.reward_model(config)
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    with pytest.raises(RunError, match=r"data.labels.annotators was"):
+        tether.reward_model(replace(config, data=PairsConfig(str(path), labels=LabelsConfig(["Ada"]))))
+    path.unlink()
+    fill(path, 30, "?", "!")
+    with pytest.raises(RunError, match=r"data.path has other content"):
+        tether.reward_model(config)
+
+
+def fill(path, count, better, worse):
+    """Label up to `count` pairs in the store at `path`."""
+    with Store(path, gold_fraction=0, repeat_fraction=0) as store:
+        store.add_annotator("Ada")
+        store.add_items([Item(f"{i}:", (Answer(better), Answer(worse))) for i in range(count)], overlap=0)
+        while task := store.next_task("Ada"):
+            store.record("Ada", task.item, key=str(task.item), choice="a")
