@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tether
+from tether.config.kinds import KINDS, resolve
 from tether.config.sections import EvaluateConfig
 from tether.errors import ConfigError, Interrupted, RunError, TetherError
 
@@ -54,30 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> None:
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
-        print(OVERVIEW)
+        print(overview())
     elif name == "--version":
         print(f"tether {tether.__version__}")
     elif name in COMMANDS:
         COMMANDS[name](rest)
+    elif name in KINDS:
+        _train(name, rest)
     else:
-        near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
+        commands = dict.fromkeys((*KINDS, *COMMANDS))
+        near = difflib.get_close_matches(name, [*commands, "--help", "--version"], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}."
         raise ConfigError(f"unknown command {name}: {hint}")
 
 
 # ---------------------------------------------------------------- commands that take a config
-
-
-def _sft(argv: list[str]) -> None:
-    _train("sft", argv)
-
-
-def _reward(argv: list[str]) -> None:
-    _train("reward", argv)
-
-
-def _ppo(argv: list[str]) -> None:
-    _train("ppo", argv)
 
 
 def _train(kind: str, argv: list[str]) -> None:
@@ -94,8 +86,7 @@ def _train(kind: str, argv: list[str]) -> None:
         assert not isinstance(config, EvaluateConfig)  # `kind` is that of a trainer
         print(dry_run(config, fresh=options.fresh))
     else:
-        trainer = {"sft": "sft", "reward": "reward_model", "ppo": "ppo"}[kind]
-        getattr(tether, trainer)(config, fresh=options.fresh)
+        resolve(KINDS[kind].run)(config, fresh=options.fresh)
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -346,11 +337,8 @@ def _studio(argv: list[str]) -> None:
     )  # fmt: skip
 
 
-COMMANDS = {
+COMMANDS = {  # beside the trainers, which are rows of KINDS
     "demo": _demo,
-    "sft": _sft,
-    "reward": _reward,
-    "ppo": _ppo,
     "generate": _generate,
     "evaluate": _evaluate,
     "label": _label,
@@ -360,16 +348,22 @@ COMMANDS = {
     "doctor": _doctor,
 }
 
-OVERVIEW = """\
+
+def overview() -> str:
+    """What `tether --help` prints."""
+    trainers = (kind for kind in KINDS.values() if kind.trains)
+    lines = (f"  {k.command + ' C.yaml':<18} {k.purpose[0].lower()}{k.purpose[1:].rstrip('.')}\n" for k in trainers)
+    return _OVERVIEW.replace("TRAINERS\n", "".join(lines))
+
+
+_OVERVIEW = """\
 usage: tether COMMAND …     (tether COMMAND --help says more)
 
 Align a language model with human preferences: people compare completions, a reward model
 learns what they prefer, PPO improves the model against it, people look again.
 
   demo               the whole story on a CPU, offline, in minutes
-  sft C.yaml         teach a model to imitate examples
-  reward C.yaml      fit a reward model to preferred and rejected completions
-  ppo C.yaml         improve a model against its rewards
+TRAINERS
   generate MODEL     sample from any model directory
   evaluate C.yaml    score, KL and win rate on prompts, with intervals
   label              make a queue of answers for people to compare

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tether.cli import COMMANDS, main
-from tether.config.keys import KINDS, keys
+from tether.config.keys import keys
+from tether.config.kinds import KINDS
 from tether.config.reading import load_config
 
 TETHER = Path(sys.executable).parent / "tether"
@@ -41,10 +42,10 @@ def test_help_names_every_command():
     bare, asked = run(), run("--help")
     assert bare.returncode == asked.returncode == 0
     assert bare.stdout == asked.stdout
-    assert [name for name in COMMANDS if f"\n  {name} " not in asked.stdout] == []
+    assert [name for name in (*COMMANDS, *KINDS) if f"\n  {name} " not in asked.stdout] == []
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", dict.fromkeys((*COMMANDS, *KINDS)))
 def test_every_command_has_help(command):
     got = run(command, "--help")
     assert got.returncode == 0, got.stderr
@@ -57,7 +58,7 @@ def test_help_shows_every_key(kind):
     printed = run(kind, "--help").stdout
     missing = [
         key.name
-        for key in keys(KINDS[kind])
+        for key in keys(KINDS[kind].config)
         if f"\n  {key.name}  (" not in printed and f"\n{key.name}: " not in printed
     ]
     assert missing == []
@@ -82,7 +83,7 @@ def test_version():
     [
         (["poo"], "unknown command poo: did you mean ppo?"),
         (["--verison"], "unknown command --verison: did you mean --version?"),
-        (["frobnicate"], "unknown command frobnicate: the commands are demo, sft"),
+        (["frobnicate"], "unknown command frobnicate: the commands are sft, reward, ppo"),
         (["ppo", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["ppo", "--ppo.kl.coeff", "1"], "did you mean ppo.kl.coef?"),
         (["ppo"], "run and model.policy and prompts.path are missing"),

@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from tether.config.keys import KINDS, keys
+from tether.config.keys import keys
+from tether.config.kinds import KINDS
 from tether.config.reading import load_config, to_yaml
 from tether.config.sections import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 
@@ -114,4 +115,4 @@ def test_configs_are_frozen(cls):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_key_has_a_help_text(kind):
-    assert [key.name for key in keys(KINDS[kind]) if not key.help] == []
+    assert [key.name for key in keys(KINDS[kind].config) if not key.help] == []

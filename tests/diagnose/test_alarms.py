@@ -15,7 +15,8 @@ import pytest
 
 import tether
 from tether.cli import main
-from tether.config.keys import KINDS, keys
+from tether.config.keys import keys
+from tether.config.kinds import KINDS
 from tether.config.sections import (
     DataConfig,
     KLConfig,
@@ -30,7 +31,7 @@ from tether.config.sections import (
     SFTModelConfig,
 )
 from tether.diagnose import examine
-from tether.diagnose.alarms import RULES, alarms, state
+from tether.diagnose.alarms import alarms, state
 from tether.diagnose.series import Curve
 from tether.errors import Interrupted, RunError
 from tether.runs import RunDirectory
@@ -102,12 +103,12 @@ def ppo(**sections):
 # ---------------------------------------------------------------- silence
 
 
-@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("kind", CONFIG)
 def test_a_healthy_run_raises_nothing(kind):
     assert found(healthy(kind), kind) == []
 
 
-@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("kind", CONFIG)
 @pytest.mark.parametrize("n", [60, 300])
 def test_noise_raises_nothing_on_fifty_seeds(kind, n):
     for seed in range(50):
@@ -135,9 +136,9 @@ def test_a_few_odd_cycles_raise_nothing():
     assert found(rows) == []
 
 
-@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("kind", CONFIG)
 def test_missing_and_null_metrics_and_no_metrics_at_all_raise_nothing(kind):
-    unit = "cycle" if kind == "ppo" else "step"
+    unit = KINDS[kind].unit
     assert found([], kind) == []
     assert found([{unit: i} for i in range(1, 200)], kind) == []
     allowed = ["policy/optimality_gap", "reward/helpful_mean", "value/explained_variance", "eval/score_mean"]
@@ -443,7 +444,10 @@ def every_alarm():
 
 
 def test_every_alarm_names_keys_that_exist_and_speaks_in_sentences():
-    known = {key.name for kind in KINDS.values() for key in keys(kind)} | {"reward[].weight", "reward[].timeout_s"}
+    known = {key.name for kind in KINDS.values() for key in keys(kind.config)} | {
+        "reward[].weight",
+        "reward[].timeout_s",
+    }
     sections = {name.partition(".")[0] for name in known if "." in name}
     for alarm in every_alarm():
         for text in (alarm.what, alarm.cause, alarm.knob):
@@ -481,7 +485,7 @@ def test_doctor_names_what_went_wrong_and_the_knob(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{path}: PPO, finished, 200 of 200 cycles done" in out
     assert "\n  score     1 → 2\n" in out
-    assert "nats a response" in out
+    assert "nats per response" in out
     assert "held-out" in out
     assert "serious: entropy-collapse (cycle 101 to 200)" in out
     for label in ("what", "cause", "knob"):
@@ -492,7 +496,7 @@ def test_doctor_names_what_went_wrong_and_the_knob(tmp_path, capsys):
 
 def test_doctor_says_in_words_that_nothing_is_wrong(tmp_path, capsys):
     assert main(["doctor", str(written(tmp_path / "ppo", rows=healthy()))]) == 0
-    assert f"nothing found: none of the {len(RULES['ppo'])} rules holds" in capsys.readouterr().out
+    assert f"nothing found: none of the {len(KINDS['ppo'].alarms)} rules holds" in capsys.readouterr().out
     assert main(["doctor", str(written(tmp_path / "sft", "sft", healthy("sft")))]) == 0
     assert "supervised fine-tuning, finished, 200 steps done" in capsys.readouterr().out
     cut = written(tmp_path / "cut", rows=healthy(n=3), error=Interrupted("stopped after cycle 3; go on"))

@@ -6,14 +6,8 @@ import shutil
 import textwrap
 from dataclasses import MISSING
 
-from tether.config.keys import KINDS, Key, describe, in_yaml, is_section, keys
-
-_PURPOSE = {
-    "sft": "Teach a model to imitate examples.",
-    "reward": "Fit a reward model to preferred and rejected completions.",
-    "ppo": "Improve a model against its rewards with PPO.",
-    "evaluate": "Score, KL and win rate of several models on the same prompts, with intervals.",
-}
+from tether.config.keys import Key, describe, in_yaml, is_section, keys
+from tether.config.kinds import KINDS
 
 _OPTIONS = """\
   --print-config  print the resolved config, every key, and stop"""
@@ -24,15 +18,16 @@ _TRAINER_OPTIONS = """\
   --fresh         begin anew: the old run directory is moved to RUN.old-N, never deleted"""
 
 
-def help_text(kind: str) -> str:
+def help_text(command: str) -> str:
     """The whole help of one command, as wide as the terminal, 100 columns at most."""
+    kind = KINDS[command]
     width = min(100, shutil.get_terminal_size().columns)
     blocks = [
-        f"usage: tether {kind} [C.yaml] [--key VALUE …] [options]\n\n{_PURPOSE[kind]}",
-        f"options\n{_OPTIONS if kind == 'evaluate' else _TRAINER_OPTIONS}",
+        f"usage: tether {command} [C.yaml] [--key VALUE …] [options]\n\n{kind.purpose}",
+        f"options\n{_TRAINER_OPTIONS if kind.trains else _OPTIONS}",
         "keys: in the YAML file, or as --key VALUE before or after it. Flags override the file;\n"
         "lists and mappings are replaced whole, e.g. --reward '[{function: my_rewards.py:helpful}]'",
-        *(_entry(key, width) for key in keys(KINDS[kind])),
+        *(_entry(key, width) for key in keys(kind.config)),
     ]
     return "\n\n".join(blocks)
 

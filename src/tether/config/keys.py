@@ -18,15 +18,6 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
-from tether.config.sections import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
-
-KINDS: dict[str, type[Config]] = {  # the commands that take a config
-    "ppo": PPOConfig,
-    "sft": SFTConfig,
-    "reward": RewardConfig,
-    "evaluate": EvaluateConfig,
-}
-
 
 @dataclass(frozen=True)
 class Key:

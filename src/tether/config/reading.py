@@ -20,7 +20,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from tether.config.keys import KINDS, describe, hint_at, hints, in_yaml, is_section, keys, members, required
+from tether.config.keys import describe, hint_at, hints, in_yaml, is_section, keys, members, required
+from tether.config.kinds import KINDS
 from tether.config.sections import RESERVED_NAMES, Config, check
 from tether.errors import ConfigError
 
@@ -40,7 +41,7 @@ def load_config(path: str | Path, kind: str | None = None) -> Config:
     """Read a config from a YAML file and check it.
 
     path: a file, or a run directory (its config.yaml).
-    kind: ppo, sft, reward or evaluate; None: told from the sections that the file has.
+    kind: the command that it is for (ppo, sft, …); None: told from the sections that the file has.
 
     An empty list of reward sources is accepted here, because `tether.ppo(config, reward=fn)` may fill it.
     """
@@ -106,7 +107,7 @@ _OPTIONS = ("--dry-run", "--print-config", "--fresh")
 def _near_option(word: str) -> str | None:
     """The option that a flag was probably meant to be; None where it is a key."""
     name = word.partition("=")[0]
-    if not name.startswith("--") or "." in name or any(hint_at(cls, name[2:]) for cls in KINDS.values()):
+    if not name.startswith("--") or "." in name or any(hint_at(k.config, name[2:]) for k in KINDS.values()):
         return None
     known = {_squash(option): option for option in (*_OPTIONS, "--help")} | {"version": "tether --version"}
     near = difflib.get_close_matches(_squash(name), known, n=1, cutoff=0.75)
@@ -121,9 +122,9 @@ def _assign(tree: dict[str, Any], key: str, text: str, kind: str) -> None:
     names = re.sub(r"\[\d*\]", "", key).split(".")
     for depth in range(1, len(names)):
         around = ".".join(names[:depth])
-        if any(get_origin(member) is list for member in members(hint_at(KINDS[kind], around))):
+        if any(get_origin(member) is list for member in members(hint_at(KINDS[kind].config, around))):
             raise ConfigError(f"{key} is inside a list, and flags set lists whole. Write --{around} '[…, …]'.")
-    hint = hint_at(KINDS[kind], key)
+    hint = hint_at(KINDS[kind].config, key)
     if hint is None:
         raise _unknown(key, kind)
     value = _parse_yaml(text)
@@ -148,19 +149,20 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _kind_of(tree: dict[str, Any], where: str | Path) -> str:
-    for section, kind in {"ppo": "ppo", "sft": "sft", "reward_model": "reward", "models": "evaluate"}.items():
-        if section in tree:
-            return kind
+    for kind in KINDS.values():
+        if kind.section in tree:
+            return kind.command
+    *first, last = (kind.section for kind in KINDS.values())
     raise ConfigError(
-        f"{where} has none of the sections ppo, sft, reward_model and models: it is unclear which command it is for. "
-        "Add the section, empty if all its defaults are right (ppo: {}), or name the kind."
+        f"{where} has none of the sections {', '.join(first)} and {last}: it is unclear which command it is for. Add "
+        "the section, empty if all its defaults are right (ppo: {}), or name the kind."
     )
 
 
 def _build(tree: dict[str, Any], kind: str, *, reward_given: bool = False) -> Config:
     if kind not in KINDS:
         raise ConfigError(f"kind={kind!r} is not a kind of config. Set it to one of {', '.join(KINDS)}.")
-    config: Config = _convert("", tree, KINDS[kind], kind)
+    config: Config = _convert("", tree, KINDS[kind].config, kind)
     check(config, reward_given=reward_given)
     return config
 
@@ -246,18 +248,20 @@ def _as_source(text: str) -> str:
 
 def _unknown(key: str, kind: str) -> ConfigError:
     """An unknown key, and the one that was probably meant."""
-    for other, cls in KINDS.items():
-        if hint_at(cls, key) is not None:
+    for other in KINDS.values():
+        if hint_at(other.config, key) is not None:
             return ConfigError(
-                f"unknown key {key} for tether {kind}: it is one of tether {other}. Drop it, or run that."
+                f"unknown key {key} for tether {kind}: it is one of tether {other.command}. Drop it, or run that."
             )
     endings: dict[str, list[str]] = {}  # "pppklcoef", "klcoef" and "coef" all mean ppo.kl.coef
-    for known in keys(KINDS[kind]):
+    for known in keys(KINDS[kind].config):
         parts = known.name.split(".")
         for i in range(len(parts)):
             endings.setdefault(_squash(".".join(parts[i:])), []).append(known.name)
     section, _, leaf = key.rpartition(".")
-    beside = {k.name.rpartition(".")[2]: k.name for k in keys(KINDS[kind]) if k.name.rpartition(".")[0] == section}
+    beside = {
+        k.name.rpartition(".")[2]: k.name for k in keys(KINDS[kind].config) if k.name.rpartition(".")[0] == section
+    }
     for match in difflib.get_close_matches(leaf, beside, n=1, cutoff=0.79):  # misspelt
         return ConfigError(f"unknown key {key} for tether {kind}: did you mean {beside[match]}?")
     if elsewhere := endings.get(_squash(leaf)):  # right, in the wrong section

@@ -3,7 +3,8 @@
     for alarm in alarms("ppo", config, metrics, events, status, now=datetime.now(UTC)):
         print(alarm.what, alarm.cause, alarm.knob)
 
-Each rule is a function below, with the reason for its threshold in its docstring; RULES lists them by kind of run.
+Each rule is a function below, with the reason for its threshold in its docstring; the rows of
+tether.config.kinds name those that a run is judged by.
 Thresholds stand well outside what healthy runs show, and a curve's condition must hold for 15 cycles or longer: an
 alarm is rather missed for a few cycles than raised by noise. Only what is no matter of noise (a loss that is not a
 number, a self-check of the run's own, a run without a sign of life) is told at once. Loads no torch.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from tether.config.kinds import KINDS, Kind
 from tether.config.sections import Config, PPOConfig, RewardConfig, SFTConfig
 from tether.diagnose.series import Curve, Series, correlation, median
 from tether.runs.bounds import FIRST_RATIO_MEAN, FIRST_RATIO_STOP, SAMPLER_GAP, Precision
@@ -26,11 +28,6 @@ from tether.runs.bounds import FIRST_RATIO_MEAN, FIRST_RATIO_STOP, SAMPLER_GAP, 
 PATIENCE_S = 600.0
 """A running run writes its heartbeat at every phase of a cycle. None for this long: the process is gone or hangs."""
 
-_NEVER_NULL = {
-    "ppo": ("policy/loss", "value/loss", "kl/ref_mean"),  # what else is not finite shows in one of them
-    "sft": ("loss",),
-    "reward": ("reward_model/loss",),
-}
 _PERSIST = 3  # levels of 5 cycles: 15 cycles in a row
 _LATELY = 20  # cycles whose phases say how long the next may take
 
@@ -63,13 +60,13 @@ def alarms(
 ) -> list[Alarm]:  # fmt: skip
     """What went wrong, the serious first, then in order of appearance. Pure: reads no file and no clock.
 
-    kind: ppo, sft or reward. metrics, events, status: as a run directory holds them (`Run.metrics` and so on).
+    kind: the run's command. metrics, events, status: as a run directory holds them (`Run.metrics` and so on).
     now: with it, a run that gives no sign of life is an alarm. reward_report: what reward_report.json holds, of a
     reward model that is trained. Metrics may be missing, null, or thinned to some of the cycles.
     """
-    series = Series("cycle" if kind == "ppo" else "step", metrics)
-    view = View(kind, config, series, events, status, now, reward_report)
-    found = [alarm for rule in RULES[kind] for alarm in rule(view)]
+    row = KINDS[kind]
+    view = View(row, config, Series(row.unit, metrics), events, status, now, reward_report)
+    found = [alarm for rule in row.alarms for alarm in RULES[rule](view)]
     return sorted(found, key=lambda a: (a.severity != "serious", a.first))
 
 
@@ -97,7 +94,7 @@ def silence_s(status: dict[str, Any], now: datetime) -> float | None:
 class View:
     """A run, as rules see it."""
 
-    kind: str
+    kind: Kind
     config: Config
     series: Series
     events: Sequence[dict[str, Any]]
@@ -130,7 +127,7 @@ Rule = Callable[[View], Iterator[Alarm]]
 def not_finite(view: View) -> Iterator[Alarm]:
     """A loss that is NaN or infinite, which the run directory holds as null. One is enough: no sound run has any.
     (Beyond 4,000 cycles some are read; the steps that NaN makes the optimiser skip are counted in all.)"""
-    found = {name: at for name in _NEVER_NULL[view.kind] if (at := view.series.nulls(name))}
+    found = {name: at for name in view.kind.losses if (at := view.series.nulls(name))}
     if not found:
         return
     cycles = sorted({c for at in found.values() for c in at})
@@ -142,7 +139,7 @@ def not_finite(view: View) -> Iterator[Alarm]:
         "A learning rate that is too high, a score or an example that is extreme, or an overflow in the compute dtype.",
         "Lower optim.critic_lr, or bound the scores with reward_shaping.clip." if critic else
         "Lower optim.lr, or set model.dtype to float32" + ("; bound the scores with reward_shaping.clip."
-                                                           if view.kind == "ppo" else "."),
+                                                           if isinstance(view.config, PPOConfig) else "."),
     )  # fmt: skip
 
 
@@ -159,7 +156,7 @@ def skipped_steps(view: View) -> Iterator[Alarm]:
     if isinstance(view.config, PPOConfig):
         taken *= view.config.ppo.epochs * max(1, view.config.ppo.batch // view.config.ppo.minibatch)
     yield Alarm(
-        "skipped-steps", "optim/skipped_steps" if view.kind == "ppo" else "optim/grad_norm", cycles[0], cycles[-1],
+        "skipped-steps", "optim/skipped_steps" if steps else "optim/grad_norm", cycles[0], cycles[-1],
         "serious" if total > max(1, 0.01 * taken) else "warning",
         f"{_count(total, 'optimiser step')} of {taken:,} skipped: the gradient was not finite.",
         "An extreme score or example, a learning rate that is too high, or an overflow in the compute dtype.",
@@ -644,16 +641,13 @@ def recorded(view: View) -> Iterator[Alarm]:
         )  # fmt: skip
 
 
-RULES: dict[str, tuple[Rule, ...]] = {
-    "ppo": (
+RULES: dict[str, Rule] = {
+    rule.__name__: rule
+    for rule in (
         not_finite, skipped_steps, first_ratio, sampler_gap, negative_kl, runaway_kl, entropy_collapse, long_steps,
         clip_fraction, length_runaway, truncation_runaway, dead_critic, reward_saturation, score_falling,
-        second_opinion, stale, recorded,
-    ),
-    "sft": (not_finite, skipped_steps, loss_rising, gradient_norm, stale, recorded),
-    "reward": (
-        not_finite, skipped_steps, gradient_norm, at_chance, memorised, margins_exploding, stale, recorded,
-    ),
+        second_opinion, loss_rising, gradient_norm, at_chance, memorised, margins_exploding, stale, recorded,
+    )
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tether.config.kinds import command_of
 from tether.config.reading import to_yaml
 from tether.config.sections import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, check
 from tether.diagnose.inputs import Inputs, check_inputs
@@ -59,7 +60,7 @@ def _check_directory(config: PPOConfig | SFTConfig | RewardConfig, *, fresh: boo
         raise RunError(f"run={path}: {there} is not writable, so nothing could be saved. Set run to another place.")
     if fresh or not (path / "config.yaml").exists():
         return
-    run, command = Run.open(path), _COMMAND[type(config)]
+    run, command = Run.open(path), command_of(config)
     if not run.metrics and run.status["state"] != "finished":
         return  # nothing to continue: it would be begun anew in place
     if (kind := run.status["kind"]) != command:
@@ -69,8 +70,6 @@ def _check_directory(config: PPOConfig | SFTConfig | RewardConfig, *, fresh: boo
         )
     config_changes(path, run.config, config)
 
-
-_COMMAND = {PPOConfig: "ppo", SFTConfig: "sft", RewardConfig: "reward"}
 
 _MASK = {
     PPOConfig: "a response token, which the loss counts",

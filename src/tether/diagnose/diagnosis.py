@@ -9,37 +9,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tether.config.kinds import Kind
 from tether.config.sections import PPOConfig
-from tether.diagnose.alarms import RULES, Alarm, alarms, patience_s, silence_s, state
-from tether.errors import RunError
+from tether.diagnose.alarms import Alarm, alarms, patience_s, silence_s, state
 from tether.runs import Run
-
-# What a run is judged by: label, metric, unit. Shown from its first tenth to its last.
-_HEADLINE = {
-    "ppo": [("score", "reward/score_mean", ""), ("held-out", "eval/score_mean", "on prompts that are never trained on"),
-            ("KL", "kl/ref_mean", "nats a response, to the reference"), ("entropy", "policy/entropy", "nats a token")],
-    "sft": [("loss", "loss", "nats a token")],
-    "reward": [("loss", "reward_model/loss", "nats a pair; knowing nothing is 0.693"),
-               ("accuracy", "reward_model/accuracy", "on the pairs of each step")],
-}  # fmt: skip
-_KIND = {"ppo": "PPO", "sft": "supervised fine-tuning", "reward": "reward model"}
 
 
 def examine(run: str | Path | Run) -> str:
     """State, cycles done, headline figures and every alarm with its cause and its knob; RunError if there is no run."""
     run = run if isinstance(run, Run) else Run.open(run)
-    status, metrics, now = run.status, run.metrics, datetime.now(UTC)
-    if (kind := status["kind"]) not in RULES:
-        raise RunError(f"{run.path} says that it is a run of `tether {kind}`, which is none. Restore its status.json.")
+    kind, status, metrics, now = run.kind, run.status, run.metrics, datetime.now(UTC)
     config, report = run.config, reward_report(run)
-    found = alarms(kind, config, metrics, run.events, status, now=now, reward_report=report)
+    found = alarms(kind.command, config, metrics, run.events, status, now=now, reward_report=report)
     planned = f" of {config.ppo.cycles:,}" if isinstance(config, PPOConfig) else ""
-    unit = "cycle" if kind == "ppo" else "step"
-    done = metrics[-1][unit] if metrics else 0
-    head = f"{run.path}: {_KIND[kind]}, {_state(status, metrics, now)}, {done:,}{planned} {unit}s done"
-    parts = [head + _headline(kind, metrics, report), *(_told(alarm, unit) for alarm in found)]
+    done = metrics[-1][kind.unit] if metrics else 0
+    head = f"{run.path}: {kind.title}, {_state(status, metrics, now)}, {done:,}{planned} {kind.unit}s done"
+    parts = [head + _headline(kind, metrics, report), *(_told(alarm, kind.unit) for alarm in found)]
     if not found:
-        parts.append(_nothing(kind, done, unit))
+        parts.append(_nothing(kind, done))
     return "\n\n".join(parts)
 
 
@@ -62,9 +49,10 @@ def _state(status: dict[str, Any], metrics: Sequence[dict[str, Any]], now: datet
     return what
 
 
-def _headline(kind: str, metrics: Sequence[dict[str, Any]], report: dict[str, Any] | None) -> str:
+def _headline(kind: Kind, metrics: Sequence[dict[str, Any]], report: dict[str, Any] | None) -> str:
+    """Each figure from its first tenth to its last."""
     lines = []
-    for label, name, note in _HEADLINE[kind]:
+    for label, name, note in kind.headline:
         values = [v for m in metrics if (v := m.get(name)) is not None]
         if values:
             tenth = max(1, len(values) // 10)
@@ -91,7 +79,7 @@ def _wrapped(label: str, text: str) -> str:
     )  # fmt: skip
 
 
-def _nothing(kind: str, done: int, unit: str) -> str:
+def _nothing(kind: Kind, done: int) -> str:
     if done < 20:
-        return f"nothing found, but {done} {unit}s are few: rules on curves ask for 15 {unit}s in a row."
-    return f"nothing found: none of the {len(RULES[kind])} rules holds."
+        return f"nothing found, but {done} {kind.unit}s are few: rules on curves ask for 15 {kind.unit}s in a row."
+    return f"nothing found: none of the {len(kind.alarms)} rules holds."

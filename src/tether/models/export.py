@@ -93,6 +93,6 @@ def export(run: str | Path | Run, to: str | Path) -> Path:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to} exists and is not empty: its files would mix with the model's. Name a new directory.")
     shutil.copytree(run.final, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("critic"))
-    if run.status["kind"] != "reward":
+    if run.kind.final == "language model":
         check_reload(without_dropout(AutoModelForCausalLM.from_pretrained(run.final)), to)
     return to

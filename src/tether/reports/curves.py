@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tether.config.kinds import KINDS, resolve
 from tether.config.sections import Config, PPOConfig
 from tether.reports.plots import Plot, line
 
@@ -109,17 +110,19 @@ REWARD = [
 
 def curves(kind: str, config: Config, metrics: Metrics) -> list[tuple[Curve, Plot]]:
     """The curves of a run that has the numbers for them."""
-    unit = "cycle" if kind == "ppo" else "step"
-    return [(c, _plot(c, unit, metrics)) for c in shown(kind, config, metrics)]
+    return [(c, _plot(c, KINDS[kind].unit, metrics)) for c in shown(kind, config, metrics)]
 
 
 def shown(kind: str, config: Config, metrics: Metrics) -> list[Curve]:
     """Which curves there are, without their plots."""
-    wanted = _of_ppo(config, metrics) if isinstance(config, PPOConfig) else {"sft": SFT, "reward": REWARD}[kind]
+    row = KINDS[kind]
+    wanted = resolve(row.curves) if row.curves else [Curve(name, label, note) for label, name, note in row.headline]
+    if callable(wanted):
+        wanted = wanted(config, metrics)
     return [c for c in wanted if any(m.get(c.metric) is not None for m in metrics)]
 
 
-def _of_ppo(config: PPOConfig, metrics: Metrics) -> list[Curve]:
+def ppo_curves(config: PPOConfig, metrics: Metrics) -> list[Curve]:
     """The KL's target drawn into its curve, β only where it moves, and every source where there are several."""
     target = config.ppo.kl.target
     found = [replace(c, mark=target) if c.metric == "kl/ref_mean" else c for c in PPO]

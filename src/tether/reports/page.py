@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tether.config.kinds import Kind, resolve
 from tether.config.reading import to_yaml
 from tether.config.sections import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.diagnose.alarms import alarms
@@ -75,12 +76,14 @@ class Page:
     before: Evaluation | None = None
     after: Evaluation | None = None
     looks: list[Look] = field(default_factory=list)
+    evaluated: bool = False
+    """Whether it answers held-out prompts as it goes; the page says where it did not."""
 
 
 def report(run: str | Path | Run, to: str | Path | None = None) -> Path:
     """Write one self-contained HTML file about a run; returns its path.
 
-    run: a run directory of `tether ppo`, `sft` or `reward`; it may still be going.
+    run: a run directory of any trainer; it may still be going.
     to: the file; None is report.html in the run directory. An existing file is replaced.
     """
     run = run if isinstance(run, Run) else Run.open(run)
@@ -104,10 +107,9 @@ def render(run: Run) -> str:
     """The page as HTML."""
     from plotly.offline import get_plotlyjs
 
-    config, status, metrics = run.config, run.status, run.metrics
-    kinds: dict[str, Callable[..., Page]] = {"ppo": _ppo, "sft": _sft, "reward": _reward}
-    page = kinds[status["kind"]](run, config, metrics)
-    figures = page.figures + [Figure(c.title, c.says, plot) for c, plot in curves(status["kind"], config, metrics)]
+    kind, config, status, metrics = run.kind, run.config, run.status, run.metrics
+    page = resolve(kind.page)(run, config, metrics) if kind.page else _any_page(run, kind, metrics)
+    figures = page.figures + [Figure(c.title, c.says, plot) for c, plot in curves(kind.command, config, metrics)]
     here = Path(__file__).parent
     ours = "".join((here / name).read_text(encoding="utf-8") for name in ("paint.js", "page.js"))
     scripts = [get_plotlyjs(), ours]
@@ -124,9 +126,10 @@ def render(run: Run) -> str:
         config=to_yaml(config),
         checks=_checks(metrics),
         alarms=alarms(
-            status["kind"], config, metrics, run.events, status, now=datetime.now(UTC), reward_report=reward_report(run)
+            kind.command, config, metrics, run.events, status, now=datetime.now(UTC), reward_report=reward_report(run)
         ),
-        unit="cycle" if status["kind"] == "ppo" else "step",
+        kind=kind,
+        unit=kind.unit,
         events=run.events[-_MOST_EVENTS:],
         event_count=len(run.events),
         pairs=_pairs(page),
@@ -141,7 +144,17 @@ def render(run: Run) -> str:
 # ---------------------------------------------------------------- kinds of run
 
 
-def _ppo(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> Page:
+def _any_page(run: Run, kind: Kind, metrics: Sequence[dict[str, Any]]) -> Page:
+    """For a kind without a page of its own: its headline, from the first tenth to the last."""
+    headlines = [
+        Headline(label, _change(*_ends(metrics, name)), note)
+        for label, name, note in kind.headline
+        if any(m.get(name) is not None for m in metrics)
+    ]
+    return Page(f"{kind.heading}.", headlines, [], _facts(run, metrics))
+
+
+def ppo_page(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> Page:
     evaluations = [Evaluation.read(run, cycle) for cycle in run.evaluation_cycles]
     before, after = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
     done = metrics[-1]["cycle"] if metrics else 0
@@ -180,7 +193,7 @@ def _ppo(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> Page
     if metrics:
         entropy = [m["policy/entropy"] for m in metrics]
         headlines.append(Headline("Entropy", _change(entropy[0], entropy[-1]), "nats a token"))
-    return Page(lede, headlines, figures, _facts(run, metrics), before, after, looks=_looks(run, config))
+    return Page(lede, headlines, figures, _facts(run, metrics), before, after, _looks(run, config), evaluated=True)
 
 
 def _held_out_figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
@@ -233,7 +246,7 @@ def _looks(run: Run, config: PPOConfig) -> list[Look]:
     ]
 
 
-def _sft(run: Run, config: SFTConfig, metrics: Sequence[dict[str, Any]]) -> Page:
+def sft_page(run: Run, config: SFTConfig, metrics: Sequence[dict[str, Any]]) -> Page:
     lede = f"Supervised fine-tuning of {_model_name(config)} on {config.data.path}, {config.sft.epochs} epochs."
     headlines = []
     if metrics:
@@ -248,7 +261,7 @@ def _sft(run: Run, config: SFTConfig, metrics: Sequence[dict[str, Any]]) -> Page
     return Page(lede, headlines, [], _facts(run, metrics))
 
 
-def _reward(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]]) -> Page:
+def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]]) -> Page:
     lede = (
         f"Reward model from {_model_name(config)}, fitted to the preferences of {config.data.path}, "
         f"{config.reward_model.epochs} epochs."

@@ -12,9 +12,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
+from tether.config.kinds import KINDS
 from tether.config.reading import load_config, to_yaml
 from tether.config.sections import Config
 from tether.errors import Interrupted, RunError, TetherError
@@ -36,8 +37,6 @@ from tether.runs.files import (
 from tether.runs.lock import Lock
 from tether.runs.resume import check_inputs, config_changes, keeps_bits, reward_changes
 
-Command = Literal["ppo", "sft", "reward"]
-
 # What a process may have written before it was killed and config.yaml, the last, was there.
 _BEFORE_CONFIG = {"lock", "environment.json", "status.json", "events.jsonl", "metrics.jsonl"}
 
@@ -55,16 +54,16 @@ class RunDirectory:
 
     path      the directory.
     config    the resolved config, as given.
-    command   ppo, sft or reward.
-    unit      what a step is called: "cycle" for ppo, "step" for sft and reward.
+    command   that of its row in tether.config.kinds: ppo, sft, …
+    unit      what a step is called: cycle or step.
     resumed   the directory held this run already.
     notes     what the person should hear about how the run goes on.
     finished  the run had ended before, its final model is there, and there is nothing more to do.
     """
 
-    def __init__(self, config: Config, command: Command, lock: Lock, *, resumed: bool, finished: bool):
+    def __init__(self, config: Config, command: str, lock: Lock, *, resumed: bool, finished: bool):
         self.path, self.config, self.command = _path(config), config, command
-        self.unit = "cycle" if command == "ppo" else "step"
+        self.unit = KINDS[command].unit
         self.resumed, self.finished = resumed, finished
         self.notes: list[str] = []
         self._lock = lock
@@ -72,7 +71,7 @@ class RunDirectory:
 
     @classmethod
     def open(
-        cls, config: Config, *, command: Command, fresh: bool = False, inputs: dict[str, str] | None = None
+        cls, config: Config, *, command: str, fresh: bool = False, inputs: dict[str, str] | None = None
     ) -> RunDirectory:
         """Create the directory `config.run`, or continue the run in it.
 
@@ -100,7 +99,7 @@ class RunDirectory:
             raise
 
     @classmethod
-    def _create(cls, config: Config, command: Command, lock: Lock, inputs: dict[str, str]) -> RunDirectory:
+    def _create(cls, config: Config, command: str, lock: Lock, inputs: dict[str, str]) -> RunDirectory:
         run = cls(config, command, lock, resumed=False, finished=False)
         _remove_what_came_to_nothing(run.path)
         environment = {"id": uuid4().hex, "created": now(), "inputs": inputs, "seed": config.seed}
@@ -112,7 +111,7 @@ class RunDirectory:
         return run
 
     @classmethod
-    def _continue(cls, config: Config, command: Command, lock: Lock, inputs: dict[str, str]) -> RunDirectory:
+    def _continue(cls, config: Config, command: str, lock: Lock, inputs: dict[str, str]) -> RunDirectory:
         path = _path(config)
         status, environment = read_status(path), read_environment(path)
         if status.get("schema") != SCHEMA:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tether.config.kinds import KINDS, Kind
 from tether.config.reading import load_config
 from tether.config.sections import Config
 from tether.errors import RunError
@@ -37,7 +38,17 @@ class Run:
     @property
     def config(self) -> Config:
         """Its config, as the dataclass that it was written from."""
-        return load_config(self.path, self.status["kind"])
+        return load_config(self.path, self.kind.command)
+
+    @property
+    def kind(self) -> Kind:
+        """The row of its command; RunError where status.json names none."""
+        command = self.status["kind"]
+        if command not in KINDS or not KINDS[command].trains:
+            raise RunError(
+                f"{self.path} says that it is a run of `tether {command}`, which is none. Restore its status.json."
+            )
+        return KINDS[command]
 
     @property
     def status(self) -> dict[str, Any]:
@@ -51,7 +62,7 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """One dict a cycle (sft and reward: a step), ascending."""
+        """One dict per cycle (or step), ascending."""
         return read_lines(self.path / "metrics.jsonl")
 
     @property

@@ -112,25 +112,25 @@ class Runs:
         """What the list shows of a run."""
         run = self.open(run_id)
         status = run.status
-        kept = self._curves(run_id, run, "reward/score_mean" if status["kind"] == "ppo" else "loss")
+        kept = self._curves(run_id, run)
         patience = kept.pop("patience")
         return Found(
-            id=run_id, name=self.name(run), kind=status["kind"],
+            id=run_id, name=self.name(run), kind=run.kind.command,
             state=state(status, datetime.now(UTC), patience_s=patience),
             heartbeat=status.get("heartbeat", ""), **kept,
         )  # fmt: skip
 
-    def _curves(self, run_id: str, run: Run, score: str) -> dict[str, Any]:
+    def _curves(self, run_id: str, run: Run) -> dict[str, Any]:
         file = run.path / "metrics.jsonl"
         stamp = (file.stat().st_mtime_ns, file.stat().st_size) if file.exists() else (0, 0)
         before = self._rows.get(run_id)
         if before and before[0] == stamp:
             return dict(before[1])
         lines, _ = sample_lines(file, _SPARK)
-        names = [n for n in (score, "reward_model/loss") if any(n in m for m in lines)] or [score]
+        kind = run.kind
         found = {
-            "cycles": int(lines[-1].get("cycle", lines[-1].get("step", 0))) if lines else 0,
-            "score": [m.get(names[0]) for m in lines],
+            "cycles": int(lines[-1].get(kind.unit, 0)) if lines else 0,
+            "score": [m.get(next((name for _, name, _ in kind.headline), "")) for m in lines],
             "kl": [m.get("kl/ref_mean") for m in lines],
             "patience": patience_s(lines),
         }

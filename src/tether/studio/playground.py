@@ -54,12 +54,12 @@ def routes(studio: Studio) -> APIRouter:
 
 
 def _finished(studio: Studio) -> list[tuple[str, Run]]:
-    """Runs of PPO with a final model, by path; a damaged one is passed over."""
+    """Runs with a final model to set beside its start, by path; a damaged one is passed over."""
     found = []
     for run_id in studio.runs.all():
         with contextlib.suppress(RunError):
             run = studio.runs.open(run_id)
-            if (run.final / "config.json").exists() and run.status["kind"] == "ppo":
+            if (run.final / "config.json").exists() and run.kind.tried:
                 found.append((run_id, run))
     return found[:_MOST_RUNS]
 

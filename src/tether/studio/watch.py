@@ -62,7 +62,7 @@ def routes(studio: Studio) -> APIRouter:
         config = found.config
         now = datetime.now(UTC)
         return studio.page(
-            request, "run.html.j2", id=run_id, name=studio.runs.name(found), kind=status["kind"],
+            request, "run.html.j2", id=run_id, name=studio.runs.name(found), kind=found.kind,
             state=state(status, now, patience_s=patience_s(lines)), status=status, last=lines[-1] if lines else {},
             alarms=alarms(status["kind"], config, lines, found.events, status, now=now,
                           reward_report=reward_report(found)),

@@ -1,6 +1,6 @@
 // One run's curves: drawn once, then lengthened as its cycles finish.
 const box = document.getElementById("curves");
-const { id, kind } = box.dataset;
+const { id, unit } = box.dataset;
 const overlaid = box.dataset.with ? box.dataset.with.split(",") : [];
 const figures = new Map([...box.querySelectorAll("figure")].map((f) => [f.dataset.metric, f.querySelector(".plot")]));
 let plots = {};
@@ -12,7 +12,7 @@ function draw() {
     if (!plots[metric]) continue;
     const { data, layout } = painted(plots[metric], style);
     Plotly.react(place, data, layout, { displayModeBar: false, responsive: true });
-    if (kind === "ppo" && !place.dataset.opens) {
+    if (unit === "cycle" && !place.dataset.opens) {
       place.dataset.opens = "yes";
       place.on("plotly_click", (event) => {
         if (event.points[0].curveNumber >= own[metric]) return; // another run's line

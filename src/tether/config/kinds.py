@@ -1,0 +1,138 @@
+"""The kinds of run: one row a command that takes a config.
+
+cli, help, runs, diagnose, report and studio read these rows; none of them names a command. A new trainer is a row here,
+a config and a file in train/. Loads no torch: what a row runs is named, and imported when it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+from tether.config.sections import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
+
+_OF_ANY_RUN = ("not_finite", "skipped_steps", "gradient_norm", "stale", "recorded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What is particular to one command."""
+
+    command: str
+    """`tether COMMAND`; status.json holds it as `kind`."""
+    title: str
+    """As in the middle of a sentence."""
+    purpose: str
+    """One sentence, for help."""
+    config: type[Config]
+    section: str
+    """The key of a YAML file that marks it as this command's."""
+    run: str
+    """module:function that takes the config."""
+    trains: bool = True
+    """Writes a run directory, and has --dry-run and --fresh."""
+    unit: Literal["cycle", "step"] = "step"
+    headline: tuple[tuple[str, str, str], ...] = ()
+    """What a run is judged by: label, metric, note. The first is the small curve in the studio's list."""
+    losses: tuple[str, ...] = ()
+    """Metrics of which every value has to be a finite number."""
+    alarms: tuple[str, ...] = _OF_ANY_RUN
+    """Rules of tether.diagnose.alarms, by name."""
+    curves: str | None = None
+    """module:name of the report's curves: a list, or a function of config and metrics. None: the headline's metrics."""
+    page: str | None = None
+    """module:function of what the report says at its top. None: the headline."""
+    final: Literal["language model", "classifier"] = "language model"
+    """What final/ holds."""
+    tried: bool = False
+    """The studio's "Try it" sets its final model beside the one that it began from."""
+
+    @property
+    def heading(self) -> str:
+        """The title with a capital."""
+        return self.title[:1].upper() + self.title[1:]
+
+
+KINDS: dict[str, Kind] = {
+    kind.command: kind
+    for kind in (
+        Kind(
+            command="sft",
+            title="supervised fine-tuning",
+            purpose="Teach a model to imitate examples.",
+            config=SFTConfig,
+            section="sft",
+            run="tether.train.sft:sft",
+            headline=(("loss", "loss", "nats per token"),),
+            losses=("loss",),
+            alarms=("not_finite", "skipped_steps", "loss_rising", "gradient_norm", "stale", "recorded"),
+            curves="tether.reports.curves:SFT",
+            page="tether.reports.page:sft_page",
+        ),
+        Kind(
+            command="reward",
+            title="reward model",
+            purpose="Fit a reward model to preferred and rejected completions.",
+            config=RewardConfig,
+            section="reward_model",
+            run="tether.train.reward:reward_model",
+            headline=(
+                ("loss", "reward_model/loss", "nats per pair; knowing nothing is 0.693"),
+                ("accuracy", "reward_model/accuracy", "on the pairs of each step"),
+            ),
+            losses=("reward_model/loss",),
+            alarms=(
+                "not_finite", "skipped_steps", "gradient_norm", "at_chance", "memorised", "margins_exploding", "stale",
+                "recorded",
+            ),
+            curves="tether.reports.curves:REWARD",
+            page="tether.reports.page:reward_page",
+            final="classifier",
+        ),
+        Kind(
+            command="ppo",
+            title="PPO",
+            purpose="Improve a model against its rewards with PPO.",
+            config=PPOConfig,
+            section="ppo",
+            run="tether.train.ppo:ppo",
+            unit="cycle",
+            headline=(
+                ("score", "reward/score_mean", ""),
+                ("held-out", "eval/score_mean", "on prompts that are never trained on"),
+                ("KL", "kl/ref_mean", "nats per response, to the reference"),
+                ("entropy", "policy/entropy", "nats per token"),
+            ),
+            losses=("policy/loss", "value/loss", "kl/ref_mean"),  # what else is not finite shows in one of them
+            alarms=(
+                "not_finite", "skipped_steps", "first_ratio", "sampler_gap", "negative_kl", "runaway_kl",
+                "entropy_collapse", "long_steps", "clip_fraction", "length_runaway", "truncation_runaway",
+                "dead_critic", "reward_saturation", "score_falling", "second_opinion", "stale", "recorded",
+            ),
+            curves="tether.reports.curves:ppo_curves",
+            page="tether.reports.page:ppo_page",
+            tried=True,
+        ),
+        Kind(
+            command="evaluate",
+            title="evaluation",
+            purpose="Score, KL and win rate of several models on the same prompts, with intervals.",
+            config=EvaluateConfig,
+            section="models",
+            run="tether.train.evaluate:evaluate",
+            trains=False,
+        ),
+    )
+}  # fmt: skip
+
+
+def command_of(config: Config) -> str:
+    """The command that a config is for."""
+    return next(kind.command for kind in KINDS.values() if type(config) is kind.config)
+
+
+def resolve(name: str) -> Any:
+    """What `module:name` names, imported now."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
