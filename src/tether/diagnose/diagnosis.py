@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tether.config.sections import PPOConfig
-from tether.diagnose.alarms import RULES, Alarm, alarms, patience_s, silence_s, state
+from tether.diagnose.alarms import alarms
+from tether.diagnose.rules import RULES
+from tether.diagnose.state import patience_s, silence_s, state
+from tether.diagnose.view import Alarm
 from tether.errors import RunError
 from tether.runs import Run
 
@@ -26,7 +29,7 @@ _KIND = {"ppo": "PPO", "sft": "supervised fine-tuning", "reward": "reward model"
 
 
 def examine(run: str | Path | Run) -> str:
-    """State, cycles done, headline figures and every alarm with its cause and its knob; RunError if there is no run."""
+    """State, cycles done, headline figures and every alarm with its cause and remedy; RunError if there is no run."""
     run = run if isinstance(run, Run) else Run.open(run)
     status, metrics, now = run.status, run.metrics, datetime.now(UTC)
     if (kind := status["kind"]) not in RULES:
@@ -79,7 +82,7 @@ def _headline(kind: str, metrics: Sequence[dict[str, Any]], report: dict[str, An
 
 def _told(alarm: Alarm, unit: str) -> str:
     where = f"{unit} {alarm.first:,}" + (f" to {alarm.last:,}" if alarm.last > alarm.first else "")
-    says = (("what", alarm.what), ("cause", alarm.cause), ("knob", alarm.knob))
+    says = (("what", alarm.what), ("cause", alarm.cause), ("remedy", alarm.remedy))
     return "\n".join([f"{alarm.severity}: {alarm.rule} ({where})", *(_wrapped(*pair) for pair in says)])
 
 
