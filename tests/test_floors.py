@@ -17,7 +17,7 @@ FLOORS = [
     {"models", "data", "feedback", "runs"},
     {"samplers", "rewards"},
     {"train", "diagnose", "feedback.items"},
-    {"studio", "reports", "demo", "cli"},
+    {"studio", "reports", "demo", "cli", "__main__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tether.math import explained_variance, optimality_gap, optimality_gap_logmeanexp
+from tether.math import distinct_pairs, explained_variance, optimality_gap, optimality_gap_logmeanexp, shared_phrase
 
 K = torch.arange(8, dtype=torch.float64)
 REFERENCE = torch.softmax(-0.3 * K, 0)
@@ -106,3 +106,20 @@ def test_a_collapsed_policy_reads_as_optimal():
     same = torch.zeros(64)
     assert optimality_gap(same, same - REFERENCE[0].log(), responses_per_prompt=2, kl_coef=1.0) == 0
     assert -optimum(1.0)[0].log() > 1.6
+
+
+def test_distinct_pairs_and_the_shared_phrase_by_hand():
+    # pairs: 12 23 31 12 | 12 24 | (none): 6 pairs, {12, 23, 31, 24} distinct
+    responses = [[1, 2, 3, 1, 2], [1, 2, 4], [9]]
+    assert distinct_pairs(responses) == pytest.approx(4 / 6)
+    # phrases of two: 12 stands in two of the three responses (twice in the first, which counts once)
+    assert shared_phrase(responses, length=2) == pytest.approx(2 / 3)
+    assert shared_phrase(responses, length=3) == pytest.approx(1 / 3)
+    assert math.isnan(shared_phrase(responses, length=6))
+    assert math.isnan(distinct_pairs([[1], [2]]))
+
+
+def test_a_courtesy_at_the_end_of_every_answer_is_its_shared_phrase():
+    different = [[10 * i + k for k in range(8)] for i in range(20)]
+    assert shared_phrase(different) == pytest.approx(1 / 20)
+    assert shared_phrase([[*ids, 7, 7, 8, 9] for ids in different]) == 1.0

@@ -38,7 +38,7 @@ class Kind:
     losses: tuple[str, ...] = ()
     """Metrics of which every value has to be a finite number."""
     alarms: tuple[str, ...] = _OF_ANY_RUN
-    """Rules of tether.diagnose.alarms, by name."""
+    """Rules of tether.diagnose.rules, by name."""
     curves: str | None = None
     """module:name of the report's curves: a list, or a function of config and metrics. None: the headline's metrics."""
     page: str | None = None
@@ -83,8 +83,8 @@ KINDS: dict[str, Kind] = {
             ),
             losses=("reward_model/loss",),
             alarms=(
-                "not_finite", "skipped_steps", "gradient_norm", "at_chance", "memorised", "margins_exploding", "stale",
-                "recorded",
+                "not_finite", "skipped_steps", "gradient_norm", "at_chance", "still_learning", "memorized",
+                "margins_exploding", "stale", "recorded",
             ),
             curves="tether.reports.curves:REWARD",
             page="tether.reports.page:reward_page",
@@ -107,8 +107,9 @@ KINDS: dict[str, Kind] = {
             losses=("policy/loss", "value/loss", "kl/ref_mean"),  # what else is not finite shows in one of them
             alarms=(
                 "not_finite", "skipped_steps", "first_ratio", "sampler_gap", "negative_kl", "runaway_kl",
-                "entropy_collapse", "long_steps", "clip_fraction", "length_runaway", "truncation_runaway",
-                "dead_critic", "reward_saturation", "score_falling", "second_opinion", "stale", "recorded",
+                "entropy_collapse", "repeated_phrase", "long_steps", "clip_fraction", "length_runaway",
+                "truncation_runaway", "dead_critic", "reward_saturation", "score_falling", "second_opinion",
+                "stale", "recorded",
             ),
             curves="tether.reports.curves:ppo_curves",
             page="tether.reports.page:ppo_page",

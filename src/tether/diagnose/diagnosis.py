@@ -11,12 +11,14 @@ from typing import Any
 
 from tether.config.kinds import Kind
 from tether.config.sections import PPOConfig
-from tether.diagnose.alarms import Alarm, alarms, patience_s, silence_s, state
+from tether.diagnose.alarms import alarms
+from tether.diagnose.state import patience_s, silence_s, state
+from tether.diagnose.view import Alarm
 from tether.runs import Run
 
 
 def examine(run: str | Path | Run) -> str:
-    """State, cycles done, headline figures and every alarm with its cause and its knob; RunError if there is no run."""
+    """State, cycles done, headline figures and every alarm with its cause and remedy; RunError if there is no run."""
     run = run if isinstance(run, Run) else Run.open(run)
     kind, status, metrics, now = run.kind, run.status, run.metrics, datetime.now(UTC)
     config, report = run.config, reward_report(run)
@@ -67,7 +69,7 @@ def _headline(kind: Kind, metrics: Sequence[dict[str, Any]], report: dict[str, A
 
 def _told(alarm: Alarm, unit: str) -> str:
     where = f"{unit} {alarm.first:,}" + (f" to {alarm.last:,}" if alarm.last > alarm.first else "")
-    says = (("what", alarm.what), ("cause", alarm.cause), ("knob", alarm.knob))
+    says = (("what", alarm.what), ("cause", alarm.cause), ("remedy", alarm.remedy))
     return "\n".join([f"{alarm.severity}: {alarm.rule} ({where})", *(_wrapped(*pair) for pair in says)])
 
 

@@ -15,7 +15,13 @@ Positions that do not count may hold anything, NaN included. Log-probabilities a
 
 from tether.math.advantages import gae, place_rewards
 from tether.math.bootstrap import Interval, bootstrap_mean
-from tether.math.diagnostics import explained_variance, optimality_gap, optimality_gap_logmeanexp
+from tether.math.diagnostics import (
+    distinct_pairs,
+    explained_variance,
+    optimality_gap,
+    optimality_gap_logmeanexp,
+    shared_phrase,
+)
 from tether.math.kl import kl_k1, kl_k2, kl_k3, next_kl_coef
 from tether.math.logprobs import Head, full_logprobs, token_logprobs
 from tether.math.losses import bradley_terry_loss, clipped_policy_loss, entropy_mean, kl_loss, nll_loss, value_loss
@@ -27,6 +33,7 @@ __all__ = [
     "bootstrap_mean",
     "bradley_terry_loss",
     "clipped_policy_loss",
+    "distinct_pairs",
     "entropy_mean",
     "explained_variance",
     "full_logprobs",
@@ -43,6 +50,7 @@ __all__ = [
     "optimality_gap",
     "optimality_gap_logmeanexp",
     "place_rewards",
+    "shared_phrase",
     "token_logprobs",
     "value_loss",
     "whiten",

@@ -1,6 +1,9 @@
 """Numbers that say whether training is well: of the critic, and of the policy."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,3 +56,24 @@ def optimality_gap_logmeanexp(g: Tensor, kl_coef: float) -> float:
     x = g.double() / kl_coef
     log_mean_exp = torch.logsumexp(x, dim=-1) - math.log(x.shape[-1])
     return float((log_mean_exp - x.mean(dim=-1)).mean())
+
+
+def distinct_pairs(responses: Sequence[Sequence[int]]) -> float:
+    """Distinct-2 (Li et al. 2016, arXiv:1510.03055): different pairs of neighboring tokens over all pairs, in (0, 1].
+
+    responses: token ids, B of any length. NaN where no response has two tokens. It falls with the number of tokens, so
+    compare only samples of one size.
+    """
+    pairs = [pair for ids in responses for pair in pairwise(ids)]
+    return len(set(pairs)) / len(pairs) if pairs else math.nan
+
+
+def shared_phrase(responses: Sequence[Sequence[int]], *, length: int = 4) -> float:
+    """Share of the responses that contain the most common phrase (`length` token ids in a row), in [0, 1].
+
+    Each response counts once, however often it repeats the phrase. NaN where no response is long enough.
+    """
+    found: Counter[tuple[int, ...]] = Counter()
+    for ids in responses:
+        found.update({tuple(ids[t : t + length]) for t in range(len(ids) - length + 1)})
+    return max(found.values()) / len(responses) if found else math.nan

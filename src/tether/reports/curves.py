@@ -12,6 +12,7 @@ from typing import Any
 
 from tether.config.kinds import KINDS, resolve
 from tether.config.sections import Config, PPOConfig
+from tether.diagnose.advice import notes_on
 from tether.reports.plots import Plot, line
 
 Metrics = Sequence[dict[str, Any]]
@@ -25,8 +26,6 @@ class Curve:
     title: str
     says: str
     """One sentence: what it is and how it should look."""
-    outside: str = ""
-    """What usually takes it where it should not be, and the knob to turn."""
     healthy: tuple[float, float] | None = None
     """Range to shade."""
     spread: tuple[str, str] | None = None
@@ -36,51 +35,44 @@ class Curve:
     shows: tuple[float, ...] = ()
     """Levels that the axis always reaches, so that small changes look small."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What may take the curve where it should not be, and the remedy."""
+        return notes_on(self.metric)
+
 
 PPO = [
     Curve("reward/score_mean", "Score",
-          "Mean score of a cycle's responses, with a band of one standard deviation. It should rise, then level off.",
-          outside="Flat: too small a step (optim.lr), or all responses score alike. Falling: too large a step, or a"
-          " KL price (ppo.kl.coef) above what the score pays. Read some responses before you believe a "
-          "rise."),
+          "Mean score of a cycle's responses, with a band of one standard deviation. It should rise, then level off."),
     Curve("kl/ref_mean", "KL to the reference",
           "How far the policy has moved from where it began, in nats a response: the price of the score. The classic "
           "sentiment run held it at 6; tens of nats under a score that rises no more are over-optimisation.",
-          shows=(0,),
-          outside="Running away: raise ppo.kl.coef, or set ppo.kl.target; lower optim.lr. Below 0 over several "
-          "cycles: sampler and trainer disagree, see the sampler gap."),
+          shows=(0,)),
     Curve("policy/entropy", "Entropy",
           "Freedom in the choice of the next token, in nats. It should fall slowly; a sudden fall is collapse.",
-          shows=(0,),
-          outside="A fall to a fraction of its start: lower optim.lr or ppo.epochs, raise ppo.entropy_coef or "
-          "ppo.kl.coef."),
+          shows=(0,)),
     Curve("policy/clip_fraction", "Clip fraction",
           "Share of tokens that an update wanted to change by more than the trust region allows. Healthy up to about "
-          "0.1; above it, lower the learning rate or the epochs.", healthy=(0, 0.1), shows=(0, 0.1),
-          outside="Above: lower optim.lr, ppo.epochs, or raise ppo.minibatch. Always 0: the steps are timid, raise "
-          "optim.lr."),
+          "0.1; above it, lower the learning rate or the epochs.", healthy=(0, 0.1), shows=(0, 0.1)),
     Curve("policy/kl_old_new", "Size of an update",
           "KL between the policy before and after a cycle's update, in nats a token. Healthy up to about 0.01.",
-          healthy=(0, 0.01), shows=(0, 0.01),
-          outside="Above: lower optim.lr or ppo.epochs, or set ppo.stop_epoch_at_kl."),
+          healthy=(0, 0.01), shows=(0, 0.01)),
     Curve("value/loss", "Value loss",
           "Half the critic's squared error. It moves with the size of the returns, so read it beside the next one.",
           shows=(0,)),
     Curve("value/explained_variance", "Explained variance",
           "How much of the returns' spread the critic foresaw: 1 is all, 0 no more than a constant would. Good critics "
-          "come to about 0.75; well below 0, the critic misleads the policy.", healthy=(0.5, 1), shows=(0, 1),
-          outside="Below 0 for long: raise optim.critic_lr or ppo.value_coef, give it ppo.value_warmup_cycles, or "
-          "model.critic: separate."),
+          "come to about 0.75; well below 0, the critic misleads the policy.", healthy=(0.5, 1), shows=(0, 1)),
     Curve("response/length_mean", "Length",
           "Tokens a response, with the shortest and the longest. A score that grows only as answers do has found "
           "length.",
-          spread=("response/length_min", "response/length_max"), shows=(0,),
-          outside="Growing with the score: length is what is rewarded; mend the reward, or set "
-          "reward_shaping.missing_eos."),
+          spread=("response/length_min", "response/length_max"), shows=(0,)),
     Curve("response/truncated_fraction", "Cut at the limit",
           "Share of responses that ran into the length limit. They are scored as they stand: where it is near 1, the "
-          "model never gets to say that it is done.", shows=(0, 1),
-          outside="Near 1: raise sampling.max_new_tokens, or make an end worth it with reward_shaping.missing_eos."),
+          "model never gets to say that it is done.", shows=(0, 1)),
+    Curve("response/shared_phrase", "Shared phrase",
+          "Share of a cycle's responses that contain the phrase of four tokens that most of them contain. A score that "
+          "grows only as this does has found a phrase.", shows=(0, 1)),
     Curve("kl/coef", "Weight of the KL, β",
           "Reward units a nat; adapted so that the KL comes to its target."),
     Curve("policy/optimality_gap", "Optimality gap",

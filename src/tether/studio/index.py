@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tether.diagnose.alarms import patience_s, state
+from tether.diagnose.state import patience_s, state
 from tether.errors import RunError
 from tether.runs import Compared, Run
 from tether.runs.tail import sample_lines

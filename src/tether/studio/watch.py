@@ -13,8 +13,9 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from markupsafe import Markup
 
-from tether.diagnose.alarms import PATIENCE_S, alarms, patience_s, state
+from tether.diagnose.alarms import alarms
 from tether.diagnose.diagnosis import reward_report
+from tether.diagnose.state import PATIENCE_S, patience_s, state
 from tether.errors import RunError
 from tether.reports.curves import curves, shown
 from tether.runs import Run

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from tether.config.sections import LamConfig, PPOSection
 from tether.errors import TrainingError
-from tether.math import explained_variance, gae, masked_mean, masked_var, optimality_gap, place_rewards, whiten
+from tether.math import (
+    distinct_pairs,
+    explained_variance,
+    gae,
+    masked_mean,
+    masked_var,
+    optimality_gap,
+    place_rewards,
+    shared_phrase,
+    whiten,
+)
 from tether.models.policy import Policy, Reference
 from tether.rewards import RewardSet, ScoredBatch
 from tether.types import Completions, Prompt, Rollout, Sampler, Sampling, microbatches
@@ -102,6 +112,8 @@ def collect(
         "response/length_min": float(lengths.min()),
         "response/length_max": float(lengths.max()),
         "response/truncated_fraction": completions.finish_reasons.count("length") / len(completions),
+        "response/distinct_2": distinct_pairs(completions.response_ids),
+        "response/shared_phrase": shared_phrase(completions.response_ids),
         "check/sampler_gap": float(masked_mean((old - sampled).abs(), mask)),
         "check/truncated_mass": sum(cut) / len(cut),
         "tokens/generated": float(lengths.sum()),

@@ -1,0 +1,82 @@
+"""A run as the rules see it, and the alarms that they raise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from tether.config.kinds import Kind
+from tether.config.sections import Config
+from tether.diagnose.advice import ADVICE
+from tether.diagnose.series import Curve, Held, Series
+
+Severity = Literal["warning", "serious"]
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """One thing that went wrong."""
+
+    rule: str
+    """Short name, the same in every run: negative-kl."""
+    metric: str | None
+    """The curve that it shows in; None if in none."""
+    first: int
+    """First cycle (sft, reward: step) in which it held."""
+    last: int
+    """Last one: where it is the run's last, it may still hold."""
+    severity: Severity
+    """serious: what is trained now is not what was meant, or nothing is."""
+    what: str
+    """One sentence with the numbers."""
+    cause: str
+    """What it likely comes from."""
+    remedy: str
+    """The config key to turn, and in which direction."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A run, as rules see it."""
+
+    kind: Kind
+    config: Config
+    series: Series
+    events: Sequence[dict[str, Any]]
+    status: dict[str, Any]
+    now: datetime | None
+    reward_report: dict[str, Any] | None
+
+    @property
+    def unit(self) -> str:
+        return self.series.unit
+
+    def curve(self, name: str) -> Curve:
+        return self.series.curve(name)
+
+    def recorded(self) -> list[tuple[int, str]]:
+        """(cycle, text) of the alarms that the trainer raised while it ran."""
+        return [
+            (e[self.unit] if isinstance(e.get(self.unit), int) else self.series.done, str(e.get("what", "")))
+            for e in self.events
+            if e.get("event") == "alarm"
+        ]
+
+
+def alarm(
+    case: str, span: Held | tuple[int, int], severity: Severity, what: str,
+    *, metric: str | None = None, then: str = "",
+) -> Alarm:  # fmt: skip
+    """An alarm with the cause and the remedy that ADVICE has for it.
+
+    case      its key in ADVICE: a rule's name, or one case of the rule, `negative-kl/truncated`.
+    span      where it held: (first, last) cycle.
+    metric    the curve that it shows in, where that is not the one in ADVICE.
+    then      one more sentence for the remedy.
+    """
+    advice = ADVICE[case]
+    first, last = (span.first, span.last) if isinstance(span, Held) else span
+    remedy = f"{advice.remedy} {then}" if then else advice.remedy
+    return Alarm(case.partition("/")[0], metric or advice.metric, first, last, severity, what, advice.cause, remedy)
