@@ -248,7 +248,7 @@ def test_cutting_back_leaves_each_cycle_up_to_the_checkpoint_once(config):
     (run.path / "rollouts" / ".cycle-000006.parquet.partial").write_bytes(b"half")
     run.__exit__(Interrupted, Interrupted(), None)
     with RunDirectory.open(config, command="ppo") as run:
-        run.cut_back(3)
+        run.truncate_after(3)
         assert [line["cycle"] for line in run.metrics()] == [1, 2, 3]
     got = Run.open(config.run)
     assert got.rollout_cycles == got.evaluation_cycles == [1, 2, 3]

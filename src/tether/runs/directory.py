@@ -49,7 +49,7 @@ class RunDirectory:
             if run.finished:
                 …
             if run.resumed:
-                run.cut_back(step)
+                run.truncate_after(step)
 
     Leaving the block sets the status: finished; stopped for `Interrupted` and Ctrl-C; failed for any other exception.
 
@@ -195,7 +195,7 @@ class RunDirectory:
         """evaluations/cycle-NNNNNN.parquet: the same columns, on the fixed prompts."""
         self._write_table("evaluations", cycle, columns)
 
-    def cut_back(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Forget what came after `step`, the checkpoint that the run continues from: each step appears once."""
         kept = [line for line in self.metrics() if line[self.unit] <= step]
         write_atomically(self.path / "metrics.jsonl", "".join(json_line(line) for line in kept))

@@ -235,7 +235,7 @@ class Job:
 
         found = checkpoint.latest(run.path, passed_over)
         if found is None:
-            run.cut_back(0)
+            run.truncate_after(0)
             return State(0, self.config.ppo.kl.coef)
         directory, state = found
         restore_weights(self.policy.lm, directory / "policy")
@@ -243,7 +243,7 @@ class Job:
         self.steps.skipped = state["skipped"]
         checkpoint.load_optimizer(self.steps.optimizer, self._named_parameters(), directory / "optimizer.safetensors")
         self.sampler.load_weights(self.policy.model)
-        run.cut_back(state["cycle"])
+        run.truncate_after(state["cycle"])
         return State(state["cycle"], state["kl_coef"])
 
     def finish(self, run: RunDirectory) -> None:

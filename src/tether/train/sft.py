@@ -283,5 +283,5 @@ def newest_checkpoint(run: RunDirectory) -> tuple[Path, dict[str, Any]] | None:
         print(what, flush=True)
 
     found = checkpoint.latest(run.path, say)
-    run.cut_back(found[1]["step"] if found else 0)
+    run.truncate_after(found[1]["step"] if found else 0)
     return found
