@@ -12,8 +12,8 @@ and writes. `Run` is everybody else's: it only reads, also while the run is stil
 What `tether evaluate` writes is read by `Compared`: evaluation.json, and answers/model-00.parquet of each model in it.
 """
 
-from tether.runs.directory import RunDirectory, began_with
+from tether.runs.directory import RunDirectory, recorded_inputs
 from tether.runs.files import SCHEMA, hash_files, sha256, to_plain
 from tether.runs.reader import Compared, Run, short_name
 
-__all__ = ["SCHEMA", "Compared", "Run", "RunDirectory", "began_with", "hash_files", "sha256", "short_name", "to_plain"]
+__all__ = ["SCHEMA", "Compared", "Run", "RunDirectory", "recorded_inputs", "hash_files", "sha256", "short_name", "to_plain"]

@@ -255,7 +255,7 @@ def _make_and_lock(path: Path) -> Lock:
         return Lock(path)
 
 
-def began_with(path: str | Path) -> dict[str, str]:
+def recorded_inputs(path: str | Path) -> dict[str, str]:
     """The inputs of the run in `path`, where the same command would continue it; else {}."""
     path = Path(path)
     return dict(read_environment(path)["inputs"]) if _has_something_to_continue(path) else {}

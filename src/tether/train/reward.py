@@ -29,7 +29,7 @@ from tether.models.loading import (
     wants_checkpointing,
 )
 from tether.models.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
-from tether.runs import Run, RunDirectory, began_with
+from tether.runs import Run, RunDirectory, recorded_inputs
 from tether.train import checkpoint
 from tether.train.card import reward_card
 from tether.train.deterministic import deterministic
@@ -52,7 +52,7 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
     """
     check(config)
     section, device = config.reward_model, resolve_device(config.device)
-    pinned = pin_labels(config.data, {} if fresh else began_with(config.run))
+    pinned = pin_labels(config.data, {} if fresh else recorded_inputs(config.run))
     inputs = input_hashes(config.model, config.data) | ({"data.path": pinned} if pinned else {})
     with (
         Signals() as signals,
