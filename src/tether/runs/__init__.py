@@ -9,11 +9,21 @@ and writes. `Run` is everybody else's: it only reads, also while the run is stil
     events.jsonl      resumes, changes, alarms              checkpoints/    see tether.train.checkpoint
     lock              flock: one writer at a time           final/          the last policy, a Hugging Face directory
 
-What `tether evaluate` writes is read by `Compared`: evaluation.json, and answers/model-00.parquet of each model in it.
+What `tether evaluate` writes is read by `EvaluationDir`: evaluation.json, and answers/model-00.parquet of each model.
 """
 
 from tether.runs.directory import RunDirectory, recorded_inputs
 from tether.runs.files import SCHEMA, hash_files, sha256, to_plain
-from tether.runs.reader import Compared, Run, short_name
+from tether.runs.reader import EvaluationDir, Run, short_name
 
-__all__ = ["SCHEMA", "Compared", "Run", "RunDirectory", "recorded_inputs", "hash_files", "sha256", "short_name", "to_plain"]
+__all__ = [
+    "SCHEMA",
+    "EvaluationDir",
+    "Run",
+    "RunDirectory",
+    "hash_files",
+    "recorded_inputs",
+    "sha256",
+    "short_name",
+    "to_plain",
+]

@@ -95,7 +95,7 @@ class Run:
         return read_table(file)
 
 
-class Compared:
+class EvaluationDir:
     """What `tether evaluate` wrote: several models' answers to the same prompts."""
 
     path: Path  # the directory
@@ -104,7 +104,7 @@ class Compared:
         self.path = Path(path)
 
     @property
-    def named(self) -> Path:
+    def index_file(self) -> Path:
         """The file that names the models and holds the results."""
         return self.path / "evaluation.json"
 
@@ -112,10 +112,12 @@ class Compared:
     def models(self) -> list[str]:
         """Their directories or hub ids, the baseline first; RunError where evaluation.json is not what was written."""
         try:
-            return [str(result["model"]) for result in json.loads(self.named.read_text(encoding="utf-8"))["results"]]
+            return [
+                str(result["model"]) for result in json.loads(self.index_file.read_text(encoding="utf-8"))["results"]
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{self.named} cannot be read ({type(error).__name__}): it is unclear which models these are. Run "
+                f"{self.index_file} cannot be read ({type(error).__name__}): it is unclear which models these are. Run "
                 "tether evaluate again."
             ) from error
 

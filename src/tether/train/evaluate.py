@@ -24,7 +24,7 @@ from tether.math import Interval, bootstrap_mean
 from tether.models.loading import context_length, load_causal_lm, model_config, resolve_device, resolve_dtype
 from tether.models.policy import LanguageModel
 from tether.rewards import build_reward
-from tether.runs import Compared, short_name
+from tether.runs import EvaluationDir, short_name
 from tether.runs.files import write_atomically, write_table
 from tether.samplers.local import LocalSampler
 from tether.train.columns import response_columns
@@ -202,7 +202,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
         del model, rewards  # before the next ones are loaded
     evaluation = Evaluation(baseline, len(prompts[baseline]), config.samples, results)
     if config.run is not None:
-        _write(evaluation, answers, config, Compared(config.run))
+        _write(evaluation, answers, config, EvaluationDir(config.run))
     return evaluation
 
 
@@ -256,19 +256,19 @@ def _common(prompts: dict[str, list[Prompt]]) -> dict[str, list[Prompt]]:
 
 
 def _write(
-    evaluation: Evaluation, answers: Sequence[dict[str, list[Any]]], config: EvaluateConfig, there: Compared
+    evaluation: Evaluation, answers: Sequence[dict[str, list[Any]]], config: EvaluateConfig, there: EvaluationDir
 ) -> None:
     """The answers first, the file that names their models last: a reader never sees one beside the other's."""
     with _saying_that_nothing_is_kept(config, evaluation):
         folder = there.file(0).parent
         folder.mkdir(parents=True, exist_ok=True)
-        there.named.unlink(missing_ok=True)
+        there.index_file.unlink(missing_ok=True)
         for old in folder.glob("model-*.parquet"):
             old.unlink()
         for index, columns in enumerate(answers):
             write_table(there.file(index), columns)
         content = {"schema": 1, **asdict(evaluation), "config": asdict(config)}
-        write_atomically(there.named, json.dumps(content, indent=2) + "\n")
+        write_atomically(there.index_file, json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
