@@ -28,8 +28,8 @@ from tether.runs.files import (
     read_environment,
     read_lines,
     read_status,
-    saying_what_failed,
     to_plain,
+    wrap_os_errors,
     write_atomically,
     write_table,
 )
@@ -150,7 +150,7 @@ class RunDirectory:
         run._set_status("running")
         if grew and final.exists():  # it would pass for the model of the longer run
             old = _aside(final)
-            with saying_what_failed(final):
+            with wrap_os_errors(final):
                 final.rename(old)
             run.event("final_moved", to=old.name)
         write_atomically(path / "config.yaml", to_yaml(config))  # last: what is said above is said until it is done
@@ -226,7 +226,7 @@ class RunDirectory:
         self._last_heartbeat = time.monotonic()
 
     def _write_table(self, folder: str, cycle: int, columns: dict[str, list[Any]]) -> None:
-        with saying_what_failed(self.path / folder):
+        with wrap_os_errors(self.path / folder):
             (self.path / folder).mkdir(exist_ok=True)
         write_table(self.path / folder / f"cycle-{cycle:06d}.parquet", columns)
 
@@ -243,7 +243,7 @@ def _function(config: Config, key: str) -> str:
 def _make_and_lock(path: Path) -> Lock:
     if path.exists() and not path.is_dir():
         raise RunError(f"run={path} is a file: a run needs a directory. Set run to another name.")
-    with saying_what_failed(path):
+    with wrap_os_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         names = sorted(file.name for file in path.iterdir())
         strange = [name for name in names if name not in _BEFORE_CONFIG and not name.endswith(".partial")]

@@ -32,7 +32,7 @@ def now() -> str:
 
 
 @contextlib.contextmanager
-def saying_what_failed(path: Path) -> Iterator[None]:
+def wrap_os_errors(path: Path) -> Iterator[None]:
     """Turn an OSError (disk full, no permission) into a RunError that names the file and says what to do."""
     try:
         yield
@@ -71,7 +71,7 @@ def write_atomically(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; takes its place when the block ends well, and is removed when it does not."""
     partial = path.with_name(f".{path.name}.partial")
-    with saying_what_failed(path):
+    with wrap_os_errors(path):
         try:
             yield partial
             partial.replace(path)
@@ -130,7 +130,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pyarrow.Table:
 def append_line(path: Path, value: dict[str, Any]) -> None:
     """Append one JSON object, in one write."""
     line = json_line(value).encode("utf-8", "backslashreplace")  # of half a character: \ud800, as JSON writes it
-    with saying_what_failed(path), path.open("ab", buffering=0) as file:
+    with wrap_os_errors(path), path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         if file.write(line) != len(line):
             file.truncate(end)  # half a line would spoil the next one
