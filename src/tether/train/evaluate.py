@@ -154,7 +154,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
     """
     check(config, reward_given=reward is not None)
     if config.run is not None:
-        with _saying_that_nothing_is_kept(config):  # before the minutes that it takes
+        with _report_write_failure(config):  # before the minutes that it takes
             Path(config.run).mkdir(parents=True, exist_ok=True)
     device = resolve_device(config.device)
     baseline = config.baseline or config.models[0]
@@ -259,7 +259,7 @@ def _write(
     evaluation: Evaluation, answers: Sequence[dict[str, list[Any]]], config: EvaluateConfig, there: EvaluationDir
 ) -> None:
     """The answers first, the file that names their models last: a reader never sees one beside the other's."""
-    with _saying_that_nothing_is_kept(config, evaluation):
+    with _report_write_failure(config, evaluation):
         folder = there.file(0).parent
         folder.mkdir(parents=True, exist_ok=True)
         there.index_file.unlink(missing_ok=True)
@@ -272,7 +272,7 @@ def _write(
 
 
 @contextmanager
-def _saying_that_nothing_is_kept(config: EvaluateConfig, evaluation: Evaluation | None = None) -> Iterator[None]:
+def _report_write_failure(config: EvaluateConfig, evaluation: Evaluation | None = None) -> Iterator[None]:
     """Where writing fails, print what was found, since it took a while, and raise a RunError that names the place."""
     try:
         yield
