@@ -34,7 +34,7 @@ from tether.runs.bounds import SAMPLER_GAP
 from tether.samplers.local import LocalSampler
 from tether.train import checkpoint
 from tether.train.card import ppo_card
-from tether.train.columns import table
+from tether.train.columns import rollout_columns
 from tether.train.deterministic import deterministic
 from tether.train.log import Logger, say
 from tether.train.optim import HELD_OUT, PROMPTS, Steps, build_optimizer, permutation
@@ -188,7 +188,7 @@ class Job:
             self.held_out, self.sampler, self.reward, self.policy, self.reference,
             self.sampling(c.evaluate.samples, EVALUATE), c.ppo, kl_coef=state.kl_coef, cycle=0,
         )  # fmt: skip
-        columns = table(
+        columns = rollout_columns(
             experience, self.tokenizer, self.stop_ids, c.ppo, cycle=cycle, responses_per_prompt=c.evaluate.samples
         )
         run.write_evaluation(cycle, columns)
@@ -274,7 +274,7 @@ class Job:
 
     def _write(self, run: RunDirectory, experience: Experience, cycle: int, new_logprobs: torch.Tensor | None) -> None:
         ppo = self.config.ppo
-        columns = table(
+        columns = rollout_columns(
             experience, self.tokenizer, self.stop_ids, ppo,
             cycle=cycle, responses_per_prompt=ppo.responses_per_prompt, new_logprobs=new_logprobs,
         )  # fmt: skip
