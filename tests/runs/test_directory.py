@@ -22,6 +22,7 @@ from tether.config.reading import to_yaml
 from tether.config.sections import DataConfig, SFTConfig, SFTModelConfig
 from tether.errors import Interrupted, RewardError, RunError
 from tether.runs import Run, RunDirectory, hash_files
+from tether.runs.files import write_sums
 
 HOLD = """
 import sys
@@ -196,6 +197,7 @@ def test_a_forked_worker_that_outlives_the_trainer_does_not_hold_its_lock(config
             signal.pause()
         (run.path / "final").mkdir()
         (run.path / "final" / "config.json").touch()
+        write_sums(run.path / "final")
     try:
         RunDirectory.open(config, command="ppo").__exit__(None, None, None)
     finally:

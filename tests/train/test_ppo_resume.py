@@ -122,7 +122,7 @@ def in_update(step: int, what=KILL):
 
 def in_checkpoint(number: int, what=KILL):
     """When every file is written and nothing is renamed."""
-    return at_call(checkpoint, "_sync_tree", number, what)
+    return at_call(checkpoint, "sync", number, what)
 
 
 def after_renaming(number: int, what=KILL):

@@ -26,6 +26,7 @@ from tether.reports.plots import Plot, calibration, frontier, points
 from tether.reports.signals import SIGNALS, Scale, knobs_of, surprise, tokens_of, value_curve
 from tether.reports.text import visible
 from tether.runs import Run
+from tether.runs.files import replacing
 
 _MOST_PROMPTS = 24  # shown before and after
 _MOST_EVENTS = 200
@@ -86,17 +87,14 @@ def report(run: str | Path | Run, to: str | Path | None = None) -> Path:
     run = run if isinstance(run, Run) else Run.open(run)
     target = run.path / "report.html" if to is None else Path(to)
     html = render(run)
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        partial.write_text(html, encoding="utf-8")
-        partial.replace(target)
+        with replacing(target) as partial:
+            partial.write_text(html, encoding="utf-8")
     except OSError as error:
         raise RunError(
             f"{target} cannot be written ({error.strerror or error}): there is no report. Name a file in a directory "
             "that exists and is writable: --to FILE."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

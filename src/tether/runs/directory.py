@@ -22,6 +22,7 @@ from tether.runs.environment import describe_environment, environment_changes
 from tether.runs.files import (
     SCHEMA,
     append_line,
+    damage,
     drop_half_line,
     json_line,
     now,
@@ -129,12 +130,14 @@ class RunDirectory:
         check_inputs(path, environment["inputs"], inputs)
         grew = any(key == "ppo.cycles" for key, _, _ in changed)
         ended, final = status["state"] == "finished", path / "final"
-        if ended and not _has_model(final) and not _has_checkpoint(path):
+        damaged = damage(final) if ended else None
+        if damaged and not _has_checkpoint(path):
             raise RunError(
-                f"the run in {path} is finished, but {final} and every checkpoint are gone: there is nothing to write "
-                "the model from. Restore one of them from a copy, or add --fresh to move the run aside and begin anew."
+                f"the run in {path} is finished, but {final} is damaged ({damaged}) and every checkpoint is gone: "
+                "there is nothing to write the model from. Restore one of them from a copy, or add --fresh to move the "
+                "run aside and begin anew."
             )
-        run = cls(config, command, lock, resumed=True, finished=ended and _has_model(final) and not grew)
+        run = cls(config, command, lock, resumed=True, finished=ended and not damaged and not grew)
         if run.finished:
             return run
         for name in ("events.jsonl", "metrics.jsonl"):
@@ -147,6 +150,9 @@ class RunDirectory:
             run.notes.append(f"reward function {spec} has other code than before: scores may not be comparable")
         for key, old, new in environment_changes(environment):
             run.event("environment_changed", key=key, old=old, new=new, bit_equal=False)
+        if damaged:
+            run.event("final_damaged", what=damaged)
+            run.notes.append(f"{final} is damaged ({damaged}): it is written again from the last checkpoint")
         run._set_status("running")
         if grew and final.exists():  # it would pass for the model of the longer run
             old = _aside(final)
@@ -271,10 +277,6 @@ def _has_something_to_continue(path: Path) -> bool:
 
 def _has_checkpoint(path: Path) -> bool:
     return any((path / "checkpoints").glob("[!.]*[1-9]*"))  # -000000 is the start
-
-
-def _has_model(final: Path) -> bool:
-    return (final / "config.json").exists()
 
 
 def _remove_what_came_to_nothing(path: Path) -> None:

@@ -1,7 +1,8 @@
 """Files that a killed process cannot leave half-written.
 
-A process may be killed at any instruction. Whole files are therefore written beside and renamed; lines are appended,
-and half a line at the end of a file is what a killed process leaves: no reader counts it.
+A process may be killed at any instruction, and the power may fail. Whole files and directories are therefore written
+beside, fsynced and renamed, here and nowhere else; lines are appended, and half a line at the end of a file is what a
+killed process leaves: no reader counts it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,16 +38,24 @@ def wrap_os_errors(path: Path) -> Iterator[None]:
     """Turn an OSError (disk full, no permission) into a RunError that names the file and says what to do."""
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    except Exception as error:
+        if not is_os_error(error):
+            raise
+        number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         remedy = "Free some space" if full else "Make it writable"
         failure = RunError(
-            f"{path} cannot be written ({error.strerror or error}): what the run does next would be lost. {remedy} and "
+            f"{path} cannot be written ({reason or error}): what the run does next would be lost. {remedy} and "
             "run the same command again: it continues from the last checkpoint."
         )
         if full:
             failure.exit_code = 1  # the machine's state, not a mistake in what the user typed
         raise failure from error
+
+
+def is_os_error(error: Exception) -> bool:
+    """Whether the system refused: an OSError, or what the Rust libraries (safetensors, tokenizers) make of one."""
+    return isinstance(error, OSError) or "os error" in str(error)
 
 
 # ---------------------------------------------------------------- whole files
@@ -62,21 +72,68 @@ def read_environment(folder: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside and rename: a reader sees the old file or the new one, never half."""
-    with replacing(path) as partial:
+    """Write beside and rename: a reader sees the old file or the new one, never half. RunError where it cannot."""
+    with wrap_os_errors(path), replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; takes its place when the block ends well, and is removed when it does not."""
+    """A path beside `path` to write to; takes its place when the block ends well, and is removed when it does not.
+
+    The content is on the disk before the name points to it: a power failure leaves the old file or the new one.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with wrap_os_errors(path):
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """An empty directory beside `path` to fill; like `replacing`, but for a whole directory.
+
+    A directory cannot be renamed over another: for an instant the old one stands under a hidden name and `path` does
+    not exist, so a process killed in it leaves no `path`. Where the rename fails, the old one comes back.
+    """
+    partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "replaced"))
+    try:
+        _remove(partial, old)
+        partial.mkdir(parents=True)
+        yield partial
+        for entry in [*partial.rglob("*"), partial]:
+            sync(entry)
+        if path.exists():
+            path.replace(old)
         try:
-            yield partial
             partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
+        sync(path.parent)
+    finally:
+        _remove(partial, old)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a directory; nothing where there is none."""
+    if not path.exists():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path, **wanted: type) -> dict[str, Any]:
@@ -112,7 +169,7 @@ def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
         elif pa.types.is_list(array.type) and array.type.value_type in narrow:
             array = array.cast(pa.list_(narrow[array.type.value_type]))
         arrays[name] = array
-    with replacing(path) as partial:
+    with wrap_os_errors(path), replacing(path) as partial:
         pyarrow.parquet.write_table(pa.table(arrays), partial)
 
 
@@ -179,6 +236,42 @@ def to_plain(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------- hashes
+
+SUMS = "SHA256SUMS"
+"""Checksums of a model directory, as `sha256sum --check` reads them; no part of the model's own hash."""
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of every file below `folder`, by its path there."""
+    return {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def write_sums(folder: Path) -> None:
+    """SHA256SUMS of every file in `folder` but its card, which people edit; the last thing to be written there."""
+    lines = (f"{digest}  {name}\n" for name, digest in file_hashes(folder).items() if name != "README.md")
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a directory that `write_sums` sealed, in a few words; None if it is whole."""
+    if not folder.is_dir():
+        return "it does not exist"
+    if not (folder / SUMS).is_file():
+        return f"{SUMS} is missing"
+    lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines:
+        return f"{SUMS} is empty"
+    return damaged_file(folder, {name: digest for digest, _, name in (line.partition("  ") for line in lines)})
+
+
+def damaged_file(folder: Path, wanted: dict[str, str]) -> str | None:
+    """The first file that is missing or whose sha256 is not the wanted one, in words; None if all are well."""
+    for name, digest in wanted.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != digest:
+            return f"the checksum of {name} does not match"
+    return None
 
 
 def hash_files(path: str, revision: str | None = None) -> str:

@@ -252,8 +252,8 @@ class Job:
         save_model(
             self.policy.model, self.tokenizer, run.path / "final", card=ppo_card(Run(run.path), self.config),
             temperature=s.temperature, max_new_tokens=s.max_new_tokens, stop_ids=self.stop_ids,
+            add=lambda directory: self.policy.save_critic(directory / "critic"),
         )  # fmt: skip
-        self.policy.save_critic(run.path / "final" / "critic")
 
     # ------------------------------------------------ details
 

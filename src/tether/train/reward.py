@@ -74,6 +74,8 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
         steps = Steps(optimizer, config.optim, len(plan))
         done = _restore(run, model, adapter, steps)
         with Logger(run, config.log, total=len(plan)) as log:
+            for note in run.notes:
+                log.note(note)
             for step in range(done + 1, len(plan) + 1):
                 batch = [train[i] for i in plan[step - 1]]
                 began = time.perf_counter()

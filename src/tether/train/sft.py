@@ -83,7 +83,7 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
         steps = Steps(optimizer, config.optim, len(plan))
         done = _restore(run, model, steps, named)
         with Logger(run, config.log, total=len(plan)) as log:
-            for note in notes:
+            for note in [*run.notes, *notes]:
                 log.note(note)
             for step in range(done + 1, len(plan) + 1):
                 rows = [[examples[i] for i in row] for row in plan[step - 1]]
