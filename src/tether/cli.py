@@ -91,7 +91,6 @@ def _train(kind: str, argv: list[str]) -> None:
     elif options.dry_run:
         from tether.diagnose import dry_run
 
-        assert not isinstance(config, EvaluateConfig)  # `kind` is that of a trainer
         print(dry_run(config, fresh=options.fresh))
     else:
         trainer = {"sft": "sft", "reward": "reward_model", "ppo": "ppo"}[kind]
@@ -106,9 +105,13 @@ def _evaluate(argv: list[str]) -> None:
     config, options = parse_args("evaluate", argv)
     if options.print_config:
         print(to_yaml(config), end="")
+    elif options.dry_run:
+        from tether.diagnose import dry_run
+
+        print(dry_run(config))
     else:
         assert isinstance(config, EvaluateConfig)
-        print(tether.evaluate(config))
+        print(tether.evaluate(config, fresh=options.fresh))
 
 
 def _doctor(argv: list[str]) -> None:

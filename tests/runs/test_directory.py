@@ -283,13 +283,13 @@ def test_a_directory_with_other_files_is_left_alone(config):
 
 def test_a_file_in_place_of_the_directory_is_refused(config):
     Path(config.run).write_text("x")
-    with pytest.raises(RunError, match="is a file: a run needs a directory"):
+    with pytest.raises(RunError, match="is a file, and a run needs a directory"):
         RunDirectory.open(config, command="ppo")
 
 
 def test_a_parent_that_is_a_file_is_refused(config):
     Path(config.run).write_text("x")
-    with pytest.raises(RunError, match="cannot be written") as refused:
+    with pytest.raises(RunError, match="run is a file, and a run needs a directory") as refused:
         RunDirectory.open(replace(config, run=config.run + "/deeper"), command="ppo")
     assert refused.value.exit_code == 2
 

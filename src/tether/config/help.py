@@ -16,12 +16,9 @@ _PURPOSE = {
 }
 
 _OPTIONS = """\
-  --print-config  print the resolved config, every key, and stop"""
-
-_TRAINER_OPTIONS = """\
-  --dry-run       check everything, print config, data and memory, and train nothing
+  --dry-run       check everything, print config, data and plan (a trainer's: memory too), and do nothing
   --print-config  print the resolved config, every key, and stop
-  --fresh         begin anew: the old run directory is moved to RUN.old-N, never deleted"""
+  --fresh         start over: the old run directory is moved to RUN.old-N, never deleted"""
 
 
 def help_text(kind: str) -> str:
@@ -29,7 +26,7 @@ def help_text(kind: str) -> str:
     width = min(100, shutil.get_terminal_size().columns)
     blocks = [
         f"usage: tether {kind} [C.yaml] [--key VALUE …] [options]\n\n{_PURPOSE[kind]}",
-        f"options\n{_OPTIONS if kind == 'evaluate' else _TRAINER_OPTIONS}",
+        f"options\n{_OPTIONS}",
         "keys: in the YAML file, or as --key VALUE before or after it. Flags override the file;\n"
         "lists and mappings are replaced whole, e.g. --reward '[{function: my_rewards.py:helpful}]'",
         *(_entry(key, width) for key in keys(KINDS[kind])),

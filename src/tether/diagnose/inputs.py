@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tether.config.sections import (
     DataConfig,
+    EvaluateConfig,
     InitModelConfig,
     LabelsConfig,
     PairsConfig,
@@ -30,9 +31,14 @@ from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_i
 from tether.errors import ModelError
 from tether.models.loading import context_length, model_config
 from tether.rewards import FunctionReward, load_function
+from tether.runs.resume import Command
+from tether.train.evaluate import load_inputs
 from tether.train.ppo import hold_out
+from tether.train.ppo import input_hashes as ppo_hashes
+from tether.train.reward import input_hashes as reward_hashes
 from tether.train.reward import plan_steps as plan_pairs
 from tether.train.sft import init_architecture
+from tether.train.sft import input_hashes as sft_hashes
 from tether.train.sft import plan_steps as plan_examples
 from tether.types import Prompt
 
@@ -52,8 +58,18 @@ class Inputs:
     """One row, token by token, with its mask."""
 
 
-def check_inputs(config: PPOConfig | SFTConfig | RewardConfig) -> Inputs:
-    """Read the data as the run would; raises what the run would raise."""
+def what_it_reads(config: PPOConfig | SFTConfig | RewardConfig) -> tuple[Command, dict[str, str], str | None]:
+    """(the command, the hashes of its inputs, what it reads of a store of labels) of a run that goes on."""
+    if isinstance(config, PPOConfig):
+        return "ppo", ppo_hashes(config), None
+    if isinstance(config, SFTConfig):
+        return "sft", sft_hashes(config.model, config.data), None
+    hashes, pinned = reward_hashes(config, fresh=False)
+    return "reward", hashes, pinned
+
+
+def check_inputs(config: PPOConfig | SFTConfig | RewardConfig, pinned: str | None = None) -> Inputs:
+    """Read the data as the run would; raises what the run would raise. pinned: see `what_it_reads`."""
     policy = config.model.policy
     where: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     if isinstance(policy, InitModelConfig):
@@ -64,13 +80,32 @@ def check_inputs(config: PPOConfig | SFTConfig | RewardConfig) -> Inputs:
         check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
     context = context_length(architecture)
     override = config.sampling.stop_token_ids if isinstance(config, PPOConfig) else None
-    stops = stop_token_ids(tokenizer, _generation_config(config), override)
+    stops = stop_token_ids(tokenizer, _generation_config(policy, config.model.revision), override)
     named = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in stops) or "none: only the length ends one"
     facts = [f"stop tokens: {named}", f"context: {context or 'not limited'} tokens"]
     if isinstance(config, PPOConfig):
         return _ppo(config, tokenizer, context, stops, facts)
     stop = stops[0] if stops else None
-    return (_sft if isinstance(config, SFTConfig) else _reward)(config, tokenizer, context, stop, facts)  # type: ignore[arg-type]
+    if isinstance(config, SFTConfig):
+        return _sft(config, tokenizer, context, stop, facts)
+    return _reward(config, tokenizer, context, stop, facts, pinned)
+
+
+def check_evaluation(config: EvaluateConfig) -> Inputs:
+    """Read the prompts as every model does, and ask every reward source whether it takes them."""
+    sources, prompts = load_inputs(config)
+    baseline, *others = sources
+    asked, facts = prompts[baseline], []
+    facts.append(_lengths(config.prompts, prompts=[len(p.ids) for p in asked]))
+    for name, source in sources.items():
+        stops = stop_token_ids(source.tokenizer, _generation_config(name, None), config.sampling.stop_token_ids)
+        told = _sources(config, prompts[name], source.tokenizer, stops)
+        facts += told if name == baseline else []
+    plan = (
+        f"{len(asked)} prompts, {config.samples} responses to each, {len(sources)} models: "
+        f"{len(asked) * config.samples * len(sources):,} responses"
+    ) + (f"; compared with {baseline}: {', '.join(others)}" if others else "")
+    return Inputs(facts, max(len(p.ids) for p in asked), plan, "")
 
 
 def _ppo(
@@ -116,9 +151,10 @@ def _sft(
 
 
 def _reward(
-    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, context: int | None, stop: int | None, facts: list[str]
-) -> Inputs:
-    pairs = load_pairs(config.data, tokenizer, stop_id=stop, context=context)
+    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, context: int | None, stop: int | None, facts: list[str],
+    pinned: str | None,
+) -> Inputs:  # fmt: skip
+    pairs = load_pairs(config.data, tokenizer, stop_id=stop, context=context, pinned=pinned)
     lengths = [len(x.prompt_ids) + max(len(x.chosen_ids), len(x.rejected_ids)) for x in pairs]
     facts.append(_lengths(config.data, pairs=lengths))
     section = config.reward_model
@@ -135,7 +171,7 @@ def _reward(
 
 
 def _sources(
-    config: PPOConfig, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
+    config: PPOConfig | EvaluateConfig, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
 ) -> list[str]:
     """Import the functions and read the reward models' configs."""
     facts = []
@@ -157,10 +193,10 @@ def _sources(
     return facts
 
 
-def _generation_config(config: PPOConfig | SFTConfig | RewardConfig) -> Any:
-    if isinstance(config.model.policy, str):
+def _generation_config(policy: str | InitModelConfig, revision: str | None) -> Any:
+    if isinstance(policy, str):
         with suppress(OSError):  # it has none: the tokenizer's eos then
-            return GenerationConfig.from_pretrained(config.model.policy, revision=config.model.revision or "main")
+            return GenerationConfig.from_pretrained(policy, revision=revision or "main")
     return None
 
 

@@ -12,7 +12,7 @@ and writes. `Run` is everybody else's: it only reads, also while the run is stil
 What `tether evaluate` writes is read by `EvaluationDir`: evaluation.json, and answers/model-00.parquet of each model.
 """
 
-from tether.runs.directory import RunDirectory, recorded_inputs
+from tether.runs.directory import RunDirectory, aside, recorded_inputs
 from tether.runs.files import SCHEMA, hash_files, sha256, to_plain
 from tether.runs.reader import EvaluationDir, Run, short_name
 
@@ -21,6 +21,7 @@ __all__ = [
     "EvaluationDir",
     "Run",
     "RunDirectory",
+    "aside",
     "hash_files",
     "recorded_inputs",
     "sha256",

@@ -12,35 +12,36 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
-from tether.config.reading import load_config, to_yaml
+from tether.config.reading import to_yaml
 from tether.config.sections import Config
 from tether.errors import Interrupted, RunError, TetherError
 from tether.runs.environment import describe_environment, environment_changes
 from tether.runs.files import (
     SCHEMA,
     append_line,
-    damage,
     drop_half_line,
     json_line,
     now,
     read_environment,
     read_lines,
-    read_status,
     to_plain,
     wrap_os_errors,
     write_atomically,
     write_table,
 )
 from tether.runs.lock import Lock
-from tether.runs.resume import check_inputs, config_changes, keeps_bits, reward_changes
-
-Command = Literal["ppo", "sft", "reward"]
-
-# What a process may have written before it was killed and config.yaml, the last, was there.
-_BEFORE_CONFIG = {"lock", "environment.json", "status.json", "events.jsonl", "metrics.jsonl"}
+from tether.runs.resume import (
+    Command,
+    Continuation,
+    check_place,
+    continuation,
+    has_something_to_continue,
+    keeps_bits,
+    reward_changes,
+)
 
 
 class RunDirectory:
@@ -90,11 +91,11 @@ class RunDirectory:
         lock = _make_and_lock(path)
         try:
             if fresh and any(file.name != "lock" for file in path.iterdir()):
-                path.rename(_aside(path.absolute()))  # the lock moves along, still held
+                path.rename(aside(path.absolute()))  # the lock moves along, still held
                 lock.release()
                 lock = _make_and_lock(path)
-            if _has_something_to_continue(path):
-                return cls._continue(config, command, lock, inputs or {})
+            if there := continuation(path, command, config, inputs or {}):
+                return cls._continue(config, command, lock, inputs or {}, there)
             return cls._create(config, command, lock, inputs or {})
         except BaseException:
             lock.release()
@@ -113,36 +114,16 @@ class RunDirectory:
         return run
 
     @classmethod
-    def _continue(cls, config: Config, command: Command, lock: Lock, inputs: dict[str, str]) -> RunDirectory:
-        path = _path(config)
-        status, environment = read_status(path), read_environment(path)
-        if status.get("schema") != SCHEMA:
-            raise RunError(
-                f"{path} has schema {status.get('schema')}, but this version of tether writes schema {SCHEMA}: they "
-                "would mix. Set run to another directory, or add --fresh to move this one aside."
-            )
-        if status["kind"] != command:
-            raise RunError(
-                f"{path} holds a run of `tether {status['kind']}`, but this is `tether {command}`: their files would "
-                "mix. Set run to another directory, or add --fresh to move the old run aside."
-            )
-        changed = config_changes(path, load_config(path, command), config)
-        check_inputs(path, environment["inputs"], inputs)
-        grew = any(key == "ppo.cycles" for key, _, _ in changed)
-        ended, final = status["state"] == "finished", path / "final"
-        damaged = damage(final) if ended else None
-        if damaged and not _has_checkpoint(path):
-            raise RunError(
-                f"the run in {path} is finished, but {final} is damaged ({damaged}) and every checkpoint is gone: "
-                "there is nothing to write the model from. Restore one of them from a copy, or add --fresh to move the "
-                "run aside and begin anew."
-            )
-        run = cls(config, command, lock, resumed=True, finished=ended and not damaged and not grew)
+    def _continue(
+        cls, config: Config, command: Command, lock: Lock, inputs: dict[str, str], there: Continuation
+    ) -> RunDirectory:
+        run = cls(config, command, lock, resumed=True, finished=there.finished)
         if run.finished:
             return run
+        path, environment, final = run.path, read_environment(run.path), run.path / "final"
         for name in ("events.jsonl", "metrics.jsonl"):
             drop_half_line(path / name)
-        for key, old, new in changed:
+        for key, old, new in there.changed:
             run.event("config_changed", key=key, old=old, new=new, bit_equal=keeps_bits((key, old, new)))
         for key, old, new in reward_changes(environment["inputs"], inputs, read_lines(path / "events.jsonl")):
             spec = _function(config, key)
@@ -150,12 +131,12 @@ class RunDirectory:
             run.notes.append(f"reward function {spec} has other code than before: scores may not be comparable")
         for key, old, new in environment_changes(environment):
             run.event("environment_changed", key=key, old=old, new=new, bit_equal=False)
-        if damaged:
-            run.event("final_damaged", what=damaged)
-            run.notes.append(f"{final} is damaged ({damaged}): it is written again from the last checkpoint")
+        if there.damaged:
+            run.event("final_damaged", what=there.damaged)
+            run.notes.append(f"{final} is damaged ({there.damaged}): it is written again from the last checkpoint")
         run._set_status("running")
-        if grew and final.exists():  # it would pass for the model of the longer run
-            old = _aside(final)
+        if there.grew and final.exists():  # it would pass for the model of the longer run
+            old = aside(final)
             with wrap_os_errors(final):
                 final.rename(old)
             run.event("final_moved", to=old.name)
@@ -247,36 +228,16 @@ def _function(config: Config, key: str) -> str:
 
 
 def _make_and_lock(path: Path) -> Lock:
-    if path.exists() and not path.is_dir():
-        raise RunError(f"run={path} is a file: a run needs a directory. Set run to another name.")
+    check_place(path)
     with wrap_os_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        names = sorted(file.name for file in path.iterdir())
-        strange = [name for name in names if name not in _BEFORE_CONFIG and not name.endswith(".partial")]
-        if strange and "config.yaml" not in names:
-            raise RunError(
-                f"{path} is not empty and not a run directory (it holds {strange[0]} and no config.yaml): its files "
-                "would mix with the run's. Set run to a directory that does not exist yet."
-            )
         return Lock(path)
 
 
 def recorded_inputs(path: str | Path) -> dict[str, str]:
     """The inputs of the run in `path`, where the same command would continue it; else {}."""
     path = Path(path)
-    return dict(read_environment(path)["inputs"]) if _has_something_to_continue(path) else {}
-
-
-def _has_something_to_continue(path: Path) -> bool:
-    if not (path / "config.yaml").exists():
-        return False
-    if read_lines(path / "metrics.jsonl") or _has_checkpoint(path):
-        return True
-    return read_status(path)["state"] == "finished"
-
-
-def _has_checkpoint(path: Path) -> bool:
-    return any((path / "checkpoints").glob("[!.]*[1-9]*"))  # -000000 is the start
+    return dict(read_environment(path)["inputs"]) if has_something_to_continue(path) else {}
 
 
 def _remove_what_came_to_nothing(path: Path) -> None:
@@ -287,7 +248,8 @@ def _remove_what_came_to_nothing(path: Path) -> None:
         shutil.rmtree(path / name, ignore_errors=True)
 
 
-def _aside(path: Path) -> Path:
+def aside(path: Path) -> Path:
+    """Where --fresh moves what stands at `path`: PATH.old-N."""
     n = 1
     while (old := path.with_name(f"{path.name}.old-{n}")).exists():
         n += 1

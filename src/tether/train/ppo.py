@@ -58,7 +58,7 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
     with (
         Signals() as signals,
         deterministic(config.deterministic),
-        RunDirectory.open(config, command="ppo", fresh=fresh, inputs=_inputs(config)) as run,
+        RunDirectory.open(config, command="ppo", fresh=fresh, inputs=input_hashes(config)) as run,
     ):
         if run.finished:
             say(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
@@ -346,7 +346,7 @@ def hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt]
     return train, held_out, "; ".join(notes) or None
 
 
-def _inputs(config: PPOConfig) -> dict[str, str]:
+def input_hashes(config: PPOConfig) -> dict[str, str]:
     """Hashes of what the run reads: it continues only on the same, but for reward functions, whose change is noted."""
     m = config.model
     paths = {"model.reference": m.reference, "prompts.path": config.prompts.path,
