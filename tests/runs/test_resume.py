@@ -51,7 +51,6 @@ MAY_CHANGE = {
     "checkpoint.every": (lambda c: replace(c, checkpoint=CheckpointConfig(every=7)), True),
     "evaluate.samples": (lambda c: replace(c, evaluate=HeldOutConfig(samples=2)), True),
     "evaluate.every": (lambda c: replace(c, evaluate=HeldOutConfig(every=5)), True),
-    "evaluate.count": (lambda c: replace(c, evaluate=HeldOutConfig(count=8)), False),  # the others are trained on
     "reward[0].timeout_s": (lambda c: replace(c, reward=[replace(c.reward[0], timeout_s=9.0)]), True),
     "ppo.microbatch_tokens": (lambda c: change(c, "ppo", microbatch_tokens=64), False),
     "model.gradient_checkpointing": (lambda c: change(c, "model", gradient_checkpointing=True), False),
@@ -85,6 +84,9 @@ MUST_NOT_CHANGE = {
     "reward_shaping.missing_eos was null": lambda c: replace(
         c, reward_shaping=RewardShapingConfig(missing_eos=MissingEosConfig(set=-1.0))
     ),
+    "evaluate.count was 16": lambda c: replace(c, evaluate=HeldOutConfig(count=8)),
+    "evaluate.prompts was null": lambda c: replace(c, evaluate=HeldOutConfig(prompts="others.jsonl")),
+    "evaluate.every was 10": lambda c: replace(c, evaluate=HeldOutConfig(every=0)),
     "ppo.cycles was 200": lambda c: change(c, "ppo", cycles=100),
 }
 
@@ -224,10 +226,17 @@ def test_changed_data_is_refused(config):
         RunDirectory.open(config, command="ppo", inputs={"prompts.path": "sha256:cc", "model.policy": "sha256:bb"})
 
 
-def test_other_prompts_to_evaluate_on_are_no_change_of_data(config):
+def test_other_prompts_to_evaluate_on_are_refused_because_some_may_have_been_trained_on(config):
     begin(config, inputs={"evaluate.prompts": "sha256:aa"})
-    with RunDirectory.open(config, command="ppo", inputs={"evaluate.prompts": "sha256:cc"}) as run:
-        assert run.resumed
+    with pytest.raises(RunError, match=r"evaluate\.prompts has other content"):
+        RunDirectory.open(config, command="ppo", inputs={"evaluate.prompts": "sha256:cc"})
+
+
+def test_evaluation_cannot_be_turned_on_later_over_prompts_that_were_trained_on(config):
+    off = replace(config, evaluate=HeldOutConfig(every=0))
+    begin(off)
+    with pytest.raises(RunError, match=r"evaluate\.every was 0 .* some of them have been trained on"):
+        RunDirectory.open(config, command="ppo")
 
 
 def test_a_reward_function_may_change_and_each_change_is_an_event_and_a_note(config):

@@ -16,7 +16,7 @@ from tether.runs import Run
 
 # What a run is judged by: label, metric, unit. Shown from its first tenth to its last.
 _HEADLINE = {
-    "ppo": [("score", "reward/score_mean", ""), ("held-out", "eval/score_mean", "on prompts that are never trained on"),
+    "ppo": [("score", "reward/score_mean", ""), ("held-out", "eval/score_mean", ""),
             ("KL", "kl/ref_mean", "nats a response, to the reference"), ("entropy", "policy/entropy", "nats a token")],
     "sft": [("loss", "loss", "nats a token")],
     "reward": [("loss", "reward_model/loss", "nats a pair; knowing nothing is 0.693"),
@@ -37,7 +37,7 @@ def examine(run: str | Path | Run) -> str:
     unit = "cycle" if kind == "ppo" else "step"
     done = metrics[-1][unit] if metrics else 0
     head = f"{run.path}: {_KIND[kind]}, {_state(status, metrics, now)}, {done:,}{planned} {unit}s done"
-    parts = [head + _headline(kind, metrics, report), *(_told(alarm, unit) for alarm in found)]
+    parts = [head + _headline(run, kind, metrics, report), *(_told(alarm, unit) for alarm in found)]
     if not found:
         parts.append(_nothing(kind, done, unit))
     return "\n\n".join(parts)
@@ -62,13 +62,14 @@ def _state(status: dict[str, Any], metrics: Sequence[dict[str, Any]], now: datet
     return what
 
 
-def _headline(kind: str, metrics: Sequence[dict[str, Any]], report: dict[str, Any] | None) -> str:
+def _headline(run: Run, kind: str, metrics: Sequence[dict[str, Any]], report: dict[str, Any] | None) -> str:
     lines = []
     for label, name, note in _HEADLINE[kind]:
         values = [v for m in metrics if (v := m.get(name)) is not None]
         if values:
             tenth = max(1, len(values) // 10)
             first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+            note = f"on {run.held_out_claim}" if name == "eval/score_mean" else note
             lines.append((label, f"{first:.3g} → {last:.3g}", note))
     if report is not None:
         a = report["accuracy"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -24,7 +24,6 @@ from tether.config.sections import (
 )
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
-from tether.data.prompts import load_prompts
 from tether.data.split import split_pairs
 from tether.data.table import read_rows
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
@@ -33,7 +32,7 @@ from tether.models.loading import context_length, model_config
 from tether.rewards import FunctionReward, load_function
 from tether.runs.resume import Command
 from tether.train.evaluate import load_inputs
-from tether.train.ppo import hold_out
+from tether.train.held_out import load_prompt_sets
 from tether.train.ppo import input_hashes as ppo_hashes
 from tether.train.reward import input_hashes as reward_hashes
 from tether.train.reward import plan_steps as plan_pairs
@@ -111,15 +110,10 @@ def check_evaluation(config: EvaluateConfig) -> Inputs:
 def _ppo(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase, context: int | None, stops: Sequence[int], facts: list[str]
 ) -> Inputs:
-    new, e, p = config.sampling.max_new_tokens, config.evaluate, config.ppo
-    prompts = load_prompts(config.prompts, tokenizer, context=context, max_new_tokens=new)
-    facts.append(_lengths(config.prompts, prompts=[len(x.ids) for x in prompts]))
-    if e.prompts is None:
-        train, held_out, note = hold_out(prompts, e.count if e.every else 0, config.seed)
-    else:
-        other = replace(config.prompts, path=e.prompts, limit=None)
-        train, note = prompts, None
-        held_out = load_prompts(other, tokenizer, context=context, max_new_tokens=new)[: e.count]
+    new, p = config.sampling.max_new_tokens, config.ppo
+    sets = load_prompt_sets(config, tokenizer, context)
+    train, held_out, note = sets.train, sets.held_out, sets.note
+    facts.append(_lengths(config.prompts, prompts=[len(x.ids) for x in sets.loaded]))
     facts.append(f"{len(train)} prompts to train on, {len(held_out)} to evaluate on{f' ({note})' if note else ''}")
     facts += _sources(config, train + held_out, tokenizer, stops)
     steps = p.cycles * p.epochs * p.batch // p.minibatch
@@ -130,7 +124,7 @@ def _ppo(
     rendered = _render(tokenizer, list(train[0].ids), [False] * len(train[0].ids))
     end = " or ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in stops)
     rendered += f"\n  1  …  up to {new} sampled tokens" + (f", the last of them {end}" if end else "")
-    longest = max(len(x.ids) for x in [*prompts, *held_out])
+    longest = max(len(x.ids) for x in [*sets.loaded, *held_out])
     return Inputs(facts, longest, plan, f"prompt of row {train[0].row}, and its response\n{rendered}")
 
 

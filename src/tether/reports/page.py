@@ -170,7 +170,7 @@ def _ppo(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> Page
         headlines.append(
             Headline("KL spent", f"{after.mean('kl').mean:.3g} nats", "a response, to the reference, held-out prompts")
         )
-        figures += _held_out_figures(evaluations)
+        figures += _held_out_figures(run, evaluations)
     elif metrics:
         score = [m["reward/score_mean"] for m in metrics]
         headlines.append(Headline("Score", _change(score[0], score[-1]), "mean of the first and the last cycle"))
@@ -181,7 +181,7 @@ def _ppo(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> Page
     return Page(lede, headlines, figures, _facts(run, metrics), before, after, looks=_looks(run, config))
 
 
-def _held_out_figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
+def _held_out_figures(run: Run, evaluations: Sequence[Evaluation]) -> list[Figure]:
     cycles = [e.cycle for e in evaluations]
     score = [e.mean() for e in evaluations]
     kl = [e.mean("kl").mean for e in evaluations]
@@ -191,7 +191,7 @@ def _held_out_figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
     return [
         Figure(
             "Held-out score",
-            f"{prompts} prompts that are never trained on, with the same draws each time; bars are 95 % intervals over "
+            f"{prompts} {run.held_out_claim}, with the same draws each time; bars are 95 % intervals over "
             "prompts. It should follow the training score: where it stays behind, the model has learned the prompts.",
             points(cycles, means, unit="cycle", low=[s.low for s in score], high=[s.high for s in score]),
         ),

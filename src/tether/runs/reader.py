@@ -60,6 +60,15 @@ class Run:
         return read_lines(self.path / "events.jsonl")
 
     @property
+    def held_out_claim(self) -> str:
+        """What is true of the prompts that a run is evaluated on, by its own count."""
+        counts = [event for event in self.events if event["event"] == "prompts"]
+        if not counts:
+            return "prompts, the same each time"
+        both = max(event["trained_on"] for event in counts)
+        return "prompts that are never trained on" if not both else f"prompts, of which {both} are trained on too"
+
+    @property
     def final(self) -> Path:
         """The Hugging Face directory of the last policy; there once the run is finished."""
         return self.path / "final"

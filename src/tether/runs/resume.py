@@ -22,11 +22,11 @@ Change = tuple[str, Any, Any]  # dotted key, value when the run began, value now
 
 # `run` is where the directory is now: it may have been moved.
 _MAY_CHANGE = re.compile(
-    r"run$|(log|checkpoint|evaluate)(\.|$)|reward\[\d+\]\.timeout_s$"
+    r"run$|(log|checkpoint)(\.|$)|evaluate\.(every|samples)$|reward\[\d+\]\.timeout_s$"
     r"|(ppo|sft|reward_model)\.microbatch_tokens$|model\.gradient_checkpointing$"
 )
-# The first two change the order of floating-point sums, the others which prompts are held out of training.
-_NOT_BIT_EQUAL = re.compile(r".*\.(microbatch_tokens|gradient_checkpointing)$|evaluate\.(prompts|count)$")
+# These change the order of floating-point sums.
+_NOT_BIT_EQUAL = re.compile(r".*\.(microbatch_tokens|gradient_checkpointing)$")
 # An input that may change: a reward function is mended while a run goes on.
 _REWARD_FILE = re.compile(r"reward\[\d+\]\.function$")
 _ABSENT = "(absent)"
@@ -119,11 +119,14 @@ def config_changes(path: Path, old: Config, new: Config) -> list[Change]:
     constant = asdict(new)["optim"]["schedule"] == "constant"
     for key, before, now in found:
         grew = key == "ppo.cycles" and now > before
-        if _MAY_CHANGE.match(key) or (grew and constant):
+        switched = key == "evaluate.every" and bool(before) != bool(now)  # 0 holds no prompts out
+        if (_MAY_CHANGE.match(key) and not switched) or (grew and constant):
             continue
         why = "its curves would mix two experiments"
         if grew:
             why = "the learning rate falls towards the old end, so cycles may grow under optim.schedule: constant alone"
+        if key.startswith("evaluate."):
+            why = "other prompts would be held out, and some of them have been trained on"
         raise RunError(
             f"{key} was {_shown(before)} when the run in {path} began and is {_shown(now)} now: {why}. Set it back to "
             "continue, or add --fresh to move the old run aside and begin anew."
@@ -152,10 +155,7 @@ def reward_changes(old: dict[str, str], new: dict[str, str], events: list[dict[s
 
 def keeps_bits(change: Change) -> bool:
     """Whether the rest of the run is still bit-equal to an uninterrupted one after this change."""
-    key, before, now = change
-    if key == "evaluate.every":
-        return bool(before) == bool(now)  # 0 holds no prompts out
-    return not _NOT_BIT_EQUAL.match(key)
+    return not _NOT_BIT_EQUAL.match(change[0])
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:

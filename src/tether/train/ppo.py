@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from tether.config.sections import PPOConfig, check
-from tether.data.prompts import load_prompts
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import Interrupted, RewardError, TrainingError
 from tether.math import next_kl_coef
@@ -36,8 +35,9 @@ from tether.train import checkpoint
 from tether.train.card import ppo_card
 from tether.train.columns import rollout_columns
 from tether.train.deterministic import deterministic
+from tether.train.held_out import load_prompt_sets, record_prompt_sets
 from tether.train.log import Logger, say
-from tether.train.optim import HELD_OUT, PROMPTS, Steps, build_optimizer, permutation
+from tether.train.optim import PROMPTS, Steps, build_optimizer, permutation
 from tether.train.rollout import Experience, collect
 from tether.train.signals import Signals, StopRequested
 from tether.train.update import update
@@ -68,6 +68,7 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
         with Logger(run, config.log, total=config.ppo.cycles) as log:
             for note in run.notes:
                 log.note(note)
+            record_prompt_sets(run, job.prompts, job.held_out)
             for note in job.notes:
                 run.event("fallback", what=note)
                 log.note(note)
@@ -288,7 +289,8 @@ def prepare(config: PPOConfig, reward: Callable[..., Any] | None = None) -> Job:
     tokenizer = load_tokenizer(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
     architecture = model_config(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
-    prompts, held_out, note = _load_prompts(config, tokenizer, context_length(architecture))
+    sets = load_prompt_sets(config, tokenizer, context_length(architecture))
+    prompts, held_out, note = sets.train, sets.held_out, sets.note
     policy, reference, notes = build_policy(m, device=device, seed=config.seed)
     notes += [note] if note else []
     stop_ids = stop_token_ids(tokenizer, policy.model.plain.generation_config, config.sampling.stop_token_ids)
@@ -305,45 +307,10 @@ def prepare(config: PPOConfig, reward: Callable[..., Any] | None = None) -> Job:
     return Job(config, device, tokenizer, policy, reference, sampler, scorer, steps, prompts, held_out, stop_ids, notes)
 
 
-def _load_prompts(
-    config: PPOConfig, tokenizer: Any, context: int | None
-) -> tuple[list[Prompt], list[Prompt], str | None]:
-    """(prompts to train on, prompts to evaluate on, a note)."""
-    limit, e = config.sampling.max_new_tokens, config.evaluate
-    prompts = load_prompts(config.prompts, tokenizer, context=context, max_new_tokens=limit)
-    if e.prompts is None:
-        return hold_out(prompts, e.count if e.every else 0, config.seed)
-    other = replace(config.prompts, path=e.prompts, limit=None)
-    return prompts, load_prompts(other, tokenizer, context=context, max_new_tokens=limit)[: e.count], None
-
-
 @lru_cache(maxsize=2)  # a cycle may begin in one pass and end in the next
 def _pass(number: int, size: int, seed: int) -> list[int]:
     """The order of one pass over the prompts."""
     return permutation(size, seed=seed, stream=PROMPTS, counter=(number,))
-
-
-def hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt], str | None]:
-    """(prompts to train on, prompts to evaluate on, a note): never more than a quarter is held out.
-
-    Rows with the same prompt stand or fall together: one of them is evaluated on, or all are trained on.
-    """
-    if count == 0:
-        return prompts, [], None
-    first: dict[tuple[int, ...], Prompt] = {}
-    for p in prompts:
-        first.setdefault(p.ids, p)
-    distinct = list(first.values())
-    if len(distinct) < 4:
-        return prompts, prompts, f"only {len(distinct)} prompts: evaluation uses the ones that are trained on"
-    chosen = permutation(len(distinct), seed=seed, stream=HELD_OUT)[: min(count, len(distinct) // 4)]
-    held_out = [distinct[i] for i in sorted(chosen)]
-    taken = {p.ids for p in held_out}
-    train = [p for p in prompts if p.ids not in taken]
-    notes = [] if len(held_out) == count else [f"only {len(distinct)} prompts: {len(taken)} are held out, not {count}"]
-    if repeats := len(prompts) - len(train) - len(held_out):
-        notes.append(f"{repeats} rows repeat a held-out prompt: not trained on")
-    return train, held_out, "; ".join(notes) or None
 
 
 def input_hashes(config: PPOConfig) -> dict[str, str]:
