@@ -316,9 +316,10 @@ def _export(argv: list[str]) -> None:
     parser = _parser("export", "Write a plain Hugging Face directory, checked by reloading it.")
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--to", metavar="DIR", required=True, help="where to write it")
+    parser.add_argument("--best", action="store_true", help="the best evaluated policy instead of the last one")
     args = parser.parse_args(argv)
     try:
-        print(tether.export(args.run, args.to))
+        print(tether.export(args.run, args.to, best=args.best))
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise

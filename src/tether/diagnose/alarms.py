@@ -124,6 +124,14 @@ class View:
 Rule = Callable[[View], Iterator[Alarm]]
 
 
+def _better(view: View) -> str:
+    """Where a better policy than the last one is; checkpoints of that time are gone."""
+    kept = [event for event in view.events if event.get("event") == "best"]
+    if not kept:
+        return " An earlier policy may have been better: with evaluate.every above 0 a run keeps the best one in best/."
+    return f" best/ holds the policy of cycle {kept[-1]['cycle']}, the best on the held-out prompts."
+
+
 # ---------------------------------------------------------------- numbers that are none, and the run's own checks
 
 
@@ -274,8 +282,7 @@ def runaway_kl(view: View) -> Iterator[Alarm]:
             "runaway-kl", "kl/ref_mean", held.first, held.last, "serious",
             f"The KL to the reference went from {before:.3g} to {after:.3g} nats a response, while the score went from "
             f"{median(scores[:half]):.3g} to {median(scores[half:]):.3g}.",
-            cause, "Raise ppo.kl.coef, or set ppo.kl.target; or lower optim.lr. An earlier checkpoint may be the "
-            "better model.",
+            cause, "Raise ppo.kl.coef, or set ppo.kl.target; or lower optim.lr." + _better(view),
         )  # fmt: skip
 
 
@@ -460,7 +467,7 @@ def score_falling(view: View) -> Iterator[Alarm]:
             "Steps too long for what the advantages say: the policy, or the critic behind them, has gone astray.",
             ("Lower ppo.kl.coef, or raise ppo.kl.target." if held_back else
              "Lower optim.lr and ppo.epochs, or raise ppo.batch; see value/explained_variance.")
-            + f" The checkpoint nearest cycle {then} may be the better model.",
+            + _better(view),
         )  # fmt: skip
 
 
@@ -494,7 +501,7 @@ def second_opinion(view: View) -> Iterator[Alarm]:
                 "Raise ppo.kl.coef, or set ppo.kl.target"
                 + ("; use more prompts, or fewer ppo.cycles." if held_out else
                    "; weigh the sources anew (reward[].weight).")
-                + f" The checkpoint nearest cycle {then} may be the better model.",
+                + _better(view),
             )  # fmt: skip
 
 

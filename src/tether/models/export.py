@@ -83,30 +83,33 @@ def check_reload(plain: Any, directory: Path) -> None:
         raise ModelError(f"{directory} gives other logits than the trained model (by {gap:.2g}): it must not be used.")
 
 
-def export(run: str | Path | Run, to: str | Path) -> Path:
+def export(run: str | Path | Run, to: str | Path, *, best: bool = False) -> Path:
     """Copy a finished run's final model to `to`, and check that it loads as it was.
+
+    best: the best evaluated policy of a PPO run instead, which is there while the run is still going.
 
     Raises RunError when there is nothing to export or `to` is not empty.
     """
     run = Run.open(run) if not isinstance(run, Run) else run
     to = Path(to)
-    if not run.final.is_dir():
+    source = run.path / "best" if best else run.final
+    if not source.is_dir():
         state = run.status["state"]
         raise RunError(
-            f"{run.path} is {state} and has no final model: there is nothing to export. Run the same command again to "
-            "finish it, or point at a checkpoint's policy directory."
+            f"{run.path} is {state} and has no {source.name}/ model: there is nothing to export. Run the same command "
+            "again to finish it, or point at a checkpoint's policy directory."
         )
-    if damaged := damage(run.final):
+    if damaged := damage(source):
         raise RunError(
-            f"{run.final} is damaged ({damaged}): a copy would be too. Run the same command again: it writes the model "
+            f"{source} is damaged ({damaged}): a copy would be too. Run the same command again: it writes the model "
             "from the last checkpoint."
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to} exists and is not empty: its files would mix with the model's. Name a new directory.")
     with replacing_directory(to.absolute()) as partial:
-        unwanted = shutil.ignore_patterns("critic", SUMS)
-        shutil.copytree(run.final, partial, dirs_exist_ok=True, ignore=unwanted)
+        unwanted = shutil.ignore_patterns("critic", "best.json", SUMS)
+        shutil.copytree(source, partial, dirs_exist_ok=True, ignore=unwanted)
         if run.status["kind"] != "reward":
-            check_reload(without_dropout(AutoModelForCausalLM.from_pretrained(run.final)), partial)
+            check_reload(without_dropout(AutoModelForCausalLM.from_pretrained(source)), partial)
         write_sums(partial)
     return to

@@ -192,7 +192,8 @@ def _held_out_figures(run: Run, evaluations: Sequence[Evaluation]) -> list[Figur
         Figure(
             "Held-out score",
             f"{prompts} {run.held_out_claim}, with the same draws each time; bars are 95 % intervals over "
-            "prompts. It should follow the training score: where it stays behind, the model has learned the prompts.",
+            "prompts. It should follow the training score: where it stays behind, the model has learned the prompts."
+            + (f" The best policy, of cycle {best['cycle']}, is kept in best/." if (best := run.best) else ""),
             points(cycles, means, unit="cycle", low=[s.low for s in score], high=[s.high for s in score]),
         ),
         Figure(

@@ -7,6 +7,7 @@ and writes. `Run` is everybody else's: it only reads, also while the run is stil
     environment.json  versions, hardware, hashes            rollouts/       cycle-000012.parquet, a row a response
     status.json       running, finished, stopped, failed    evaluations/    likewise, on the fixed prompts
     events.jsonl      resumes, changes, alarms              checkpoints/    see tether.train.checkpoint
+    best/             the best evaluated policy of PPO, with best.json: its cycle and score
     lock              flock: one writer at a time           final/          the last policy, a Hugging Face directory
 
 What `tether evaluate` writes is read by `EvaluationDir`: evaluation.json, and answers/model-00.parquet of each model.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tether.config.reading import load_config
 from tether.config.sections import Config
 from tether.errors import RunError
-from tether.runs.files import read_environment, read_lines, read_status, read_table
+from tether.runs.files import read_environment, read_json, read_lines, read_status, read_table
 
 if TYPE_CHECKING:
     import pyarrow
@@ -72,6 +72,14 @@ class Run:
     def final(self) -> Path:
         """The Hugging Face directory of the last policy; there once the run is finished."""
         return self.path / "final"
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """cycle and score of the policy in best/, the best evaluated one; None where there is none that can be read."""
+        try:
+            return read_json(self.path / "best" / "best.json", cycle=int, score=float)
+        except RunError:
+            return None
 
     @property
     def rollout_cycles(self) -> list[int]:

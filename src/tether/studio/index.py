@@ -21,7 +21,7 @@ from tether.runs import EvaluationDir, Run
 from tether.runs.tail import sample_lines
 
 _DEEPEST = 4  # folders below the root in which runs are looked for
-_OURS = {"checkpoints", "rollouts", "evaluations", "final", "tensorboard", "answers"}
+_OURS = {"checkpoints", "rollouts", "evaluations", "final", "best", "tensorboard", "answers"}
 _LOOK_AGAIN_S = 2.0
 _SPARK = 40  # points of a small curve
 

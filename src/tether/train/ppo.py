@@ -32,6 +32,7 @@ from tether.runs import Run, RunDirectory, hash_files
 from tether.runs.bounds import SAMPLER_GAP
 from tether.samplers.local import LocalSampler
 from tether.train import checkpoint
+from tether.train.best import keep_best
 from tether.train.card import ppo_card
 from tether.train.columns import rollout_columns
 from tether.train.deterministic import deterministic
@@ -101,6 +102,7 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
                     metrics |= job.evaluate(run, state, log)
                 except RewardError as error:  # the cycle itself is done, and kept
                     stop = error
+                keep_best(run, config, cycle, metrics, job.write_model)
                 log.write(cycle, metrics)
                 if signals.requested and cycle < config.ppo.cycles:
                     stop = stop or Interrupted(f"stopped after cycle {cycle}; the same command continues")
@@ -248,12 +250,23 @@ class Job:
         return State(state["cycle"], state["kl_coef"])
 
     def finish(self, run: RunDirectory) -> None:
-        """final/: the last policy as a plain Hugging Face directory, its critic beside it."""
+        """final/: the last policy."""
+        done = Run(run.path)
+        self.write_model(
+            run.path / "final", ppo_card(run.path.name, done.metrics, self.config, "the last one", done.best)
+        )
+
+    def write_model(self, directory: Path, card: str, add: Callable[[Path], None] = lambda directory: None) -> None:
+        """The policy as a plain Hugging Face directory, its critic beside it. add: writes what else belongs there."""
+
+        def beside(directory: Path) -> None:
+            self.policy.save_critic(directory / "critic")
+            add(directory)
+
         s = self.config.sampling
         save_model(
-            self.policy.model, self.tokenizer, run.path / "final", card=ppo_card(Run(run.path), self.config),
-            temperature=s.temperature, max_new_tokens=s.max_new_tokens, stop_ids=self.stop_ids,
-            add=lambda directory: self.policy.save_critic(directory / "critic"),
+            self.policy.model, self.tokenizer, directory, card=card, temperature=s.temperature,
+            max_new_tokens=s.max_new_tokens, stop_ids=self.stop_ids, add=beside,
         )  # fmt: skip
 
     # ------------------------------------------------ details
