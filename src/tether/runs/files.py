@@ -13,11 +13,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tether.errors import RunError
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 SCHEMA = 1
-_MODEL_FILES = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # weights, configs, tokenizer
+_MODEL_FILES = {".json", ".safetensors", ".model", ".txt", ".jinja", ".py"}  # weights, configs, tokenizer, code
 
 
 def now() -> str:
@@ -274,11 +275,11 @@ def damaged_file(folder: Path, wanted: dict[str, str]) -> str | None:
     return None
 
 
-def hash_files(path: str, revision: str | None = None) -> str:
+def hash_files(path: str, revision: str | None = None, kind: Literal["model", "dataset"] = "model") -> str:
     """What a model or a data file is, in a few characters: equal exactly if the content is.
 
     A file: its sha256. A directory: the sha256 of the names and contents of the files a model is made of (weights,
-    configs, tokenizer). Anything else is a hub id, and stands for itself with its revision.
+    configs, tokenizer, its own code). Anything else is a hub id, which stands for itself at a commit; kind: what it is.
     """
     place = Path(path)
     if place.is_dir():
@@ -287,8 +288,21 @@ def hash_files(path: str, revision: str | None = None) -> str:
     elif place.is_file():
         digest = sha256(place)
     else:
-        return f"{path}@{revision or 'main'}"
+        return f"{path}@{hub_commit(path, revision or 'main', kind)}"
     return f"sha256:{digest[:16]}"
+
+
+def hub_commit(name: str, revision: str, kind: str) -> str:
+    """The commit that a branch or tag of a hub repository stands for: as the hub says, or offline as the cache does;
+    `revision` itself where neither knows, and loading will say what is wrong."""
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi, constants  # a tenth of a second: only where it is needed
+
+    with contextlib.suppress(Exception):  # offline, unreachable, gated, missing
+        return str(HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha)
+    ref = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "refs" / revision
+    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
 
 
 def sha256(path: Path) -> str:

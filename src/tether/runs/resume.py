@@ -20,9 +20,9 @@ from tether.runs.files import SCHEMA, damage, read_environment, read_lines, read
 Command = Literal["ppo", "sft", "reward"]
 Change = tuple[str, Any, Any]  # dotted key, value when the run began, value now
 
-# `run` is where the directory is now: it may have been moved.
+# `run` is where the directory is now: it may have been moved. What a revision stands for is among the inputs.
 _MAY_CHANGE = re.compile(
-    r"run$|(log|checkpoint)(\.|$)|evaluate\.(every|samples)$|reward\[\d+\]\.timeout_s$"
+    r"run$|model\.revision$|(log|checkpoint)(\.|$)|evaluate\.(every|samples)$|reward\[\d+\]\.timeout_s$"
     r"|(ppo|sft|reward_model)\.microbatch_tokens$|model\.gradient_checkpointing$"
 )
 # These change the order of floating-point sums.
@@ -138,9 +138,11 @@ def check_inputs(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
     """RunError if a model or data file has other content than when the run began."""
     for key, before, now in changes(old, new):
         if not (_MAY_CHANGE.match(key) or _REWARD_FILE.match(key)):
+            moved = re.search(r"@([0-9a-f]{40})$", str(before)) if key.startswith("model.policy") else None
+            remedy = f"Set model.revision to {moved[1]}" if moved else "Restore it"
             raise RunError(
                 f"{key} has other content than when the run in {path} began (was {before}, is {now}): its curves would "
-                "mix two experiments. Restore it, or add --fresh to move the old run aside and begin anew."
+                f"mix two experiments. {remedy}, or add --fresh to move the old run aside and begin anew."
             )
 
 

@@ -329,13 +329,14 @@ def _pass(number: int, size: int, seed: int) -> list[int]:
 def input_hashes(config: PPOConfig) -> dict[str, str]:
     """Hashes of what the run reads: it continues only on the same, but for reward functions, whose change is noted."""
     m = config.model
-    paths = {"model.reference": m.reference, "prompts.path": config.prompts.path,
-             "evaluate.prompts": config.evaluate.prompts,
+    paths = {"model.reference": m.reference,
              "model.critic": m.critic if m.critic not in ("shared", "separate") else None,
              **{f"reward[{i}].model": s.model for i, s in enumerate(config.reward)},
              **{f"reward[{i}].function": function_file(s.function) for i, s in enumerate(config.reward)
                 if s.function is not None}}  # fmt: skip
+    data = {"prompts.path": config.prompts.path, "evaluate.prompts": config.evaluate.prompts}
     hashes = {key: hash_files(path) for key, path in paths.items() if path is not None}
+    hashes |= {key: hash_files(path, kind="dataset") for key, path in data.items() if path is not None}
     return {"model.policy": hash_files(m.policy, m.revision)} | hashes
 
 

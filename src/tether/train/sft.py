@@ -252,7 +252,7 @@ def input_hashes(model: SFTModelConfig, data: DataConfig) -> dict[str, str]:
         hashes = {"model.policy.tokenizer": hash_files(model.policy.tokenizer, model.revision)}
     else:
         hashes = {"model.policy": hash_files(model.policy, model.revision)}
-    return hashes | {"data.path": hash_files(data.path)}
+    return hashes | {"data.path": hash_files(data.path, kind="dataset")}
 
 
 def _save(run: RunDirectory, step: int, model: LanguageModel, steps: Steps, named: Named, *, keep: int) -> None:
