@@ -83,7 +83,6 @@ def _train(kind: str, argv: list[str]) -> None:
     elif options.dry_run:
         from tether.diagnose import dry_run
 
-        assert not isinstance(config, EvaluateConfig)  # `kind` is that of a trainer
         print(dry_run(config, fresh=options.fresh))
     else:
         resolve(KINDS[kind].run)(config, fresh=options.fresh)
@@ -97,9 +96,13 @@ def _evaluate(argv: list[str]) -> None:
     config, options = parse_args("evaluate", argv)
     if options.print_config:
         print(to_yaml(config), end="")
+    elif options.dry_run:
+        from tether.diagnose import dry_run
+
+        print(dry_run(config))
     else:
         assert isinstance(config, EvaluateConfig)
-        print(tether.evaluate(config))
+        print(tether.evaluate(config, fresh=options.fresh))
 
 
 def _doctor(argv: list[str]) -> None:
@@ -304,9 +307,10 @@ def _export(argv: list[str]) -> None:
     parser = _parser("export", "Write a plain Hugging Face directory, checked by reloading it.")
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--to", metavar="DIR", required=True, help="where to write it")
+    parser.add_argument("--best", action="store_true", help="the best evaluated policy instead of the last one")
     args = parser.parse_args(argv)
     try:
-        print(tether.export(args.run, args.to))
+        print(tether.export(args.run, args.to, best=args.best))
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise

@@ -11,6 +11,7 @@ from tether.cli import COMMANDS, main
 from tether.config.keys import keys
 from tether.config.kinds import KINDS
 from tether.config.reading import load_config
+from tether.runs.files import write_sums
 
 TETHER = Path(sys.executable).parent / "tether"
 FILE = "run: r\nmodel: {policy: m}\nprompts: {path: p}\nreward: [{function: a.py:f}]\nppo: {cycles: 7}\n"
@@ -167,6 +168,7 @@ def test_a_directory_that_cannot_be_exported_to_is_one_message(tiny_model, tmp_p
     (done / "config.yaml").write_text(FILE)
     (done / "status.json").write_text('{"schema": 1, "kind": "ppo", "state": "finished"}')
     tiny_model("llama").rename(done / "final")
+    write_sums(done / "final")
     (tmp_path / "file").touch()
     assert main(["export", str(done), "--to", str(tmp_path / "file" / "foo")]) == 2
     assert "cannot be exported to" in (err := capsys.readouterr().err)

@@ -336,7 +336,7 @@ def test_a_reward_model_is_judged_by_its_held_out_pairs():
 
 
 def test_a_reward_model_that_was_still_rising_and_knows_no_pair_by_heart_could_have_learned_more():
-    rising = healthy("reward", seed=0, reward_model__accuracy=lambda x: 0.5 + 0.15 * x**2)
+    rising = healthy("reward", seed=0, reward_model__accuracy=lambda x: 0.5 + 0.3 * x**2)
     (alarm,) = found(rising, "reward", reward_report=report(train_accuracy=0.71))
     assert (alarm.rule, alarm.severity) == ("still-learning", "warning")
     assert found(healthy("reward", seed=0), "reward", reward_report=report(train_accuracy=0.71)) == []
@@ -454,7 +454,7 @@ def every_alarm():
     yield from found(healthy("reward", reward_model__accuracy=0.5, reward_model__margin=99.0), "reward")
     yield from found(healthy("reward"), "reward", reward_report=report(train_accuracy=0.97))
     yield from found(
-        healthy("reward", reward_model__accuracy=lambda x: 0.5 + 0.15 * x**2), "reward", reward_report=report()
+        healthy("reward", reward_model__accuracy=lambda x: 0.5 + 0.3 * x**2), "reward", reward_report=report()
     )
     yield from found(healthy(), status={"state": "running"}, now=NOW)
     yield from found(healthy(), events=[told(1, "odd")])

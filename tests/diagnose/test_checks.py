@@ -29,6 +29,9 @@ from tether.config.sections import (
 )
 from tether.diagnose import Memory, Part, doctor, dry_run
 from tether.diagnose.checks import verdict
+from tether.runs import RunDirectory
+from tether.samplers.local import LocalSampler
+from tether.train.ppo import input_hashes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -170,19 +173,77 @@ def test_a_dry_run_refuses_a_directory_that_the_run_could_not_use_and_makes_none
     for name in ("file", "file/below"):
         with pytest.raises(tether.RunError, match="file is a file, and a run needs a directory"):
             dry_run(replace(ppo, run=str(tmp_path / name)))
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.yaml").write_text(to_yaml(ppo))
-    (other / "metrics.jsonl").write_text('{"step": 1}\n')
-    (other / "status.json").write_text('{"schema": 1, "kind": "sft", "state": "stopped"}')
-    with pytest.raises(tether.RunError, match="holds a run of `tether sft`, but this is `tether ppo`"):
-        dry_run(replace(ppo, run=str(other)))
-    (other / "status.json").write_text('{"schema": 1, "kind": "ppo", "state": "stopped"}')
-    dry_run(replace(ppo, run=str(other)))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").touch()
+    with pytest.raises(tether.RunError, match=r"not empty and not a run directory \(it holds thesis.tex"):
+        dry_run(replace(ppo, run=str(tmp_path / "thesis")))
+
+
+def begun(ppo: PPOConfig) -> Path:
+    """A run that was stopped after its first cycle."""
+    run = RunDirectory.open(ppo, command="ppo", inputs=input_hashes(ppo))
+    run.append_metrics({"cycle": 1})
+    run.__exit__(tether.Interrupted, tether.Interrupted("by SIGTERM"), None)
+    return run.path
+
+
+def test_a_dry_run_goes_by_the_resume_rules_of_the_run_and_leaves_it_alone(ppo, tmp_path):
+    path = begun(ppo)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    dry_run(ppo)
     with pytest.raises(tether.RunError, match=r"ppo\.epochs was 3 when the run"):
-        dry_run(replace(ppo, run=str(other), ppo=replace(ppo.ppo, epochs=2)))
-    dry_run(replace(ppo, run=str(other), ppo=replace(ppo.ppo, epochs=2)), fresh=True)
-    assert sorted(p.name for p in other.iterdir()) == ["config.yaml", "metrics.jsonl", "status.json"]
+        dry_run(replace(ppo, ppo=replace(ppo.ppo, epochs=2)))
+    dry_run(replace(ppo, ppo=replace(ppo.ppo, epochs=2)), fresh=True)
+    with Path(ppo.prompts.path).open("a") as file:
+        file.write('{"prompt": "one more", "mood": "new"}\n')
+    with pytest.raises(tether.RunError, match=r"prompts\.path has other content than when the run"):
+        dry_run(ppo)
+    dry_run(ppo, fresh=True)
+    assert before == {file.name: file.read_bytes() for file in path.iterdir()}
+    (path / "status.json").write_text('{"schema": 1, "kind": "sft", "state": "stopped"}')
+    with pytest.raises(tether.RunError, match="holds a run of `tether sft`, but this is `tether ppo`"):
+        dry_run(ppo)
+    (path / "status.json").write_text('{"schema": 7, "kind": "ppo", "state": "stopped"}')
+    with pytest.raises(tether.RunError, match="has schema 7"):
+        dry_run(ppo)
+
+
+@pytest.fixture
+def evaluation(ppo) -> EvaluateConfig:
+    return EvaluateConfig(
+        [ppo.model.policy], ppo.prompts, ppo.reward, run=f"{ppo.run}-evaluation", samples=3, sampling=ppo.sampling
+    )
+
+
+def test_a_dry_evaluation_checks_everything_samples_nothing_and_makes_no_file(evaluation, tmp_path, monkeypatch):
+    monkeypatch.setattr(LocalSampler, "generate", lambda *args, **kwargs: pytest.fail("sampled"))
+    (tmp_path / "c.yaml").write_text(to_yaml(evaluation))
+    assert main(["evaluate", str(tmp_path / "c.yaml"), "--dry-run"]) == 0
+    text = dry_run(evaluation)
+    assert "10 prompts, 3 responses to each, 1 models: 30 responses" in text
+    assert "reward terse:" in text
+    assert not Path(evaluation.run).exists()
+    assert main(["evaluate", str(tmp_path / "c.yaml"), "--dry-run", "--reward", "[{function: 'none.py:f'}]"]) == 2
+    assert main(["evaluate", str(tmp_path / "c.yaml"), "--dry-run", "--run", str(tmp_path / "c.yaml" / "x")]) == 2
+
+
+def test_a_fresh_evaluation_moves_the_old_one_aside(evaluation, tmp_path):
+    (tmp_path / "fine.py").write_text("def f(completions):\n    return [1.0] * len(completions)\n")
+    config = replace(evaluation, reward=[RewardSourceConfig(function=f"{tmp_path / 'fine.py'}:f")])
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert main(["evaluate", str(tmp_path / "c.yaml")]) == 0
+    old = (Path(config.run) / "evaluation.json").read_text()
+    assert main(["evaluate", str(tmp_path / "c.yaml"), "--fresh", "--samples", "1"]) == 0
+    assert Path(f"{config.run}.old-1", "evaluation.json").read_text() == old
+    assert (Path(config.run) / "evaluation.json").read_text() != old
+
+
+def test_a_dry_run_refuses_the_finished_run_that_could_not_write_its_model_again(ppo):
+    path = begun(ppo)
+    status = path / "status.json"
+    status.write_text(status.read_text().replace("stopped", "finished"))
+    with pytest.raises(tether.RunError, match="every checkpoint is gone"):
+        dry_run(ppo)
 
 
 def from_scratch(init, tokenizer, tmp_path, text="abc") -> SFTConfig:

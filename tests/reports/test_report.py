@@ -23,10 +23,11 @@ from tether.config.sections import (
     SFTConfig,
     SFTModelConfig,
 )
+from tether.diagnose import examine
 from tether.errors import Interrupted, RunError
 from tether.reports import report
 from tether.reports.held_out import Evaluation, best_of, win_share
-from tether.reports.page import _json
+from tether.reports.page import _json, render
 from tether.runs import Run, RunDirectory
 
 HOSTILE = [
@@ -223,6 +224,41 @@ def test_a_run_that_has_just_begun_or_failed_or_was_never_evaluated_has_a_page(t
     _, page = read(report(tmp_path / "cut"))
     assert "stopped after cycle 1 <b>" in page.words
     assert "not evaluated" in page.words
+
+
+STEP = {"step": 1, "loss": 1.0, "optim/lr": 0.1, "optim/grad_norm": 1.0, "tokens/trained": 5, "time/update_s": 1.0,
+        "reward_model/loss": 0.7, "reward_model/accuracy": 0.5, "reward_model/margin": 0.1}  # fmt: skip
+MORE = ("response/length_min", "response/length_max", "eval/score_mean", "reward/total_mean", "policy/optimality_gap",
+        "optim/skipped_steps", "check/first_ratio_error", "memory/peak_mb")  # fmt: skip
+LINES = {"ppo": metrics(1, **dict.fromkeys(MORE, 1.0)), "sft": STEP, "reward": STEP}
+
+
+@pytest.mark.parametrize(("kind", "evaluated"), [("ppo", False), ("ppo", True), ("sft", False), ("reward", False)])
+def test_no_metric_that_is_null_keeps_the_report_from_being_written(tmp_path, monkeypatch, kind, evaluated):
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")  # four megabytes that nothing here looks at
+    policy = SFTModelConfig("models/base")
+    config = {
+        "ppo": ppo_config(tmp_path / "run"),
+        "sft": SFTConfig(str(tmp_path / "run"), policy, DataConfig("d.jsonl")),
+        "reward": RewardConfig(str(tmp_path / "run"), policy, DataConfig("d.jsonl")),
+    }[kind]
+    line = LINES[kind]
+    unit, *names = line
+    with RunDirectory.open(config, command=kind) as run:
+        if evaluated:
+            run.write_evaluation(0, answers(["a", "b"], [[None, 1.0], [None, None]], 0))
+            run.write_evaluation(1, answers(["a", "b"], [[None, 1.0], [1.0, float("nan")]], 1) | {"kl": [None] * 4})
+    for null in [*([name] for name in names), names]:  # each of them alone, then all at once
+        for where in ("first", "last", "only"):
+            bad = line | dict.fromkeys(null)
+            rows = {"first": [bad, line], "last": [line, bad], "only": [bad]}[where]
+            text = "".join(json.dumps(row | {unit: i}) + "\n" for i, row in enumerate(rows, 1))
+            (run.path / "metrics.jsonl").write_text(text)
+            page = Page(render(Run.open(run.path)))
+            examine(run.path)
+            assert "NaN" not in page.scripts[0][1]  # JSON has none, and the page's script would stop there
+    if kind == "ppo" and not evaluated:
+        assert "not finite" in page.words
 
 
 def test_alarms_are_shown_with_cause_and_knob(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi, constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tether.config.reading import to_yaml
-from tether.config.sections import DataConfig, SFTConfig, SFTModelConfig
+from tether.config.sections import DataConfig, PromptsConfig, SFTConfig, SFTModelConfig
 from tether.errors import Interrupted, RewardError, RunError
 from tether.runs import Run, RunDirectory, hash_files
+from tether.runs.files import write_sums
+from tether.train.ppo import input_hashes
 
 HOLD = """
 import sys
@@ -196,6 +200,7 @@ def test_a_forked_worker_that_outlives_the_trainer_does_not_hold_its_lock(config
             signal.pause()
         (run.path / "final").mkdir()
         (run.path / "final" / "config.json").touch()
+        write_sums(run.path / "final")
     try:
         RunDirectory.open(config, command="ppo").__exit__(None, None, None)
     finally:
@@ -248,7 +253,7 @@ def test_cutting_back_leaves_each_cycle_up_to_the_checkpoint_once(config):
     (run.path / "rollouts" / ".cycle-000006.parquet.partial").write_bytes(b"half")
     run.__exit__(Interrupted, Interrupted(), None)
     with RunDirectory.open(config, command="ppo") as run:
-        run.cut_back(3)
+        run.truncate_after(3)
         assert [line["cycle"] for line in run.metrics()] == [1, 2, 3]
     got = Run.open(config.run)
     assert got.rollout_cycles == got.evaluation_cycles == [1, 2, 3]
@@ -281,13 +286,13 @@ def test_a_directory_with_other_files_is_left_alone(config):
 
 def test_a_file_in_place_of_the_directory_is_refused(config):
     Path(config.run).write_text("x")
-    with pytest.raises(RunError, match="is a file: a run needs a directory"):
+    with pytest.raises(RunError, match="is a file, and a run needs a directory"):
         RunDirectory.open(config, command="ppo")
 
 
 def test_a_parent_that_is_a_file_is_refused(config):
     Path(config.run).write_text("x")
-    with pytest.raises(RunError, match="cannot be written") as refused:
+    with pytest.raises(RunError, match="run is a file, and a run needs a directory") as refused:
         RunDirectory.open(replace(config, run=config.run + "/deeper"), command="ppo")
     assert refused.value.exit_code == 2
 
@@ -355,6 +360,67 @@ def test_the_hash_of_a_file_is_its_sha256(tmp_path):
 
 def test_a_hub_id_stands_for_itself_at_its_revision():
     assert hash_files("some/model", "abc123") == "some/model@abc123"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """A cache of the hub as huggingface_hub lays it out, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(HfApi, "repo_info", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no network")))
+    return tmp_path / "hub"
+
+
+def publish(hub: Path, folder: str, commit: str, branch: str = "main") -> None:
+    """What a download of `branch` leaves when it stands at `commit`."""
+    (hub / folder / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+    (hub / folder / "refs").mkdir(exist_ok=True)
+    (hub / folder / "refs" / branch).write_text(commit)
+
+
+FIRST, SECOND = "a" * 40, "b" * 40
+
+
+def test_a_hub_input_is_pinned_to_the_commit_that_its_branch_stood_at(hub):
+    publish(hub, "models--me--tiny", FIRST)
+    publish(hub, "models--me--tiny", SECOND, branch="v2")
+    publish(hub, "datasets--me--tiny", SECOND)
+    assert hash_files("me/tiny") == f"me/tiny@{FIRST}"
+    assert hash_files("me/tiny", "v2") == hash_files("me/tiny", SECOND) == f"me/tiny@{SECOND}"
+    assert hash_files("me/tiny", kind="dataset") == f"me/tiny@{SECOND}"
+
+
+def test_the_hub_is_asked_before_the_cache(hub, monkeypatch):
+    publish(hub, "models--me--tiny", FIRST)
+    monkeypatch.setattr(HfApi, "repo_info", lambda *args, **kwargs: SimpleNamespace(sha=SECOND))
+    assert hash_files("me/tiny") == f"me/tiny@{SECOND}"
+
+
+def test_a_run_refuses_another_commit_and_goes_on_at_the_one_that_it_names(config, hub):
+    config = replace(config, model=replace(config.model, policy="me/tiny"), prompts=PromptsConfig("me/prompts"))
+    publish(hub, "models--me--tiny", FIRST)
+    publish(hub, "datasets--me--prompts", FIRST)
+    run = RunDirectory.open(config, command="ppo", inputs=input_hashes(config))
+    assert run.path.joinpath("environment.json").read_text().count(FIRST) == 2
+    run.append_metrics({"cycle": 1})
+    run.__exit__(Interrupted, Interrupted(), None)
+    publish(hub, "models--me--tiny", SECOND)
+    with pytest.raises(RunError, match=rf"model\.policy .*was me/tiny@{FIRST}, is .*Set model\.revision to {FIRST}"):
+        RunDirectory.open(config, command="ppo", inputs=input_hashes(config))
+    pinned = replace(config, model=replace(config.model, revision=FIRST))
+    with RunDirectory.open(pinned, command="ppo", inputs=input_hashes(pinned)) as run:
+        assert run.resumed
+    publish(hub, "datasets--me--prompts", SECOND)
+    with pytest.raises(RunError, match=rf"prompts\.path .*was me/prompts@{FIRST}, is me/prompts@{SECOND}"):
+        RunDirectory.open(pinned, command="ppo", inputs=input_hashes(pinned))
+
+
+def test_the_code_that_comes_with_a_model_is_part_of_its_hash(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}')
+    (tmp_path / "m" / "modeling_x.py").write_text("class X: ...\n")
+    before = hash_files(str(tmp_path / "m"))
+    (tmp_path / "m" / "modeling_x.py").write_text("class X: gain = 2\n")
+    assert hash_files(str(tmp_path / "m")) != before
 
 
 def test_reading_runs_loads_no_torch():

@@ -147,7 +147,7 @@ def test_after_a_resume_tensorboard_holds_each_cycle_once_and_none_that_was_cut_
             log.write(cycle, {"reward/score_mean": cycle / 4})
     run.__exit__(Interrupted, Interrupted(), None)
     with RunDirectory.open(config, command="ppo") as run:
-        run.cut_back(3)
+        run.truncate_after(3)
         with Logger(run, config.log, total=9) as log:
             log.write(4, {"reward/score_mean": -1.0})
     assert scalars(run.path)["reward/score_mean"] == [(1, 0.25), (2, 0.5), (3, 0.75), (4, -1.0)]

@@ -1,5 +1,6 @@
 """Which command continues a run: one table of what may change, one of what may not."""
 
+import os
 import shutil
 from dataclasses import replace
 
@@ -20,7 +21,9 @@ from tether.config.sections import (
     WandbConfig,
 )
 from tether.errors import Interrupted, RewardError, RunError
+from tether.models.export import export
 from tether.runs import Run, RunDirectory
+from tether.runs.files import replacing_directory, write_sums
 from tether.train import checkpoint
 
 
@@ -32,8 +35,10 @@ def begin(config, **options) -> None:
 
 
 def write_final(run: RunDirectory, content: str) -> None:
-    (run.path / "final").mkdir()
-    (run.path / "final" / "config.json").write_text(content)
+    with replacing_directory(run.path / "final") as folder:
+        (folder / "config.json").write_text(content)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        write_sums(folder)
 
 
 def change(config: PPOConfig, section: str, **values) -> PPOConfig:
@@ -46,7 +51,6 @@ MAY_CHANGE = {
     "checkpoint.every": (lambda c: replace(c, checkpoint=CheckpointConfig(every=7)), True),
     "evaluate.samples": (lambda c: replace(c, evaluate=HeldOutConfig(samples=2)), True),
     "evaluate.every": (lambda c: replace(c, evaluate=HeldOutConfig(every=5)), True),
-    "evaluate.count": (lambda c: replace(c, evaluate=HeldOutConfig(count=8)), False),  # the others are trained on
     "reward[0].timeout_s": (lambda c: replace(c, reward=[replace(c.reward[0], timeout_s=9.0)]), True),
     "ppo.microbatch_tokens": (lambda c: change(c, "ppo", microbatch_tokens=64), False),
     "model.gradient_checkpointing": (lambda c: change(c, "model", gradient_checkpointing=True), False),
@@ -80,6 +84,9 @@ MUST_NOT_CHANGE = {
     "reward_shaping.missing_eos was null": lambda c: replace(
         c, reward_shaping=RewardShapingConfig(missing_eos=MissingEosConfig(set=-1.0))
     ),
+    "evaluate.count was 16": lambda c: replace(c, evaluate=HeldOutConfig(count=8)),
+    "evaluate.prompts was null": lambda c: replace(c, evaluate=HeldOutConfig(prompts="others.jsonl")),
+    "evaluate.every was 10": lambda c: replace(c, evaluate=HeldOutConfig(every=0)),
     "ppo.cycles was 200": lambda c: change(c, "ppo", cycles=100),
 }
 
@@ -167,8 +174,50 @@ def test_a_finished_run_without_its_model_is_continued_from_a_checkpoint_or_refu
     with RunDirectory.open(config, command="ppo") as run:
         assert not run.finished
     shutil.rmtree(run.path / "checkpoints")
-    with pytest.raises(RunError, match="final and every checkpoint are gone"):
+    with pytest.raises(RunError, match=r"final is damaged .it does not exist. and every checkpoint is gone"):
         RunDirectory.open(config, command="ppo")
+
+
+DAMAGED = {
+    "everything is gone": (lambda final: [file.unlink() for file in final.iterdir()], "SHA256SUMS is missing"),
+    "a file is missing": (lambda final: (final / "config.json").unlink(), "config.json is missing"),
+    "a file is short": (lambda final: os.truncate(final / "model.safetensors", 3), "of model.safetensors does not"),
+    "a byte is another": (lambda final: (final / "model.safetensors").write_bytes(b"weighty"), "does not match"),
+    "the checksums are empty": (lambda final: os.truncate(final / "SHA256SUMS", 0), "SHA256SUMS is empty"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_finished_run_whose_final_is_damaged_is_never_said_to_be_done(config, what):
+    damage, said = DAMAGED[what]
+    with RunDirectory.open(config, command="ppo") as run:
+        checkpoint.save(run.path, "cycle-000200", {}, lambda folder: None)
+        write_final(run, "of cycle 200")
+    damage(run.path / "final")
+    with pytest.raises(RunError, match=rf"{said}.*Run the same command again"):
+        export(run.path, run.path.with_name("copy"))
+    run = RunDirectory.open(config, command="ppo")
+    assert not run.finished
+    assert len(run.notes) == 1
+    assert said in run.notes[0]
+    assert "from the last checkpoint" in run.notes[0]
+    write_final(run, "of cycle 200")
+    run.__exit__(None, None, None)
+    with RunDirectory.open(config, command="ppo") as run:
+        assert run.finished
+
+    damage(run.path / "final")
+    shutil.rmtree(run.path / "checkpoints")
+    with pytest.raises(RunError, match=rf"{said}.*every checkpoint is gone.*Restore one of them"):
+        RunDirectory.open(config, command="ppo")
+
+
+def test_the_card_of_a_final_model_may_be_edited(config):
+    with RunDirectory.open(config, command="ppo") as run:
+        write_final(run, "of cycle 200")
+    (run.path / "final" / "README.md").write_text("what I found with it")
+    with RunDirectory.open(config, command="ppo") as run:
+        assert run.finished
 
 
 def test_changed_data_is_refused(config):
@@ -177,10 +226,17 @@ def test_changed_data_is_refused(config):
         RunDirectory.open(config, command="ppo", inputs={"prompts.path": "sha256:cc", "model.policy": "sha256:bb"})
 
 
-def test_other_prompts_to_evaluate_on_are_no_change_of_data(config):
+def test_other_prompts_to_evaluate_on_are_refused_because_some_may_have_been_trained_on(config):
     begin(config, inputs={"evaluate.prompts": "sha256:aa"})
-    with RunDirectory.open(config, command="ppo", inputs={"evaluate.prompts": "sha256:cc"}) as run:
-        assert run.resumed
+    with pytest.raises(RunError, match=r"evaluate\.prompts has other content"):
+        RunDirectory.open(config, command="ppo", inputs={"evaluate.prompts": "sha256:cc"})
+
+
+def test_evaluation_cannot_be_turned_on_later_over_prompts_that_were_trained_on(config):
+    off = replace(config, evaluate=HeldOutConfig(every=0))
+    begin(off)
+    with pytest.raises(RunError, match=r"evaluate\.every was 0 .* some of them have been trained on"):
+        RunDirectory.open(config, command="ppo")
 
 
 def test_a_reward_function_may_change_and_each_change_is_an_event_and_a_note(config):

@@ -21,7 +21,7 @@ from tether.feedback.records import Answer, Item
 from tether.feedback.store import Store
 from tether.reports.signals import SIGNALS, STEPS, Knobs, Scale, arithmetic, knobs_of
 from tether.reports.text import visible
-from tether.runs import Compared, Run
+from tether.runs import EvaluationDir, Run
 from tether.runs.files import write_table
 from tether.runs.tail import lines_since, sample_lines
 from tiny_ppo import id_score
@@ -358,7 +358,7 @@ def test_models_that_tether_evaluate_asked_are_compared_as_runs_are_and_a_pair_o
         assert [name.rpartition(": ")[0] for name in choices.values()] == ["asked", "asked"]
         a, b = choices
         page = client.get("/compare", params={"a": a, "b": b}).text
-        left, right = (Compared(root / "asked").answers(i).to_pylist() for i in (0, 1))
+        left, right = (EvaluationDir(root / "asked").answers(i).to_pylist() for i in (0, 1))
         means = [sum(row["score"] for row in rows) / len(rows) for rows in (left, right)]
         assert f"{means[0]:.3f} on the left, {means[1]:.3f} on the right" in page
         assert f"· {left[0]['kl']:.1f} nats".replace("-", "−") in page

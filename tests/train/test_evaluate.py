@@ -12,7 +12,7 @@ from tether.cli import main
 from tether.config.sections import EvaluateConfig, PromptsConfig, SamplingConfig
 from tether.errors import ConfigError, DataError, ModelError
 from tether.reports.text import visible
-from tether.runs import Compared
+from tether.runs import EvaluationDir
 from tether.train.evaluate import _summed_logprobs
 from tether.types import Rows
 
@@ -259,7 +259,7 @@ def test_another_vocabulary_has_no_kl_and_says_so(models, prompts, tmp_path):
     run = str(tmp_path / "out")
     found = tether.evaluate(config((models[0], other), prompts, run=run), reward=length)
     assert found.results[1].kl is None
-    kl = [Compared(run).answers(i)["kl"].to_pylist() for i in (0, 1)]
+    kl = [EvaluationDir(run).answers(i)["kl"].to_pylist() for i in (0, 1)]
     assert set(kl[1]) == {None}
     assert kl[0] == [0.0] * len(kl[0])  # of the baseline to itself
     assert "vocabulary is not the baseline's" in found.table()
@@ -288,7 +288,7 @@ def test_the_table_and_the_file_say_the_same(models, prompts, tmp_path):
 
 def test_the_answers_are_kept_beside_the_results_and_give_the_same_means(models, prompts, tmp_path):
     found = tether.evaluate(config(models, prompts, run=str(tmp_path / "out")), reward=length)
-    there = Compared(tmp_path / "out")
+    there = EvaluationDir(tmp_path / "out")
     assert there.models == [str(m) for m in models]
     for index, result in enumerate(found.results):
         rows = there.answers(index).to_pylist()
@@ -308,7 +308,7 @@ def test_a_damaged_evaluation_says_so(content, tmp_path):
     if content is not None:
         (tmp_path / "evaluation.json").write_text(content)
     with pytest.raises(tether.RunError, match=r"evaluation.json cannot be read .* Run tether evaluate again"):
-        _ = Compared(tmp_path).models
+        _ = EvaluationDir(tmp_path).models
 
 
 def test_a_place_that_cannot_be_written_is_named(models, prompts, tmp_path):

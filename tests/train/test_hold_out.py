@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.train.ppo import hold_out
+from tether.train.held_out import hold_out
 from tether.types import Prompt
 
 

@@ -21,8 +21,10 @@ import tether
 from tether.config.reading import to_yaml
 from tether.config.sections import KLConfig, LoraConfig, PPOConfig, RewardSourceConfig
 from tether.runs import Run
+from tether.runs.files import damage
 from tether.samplers.local import LocalSampler
 from tether.train import checkpoint
+from tether.train import ppo as ppo_module
 from tiny_ppo import id_score, tiny_config
 
 STOPPED = 3
@@ -122,7 +124,7 @@ def in_update(step: int, what=KILL):
 
 def in_checkpoint(number: int, what=KILL):
     """When every file is written and nothing is renamed."""
-    return at_call(checkpoint, "_sync_tree", number, what)
+    return at_call(checkpoint, "sync", number, what)
 
 
 def after_renaming(number: int, what=KILL):
@@ -169,6 +171,54 @@ def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_happened(model, whole
     assert in_a_fork(config, MOMENTS[moment]()) == -signal.SIGKILL
     assert not Run.open(config.run).final.exists()
     assert_same(tether.ppo(config, reward=id_score), whole("full"))
+
+
+def between_the_renames(number: int):
+    """When the old best/ is put aside and the new one does not stand yet."""
+
+    @contextmanager
+    def moment():
+        real, seen = Path.replace, 0
+
+        def replace_path(self, target):
+            nonlocal seen
+            seen += self.name == ".best.partial"
+            if self.name == ".best.partial" and seen == number:
+                KILL()
+            return real(self, target)
+
+        Path.replace = replace_path
+        yield
+        Path.replace = real
+
+    return moment()
+
+
+BEST_MOMENTS = {
+    "between evaluation and save": lambda: at_call(ppo_module, "keep_best", 2, KILL),
+    "between its renames": lambda: between_the_renames(1),
+    "between its later renames": lambda: between_the_renames(2),
+    "before the metrics are logged": lambda: at_call(ppo_module, "keep_best", 2, KILL, after=True),
+    "before the checkpoint": lambda: in_checkpoint(1),
+}
+
+
+@pytest.mark.parametrize("moment", BEST_MOMENTS)
+def test_the_best_evaluated_policy_survives_a_kill_at_any_moment_bit_for_bit(model, tmp_path, moment):
+    def config(name: str) -> PPOConfig:
+        return tiny_config(tmp_path / name, model, evaluate={"every": 1, "count": 3, "samples": 2}, ppo={"cycles": 3})
+
+    want = tether.ppo(config("whole"), reward=id_score)
+    scores = {m["cycle"]: m["eval/score_mean"] for m in want.metrics}
+    best = max(scores, key=scores.get)
+    assert want.best == {"cycle": best, "score": scores[best]}
+    if in_a_fork(config("run"), BEST_MOMENTS[moment]()) != -signal.SIGKILL:
+        pytest.skip("no later evaluation was better: there was no such moment")
+    run = tether.ppo(config("run"), reward=id_score)
+    assert run.best == want.best
+    assert damage(run.path / "best") is None
+    for file in sorted((want.path / "best").rglob("*.safetensors")):
+        assert (run.path / "best" / file.relative_to(want.path / "best")).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("variant", ["separate critic", "adapters, adaptive KL", "bfloat16"])

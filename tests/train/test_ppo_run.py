@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tether
 from tether.config.sections import KLConfig, LamConfig, MissingEosConfig, RewardSourceConfig
+from tether.diagnose import examine
 from tether.runs import Run
 from tiny_ppo import PROMPTS, STOPS, id_score, tiny_config
 
@@ -325,6 +326,39 @@ def test_prompts_to_evaluate_on_may_come_from_a_file_of_their_own(tiny_model, tm
     assert [row["prompt"] for row in rollouts(run, 2, "evaluations")] == ["zz", "yy"]
 
 
+def said(run: tether.Run) -> tuple[str, str]:
+    """The sentence about the held-out prompts, in the report and by doctor."""
+    text = tether.report(run).read_text(encoding="utf-8")
+    return text, examine(run)
+
+
+def test_a_prompt_that_is_evaluated_on_is_not_trained_on_even_if_both_files_are_one(tiny_model, tmp_path):
+    config = tiny_config(
+        tmp_path / "run", tiny_model(), ppo={"cycles": 2}, log={"tensorboard": False, "rollouts_every": 1}
+    )
+    config = replace(config, evaluate=replace(config.evaluate, prompts=config.prompts.path))
+    run = tether.ppo(config, reward=id_score)
+    held = {row["prompt"] for row in rollouts(run, 2, "evaluations")}
+    trained = {row["prompt"] for cycle in (1, 2) for row in rollouts(run, cycle)}
+    assert held == set(PROMPTS[:3])
+    assert not trained & held
+    counts = next(event for event in run.events if event["event"] == "prompts")
+    assert (counts["train"], counts["held_out"], counts["trained_on"]) == (9, 3, 0)
+    assert any("3 of 12 rows are evaluated on: not trained on" in str(e.get("what")) for e in run.events)
+    assert all("prompts that are never trained on" in text for text in said(run))
+    with pytest.raises(tether.DataError, match=r"holds every prompt of .*Lower evaluate\.count"):
+        tether.ppo(replace(config, evaluate=replace(config.evaluate, count=12)), reward=id_score, fresh=True)
+
+
+def test_with_too_few_prompts_nobody_says_that_they_are_never_trained_on(tiny_model, tmp_path):
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"cycles": 2})
+    config = replace(config, prompts=replace(config.prompts, limit=3))
+    run = tether.ppo(config, reward=id_score)
+    for text in said(run):
+        assert "never trained on" not in text
+        assert "prompts, of which 3 are trained on too" in text
+
+
 # ---------------------------------------------------------------- what a run leaves behind
 
 METRICS = """
@@ -458,7 +492,7 @@ def test_cycles_may_grow_under_a_constant_schedule(tiny_model, tmp_path: Path):
     longer = replace(config, ppo=replace(config.ppo, cycles=4))
     with pytest.raises(tether.RewardError):
         tether.ppo(longer, reward=broken_score)
-    with pytest.raises(tether.RunError, match="is failed and has no final model"):
+    with pytest.raises(tether.RunError, match="is failed and has no final/ model"):
         tether.export(config.run, tmp_path / "exported")  # the one of two cycles is not this run's any more
     run = tether.ppo(longer, reward=id_score)
     whole = tiny_config(tmp_path / "whole", Path(config.model.policy), optim={"schedule": "constant"})

@@ -10,12 +10,9 @@ from tether.config.keys import Key, describe, in_yaml, is_section, keys
 from tether.config.kinds import KINDS
 
 _OPTIONS = """\
-  --print-config  print the resolved config, every key, and stop"""
-
-_TRAINER_OPTIONS = """\
-  --dry-run       check everything, print config, data and memory, and train nothing
+  --dry-run       check everything, print config, data and plan (a trainer's: memory too), and do nothing
   --print-config  print the resolved config, every key, and stop
-  --fresh         begin anew: the old run directory is moved to RUN.old-N, never deleted"""
+  --fresh         start over: the old run directory is moved to RUN.old-N, never deleted"""
 
 
 def help_text(command: str) -> str:
@@ -23,8 +20,8 @@ def help_text(command: str) -> str:
     kind = KINDS[command]
     width = min(100, shutil.get_terminal_size().columns)
     blocks = [
-        f"usage: tether {command} [C.yaml] [--key VALUE …] [options]\n\n{kind.purpose}",
-        f"options\n{_TRAINER_OPTIONS if kind.trains else _OPTIONS}",
+        f"usage: tether {kind.command} [C.yaml] [--key VALUE …] [options]\n\n{kind.purpose}",
+        f"options\n{_OPTIONS}",
         "keys: in the YAML file, or as --key VALUE before or after it. Flags override the file;\n"
         "lists and mappings are replaced whole, e.g. --reward '[{function: my_rewards.py:helpful}]'",
         *(_entry(key, width) for key in keys(kind.config)),

@@ -269,7 +269,7 @@ class HeldOutConfig:
     every: int = 10
     """Cycles between evaluations; 0: none."""
     prompts: str | None = None
-    """File of prompts; null: `count` prompts held out of `prompts`."""
+    """File of prompts, none of which is trained on; null: `count` prompts held out of `prompts`."""
     count: int = 16
     """Prompts, the same through the whole run so that one sees them learn."""
     samples: int = 4

@@ -25,14 +25,14 @@ from tether.feedback.store import Store
 _PINNED = re.compile(r"labels up to event (\d+), sha256:")
 
 
-def pin_labels(config: DataConfig, began_with: Mapping[str, str]) -> str | None:
+def pin_labels(config: DataConfig, recorded_inputs: Mapping[str, str]) -> str | None:
     """What a run reads of the store in data.path, for its inputs; None where the path is no store.
 
-    began_with: the inputs of the run that is continued, {} for a new one.
+    recorded_inputs: the inputs of the run that is continued, {} for a new one.
     """
     if not _holds_labels(config):
         return None
-    as_of = pinned_event(began_with.get("data.path"))
+    as_of = pinned_event(recorded_inputs.get("data.path"))
     with Store(config.path, create=False) as store:
         newest = store.last_event()
         if as_of is None or as_of > newest:  # of another store: the hash will tell

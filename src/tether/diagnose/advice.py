@@ -68,7 +68,7 @@ ADVICE: dict[str, Advice] = {
         "kl/ref_mean", "the KL is three times its target, or above 20 nats and growing while the score is not",
         "The policy finds score where the reward was never right (over-optimization), or the updates are so large that "
         "it drifts.",
-        "Raise ppo.kl.coef, or set ppo.kl.target; or lower optim.lr. An earlier checkpoint may be the better model.",
+        "Raise ppo.kl.coef, or set ppo.kl.target; or lower optim.lr.",
     ),
     "runaway-kl/target": Advice(
         "kl/ref_mean", "",

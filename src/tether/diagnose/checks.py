@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from tether.config.kinds import command_of
 from tether.config.reading import to_yaml
 from tether.config.sections import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, check
-from tether.diagnose.inputs import Inputs, check_inputs
+from tether.diagnose.inputs import Inputs, check_evaluation, check_inputs, what_it_reads
 from tether.diagnose.machine import machine, memory_of
 from tether.diagnose.memory import Memory, predict, size
-from tether.errors import ConfigError, RunError, TetherError
+from tether.errors import ConfigError, TetherError
 from tether.models.loading import resolve_device
-from tether.runs import Run
-from tether.runs.resume import config_changes
+from tether.runs.resume import check_place, check_writable, continuation, has_something_to_continue
 
 
-def dry_run(config: PPOConfig | SFTConfig | RewardConfig, *, fresh: bool = False) -> str:
+def dry_run(config: Config, *, fresh: bool = False) -> str:
     """The resolved config, the data check, one rendered row with its mask, the plan and peak memory by part.
 
     Trains nothing, loads no weights and writes no file. Raises what the run would raise about its config, directory,
@@ -25,8 +22,14 @@ def dry_run(config: PPOConfig | SFTConfig | RewardConfig, *, fresh: bool = False
     """
     check(config)
     resolve_device(config.device)
-    _check_directory(config, fresh=fresh)
-    inputs = check_inputs(config)
+    if isinstance(config, EvaluateConfig):
+        return _dry_evaluation(config)
+    check_place(Path(config.run))
+    pinned = None
+    if not fresh and has_something_to_continue(Path(config.run)):  # hashing takes a second a gigabyte
+        command, hashes, pinned = what_it_reads(config)
+        continuation(Path(config.run), command, config, hashes)
+    inputs = check_inputs(config, pinned)
     return "\n\n".join(
         [
             f"config\n{_indented(to_yaml(config))}",
@@ -36,6 +39,13 @@ def dry_run(config: PPOConfig | SFTConfig | RewardConfig, *, fresh: bool = False
             _memory(config, inputs),
         ]
     )
+
+
+def _dry_evaluation(config: EvaluateConfig) -> str:
+    if config.run is not None:
+        check_writable(Path(config.run))
+    inputs = check_evaluation(config)
+    return "\n\n".join([f"config\n{_indented(to_yaml(config))}", _data(inputs), f"plan\n  {inputs.plan}"])
 
 
 def doctor(config: Config | None = None) -> str:
@@ -48,27 +58,6 @@ def doctor(config: Config | None = None) -> str:
     check(config)
     inputs = check_inputs(config)
     return "\n\n".join([text, _data(inputs), f"plan\n  {inputs.plan}", _memory(config, inputs)])
-
-
-def _check_directory(config: PPOConfig | SFTConfig | RewardConfig, *, fresh: bool) -> None:
-    """Raise where the run could not be begun or continued in its directory; make nothing."""
-    path = Path(config.run)
-    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise RunError(f"run={path}: {there} is a file, and a run needs a directory. Set run to another name.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RunError(f"run={path}: {there} is not writable, so nothing could be saved. Set run to another place.")
-    if fresh or not (path / "config.yaml").exists():
-        return
-    run, command = Run.open(path), command_of(config)
-    if not run.metrics and run.status["state"] != "finished":
-        return  # nothing to continue: it would be begun anew in place
-    if (kind := run.status["kind"]) != command:
-        raise RunError(
-            f"{path} holds a run of `tether {kind}`, but this is `tether {command}`: their files would mix. Set run to "
-            "another directory, or add --fresh to move the old run aside."
-        )
-    config_changes(path, run.config, config)
 
 
 _MASK = {

@@ -26,7 +26,7 @@ def examine(run: str | Path | Run) -> str:
     planned = f" of {config.ppo.cycles:,}" if isinstance(config, PPOConfig) else ""
     done = metrics[-1][kind.unit] if metrics else 0
     head = f"{run.path}: {kind.title}, {_state(status, metrics, now)}, {done:,}{planned} {kind.unit}s done"
-    parts = [head + _headline(kind, metrics, report), *(_told(alarm, kind.unit) for alarm in found)]
+    parts = [head + _headline(run, metrics, report), *(_told(alarm, kind.unit) for alarm in found)]
     if not found:
         parts.append(_nothing(kind, done))
     return "\n\n".join(parts)
@@ -51,14 +51,15 @@ def _state(status: dict[str, Any], metrics: Sequence[dict[str, Any]], now: datet
     return what
 
 
-def _headline(kind: Kind, metrics: Sequence[dict[str, Any]], report: dict[str, Any] | None) -> str:
+def _headline(run: Run, metrics: Sequence[dict[str, Any]], report: dict[str, Any] | None) -> str:
     """Each figure from its first tenth to its last."""
     lines = []
-    for label, name, note in kind.headline:
+    for label, name, note in run.kind.headline:
         values = [v for m in metrics if (v := m.get(name)) is not None]
         if values:
             tenth = max(1, len(values) // 10)
             first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+            note = f"on {run.held_out_claim}" if name == "eval/score_mean" else note
             lines.append((label, f"{first:.3g} → {last:.3g}", note))
     if report is not None:
         a = report["accuracy"]

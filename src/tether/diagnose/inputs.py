@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tether.config.sections import (
     DataConfig,
+    EvaluateConfig,
     InitModelConfig,
     LabelsConfig,
     PairsConfig,
@@ -23,16 +24,20 @@ from tether.config.sections import (
 )
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
-from tether.data.prompts import load_prompts
 from tether.data.split import split_pairs
 from tether.data.table import read_rows
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ModelError
 from tether.models.loading import context_length, model_config
 from tether.rewards import FunctionReward, load_function
-from tether.train.ppo import hold_out
+from tether.runs.resume import Command
+from tether.train.evaluate import load_inputs
+from tether.train.held_out import load_prompt_sets
+from tether.train.ppo import input_hashes as ppo_hashes
+from tether.train.reward import input_hashes as reward_hashes
 from tether.train.reward import plan_steps as plan_pairs
 from tether.train.sft import init_architecture
+from tether.train.sft import input_hashes as sft_hashes
 from tether.train.sft import plan_steps as plan_examples
 from tether.types import Prompt
 
@@ -52,8 +57,18 @@ class Inputs:
     """One row, token by token, with its mask."""
 
 
-def check_inputs(config: PPOConfig | SFTConfig | RewardConfig) -> Inputs:
-    """Read the data as the run would; raises what the run would raise."""
+def what_it_reads(config: PPOConfig | SFTConfig | RewardConfig) -> tuple[Command, dict[str, str], str | None]:
+    """(the command, the hashes of its inputs, what it reads of a store of labels) of a run that goes on."""
+    if isinstance(config, PPOConfig):
+        return "ppo", ppo_hashes(config), None
+    if isinstance(config, SFTConfig):
+        return "sft", sft_hashes(config.model, config.data), None
+    hashes, pinned = reward_hashes(config, fresh=False)
+    return "reward", hashes, pinned
+
+
+def check_inputs(config: PPOConfig | SFTConfig | RewardConfig, pinned: str | None = None) -> Inputs:
+    """Read the data as the run would; raises what the run would raise. pinned: see `what_it_reads`."""
     policy = config.model.policy
     where: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     if isinstance(policy, InitModelConfig):
@@ -64,27 +79,41 @@ def check_inputs(config: PPOConfig | SFTConfig | RewardConfig) -> Inputs:
         check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
     context = context_length(architecture)
     override = config.sampling.stop_token_ids if isinstance(config, PPOConfig) else None
-    stops = stop_token_ids(tokenizer, _generation_config(config), override)
+    stops = stop_token_ids(tokenizer, _generation_config(policy, config.model.revision), override)
     named = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in stops) or "none: only the length ends one"
     facts = [f"stop tokens: {named}", f"context: {context or 'not limited'} tokens"]
     if isinstance(config, PPOConfig):
         return _ppo(config, tokenizer, context, stops, facts)
     stop = stops[0] if stops else None
-    return (_sft if isinstance(config, SFTConfig) else _reward)(config, tokenizer, context, stop, facts)  # type: ignore[arg-type]
+    if isinstance(config, SFTConfig):
+        return _sft(config, tokenizer, context, stop, facts)
+    return _reward(config, tokenizer, context, stop, facts, pinned)
+
+
+def check_evaluation(config: EvaluateConfig) -> Inputs:
+    """Read the prompts as every model does, and ask every reward source whether it takes them."""
+    sources, prompts = load_inputs(config)
+    baseline, *others = sources
+    asked, facts = prompts[baseline], []
+    facts.append(_lengths(config.prompts, prompts=[len(p.ids) for p in asked]))
+    for name, source in sources.items():
+        stops = stop_token_ids(source.tokenizer, _generation_config(name, None), config.sampling.stop_token_ids)
+        told = _sources(config, prompts[name], source.tokenizer, stops)
+        facts += told if name == baseline else []
+    plan = (
+        f"{len(asked)} prompts, {config.samples} responses to each, {len(sources)} models: "
+        f"{len(asked) * config.samples * len(sources):,} responses"
+    ) + (f"; compared with {baseline}: {', '.join(others)}" if others else "")
+    return Inputs(facts, max(len(p.ids) for p in asked), plan, "")
 
 
 def _ppo(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase, context: int | None, stops: Sequence[int], facts: list[str]
 ) -> Inputs:
-    new, e, p = config.sampling.max_new_tokens, config.evaluate, config.ppo
-    prompts = load_prompts(config.prompts, tokenizer, context=context, max_new_tokens=new)
-    facts.append(_lengths(config.prompts, prompts=[len(x.ids) for x in prompts]))
-    if e.prompts is None:
-        train, held_out, note = hold_out(prompts, e.count if e.every else 0, config.seed)
-    else:
-        other = replace(config.prompts, path=e.prompts, limit=None)
-        train, note = prompts, None
-        held_out = load_prompts(other, tokenizer, context=context, max_new_tokens=new)[: e.count]
+    new, p = config.sampling.max_new_tokens, config.ppo
+    sets = load_prompt_sets(config, tokenizer, context)
+    train, held_out, note = sets.train, sets.held_out, sets.note
+    facts.append(_lengths(config.prompts, prompts=[len(x.ids) for x in sets.loaded]))
     facts.append(f"{len(train)} prompts to train on, {len(held_out)} to evaluate on{f' ({note})' if note else ''}")
     facts += _sources(config, train + held_out, tokenizer, stops)
     steps = p.cycles * p.epochs * p.batch // p.minibatch
@@ -95,7 +124,7 @@ def _ppo(
     rendered = _render(tokenizer, list(train[0].ids), [False] * len(train[0].ids))
     end = " or ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in stops)
     rendered += f"\n  1  …  up to {new} sampled tokens" + (f", the last of them {end}" if end else "")
-    longest = max(len(x.ids) for x in [*prompts, *held_out])
+    longest = max(len(x.ids) for x in [*sets.loaded, *held_out])
     return Inputs(facts, longest, plan, f"prompt of row {train[0].row}, and its response\n{rendered}")
 
 
@@ -116,9 +145,10 @@ def _sft(
 
 
 def _reward(
-    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, context: int | None, stop: int | None, facts: list[str]
-) -> Inputs:
-    pairs = load_pairs(config.data, tokenizer, stop_id=stop, context=context)
+    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, context: int | None, stop: int | None, facts: list[str],
+    pinned: str | None,
+) -> Inputs:  # fmt: skip
+    pairs = load_pairs(config.data, tokenizer, stop_id=stop, context=context, pinned=pinned)
     lengths = [len(x.prompt_ids) + max(len(x.chosen_ids), len(x.rejected_ids)) for x in pairs]
     facts.append(_lengths(config.data, pairs=lengths))
     section = config.reward_model
@@ -135,7 +165,7 @@ def _reward(
 
 
 def _sources(
-    config: PPOConfig, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
+    config: PPOConfig | EvaluateConfig, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
 ) -> list[str]:
     """Import the functions and read the reward models' configs."""
     facts = []
@@ -157,10 +187,10 @@ def _sources(
     return facts
 
 
-def _generation_config(config: PPOConfig | SFTConfig | RewardConfig) -> Any:
-    if isinstance(config.model.policy, str):
+def _generation_config(policy: str | InitModelConfig, revision: str | None) -> Any:
+    if isinstance(policy, str):
         with suppress(OSError):  # it has none: the tokenizer's eos then
-            return GenerationConfig.from_pretrained(config.model.policy, revision=config.model.revision or "main")
+            return GenerationConfig.from_pretrained(policy, revision=revision or "main")
     return None
 
 

@@ -77,7 +77,15 @@ margins_exploding = Threshold(
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------- numbers that are none, and the run's own checks
+def _better(view: View) -> str:
+    """Where a better policy than the last one is; checkpoints of that time are gone."""
+    kept = [event for event in view.events if event.get("event") == "best"]
+    if not kept:
+        return "An earlier policy may have been better: with evaluate.every above 0 a run keeps the best one in best/."
+    return f"best/ holds the policy of cycle {kept[-1]['cycle']}, the best on the held-out prompts."
+
+
+# ---------------------------------------------------------------- numbers that are not finite, and the run's own checks
 
 
 def not_finite(view: View) -> Iterator[Alarm]:
@@ -197,6 +205,7 @@ def runaway_kl(view: View) -> Iterator[Alarm]:
             "runaway-kl", held, "serious",
             f"The KL to the reference went from {before:.3g} to {after:.3g} nats per response, while the score went "
             f"from {median(scores[:half]):.3g} to {median(scores[half:]):.3g}.",
+            then=_better(view),
         )  # fmt: skip
 
 
@@ -348,7 +357,7 @@ def score_falling(view: View) -> Iterator[Alarm]:
         yield alarm(
             "score-falling/held-back" if held_back else "score-falling", (then, score.last[-1]), "serious",
             f"Since cycle {then} the score fell from {smooth[peak]:.3g} to {smooth[-1]:.3g}.",
-            then=f"The checkpoint nearest cycle {then} may be the better model.",
+            then=_better(view),
         )  # fmt: skip
 
 
@@ -376,7 +385,7 @@ def second_opinion(view: View) -> Iterator[Alarm]:
                 "second-opinion/held-out" if held_out else "second-opinion", (then, reading.last[-1]), "serious",
                 f"Since cycle {then} {whose} fell from {smooth[peak]:.3g} to {smooth[-1]:.3g}, while the score rose "
                 f"from {scores[0]:.3g} to {scores[1]:.3g}.",
-                metric=name, then=f"The checkpoint nearest cycle {then} may be the better model.",
+                metric=name, then=_better(view),
             )  # fmt: skip
 
 

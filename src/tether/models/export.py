@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,38 @@ from tether.errors import ModelError, RunError
 from tether.models.loading import without_dropout
 from tether.models.policy import LanguageModel
 from tether.runs import Run
+from tether.runs.files import SUMS, damage, replacing_directory, wrap_os_errors, write_sums
 
 
 def save_model(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *,
     card: str, temperature: float | None = None, max_new_tokens: int | None = None, stop_ids: tuple[int, ...] = (),
+    add: Callable[[Path], None] = lambda directory: None,
 ) -> None:  # fmt: skip
     """Write weights (adapters merged), tokenizer, generation_config and model card, then reload and compare.
 
+    add: writes what else belongs in the directory.
     The generation config samples as training did: at its temperature, without top-k or top-p. A directory appears whole
-    or not at all. Raises ModelError when the reloaded model's logits differ.
+    or not at all, with the checksums of its files. Raises ModelError when the reloaded model's logits differ.
     """
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     plain = merged(model)
-    generation = copy.deepcopy(plain.generation_config)
+    before, generation = plain.generation_config, copy.deepcopy(plain.generation_config)
     if temperature is not None:
         generation.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens)
         generation.max_length = None  # its default would speak against max_new_tokens
     if stop_ids:
         generation.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
-    plain.generation_config = generation
-    plain.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    check_reload(plain, partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with wrap_os_errors(directory), replacing_directory(directory) as partial:
+        plain.generation_config = generation
+        try:
+            plain.save_pretrained(partial)
+        finally:
+            plain.generation_config = before
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        add(partial)
+        check_reload(plain, partial)
+        write_sums(partial)
 
 
 def merged(model: LanguageModel) -> Any:
@@ -77,22 +83,33 @@ def check_reload(plain: Any, directory: Path) -> None:
         raise ModelError(f"{directory} gives other logits than the trained model (by {gap:.2g}): it must not be used.")
 
 
-def export(run: str | Path | Run, to: str | Path) -> Path:
+def export(run: str | Path | Run, to: str | Path, *, best: bool = False) -> Path:
     """Copy a finished run's final model to `to`, and check that it loads as it was.
+
+    best: the best evaluated policy of a PPO run instead, which is there while the run is still going.
 
     Raises RunError when there is nothing to export or `to` is not empty.
     """
     run = Run.open(run) if not isinstance(run, Run) else run
     to = Path(to)
-    if not (run.final / "config.json").exists():
+    source = run.path / "best" if best else run.final
+    if not source.is_dir():
         state = run.status["state"]
         raise RunError(
-            f"{run.path} is {state} and has no final model: there is nothing to export. Run the same command again to "
-            "finish it, or point at a checkpoint's policy directory."
+            f"{run.path} is {state} and has no {source.name}/ model: there is nothing to export. Run the same command "
+            "again to finish it, or point at a checkpoint's policy directory."
+        )
+    if damaged := damage(source):
+        raise RunError(
+            f"{source} is damaged ({damaged}): a copy would be too. Run the same command again: it writes the model "
+            "from the last checkpoint."
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to} exists and is not empty: its files would mix with the model's. Name a new directory.")
-    shutil.copytree(run.final, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("critic"))
-    if run.kind.final == "language model":
-        check_reload(without_dropout(AutoModelForCausalLM.from_pretrained(run.final)), to)
+    with replacing_directory(to.absolute()) as partial:
+        unwanted = shutil.ignore_patterns("critic", "best.json", SUMS)
+        shutil.copytree(source, partial, dirs_exist_ok=True, ignore=unwanted)
+        if run.kind.final == "language model":
+            check_reload(without_dropout(AutoModelForCausalLM.from_pretrained(source)), partial)
+        write_sums(partial)
     return to

@@ -8,7 +8,6 @@ where pad and eos are the same; `save_reward_model` chooses a pad id with which 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from tether.errors import ModelError
 from tether.models.loading import autocast, model_config, quiet_transformers, without_dropout
+from tether.runs.files import replacing_directory, wrap_os_errors, write_sums
 from tether.types import microbatches
 
 
@@ -217,23 +217,22 @@ def save_reward_model(
 
     stop_id: the token that ended the sequences it was trained on. card: the model card.
     Stock scores are raw; a normalised one is (raw - tether_reward_mean) / tether_reward_std. A directory appears whole
-    or not at all. Raises ModelError where the reloaded stock model scores a probe differently.
+    or not at all, with the checksums of its files. Raises ModelError where the reloaded stock model scores a probe
+    differently.
     """
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     config = model.classifier.config
     pad_id = choose_pad_id(tokenizer, stop_id=stop_id, vocab_size=config.get_text_config().vocab_size)
     config.pad_token_id = config.get_text_config().pad_token_id = pad_id
     config.tether_reward_mean, config.tether_reward_std = model.mean, model.std
     config.eos_token_id = stop_id
     tokenizer.pad_token = None if pad_id is None else tokenizer.convert_ids_to_tokens(pad_id)
-    with quiet_transformers():
-        model.classifier.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    compare_with_stock(model, partial, stop_id=stop_id, trust_remote_code=trust_remote_code)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with wrap_os_errors(directory), replacing_directory(directory) as partial:
+        with quiet_transformers():
+            model.classifier.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        compare_with_stock(model, partial, stop_id=stop_id, trust_remote_code=trust_remote_code)
+        write_sums(partial)
 
 
 def choose_pad_id(tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, vocab_size: int) -> int | None:

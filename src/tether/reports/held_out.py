@@ -32,8 +32,8 @@ class Evaluation:
         return cls(cycle, answers)
 
     def means(self, column: str = "score") -> dict[int, float]:
-        """prompt_index -> mean over its answers."""
-        return {i: sum(a[column] for a in rows) / len(rows) for i, rows in self.answers.items()}
+        """prompt_index -> mean over its answers; NaN where one of them has no number."""
+        return {i: sum(_or_nan(a[column]) for a in rows) / len(rows) for i, rows in self.answers.items()}
 
     def mean(self, column: str = "score") -> Interval:
         """Mean over prompts, with its 95 % interval."""
@@ -59,10 +59,14 @@ def best_of(evaluation: Evaluation) -> list[tuple[int, float, float]]:
     found = []
     n = 1
     while n <= samples:
-        best = [_expected_max([a["score"] for a in rows], n) for rows in evaluation.answers.values()]
+        best = [_expected_max([_or_nan(a["score"]) for a in rows], n) for rows in evaluation.answers.values()]
         found.append((n, math.log(n) - (n - 1) / n, sum(best) / len(best)))
         n *= 2
     return found
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _expected_max(scores: Sequence[float], n: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,7 +27,8 @@ from tether.reports.held_out import Evaluation, best_of, prompt_text, win_share
 from tether.reports.plots import Plot, calibration, frontier, points
 from tether.reports.signals import SIGNALS, Scale, knobs_of, surprise, tokens_of, value_curve
 from tether.reports.text import visible
-from tether.runs import Run
+from tether.runs import Run, to_plain
+from tether.runs.files import replacing
 
 _MOST_PROMPTS = 24  # shown before and after
 _MOST_EVENTS = 200
@@ -89,17 +91,14 @@ def report(run: str | Path | Run, to: str | Path | None = None) -> Path:
     run = run if isinstance(run, Run) else Run.open(run)
     target = run.path / "report.html" if to is None else Path(to)
     html = render(run)
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        partial.write_text(html, encoding="utf-8")
-        partial.replace(target)
+        with replacing(target) as partial:
+            partial.write_text(html, encoding="utf-8")
     except OSError as error:
         raise RunError(
             f"{target} cannot be written ({error.strerror or error}): there is no report. Name a file in a directory "
             "that exists and is writable: --to FILE."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 
@@ -183,20 +182,23 @@ def ppo_page(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> 
             note = f"of {len(after.answers)} held-out prompts answered better than at the start, ties half{doubt}"
             headlines.append(Headline("Win share", f"{share.mean:.0%}", note))
         headlines.append(
-            Headline("KL spent", f"{after.mean('kl').mean:.3g} nats", "a response, to the reference, held-out prompts")
+            Headline(
+                "KL spent", f"{_number(after.mean('kl').mean)} nats", "a response, to the reference, held-out prompts"
+            )
         )
-        figures += _held_out_figures(evaluations)
+        figures += _held_out_figures(run, evaluations)
     elif metrics:
         score = [m["reward/score_mean"] for m in metrics]
         headlines.append(Headline("Score", _change(score[0], score[-1]), "mean of the first and the last cycle"))
-        headlines.append(Headline("KL spent", f"{metrics[-1]['kl/ref_mean']:.3g} nats", "a response, to the reference"))
+        kl = _number(metrics[-1]["kl/ref_mean"])
+        headlines.append(Headline("KL spent", f"{kl} nats", "a response, to the reference"))
     if metrics:
         entropy = [m["policy/entropy"] for m in metrics]
         headlines.append(Headline("Entropy", _change(entropy[0], entropy[-1]), "nats a token"))
     return Page(lede, headlines, figures, _facts(run, metrics), before, after, _looks(run, config), evaluated=True)
 
 
-def _held_out_figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
+def _held_out_figures(run: Run, evaluations: Sequence[Evaluation]) -> list[Figure]:
     cycles = [e.cycle for e in evaluations]
     score = [e.mean() for e in evaluations]
     kl = [e.mean("kl").mean for e in evaluations]
@@ -206,8 +208,9 @@ def _held_out_figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
     return [
         Figure(
             "Held-out score",
-            f"{prompts} prompts that are never trained on, with the same draws each time; bars are 95 % intervals over "
-            "prompts. It should follow the training score: where it stays behind, the model has learned the prompts.",
+            f"{prompts} {run.held_out_claim}, with the same draws each time; bars are 95 % intervals over "
+            "prompts. It should follow the training score: where it stays behind, the model has learned the prompts."
+            + (f" The best policy, of cycle {best['cycle']}, is kept in best/." if (best := run.best) else ""),
             points(cycles, means, unit="cycle", low=[s.low for s in score], high=[s.high for s in score]),
         ),
         Figure(
@@ -372,8 +375,13 @@ def _interval(interval: Interval, form: str = ".3g") -> str:
     return f"[{interval.low:{form}}, {interval.high:{form}}]"
 
 
-def _change(first: float, last: float) -> str:
-    return f"{first:.3g} → {last:.3g}"
+def _change(first: float | None, last: float | None) -> str:
+    return f"{_number(first)} → {_number(last)}"
+
+
+def _number(value: float | None) -> str:
+    """A metric in few digits; what was not finite is null in the run."""
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.3g}"
 
 
 def _duration(seconds: float) -> str:
@@ -384,4 +392,4 @@ def _duration(seconds: float) -> str:
 
 def _json(value: Any) -> Markup:
     """JSON for inside a script element: no character of it can end the element or open a comment."""
-    return Markup(json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+    return Markup(json.dumps(to_plain(value)).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

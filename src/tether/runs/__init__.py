@@ -7,13 +7,25 @@ and writes. `Run` is everybody else's: it only reads, also while the run is stil
     environment.json  versions, hardware, hashes            rollouts/       cycle-000012.parquet, a row a response
     status.json       running, finished, stopped, failed    evaluations/    likewise, on the fixed prompts
     events.jsonl      resumes, changes, alarms              checkpoints/    see tether.train.checkpoint
+    best/             the best evaluated policy of PPO, with best.json: its cycle and score
     lock              flock: one writer at a time           final/          the last policy, a Hugging Face directory
 
-What `tether evaluate` writes is read by `Compared`: evaluation.json, and answers/model-00.parquet of each model in it.
+What `tether evaluate` writes is read by `EvaluationDir`: evaluation.json, and answers/model-00.parquet of each model.
 """
 
-from tether.runs.directory import RunDirectory, began_with
+from tether.runs.directory import RunDirectory, aside, recorded_inputs
 from tether.runs.files import SCHEMA, hash_files, sha256, to_plain
-from tether.runs.reader import Compared, Run, short_name
+from tether.runs.reader import EvaluationDir, Run, short_name
 
-__all__ = ["SCHEMA", "Compared", "Run", "RunDirectory", "began_with", "hash_files", "sha256", "short_name", "to_plain"]
+__all__ = [
+    "SCHEMA",
+    "EvaluationDir",
+    "Run",
+    "RunDirectory",
+    "aside",
+    "hash_files",
+    "recorded_inputs",
+    "sha256",
+    "short_name",
+    "to_plain",
+]

@@ -16,7 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from tether.config.kinds import KINDS
-from tether.config.reading import load_config, to_yaml
+from tether.config.reading import to_yaml
 from tether.config.sections import Config
 from tether.errors import Interrupted, RunError, TetherError
 from tether.runs.environment import describe_environment, environment_changes
@@ -28,17 +28,20 @@ from tether.runs.files import (
     now,
     read_environment,
     read_lines,
-    read_status,
-    saying_what_failed,
     to_plain,
+    wrap_os_errors,
     write_atomically,
     write_table,
 )
 from tether.runs.lock import Lock
-from tether.runs.resume import check_inputs, config_changes, keeps_bits, reward_changes
-
-# What a process may have written before it was killed and config.yaml, the last, was there.
-_BEFORE_CONFIG = {"lock", "environment.json", "status.json", "events.jsonl", "metrics.jsonl"}
+from tether.runs.resume import (
+    Continuation,
+    check_place,
+    continuation,
+    has_something_to_continue,
+    keeps_bits,
+    reward_changes,
+)
 
 
 class RunDirectory:
@@ -48,7 +51,7 @@ class RunDirectory:
             if run.finished:
                 …
             if run.resumed:
-                run.cut_back(step)
+                run.truncate_after(step)
 
     Leaving the block sets the status: finished; stopped for `Interrupted` and Ctrl-C; failed for any other exception.
 
@@ -88,11 +91,11 @@ class RunDirectory:
         lock = _make_and_lock(path)
         try:
             if fresh and any(file.name != "lock" for file in path.iterdir()):
-                path.rename(_aside(path.absolute()))  # the lock moves along, still held
+                path.rename(aside(path.absolute()))  # the lock moves along, still held
                 lock.release()
                 lock = _make_and_lock(path)
-            if _has_something_to_continue(path):
-                return cls._continue(config, command, lock, inputs or {})
+            if there := continuation(path, command, config, inputs or {}):
+                return cls._continue(config, command, lock, inputs or {}, there)
             return cls._create(config, command, lock, inputs or {})
         except BaseException:
             lock.release()
@@ -111,34 +114,16 @@ class RunDirectory:
         return run
 
     @classmethod
-    def _continue(cls, config: Config, command: str, lock: Lock, inputs: dict[str, str]) -> RunDirectory:
-        path = _path(config)
-        status, environment = read_status(path), read_environment(path)
-        if status.get("schema") != SCHEMA:
-            raise RunError(
-                f"{path} has schema {status.get('schema')}, but this version of tether writes schema {SCHEMA}: they "
-                "would mix. Set run to another directory, or add --fresh to move this one aside."
-            )
-        if status["kind"] != command:
-            raise RunError(
-                f"{path} holds a run of `tether {status['kind']}`, but this is `tether {command}`: their files would "
-                "mix. Set run to another directory, or add --fresh to move the old run aside."
-            )
-        changed = config_changes(path, load_config(path, command), config)
-        check_inputs(path, environment["inputs"], inputs)
-        grew = any(key == "ppo.cycles" for key, _, _ in changed)
-        ended, final = status["state"] == "finished", path / "final"
-        if ended and not _has_model(final) and not _has_checkpoint(path):
-            raise RunError(
-                f"the run in {path} is finished, but {final} and every checkpoint are gone: there is nothing to write "
-                "the model from. Restore one of them from a copy, or add --fresh to move the run aside and begin anew."
-            )
-        run = cls(config, command, lock, resumed=True, finished=ended and _has_model(final) and not grew)
+    def _continue(
+        cls, config: Config, command: str, lock: Lock, inputs: dict[str, str], there: Continuation
+    ) -> RunDirectory:
+        run = cls(config, command, lock, resumed=True, finished=there.finished)
         if run.finished:
             return run
+        path, environment, final = run.path, read_environment(run.path), run.path / "final"
         for name in ("events.jsonl", "metrics.jsonl"):
             drop_half_line(path / name)
-        for key, old, new in changed:
+        for key, old, new in there.changed:
             run.event("config_changed", key=key, old=old, new=new, bit_equal=keeps_bits((key, old, new)))
         for key, old, new in reward_changes(environment["inputs"], inputs, read_lines(path / "events.jsonl")):
             spec = _function(config, key)
@@ -146,10 +131,13 @@ class RunDirectory:
             run.notes.append(f"reward function {spec} has other code than before: scores may not be comparable")
         for key, old, new in environment_changes(environment):
             run.event("environment_changed", key=key, old=old, new=new, bit_equal=False)
+        if there.damaged:
+            run.event("final_damaged", what=there.damaged)
+            run.notes.append(f"{final} is damaged ({there.damaged}): it is written again from the last checkpoint")
         run._set_status("running")
-        if grew and final.exists():  # it would pass for the model of the longer run
-            old = _aside(final)
-            with saying_what_failed(final):
+        if there.grew and final.exists():  # it would pass for the model of the longer run
+            old = aside(final)
+            with wrap_os_errors(final):
                 final.rename(old)
             run.event("final_moved", to=old.name)
         write_atomically(path / "config.yaml", to_yaml(config))  # last: what is said above is said until it is done
@@ -194,7 +182,7 @@ class RunDirectory:
         """evaluations/cycle-NNNNNN.parquet: the same columns, on the fixed prompts."""
         self._write_table("evaluations", cycle, columns)
 
-    def cut_back(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Forget what came after `step`, the checkpoint that the run continues from: each step appears once."""
         kept = [line for line in self.metrics() if line[self.unit] <= step]
         write_atomically(self.path / "metrics.jsonl", "".join(json_line(line) for line in kept))
@@ -225,7 +213,7 @@ class RunDirectory:
         self._last_heartbeat = time.monotonic()
 
     def _write_table(self, folder: str, cycle: int, columns: dict[str, list[Any]]) -> None:
-        with saying_what_failed(self.path / folder):
+        with wrap_os_errors(self.path / folder):
             (self.path / folder).mkdir(exist_ok=True)
         write_table(self.path / folder / f"cycle-{cycle:06d}.parquet", columns)
 
@@ -240,51 +228,28 @@ def _function(config: Config, key: str) -> str:
 
 
 def _make_and_lock(path: Path) -> Lock:
-    if path.exists() and not path.is_dir():
-        raise RunError(f"run={path} is a file: a run needs a directory. Set run to another name.")
-    with saying_what_failed(path):
+    check_place(path)
+    with wrap_os_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        names = sorted(file.name for file in path.iterdir())
-        strange = [name for name in names if name not in _BEFORE_CONFIG and not name.endswith(".partial")]
-        if strange and "config.yaml" not in names:
-            raise RunError(
-                f"{path} is not empty and not a run directory (it holds {strange[0]} and no config.yaml): its files "
-                "would mix with the run's. Set run to a directory that does not exist yet."
-            )
         return Lock(path)
 
 
-def began_with(path: str | Path) -> dict[str, str]:
+def recorded_inputs(path: str | Path) -> dict[str, str]:
     """The inputs of the run in `path`, where the same command would continue it; else {}."""
     path = Path(path)
-    return dict(read_environment(path)["inputs"]) if _has_something_to_continue(path) else {}
-
-
-def _has_something_to_continue(path: Path) -> bool:
-    if not (path / "config.yaml").exists():
-        return False
-    if read_lines(path / "metrics.jsonl") or _has_checkpoint(path):
-        return True
-    return read_status(path)["state"] == "finished"
-
-
-def _has_checkpoint(path: Path) -> bool:
-    return any((path / "checkpoints").glob("[!.]*[1-9]*"))  # -000000 is the start
-
-
-def _has_model(final: Path) -> bool:
-    return (final / "config.json").exists()
+    return dict(read_environment(path)["inputs"]) if has_something_to_continue(path) else {}
 
 
 def _remove_what_came_to_nothing(path: Path) -> None:
     """Files of a process that ended before its first cycle did; what stays is overwritten."""
     for name in ("events.jsonl", "metrics.jsonl"):
         (path / name).unlink(missing_ok=True)
-    for name in ("rollouts", "evaluations", "checkpoints"):
+    for name in ("rollouts", "evaluations", "checkpoints", "best"):
         shutil.rmtree(path / name, ignore_errors=True)
 
 
-def _aside(path: Path) -> Path:
+def aside(path: Path) -> Path:
+    """Where --fresh moves what stands at `path`: PATH.old-N."""
     n = 1
     while (old := path.with_name(f"{path.name}.old-{n}")).exists():
         n += 1

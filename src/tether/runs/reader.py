@@ -10,7 +10,7 @@ from tether.config.kinds import KINDS, Kind
 from tether.config.reading import load_config
 from tether.config.sections import Config
 from tether.errors import RunError
-from tether.runs.files import read_environment, read_lines, read_status, read_table
+from tether.runs.files import read_environment, read_json, read_lines, read_status, read_table
 
 if TYPE_CHECKING:
     import pyarrow
@@ -71,9 +71,26 @@ class Run:
         return read_lines(self.path / "events.jsonl")
 
     @property
+    def held_out_claim(self) -> str:
+        """What is true of the prompts that a run is evaluated on, by its own count."""
+        counts = [event for event in self.events if event["event"] == "prompts"]
+        if not counts:
+            return "prompts, the same each time"
+        both = max(event["trained_on"] for event in counts)
+        return "prompts that are never trained on" if not both else f"prompts, of which {both} are trained on too"
+
+    @property
     def final(self) -> Path:
         """The Hugging Face directory of the last policy; there once the run is finished."""
         return self.path / "final"
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """cycle and score of the policy in best/, the best evaluated one; None where there is none that can be read."""
+        try:
+            return read_json(self.path / "best" / "best.json", cycle=int, score=float)
+        except RunError:
+            return None
 
     @property
     def rollout_cycles(self) -> list[int]:
@@ -106,7 +123,7 @@ class Run:
         return read_table(file)
 
 
-class Compared:
+class EvaluationDir:
     """What `tether evaluate` wrote: several models' answers to the same prompts."""
 
     path: Path  # the directory
@@ -115,7 +132,7 @@ class Compared:
         self.path = Path(path)
 
     @property
-    def named(self) -> Path:
+    def index_file(self) -> Path:
         """The file that names the models and holds the results."""
         return self.path / "evaluation.json"
 
@@ -123,10 +140,12 @@ class Compared:
     def models(self) -> list[str]:
         """Their directories or hub ids, the baseline first; RunError where evaluation.json is not what was written."""
         try:
-            return [str(result["model"]) for result in json.loads(self.named.read_text(encoding="utf-8"))["results"]]
+            return [
+                str(result["model"]) for result in json.loads(self.index_file.read_text(encoding="utf-8"))["results"]
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{self.named} cannot be read ({type(error).__name__}): it is unclear which models these are. Run "
+                f"{self.index_file} cannot be read ({type(error).__name__}): it is unclear which models these are. Run "
                 "tether evaluate again."
             ) from error
 

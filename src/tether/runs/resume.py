@@ -1,28 +1,115 @@
-"""Whether a command continues the run that is there: same config, same inputs, but for what cannot spoil the curves."""
+"""Whether a command continues the run that is there: same config, same inputs, but for what cannot spoil the curves.
+
+`RunDirectory` goes by these rules, and so does a dry run: nothing here writes or locks.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tether.config.reading import load_config
 from tether.config.sections import Config
 from tether.errors import RunError
+from tether.runs.files import SCHEMA, damage, read_environment, read_lines, read_status
 
 Change = tuple[str, Any, Any]  # dotted key, value when the run began, value now
 
-# `run` is where the directory is now: it may have been moved.
+# `run` is where the directory is now: it may have been moved. What a revision stands for is among the inputs.
 _MAY_CHANGE = re.compile(
-    r"run$|(log|checkpoint|evaluate)(\.|$)|reward\[\d+\]\.timeout_s$"
+    r"run$|model\.revision$|(log|checkpoint)(\.|$)|evaluate\.(every|samples)$|reward\[\d+\]\.timeout_s$"
     r"|(ppo|sft|reward_model)\.microbatch_tokens$|model\.gradient_checkpointing$"
 )
-# The first two change the order of floating-point sums, the others which prompts are held out of training.
-_NOT_BIT_EQUAL = re.compile(r".*\.(microbatch_tokens|gradient_checkpointing)$|evaluate\.(prompts|count)$")
+# These change the order of floating-point sums.
+_NOT_BIT_EQUAL = re.compile(r".*\.(microbatch_tokens|gradient_checkpointing)$")
 # An input that may change: a reward function is mended while a run goes on.
 _REWARD_FILE = re.compile(r"reward\[\d+\]\.function$")
 _ABSENT = "(absent)"
+
+
+# What a process may have written before it was killed and config.yaml, the last, was there.
+_BEFORE_CONFIG = {"lock", "environment.json", "status.json", "events.jsonl", "metrics.jsonl"}
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a run that is there goes on."""
+
+    changed: list[Change]
+    """Config keys that changed, and may."""
+    grew: bool
+    """More cycles are asked for than before."""
+    damaged: str | None
+    """What is wrong with the final/ of a run that had finished."""
+    finished: bool
+    """Nothing is left to do."""
+
+
+def check_place(path: Path) -> None:
+    """RunError where `path` cannot be a run directory: below a file, not writable, or full of other files."""
+    check_writable(path)
+    names = sorted(file.name for file in path.iterdir()) if path.exists() else []
+    strange = [name for name in names if name not in _BEFORE_CONFIG and not name.endswith(".partial")]
+    if strange and "config.yaml" not in names:
+        raise RunError(
+            f"{path} is not empty and not a run directory (it holds {strange[0]} and no config.yaml): its files "
+            "would mix with the run's. Set run to a directory that does not exist yet."
+        )
+
+
+def check_writable(path: Path) -> None:
+    """RunError where no directory `path` could be made or written to; makes none."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise RunError(f"run={path}: {there} is a file, and a run needs a directory. Set run to another name.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"run={path}: {there} is not writable, so nothing could be saved. Set run to another place.")
+
+
+def continuation(path: Path, command: str, config: Config, inputs: dict[str, str]) -> Continuation | None:
+    """How this command continues the run in `path`; None where it starts one. RunError where it may do neither."""
+    if not has_something_to_continue(path):
+        return None
+    status, environment = read_status(path), read_environment(path)
+    if status.get("schema") != SCHEMA:
+        raise RunError(
+            f"{path} has schema {status.get('schema')}, but this version of tether writes schema {SCHEMA}: they "
+            "would mix. Set run to another directory, or add --fresh to move this one aside."
+        )
+    if status["kind"] != command:
+        raise RunError(
+            f"{path} holds a run of `tether {status['kind']}`, but this is `tether {command}`: their files would "
+            "mix. Set run to another directory, or add --fresh to move the old run aside."
+        )
+    changed = config_changes(path, load_config(path, command), config)
+    check_inputs(path, environment["inputs"], inputs)
+    grew = any(key == "ppo.cycles" for key, _, _ in changed)
+    ended, final = status["state"] == "finished", path / "final"
+    damaged = damage(final) if ended else None
+    if damaged and not _has_checkpoint(path):
+        raise RunError(
+            f"the run in {path} is finished, but {final} is damaged ({damaged}) and every checkpoint is gone: "
+            "there is nothing to write the model from. Restore one of them from a copy, or add --fresh to move the "
+            "run aside and begin anew."
+        )
+    return Continuation(changed, grew, damaged, finished=ended and not damaged and not grew)
+
+
+def has_something_to_continue(path: Path) -> bool:
+    """Whether a run in `path` did a cycle or more; one that did not is started over in place."""
+    if not (path / "config.yaml").exists():
+        return False
+    if read_lines(path / "metrics.jsonl") or _has_checkpoint(path):
+        return True
+    return read_status(path)["state"] == "finished"
+
+
+def _has_checkpoint(path: Path) -> bool:
+    return any((path / "checkpoints").glob("[!.]*[1-9]*"))  # -000000 is the start
 
 
 def config_changes(path: Path, old: Config, new: Config) -> list[Change]:
@@ -31,11 +118,14 @@ def config_changes(path: Path, old: Config, new: Config) -> list[Change]:
     constant = asdict(new)["optim"]["schedule"] == "constant"
     for key, before, now in found:
         grew = key == "ppo.cycles" and now > before
-        if _MAY_CHANGE.match(key) or (grew and constant):
+        switched = key == "evaluate.every" and bool(before) != bool(now)  # 0 holds no prompts out
+        if (_MAY_CHANGE.match(key) and not switched) or (grew and constant):
             continue
         why = "its curves would mix two experiments"
         if grew:
             why = "the learning rate falls towards the old end, so cycles may grow under optim.schedule: constant alone"
+        if key.startswith("evaluate."):
+            why = "other prompts would be held out, and some of them have been trained on"
         raise RunError(
             f"{key} was {_shown(before)} when the run in {path} began and is {_shown(now)} now: {why}. Set it back to "
             "continue, or add --fresh to move the old run aside and begin anew."
@@ -47,9 +137,11 @@ def check_inputs(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
     """RunError if a model or data file has other content than when the run began."""
     for key, before, now in changes(old, new):
         if not (_MAY_CHANGE.match(key) or _REWARD_FILE.match(key)):
+            moved = re.search(r"@([0-9a-f]{40})$", str(before)) if key.startswith("model.policy") else None
+            remedy = f"Set model.revision to {moved[1]}" if moved else "Restore it"
             raise RunError(
                 f"{key} has other content than when the run in {path} began (was {before}, is {now}): its curves would "
-                "mix two experiments. Restore it, or add --fresh to move the old run aside and begin anew."
+                f"mix two experiments. {remedy}, or add --fresh to move the old run aside and begin anew."
             )
 
 
@@ -64,10 +156,7 @@ def reward_changes(old: dict[str, str], new: dict[str, str], events: list[dict[s
 
 def keeps_bits(change: Change) -> bool:
     """Whether the rest of the run is still bit-equal to an uninterrupted one after this change."""
-    key, before, now = change
-    if key == "evaluate.every":
-        return bool(before) == bool(now)  # 0 holds no prompts out
-    return not _NOT_BIT_EQUAL.match(key)
+    return not _NOT_BIT_EQUAL.match(change[0])
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:

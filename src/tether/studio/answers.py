@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 from tether.errors import RunError
-from tether.runs import Compared, short_name
+from tether.runs import EvaluationDir, short_name
 from tether.studio.shared import Studio, is_count
 from tether.studio.tokens import Folder, read
 
@@ -65,11 +65,11 @@ def answer(studio: Studio, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return found.source | {"row": int(number)}, found.rows[int(number)]
 
 
-def _asked(found: Compared, index: int) -> list[dict[str, Any]]:
+def _asked(found: EvaluationDir, index: int) -> list[dict[str, Any]]:
     file = found.file(index)
     return _read(str(found.path), index, file.stat().st_mtime_ns if file.exists() else 0)
 
 
 @lru_cache(maxsize=8)
 def _read(path: str, index: int, stamp: int) -> list[dict[str, Any]]:
-    return [row | {"number": i} for i, row in enumerate(Compared(path).answers(index).to_pylist())]
+    return [row | {"number": i} for i, row in enumerate(EvaluationDir(path).answers(index).to_pylist())]

@@ -17,11 +17,11 @@ from typing import Any
 
 from tether.diagnose.state import patience_s, state
 from tether.errors import RunError
-from tether.runs import Compared, Run
+from tether.runs import EvaluationDir, Run
 from tether.runs.tail import sample_lines
 
 _DEEPEST = 4  # folders below the root in which runs are looked for
-_OURS = {"checkpoints", "rollouts", "evaluations", "final", "tensorboard", "answers"}
+_OURS = {"checkpoints", "rollouts", "evaluations", "final", "best", "tensorboard", "answers"}
 _LOOK_AGAIN_S = 2.0
 _SPARK = 40  # points of a small curve
 
@@ -83,16 +83,16 @@ class Runs:
             raise RunError(f"there is no run {run_id[:40]!r} below {self.given}: it was moved or deleted.")
         return Run.open(path)
 
-    def evaluation(self, evaluation_id: str) -> Compared:
+    def evaluation(self, evaluation_id: str) -> EvaluationDir:
         """The evaluation of an id; RunError if it is gone or never was."""
         if evaluation_id not in self._evaluations:
             self._look()
         path = self._evaluations.get(evaluation_id)
-        if path is None or not Compared(path).named.is_file():
+        if path is None or not EvaluationDir(path).index_file.is_file():
             raise RunError(
                 f"there is no evaluation {evaluation_id[:40]!r} below {self.given}: it was moved or deleted."
             )
-        return Compared(path)
+        return EvaluationDir(path)
 
     def checked(self, run_id: str) -> str:
         """The id, if it is one of ours; RunError if not."""
@@ -104,7 +104,7 @@ class Runs:
         path = self._paths.get(run_id, self.root)
         return str(path.relative_to(self.root)) if path != self.root else path.name
 
-    def name(self, run: Run | Compared) -> str:
+    def name(self, run: Run | EvaluationDir) -> str:
         """A run's, or an evaluation's, path below the root."""
         return str(run.path.relative_to(self.root)) if run.path != self.root else run.path.name
 

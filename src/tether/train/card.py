@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from tether.config.sections import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.runs import Run
 
 
-def ppo_card(run: Run, config: PPOConfig) -> str:
-    """A model card: what was trained, on what, how far it moved, and which evaluated cycle was the best."""
-    metrics = run.metrics
+def ppo_card(
+    name: str, metrics: Sequence[dict[str, Any]], config: PPOConfig, which: str, best: dict[str, Any] | None = None
+) -> str:
+    """A model card: what was trained, on what, how far it moved, and which evaluated cycle was the best.
+
+    name: of the run. metrics: up to the cycle that the model is of. which: why this one. best: what `Run.best` says.
+    """
     first, last = metrics[0], metrics[-1]
     evaluated = [m for m in metrics if m.get("eval/score_mean") is not None]
     lines = [
@@ -18,24 +25,23 @@ def ppo_card(run: Run, config: PPOConfig) -> str:
         "tags: [tether, ppo, rlhf]",
         "---",
         "",
-        f"# {run.path.name}",
+        f"# {name}",
         "",
         f"Trained with PPO by Tether from `{config.model.policy}`.",
-        f"This is the policy of the last cycle, {last['cycle']}.",
+        f"This is the policy of cycle {last['cycle']}, {which}.",
         "",
-        "| | first cycle | last cycle |",
+        f"| | cycle {first['cycle']} | cycle {last['cycle']} |",
         "|---|---|---|",
     ]
-    for label, name in (
+    for label, metric in (
         ("score", "reward/score_mean"), ("KL to the reference, nats a response", "kl/ref_mean"),
         ("entropy, nats a token", "policy/entropy"), ("length, tokens", "response/length_mean"),
         ("cut at the limit, share", "response/truncated_fraction"),
     ):  # fmt: skip
-        lines.append(f"| {label} | {_shown(first[name])} | {_shown(last[name])} |")
-    if evaluated:
-        best = max(evaluated, key=lambda m: m["eval/score_mean"])
-        lines += ["", f"Best on the held-out prompts: cycle {best['cycle']} (score {best['eval/score_mean']:.4g}); "
-                      f"the last one scores {evaluated[-1]['eval/score_mean']:.4g}."]  # fmt: skip
+        lines.append(f"| {label} | {_shown(first[metric])} | {_shown(last[metric])} |")
+    if best and evaluated:
+        lines += ["", f"Best on the held-out prompts: cycle {best['cycle']} (score {best['score']:.4g}), kept in the "
+                      f"run's `best/`; the last one scores {evaluated[-1]['eval/score_mean']:.4g}."]  # fmt: skip
     lines += [
         "",
         f"Prompts: `{config.prompts.path}`. {config.ppo.cycles} cycles of {config.ppo.batch} responses, "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tether.errors import RunError
-from tether.runs import SCHEMA, sha256
+from tether.runs.files import SCHEMA, damaged_file, file_hashes, is_os_error, replacing_directory, sync
 
 _ADAM = ("exp_avg", "exp_avg_sq", "step")
 
@@ -40,24 +39,19 @@ def save(run: Path, name: str, state: dict[str, Any], write: Callable[[Path], No
     is a RunError.
     """
     folder = Path(run) / "checkpoints"
-    target, partial = folder / name, folder / f".{name}.partial"
+    target = folder / name
     if _is_whole(target):
         _drop_all_but(keep, name, folder)
         return target
     try:
         folder.mkdir(exist_ok=True)
         _remove_hidden(folder)
-        partial.mkdir()
-        write(partial)
-        (partial / "state.json").write_text(_seal(state, _checksums(partial)), encoding="utf-8")
-        _sync_tree(partial)
-        _sync(Path(run) / "metrics.jsonl")  # a checkpoint must not outlive the metrics that led to it
-        if target.exists():  # damaged: the run goes on from one before it
-            target.rename(folder / f".{name}.replaced")
-        partial.rename(target)
-        _sync(folder)
+        with replacing_directory(target) as partial:
+            write(partial)
+            (partial / "state.json").write_text(_seal(state, file_hashes(partial)), encoding="utf-8")
+            sync(Path(run) / "metrics.jsonl")  # a checkpoint must not outlive the metrics that led to it
     except Exception as error:
-        if not (isinstance(error, OSError) or "os error" in str(error)):  # how the Rust libraries report one
+        if not is_os_error(error):
             raise
         kept = names(run)
         failure = RunError(
@@ -162,11 +156,7 @@ def load_optimizer(
         )
 
 
-# ---------------------------------------------------------------- checksums and durability
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    return {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+# ---------------------------------------------------------------- checksums
 
 
 def _seal(state: dict[str, Any], files: dict[str, str]) -> str:
@@ -184,12 +174,8 @@ def _open_seal(folder: Path) -> dict[str, Any]:
         sealed = False
     if not sealed:
         raise ValueError("the checksum of state.json does not match")
-    for name, want in body["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{name} is missing")
-        if sha256(file) != want:
-            raise ValueError(f"the checksum of {name} does not match")
+    if problem := damaged_file(folder, body["files"]):
+        raise ValueError(problem)
     state: dict[str, Any] = body["state"]
     return state
 
@@ -204,20 +190,6 @@ def _is_whole(folder: Path) -> bool:
 
 def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    if path.exists():
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _remove_hidden(folder: Path) -> None:

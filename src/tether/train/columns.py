@@ -33,7 +33,7 @@ def response_columns(
     }
 
 
-def table(
+def rollout_columns(
     experience: Experience, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], ppo: PPOSection,
     *, cycle: int, responses_per_prompt: int, new_logprobs: Tensor | None = None,
 ) -> dict[str, list[Any]]:  # fmt: skip

@@ -24,7 +24,7 @@ from tether.math import Interval, bootstrap_mean
 from tether.models.loading import context_length, load_causal_lm, model_config, resolve_device, resolve_dtype
 from tether.models.policy import LanguageModel
 from tether.rewards import build_reward
-from tether.runs import Compared, short_name
+from tether.runs import EvaluationDir, aside, short_name
 from tether.runs.files import write_atomically, write_table
 from tether.samplers.local import LocalSampler
 from tether.train.columns import response_columns
@@ -71,7 +71,7 @@ def generate(
     )
     if not prompts:
         return []
-    source = _Source.of(str(model), sampling, trust_remote_code)
+    source = Source.of(str(model), sampling, trust_remote_code)
     table = Table(anywhere.path, [{"prompt": prompt} for prompt in prompts])
     asked = prompts_of(table, anywhere, source.tokenizer, **source.room)
     loaded = source.load(resolve_device(device), dtype)
@@ -145,22 +145,23 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None) -> Evaluation:
+def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None, fresh: bool = False) -> Evaluation:
     """Sample from every model, score the answers, and compare with the baseline.
 
     reward: a reward function as one more source, as in `tether.ppo`. With config.run, evaluation.json is written there,
-    and the answers themselves, which `tether studio` shows side by side.
+    and the answers themselves, which `tether studio` shows side by side. fresh: move what is there to RUN.old-N first;
+    else it is replaced.
     At most two models are in memory, the baseline and another, beside the reward sources.
     """
     check(config, reward_given=reward is not None)
     if config.run is not None:
-        with _saying_that_nothing_is_kept(config):  # before the minutes that it takes
+        with _report_write_failure(config):  # before the minutes that it takes
+            if fresh and Path(config.run).exists():
+                Path(config.run).rename(aside(Path(config.run).absolute()))
             Path(config.run).mkdir(parents=True, exist_ok=True)
     device = resolve_device(config.device)
-    baseline = config.baseline or config.models[0]
-    names = list(dict.fromkeys([baseline, *config.models]))
-    sources = {name: _Source.of(name, config.sampling, config.trust_remote_code) for name in names}
-    prompts = _common({name: load_prompts(config.prompts, s.tokenizer, **s.room) for name, s in sources.items()})
+    sources, prompts = load_inputs(config)
+    baseline = next(iter(sources))
     base = sources[baseline].load(device, config.dtype)
     results: list[Result] = []
     answers: list[dict[str, list[Any]]] = []
@@ -202,8 +203,16 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
         del model, rewards  # before the next ones are loaded
     evaluation = Evaluation(baseline, len(prompts[baseline]), config.samples, results)
     if config.run is not None:
-        _write(evaluation, answers, config, Compared(config.run))
+        _write(evaluation, answers, config, EvaluationDir(config.run))
     return evaluation
+
+
+def load_inputs(config: EvaluateConfig) -> tuple[dict[str, Source], dict[str, list[Prompt]]]:
+    """(the models, the baseline first; the prompts as each of them reads them). Loads no weights."""
+    names = dict.fromkeys([config.baseline or config.models[0], *config.models])
+    sources = {name: Source.of(name, config.sampling, config.trust_remote_code) for name in names}
+    prompts = {name: load_prompts(config.prompts, s.tokenizer, **s.room) for name, s in sources.items()}
+    return sources, _common(prompts)
 
 
 def _truncation(s: SamplingConfig) -> str | None:
@@ -256,23 +265,23 @@ def _common(prompts: dict[str, list[Prompt]]) -> dict[str, list[Prompt]]:
 
 
 def _write(
-    evaluation: Evaluation, answers: Sequence[dict[str, list[Any]]], config: EvaluateConfig, there: Compared
+    evaluation: Evaluation, answers: Sequence[dict[str, list[Any]]], config: EvaluateConfig, there: EvaluationDir
 ) -> None:
     """The answers first, the file that names their models last: a reader never sees one beside the other's."""
-    with _saying_that_nothing_is_kept(config, evaluation):
+    with _report_write_failure(config, evaluation):
         folder = there.file(0).parent
         folder.mkdir(parents=True, exist_ok=True)
-        there.named.unlink(missing_ok=True)
+        there.index_file.unlink(missing_ok=True)
         for old in folder.glob("model-*.parquet"):
             old.unlink()
         for index, columns in enumerate(answers):
             write_table(there.file(index), columns)
         content = {"schema": 1, **asdict(evaluation), "config": asdict(config)}
-        write_atomically(there.named, json.dumps(content, indent=2) + "\n")
+        write_atomically(there.index_file, json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
-def _saying_that_nothing_is_kept(config: EvaluateConfig, evaluation: Evaluation | None = None) -> Iterator[None]:
+def _report_write_failure(config: EvaluateConfig, evaluation: Evaluation | None = None) -> Iterator[None]:
     """Where writing fails, print what was found, since it took a while, and raise a RunError that names the place."""
     try:
         yield
@@ -291,7 +300,7 @@ def _saying_that_nothing_is_kept(config: EvaluateConfig, evaluation: Evaluation 
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """A model that need not be loaded yet: its tokenizer and its config answer what can be answered early."""
 
     path: str
@@ -301,7 +310,7 @@ class _Source:
     trust_remote_code: bool
 
     @classmethod
-    def of(cls, path: str, sampling: SamplingConfig, trust_remote_code: bool) -> _Source:
+    def of(cls, path: str, sampling: SamplingConfig, trust_remote_code: bool) -> Source:
         config = model_config(path, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         check_vocabulary(tokenizer, config.get_text_config().vocab_size)

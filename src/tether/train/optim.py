@@ -14,7 +14,7 @@ from tether.errors import TrainingError
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
-ANEW = "begin anew with --fresh (a run that continues keeps its settings)"  # ends advice to change one
+RESTART_HINT = "start over with --fresh (a run that continues keeps its settings)"  # ends advice to change one
 
 MAX_SKIPPED_IN_A_ROW = 5  # steps with gradients that are not finite: one is bad luck, five a broken run
 
@@ -76,7 +76,7 @@ class Steps:
             raise TrainingError(
                 f"the gradients of {self.skipped} optimiser steps in a row are not finite: nothing can be learned any "
                 f"more. Look at the data or the scores of these steps; or lower optim.lr, or set model.dtype to "
-                f"float32, and {ANEW}."
+                f"float32, and {RESTART_HINT}."
             )
 
 

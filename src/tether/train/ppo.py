@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from tether.config.sections import PPOConfig, check
-from tether.data.prompts import load_prompts
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import Interrupted, RewardError, TrainingError
 from tether.math import next_kl_coef
@@ -33,11 +32,13 @@ from tether.runs import Run, RunDirectory, hash_files
 from tether.runs.bounds import SAMPLER_GAP
 from tether.samplers.local import LocalSampler
 from tether.train import checkpoint
+from tether.train.best import keep_best
 from tether.train.card import ppo_card
-from tether.train.columns import table
+from tether.train.columns import rollout_columns
 from tether.train.deterministic import deterministic
+from tether.train.held_out import load_prompt_sets, record_prompt_sets
 from tether.train.log import Logger, say
-from tether.train.optim import HELD_OUT, PROMPTS, Steps, build_optimizer, permutation
+from tether.train.optim import PROMPTS, Steps, build_optimizer, permutation
 from tether.train.rollout import Experience, collect
 from tether.train.signals import Signals, StopRequested
 from tether.train.update import update
@@ -58,7 +59,7 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
     with (
         Signals() as signals,
         deterministic(config.deterministic),
-        RunDirectory.open(config, command="ppo", fresh=fresh, inputs=_inputs(config)) as run,
+        RunDirectory.open(config, command="ppo", fresh=fresh, inputs=input_hashes(config)) as run,
     ):
         if run.finished:
             say(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
@@ -68,6 +69,7 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
         with Logger(run, config.log, total=config.ppo.cycles) as log:
             for note in run.notes:
                 log.note(note)
+            record_prompt_sets(run, job.prompts, job.held_out)
             for note in job.notes:
                 run.event("fallback", what=note)
                 log.note(note)
@@ -100,6 +102,7 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
                     metrics |= job.evaluate(run, state, log)
                 except RewardError as error:  # the cycle itself is done, and kept
                     stop = error
+                keep_best(run, config, cycle, metrics, job.write_model)
                 log.write(cycle, metrics)
                 if signals.requested and cycle < config.ppo.cycles:
                     stop = stop or Interrupted(f"stopped after cycle {cycle}; the same command continues")
@@ -188,7 +191,7 @@ class Job:
             self.held_out, self.sampler, self.reward, self.policy, self.reference,
             self.sampling(c.evaluate.samples, EVALUATE), c.ppo, kl_coef=state.kl_coef, cycle=0,
         )  # fmt: skip
-        columns = table(
+        columns = rollout_columns(
             experience, self.tokenizer, self.stop_ids, c.ppo, cycle=cycle, responses_per_prompt=c.evaluate.samples
         )
         run.write_evaluation(cycle, columns)
@@ -235,7 +238,7 @@ class Job:
 
         found = checkpoint.latest(run.path, passed_over)
         if found is None:
-            run.cut_back(0)
+            run.truncate_after(0)
             return State(0, self.config.ppo.kl.coef)
         directory, state = found
         restore_weights(self.policy.lm, directory / "policy")
@@ -243,17 +246,28 @@ class Job:
         self.steps.skipped = state["skipped"]
         checkpoint.load_optimizer(self.steps.optimizer, self._named_parameters(), directory / "optimizer.safetensors")
         self.sampler.load_weights(self.policy.model)
-        run.cut_back(state["cycle"])
+        run.truncate_after(state["cycle"])
         return State(state["cycle"], state["kl_coef"])
 
     def finish(self, run: RunDirectory) -> None:
-        """final/: the last policy as a plain Hugging Face directory, its critic beside it."""
+        """final/: the last policy."""
+        done = Run(run.path)
+        self.write_model(
+            run.path / "final", ppo_card(run.path.name, done.metrics, self.config, "the last one", done.best)
+        )
+
+    def write_model(self, directory: Path, card: str, add: Callable[[Path], None] = lambda directory: None) -> None:
+        """The policy as a plain Hugging Face directory, its critic beside it. add: writes what else belongs there."""
+
+        def beside(directory: Path) -> None:
+            self.policy.save_critic(directory / "critic")
+            add(directory)
+
         s = self.config.sampling
         save_model(
-            self.policy.model, self.tokenizer, run.path / "final", card=ppo_card(Run(run.path), self.config),
-            temperature=s.temperature, max_new_tokens=s.max_new_tokens, stop_ids=self.stop_ids,
+            self.policy.model, self.tokenizer, directory, card=card, temperature=s.temperature,
+            max_new_tokens=s.max_new_tokens, stop_ids=self.stop_ids, add=beside,
         )  # fmt: skip
-        self.policy.save_critic(run.path / "final" / "critic")
 
     # ------------------------------------------------ details
 
@@ -274,7 +288,7 @@ class Job:
 
     def _write(self, run: RunDirectory, experience: Experience, cycle: int, new_logprobs: torch.Tensor | None) -> None:
         ppo = self.config.ppo
-        columns = table(
+        columns = rollout_columns(
             experience, self.tokenizer, self.stop_ids, ppo,
             cycle=cycle, responses_per_prompt=ppo.responses_per_prompt, new_logprobs=new_logprobs,
         )  # fmt: skip
@@ -288,7 +302,8 @@ def prepare(config: PPOConfig, reward: Callable[..., Any] | None = None) -> Job:
     tokenizer = load_tokenizer(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
     architecture = model_config(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
-    prompts, held_out, note = _load_prompts(config, tokenizer, context_length(architecture))
+    sets = load_prompt_sets(config, tokenizer, context_length(architecture))
+    prompts, held_out, note = sets.train, sets.held_out, sets.note
     policy, reference, notes = build_policy(m, device=device, seed=config.seed)
     notes += [note] if note else []
     stop_ids = stop_token_ids(tokenizer, policy.model.plain.generation_config, config.sampling.stop_token_ids)
@@ -305,57 +320,23 @@ def prepare(config: PPOConfig, reward: Callable[..., Any] | None = None) -> Job:
     return Job(config, device, tokenizer, policy, reference, sampler, scorer, steps, prompts, held_out, stop_ids, notes)
 
 
-def _load_prompts(
-    config: PPOConfig, tokenizer: Any, context: int | None
-) -> tuple[list[Prompt], list[Prompt], str | None]:
-    """(prompts to train on, prompts to evaluate on, a note)."""
-    limit, e = config.sampling.max_new_tokens, config.evaluate
-    prompts = load_prompts(config.prompts, tokenizer, context=context, max_new_tokens=limit)
-    if e.prompts is None:
-        return hold_out(prompts, e.count if e.every else 0, config.seed)
-    other = replace(config.prompts, path=e.prompts, limit=None)
-    return prompts, load_prompts(other, tokenizer, context=context, max_new_tokens=limit)[: e.count], None
-
-
 @lru_cache(maxsize=2)  # a cycle may begin in one pass and end in the next
 def _pass(number: int, size: int, seed: int) -> list[int]:
     """The order of one pass over the prompts."""
     return permutation(size, seed=seed, stream=PROMPTS, counter=(number,))
 
 
-def hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt], str | None]:
-    """(prompts to train on, prompts to evaluate on, a note): never more than a quarter is held out.
-
-    Rows with the same prompt stand or fall together: one of them is evaluated on, or all are trained on.
-    """
-    if count == 0:
-        return prompts, [], None
-    first: dict[tuple[int, ...], Prompt] = {}
-    for p in prompts:
-        first.setdefault(p.ids, p)
-    distinct = list(first.values())
-    if len(distinct) < 4:
-        return prompts, prompts, f"only {len(distinct)} prompts: evaluation uses the ones that are trained on"
-    chosen = permutation(len(distinct), seed=seed, stream=HELD_OUT)[: min(count, len(distinct) // 4)]
-    held_out = [distinct[i] for i in sorted(chosen)]
-    taken = {p.ids for p in held_out}
-    train = [p for p in prompts if p.ids not in taken]
-    notes = [] if len(held_out) == count else [f"only {len(distinct)} prompts: {len(taken)} are held out, not {count}"]
-    if repeats := len(prompts) - len(train) - len(held_out):
-        notes.append(f"{repeats} rows repeat a held-out prompt: not trained on")
-    return train, held_out, "; ".join(notes) or None
-
-
-def _inputs(config: PPOConfig) -> dict[str, str]:
+def input_hashes(config: PPOConfig) -> dict[str, str]:
     """Hashes of what the run reads: it continues only on the same, but for reward functions, whose change is noted."""
     m = config.model
-    paths = {"model.reference": m.reference, "prompts.path": config.prompts.path,
-             "evaluate.prompts": config.evaluate.prompts,
+    paths = {"model.reference": m.reference,
              "model.critic": m.critic if m.critic not in ("shared", "separate") else None,
              **{f"reward[{i}].model": s.model for i, s in enumerate(config.reward)},
              **{f"reward[{i}].function": function_file(s.function) for i, s in enumerate(config.reward)
                 if s.function is not None}}  # fmt: skip
+    data = {"prompts.path": config.prompts.path, "evaluate.prompts": config.evaluate.prompts}
     hashes = {key: hash_files(path) for key, path in paths.items() if path is not None}
+    hashes |= {key: hash_files(path, kind="dataset") for key, path in data.items() if path is not None}
     return {"model.policy": hash_files(m.policy, m.revision)} | hashes
 
 

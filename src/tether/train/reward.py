@@ -29,14 +29,14 @@ from tether.models.loading import (
     wants_checkpointing,
 )
 from tether.models.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
-from tether.runs import Run, RunDirectory, began_with
-from tether.train import checkpoint
+from tether.runs import Run, RunDirectory, recorded_inputs
+from tether.train import checkpoint, sft
 from tether.train.card import reward_card
 from tether.train.deterministic import deterministic
 from tether.train.log import Logger
 from tether.train.optim import SHUFFLE, Named, Steps, build_optimizer, permutation
 from tether.train.preference_report import PreferenceReport, judge
-from tether.train.sft import init_model, input_hashes, newest_checkpoint
+from tether.train.sft import init_model, newest_checkpoint
 from tether.train.signals import Signals
 from tether.train.weights import restore_weights, save_weights
 from tether.types import microbatches
@@ -52,8 +52,7 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
     """
     check(config)
     section, device = config.reward_model, resolve_device(config.device)
-    pinned = pin_labels(config.data, {} if fresh else began_with(config.run))
-    inputs = input_hashes(config.model, config.data) | ({"data.path": pinned} if pinned else {})
+    inputs, pinned = input_hashes(config, fresh=fresh)
     with (
         Signals() as signals,
         deterministic(config.deterministic),
@@ -74,6 +73,8 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
         steps = Steps(optimizer, config.optim, len(plan))
         done = _restore(run, model, adapter, steps)
         with Logger(run, config.log, total=len(plan)) as log:
+            for note in run.notes:
+                log.note(note)
             for step in range(done + 1, len(plan) + 1):
                 batch = [train[i] for i in plan[step - 1]]
                 began = time.perf_counter()
@@ -143,6 +144,15 @@ def finish(model: RewardModel, train: Sequence[Pair], test: Sequence[Pair]) -> P
     report = judge(train, raw, test, held_out)
     model.mean, model.std = report.mean, report.std
     return report
+
+
+def input_hashes(config: RewardConfig, *, fresh: bool) -> tuple[dict[str, str], str | None]:
+    """(hashes of what a run reads, what `pin_labels` gives). A run that is continued reads the labels that it began on.
+
+    fresh: a run that is there is moved aside.
+    """
+    pinned = pin_labels(config.data, {} if fresh else recorded_inputs(config.run))
+    return sft.input_hashes(config.model, config.data) | ({"data.path": pinned} if pinned else {}), pinned
 
 
 # ---------------------------------------------------------------- loading and saving

@@ -83,7 +83,7 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
         steps = Steps(optimizer, config.optim, len(plan))
         done = _restore(run, model, steps, named)
         with Logger(run, config.log, total=len(plan)) as log:
-            for note in notes:
+            for note in [*run.notes, *notes]:
                 log.note(note)
             for step in range(done + 1, len(plan) + 1):
                 rows = [[examples[i] for i in row] for row in plan[step - 1]]
@@ -252,7 +252,7 @@ def input_hashes(model: SFTModelConfig, data: DataConfig) -> dict[str, str]:
         hashes = {"model.policy.tokenizer": hash_files(model.policy.tokenizer, model.revision)}
     else:
         hashes = {"model.policy": hash_files(model.policy, model.revision)}
-    return hashes | {"data.path": hash_files(data.path)}
+    return hashes | {"data.path": hash_files(data.path, kind="dataset")}
 
 
 def _save(run: RunDirectory, step: int, model: LanguageModel, steps: Steps, named: Named, *, keep: int) -> None:
@@ -283,5 +283,5 @@ def newest_checkpoint(run: RunDirectory) -> tuple[Path, dict[str, Any]] | None:
         print(what, flush=True)
 
     found = checkpoint.latest(run.path, say)
-    run.cut_back(found[1]["step"] if found else 0)
+    run.truncate_after(found[1]["step"] if found else 0)
     return found

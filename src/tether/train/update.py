@@ -14,7 +14,7 @@ from tether.errors import TrainingError
 from tether.math import clipped_policy_loss, entropy_mean, kl_loss, value_loss
 from tether.models.policy import Policy
 from tether.runs.bounds import FIRST_RATIO_MAX_FLOAT32, FIRST_RATIO_MEAN, FIRST_RATIO_STOP
-from tether.train.optim import ANEW, SHUFFLE, Steps, permutation
+from tether.train.optim import RESTART_HINT, SHUFFLE, Steps, permutation
 from tether.train.rollout import Metrics
 from tether.types import Rollout, microbatches
 
@@ -148,7 +148,7 @@ def _check_first_ratio(logprobs: Tensor, minibatch: Rollout, policy: Policy, ala
         raise TrainingError(
             f"the first ratio of the cycle is off 1 by {mean:.2g} on average: old and new log-probs come from "
             f"different arithmetic, and the objective would be wrong. Please report it; and set model.dtype to float32 "
-            f"and {ANEW}."
+            f"and {RESTART_HINT}."
         )
     precise = policy.model.dtype == torch.float32
     bound = FIRST_RATIO_MEAN["float32" if precise else "bfloat16"]

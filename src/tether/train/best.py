@@ -1,0 +1,40 @@
+"""best/: the policy of the evaluation with the highest score so far, kept whatever becomes of the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tether.config.sections import PPOConfig
+from tether.runs import Run, RunDirectory
+from tether.train.card import ppo_card
+
+
+def keep_best(
+    run: RunDirectory, config: PPOConfig, cycle: int, metrics: dict[str, Any],
+    write_model: Callable[[Path, str, Callable[[Path], None]], None],
+) -> None:  # fmt: skip
+    """Write best/ where this cycle was evaluated and scored higher than the one in it. Call before metrics are logged:
+    what they say is best is then there.
+
+    write_model(directory, card, add) writes the policy. A cycle that is done again after a kill is written again.
+    """
+    score = metrics.get("eval/score_mean")
+    if score is None or not math.isfinite(score):
+        return
+    best = Run(run.path).best
+    if best is not None and best["cycle"] != cycle and not score > best["score"]:
+        return
+    record = json.dumps({"cycle": cycle, "score": float(score)}) + "\n"
+    card = ppo_card(
+        run.path.name, [*run.metrics(), {"cycle": cycle, **metrics}], config, "the best on held-out prompts"
+    )
+    write_model(run.path / "best", card, lambda directory: _write(directory / "best.json", record))
+    run.event("best", cycle=cycle, score=score)
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
