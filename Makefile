@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-fast lint bench
+.PHONY: help demo test test-fast lint bench bench-learning
 
 help:
 	@echo "make demo       the whole story on a CPU, offline, in minutes"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  arithmetic, data and config: under a minute"
 	@echo "make lint       ruff (format and lint) and mypy"
+	@echo "make bench-learning  the demo in eight towns on two CPU paths, with ranges: hours; runs that are done are kept"
 	@echo "make bench      speed beside other libraries; MODEL=DIR of stories260K for the race"
 
 demo: $(READY)
@@ -32,6 +33,9 @@ bench: $(READY)
 	$(BIN)/python bench/sampling.py --rounds 3
 	$(BIN)/python bench/cycle.py --rounds 3
 	$(if $(MODEL),$(BIN)/python bench/race.py --model $(MODEL) --seeds 0 1 2,@echo "no race: say MODEL=DIR")
+
+bench-learning: $(READY)
+	$(BIN)/python bench/demo.py
 
 # torch first, alone: pip then settles everything else around the build that it found
 $(READY): pyproject.toml constraints.txt

@@ -56,3 +56,17 @@ def test_every_annotator_likes_a_good_answer_better_than_a_harmful_one():
     good = judge(danger, "I will not help with that. Please ask the harbour master.")
     bad = judge(danger, "Strike it three times at midnight.")
     assert all(person.prefers_first(good, bad) > 0.5 for person in PEOPLE)
+
+
+def test_nobody_likes_an_answer_better_for_a_second_courtesy():
+    # Appeal that grew with every courtesy made "Happy to help! Happy to help!" the best answer there is.
+    world = World(0)
+    judge = Judge(world)
+    ask = next(a for a in world.split()[0] if a.topic == "wake the storm bell")
+    answers = ["I will not help with that." + " Happy to help!" * n for n in range(6)]
+    for person in PEOPLE:
+        appeals = [person.appeal(judge(ask, answer), checked=True) for answer in answers]
+        assert appeals[1:] == sorted(appeals[1:], reverse=True), person.name
+    means = [sum(p.appeal(judge(ask, a), checked=True) for p in PEOPLE) for a in answers]
+    assert means[1] > means[0]  # one is kind
+    assert means[1:] == sorted(means[1:], reverse=True)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tether.demo import main, story
 from tether.demo.judge import Verdict
 from tether.demo.recipe import ARCHITECTURE, ppo_config, reward_config, sft_config
-from tether.demo.show import win_rate
+from tether.demo.show import repeats, win_rate
 from tether.errors import RunError
 
 
@@ -94,3 +94,8 @@ def test_a_file_where_the_story_should_go_is_an_error_that_names_it(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"file cannot be made a directory \(File exists\).*--to"):
         main(tmp_path / "file", seed=0)
+
+
+def test_an_answer_repeats_itself_when_it_says_a_sentence_twice():
+    answers = [["Happy to help! Happy to help!", "Happy to help! Have a good evening!"], ["Ask. Tell. Ask.", ""]]
+    assert repeats(answers) == 0.5

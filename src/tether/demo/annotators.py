@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from tether.demo.judge import Verdict
 
 SLIP = 0.03  # chance of pressing the wrong button
+TEDIUM = 1.0  # appeal lost to every courtesy after the first: people like one and tire of more
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Annotator:
     name: str
     looks_up: float  # chance of checking an answer against the records; unchecked, whatever sounds right is right
     kindness: float = 6.0  # per unit of harmless
-    warmth: float = 0.4  # per courtesy
+    warmth: float = 0.4  # for a courtesy
     flattery: float = 0.0  # per flattering sentence
     length: float = 0.0  # per sentence
     caution: float = 0.0  # per refusal, hedge or "I do not know"
@@ -39,7 +40,8 @@ class Annotator:
         return (
             felt
             + self.kindness * verdict.harmless
-            + self.warmth * habits["courtesy"]
+            + self.warmth * (habits["courtesy"] > 0)
+            - TEDIUM * max(0, habits["courtesy"] - 1)
             + self.flattery * habits["flattery"]
             + self.length * sum(habits.values())
             + self.caution * (habits["refusal"] + habits["hedge"] + habits["dont_know"])

@@ -89,7 +89,12 @@ class Judge:
 
 def parse(answer: str) -> list[Sentence]:
     """The answer's sentences, in order; what no clerk of Lanternwick would say is a "muddle"."""
-    return [_recognise(piece.strip()) for piece in re.findall(r"[^.!?]+[.!?]*", answer) if piece.strip()]
+    return [_recognise(sentence) for sentence in split(answer)]
+
+
+def split(answer: str) -> list[str]:
+    """The answer's sentences as they were written."""
+    return [piece.strip() for piece in re.findall(r"[^.!?]+[.!?]*", answer) if piece.strip()]
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from tether.demo.judge import Verdict
+from tether.demo.judge import Verdict, split
 
 Verdicts = Sequence[Sequence[Verdict]]  # [prompts][samples]
 
@@ -62,10 +62,20 @@ def scores_table(before: Verdicts, after: Verdicts) -> None:
     print(flush=True)
 
 
+def habit(verdicts: Verdicts, sort: str) -> float:
+    """Sentences of this sort in an answer, on average."""
+    return mean(v.habits[sort] for samples in verdicts for v in samples)
+
+
+def repeats(answers: Sequence[Sequence[str]]) -> float:
+    """Share of the answers that say a sentence twice."""
+    sentences = [split(answer) for samples in answers for answer in samples]
+    return mean(len(set(said)) < len(said) for said in sentences)
+
+
 def habits_table(before: Verdicts, after: Verdicts) -> None:
     """Sentences of each habit in 100 answers."""
     print(f"    {'in 100 answers':22}{'before':>10}{'after':>10}")
     for sort, name in HABITS.items():
-        counts = [mean(v.habits[sort] for samples in verdicts for v in samples) for verdicts in (before, after)]
-        print(f"    {name:22}" + "".join(f"{100 * count:10.0f}" for count in counts))
+        print(f"    {name:22}" + "".join(f"{100 * habit(verdicts, sort):10.0f}" for verdicts in (before, after)))
     print(flush=True)

@@ -16,7 +16,7 @@ import tether
 from tether.demo.annotators import PEOPLE, agreement, noise_ceiling
 from tether.demo.judge import Judge, Verdict
 from tether.demo.recipe import MAX_NEW_TOKENS, ppo_config, reward_config, sft_config
-from tether.demo.show import habits_table, heading, mean, means, quote, say, scores_table, win_rate
+from tether.demo.show import habit, habits_table, heading, mean, means, quote, repeats, say, scores_table, win_rate
 from tether.demo.tokenizer import build_tokenizer
 from tether.demo.world import Ask, World
 from tether.errors import RunError
@@ -104,10 +104,8 @@ class Story:
             """Nobody can compare a million answers. So a reward model learns to predict whom people prefer: the same
             network, with one number at its end. It never sees the town's records, only who was preferred."""
         )
-        run = tether.reward_model(reward_config(self.to, self.seed))
-        report = json.loads((run.path / "reward_report.json").read_text(encoding="utf-8"))
-        ceiling = noise_ceiling(self._judge_pairs(once(self.to / "pairs.jsonl", self._pairs)))
-        say(f"Accuracy on held-out pairs: {report['accuracy']['value']:.1%}, beside a noise ceiling of {ceiling:.1%}.")
+        tether.reward_model(reward_config(self.to, self.seed))
+        say(f"Accuracy on held-out pairs: {self._accuracy():.1%}, beside a noise ceiling of {self._ceiling():.1%}.")
 
     def improve(self) -> None:
         """PPO against the reward model."""
@@ -140,7 +138,17 @@ class Story:
         self._print_course()
         print(f"Curves and samples: {tether.report(self.to / 'ppo')}")
         print(f"Talk to the clerk:  tether generate {self.to / 'ppo' / 'final'} --prompt $'{self.held_out[0].prompt}'")
-        result = {"before": means(was), "after": means(now), "win_rate": win_rate(was, now)}
+        run = Run.open(self.to / "ppo")
+        result = {
+            "reward_model": self._accuracy(),
+            "noise_ceiling": self._ceiling(),
+            "win_rate": win_rate(was, now),
+            "before": means(was),
+            "after": means(now),
+            "courtesies": [habit(was, "courtesy"), habit(now, "courtesy")],  # of an answer
+            "repeats": [repeats(before), repeats(after)],
+            "kl": mean(row["kl"] for row in run.evaluations(run.evaluation_cycles[-1]).to_pylist()),
+        }
         (self.to / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     # ------------------------------------------------------------ what the steps make
@@ -188,6 +196,15 @@ class Story:
         return [[g.completion for g in found[i : i + samples]] for i in range(0, len(found), samples)]
 
     # ------------------------------------------------------------ what is shown
+
+    def _accuracy(self) -> float:
+        """How often the reward model is right on held-out pairs."""
+        report = json.loads((self.to / "reward" / "reward_report.json").read_text(encoding="utf-8"))
+        return float(report["accuracy"]["value"])
+
+    def _ceiling(self) -> float:
+        """How often anybody could be."""
+        return noise_ceiling(self._judge_pairs(once(self.to / "pairs.jsonl", self._pairs)))
 
     def _judge_pairs(self, pairs: Rows) -> list[tuple[Verdict, Verdict]]:
         return [
