@@ -2,12 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# One thread per process: the models are tiny, and a second thread would only wait for the first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One process per core, each with a share of the tests; what a process has left over goes to those that are done.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo test test-fast lint bench bench-learning
+.PHONY: help demo test test-learning-avx2 test-fast lint bench bench-learning
 
 help:
 	@echo "make demo       the whole story on a CPU, offline, in minutes"
 	@echo "make test       the whole test suite"
+	@echo "make test-learning-avx2"
+	@echo "                the tests that ask for learning, with the kernels of a CPU without AVX-512"
 	@echo "make test-fast  arithmetic, data and config: under a minute"
 	@echo "make lint       ruff (format and lint) and mypy"
 	@echo "make bench-learning  the demo in eight towns on two CPU paths, with ranges: hours; runs that are done are kept"
@@ -17,10 +23,14 @@ demo: $(READY)
 	$(BIN)/tether demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) $(PARALLEL)
+
+# Rounding differs between CPUs, and training carries it on: what is learned must not depend on it.
+test-learning-avx2: $(READY)
+	ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m learning $(PARALLEL)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest tests/math tests/data tests/config
+	$(PYTEST) tests/math tests/data tests/config
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -50,6 +50,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--learning-seed", type=int, default=0, help="seed of the tests marked `learning` (tests/measure.py)"
+    )
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of the model and of the run, in tests that ask for learning: their margins were measured over several."""
+    return request.config.getoption("--learning-seed")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The directory of real models and data; the test is skipped where it is absent."""

@@ -37,17 +37,22 @@ def pairs(tmp_path_factory):
     return DataConfig(path=str(path), max_tokens=64)
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["full", "adapters"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_goes_the_whole_way(tiny_model, pairs, tmp_path, monkeypatch, architecture, lora):
-    padded = tiny_model(architecture, vocab_size=264)  # more embeddings than tokens, as many real models have
+def test_every_architecture_goes_the_whole_way(
+    tiny_model, pairs, tmp_path, monkeypatch, architecture, lora, seed, record_property
+):
+    padded = tiny_model(architecture, seed=seed, vocab_size=264)  # more embeddings than tokens, as many real models
     base = SFTModelConfig(policy=str(padded), lora=lora)
     imitated = tether.sft(
-        SFTConfig(run=str(tmp_path / "sft"), model=base, data=pairs, sft=SFTSection(batch=4), optim=FAST, log=QUIET)
-    )
+        SFTConfig(
+            run=str(tmp_path / "sft"), seed=seed, model=base, data=pairs, sft=SFTSection(batch=4), optim=FAST, log=QUIET
+        )
+    )  # fmt: skip
     judged = tether.reward_model(
         RewardConfig(
-            run=str(tmp_path / "reward"), model=base, data=pairs, optim=FAST, log=QUIET,
+            run=str(tmp_path / "reward"), seed=seed, model=base, data=pairs, optim=FAST, log=QUIET,
             reward_model=RewardModelSection(batch=4, test_fraction=0.25),
         )
     )  # fmt: skip
@@ -59,7 +64,9 @@ def test_every_architecture_goes_the_whole_way(tiny_model, pairs, tmp_path, monk
         tmp_path / "ppo", imitated.final, ppo={"cycles": 1}, evaluate={"every": 0}, optim={"lr": 1e-2},
         model={"policy": str(imitated.final), "lora": lora},
     )  # fmt: skip
-    run = tether.ppo(replace(config, reward=[RewardSourceConfig(model=str(judged.final))]))
+    run = tether.ppo(replace(config, seed=seed, reward=[RewardSourceConfig(model=str(judged.final))]))
+    record_property("first ratio error", run.metrics[0]["check/first_ratio_error"])
+    record_property("sampler gap", run.metrics[0]["check/sampler_gap"])
     assert run.metrics[0]["check/first_ratio_error"] <= 1e-5
     assert run.metrics[0]["check/sampler_gap"] <= 1e-4
     assert jobs[0].notes == []  # nothing fell back: the head is ours, and the cache holds
@@ -72,7 +79,8 @@ def test_every_architecture_goes_the_whole_way(tiny_model, pairs, tmp_path, monk
         want = trained.lm(input_ids=tokens).logits
         assert_close(exported(input_ids=tokens).logits, want, atol=1e-4, rtol=1e-4)
         start = AutoModelForCausalLM.from_pretrained(imitated.final).eval()(input_ids=tokens).logits
-        assert not torch.allclose(want, start, atol=1e-3)  # it did learn
+        record_property("largest change of a logit", (want - start).abs().max().item())
+        assert not torch.allclose(want, start, atol=1e-3)  # it was trained
         assert AutoModelForSequenceClassification.from_pretrained(judged.final)(tokens).logits.shape == (1, 1)
     prompt = AutoTokenizer.from_pretrained(tmp_path / "exported")("a?", return_tensors="pt")
     answer = exported.generate(**prompt)[0, 2:].tolist()

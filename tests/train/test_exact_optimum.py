@@ -21,8 +21,11 @@ def test_the_bandit_task_is_the_published_one():
     assert sum(p * math.log(p / q) for p, q in zip(best, ref, strict=True)) == pytest.approx(kl, abs=1e-6)
 
 
-def test_ppo_reaches_the_bandits_optimum():
-    result = exact.run("E1 β=.5", seed=0, cycles=40)
+@pytest.mark.learning
+def test_ppo_reaches_the_bandits_optimum(seed, record_property):
+    result = exact.run("E1 β=.5", seed=seed, cycles=40)
+    for name in ("kl_to_optimum", "value_rmse", "score", "kl_to_reference"):
+        record_property(name, result[name])
     score, kl = exact.TASKS["E1 β=.5"].known
     assert result["kl_to_optimum"] <= 0.01
     assert result["value_rmse"] <= 0.05
@@ -31,8 +34,14 @@ def test_ppo_reaches_the_bandits_optimum():
 
 
 @pytest.mark.slow
-def test_ppo_reaches_the_optimum_when_responses_stop_at_different_lengths():
-    result = exact.run("E3 length", seed=0, cycles=60)
+@pytest.mark.learning
+def test_ppo_reaches_the_optimum_when_responses_stop_at_different_lengths(seed, record_property):
+    result = exact.run("E3 length", seed=seed, cycles=60)
+    record_property("kl_to_optimum", result["kl_to_optimum"])
+    record_property("value_rmse", result["value_rmse"])
+    off = [abs(sampled - true) / max(0.002, 0.15 * true) for _, true, sampled in result["gaps"]]
+    record_property("gap off, share of the bound", max(off, default=0.0))
+    record_property("gaps", len(off))
     assert result["kl_to_optimum"] <= 0.01
     assert result["value_rmse"] <= 0.05
     for _, true, sampled in result["gaps"]:

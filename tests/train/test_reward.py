@@ -120,14 +120,18 @@ def config_for(run, model, data, *, lora=None, lr=1e-2, **section) -> RewardConf
     )
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])
 def test_every_architecture_learns_what_is_preferred_and_its_export_scores_as_it_does(
-    tiny_model, data, tmp_path, architecture, lora
+    tiny_model, data, tmp_path, architecture, lora, seed, record_property
 ):
-    padded = tiny_model(architecture, vocab_size=264)  # more embeddings than tokens, as many real models have
-    run = reward_model(config_for(tmp_path / "run", padded, data, lora=lora))
+    padded = tiny_model(architecture, seed=seed, vocab_size=264)  # more embeddings than tokens, as many real models
+    run = reward_model(replace(config_for(tmp_path / "run", padded, data, lora=lora, epochs=6), seed=seed))
     report = json.loads((run.path / "reward_report.json").read_text())
+    record_property("loss", report["loss"])
+    record_property("accuracy", report["accuracy"]["value"])
+    record_property("accuracy, low end", report["accuracy"]["low"])
     assert report["learned"]  # the interval lies above chance; a few held-out pairs may still go wrong
     assert report["loss"] < 0.3
     # In plain transformers (which knows Granite and Cohere as classifiers once Tether has been imported):
@@ -137,6 +141,7 @@ def test_every_architecture_learns_what_is_preferred_and_its_export_scores_as_it
     padded = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
     with torch.no_grad():
         raw = stock(**padded).logits[:, 0]
+    record_property("smaller margin", min(raw[0] - raw[1], raw[2] - raw[3]).item())
     assert raw[0] > raw[1]
     assert raw[2] > raw[3]
     ours = load_reward_model(str(run.final), dtype=torch.float32, device=CPU)
@@ -208,13 +213,18 @@ def test_skipped_steps_in_a_row_are_counted_on_over_a_resume_and_the_advice_says
 
 
 @pytest.mark.slow
-def test_polite_and_rude_answers_are_told_apart_by_a_small_real_model(stories260k, shared, tmp_path):
+@pytest.mark.learning
+def test_polite_and_rude_answers_are_told_apart_by_a_small_real_model(
+    stories260k, shared, tmp_path, seed, record_property
+):
     config = config_for(
         tmp_path / "run", stories260k, shared / "data/preferences/polite_style.jsonl.gz", lr=1e-3,
         epochs=3, batch=16, test_fraction=0.2,
     )  # fmt: skip
-    run = reward_model(replace(config, data=replace(config.data, max_tokens=512)))
+    run = reward_model(replace(config, seed=seed, data=replace(config.data, max_tokens=512)))
     report = json.loads((run.path / "reward_report.json").read_text())
+    record_property("accuracy", report["accuracy"]["value"])
+    record_property("length accuracy", report["length_accuracy"]["value"])
     assert report["accuracy"]["value"] >= 0.90
     assert report["length_accuracy"]["value"] < 0.6
     assert report["learned"]

@@ -30,7 +30,6 @@ from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_i
 from tether.errors import ModelError
 from tether.models.loading import context_length, model_config
 from tether.rewards import FunctionReward, load_function
-from tether.runs.resume import Command
 from tether.train.evaluate import load_inputs
 from tether.train.held_out import load_prompt_sets
 from tether.train.ppo import input_hashes as ppo_hashes
@@ -57,7 +56,7 @@ class Inputs:
     """One row, token by token, with its mask."""
 
 
-def what_it_reads(config: PPOConfig | SFTConfig | RewardConfig) -> tuple[Command, dict[str, str], str | None]:
+def what_it_reads(config: PPOConfig | SFTConfig | RewardConfig) -> tuple[str, dict[str, str], str | None]:
     """(the command, the hashes of its inputs, what it reads of a store of labels) of a run that goes on."""
     if isinstance(config, PPOConfig):
         return "ppo", ppo_hashes(config), None
