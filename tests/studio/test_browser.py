@@ -263,7 +263,7 @@ def test_kill_minus_nine_in_the_middle_of_labelling_loses_nothing_that_was_ackno
                     threading.Timer(0.1, lambda: os.kill(server.pid, signal.SIGKILL)).start()
                 page = client.get(base + "/label").text
                 data = dict(re.findall(r'name="(item|key|form_token)" value="([^"]*)"', page))
-                answer = client.post(base + "/label", data=data | {"choice": "a:1"}, follow_redirects=False)
+                answer = client.post(base + "/label", data=data | {"choice": "left:1"}, follow_redirects=False)
                 assert answer.status_code == 303
                 acknowledged.append(int(data["item"]))
     except (httpx.HTTPError, KeyError):

@@ -99,7 +99,7 @@ def test_who_labels_is_the_session_whatever_the_form_says(studio):
     (item,) = store.add_items([Item("q", (Answer("x"), Answer("y")))], overlap=0).ids
     client = studio.client("Ada")
     client.get("/label")
-    data = {"form_token": form_token(client), "item": str(item), "key": "k", "choice": "a:2"}
+    data = {"form_token": form_token(client), "item": str(item), "key": "k", "choice": "left:2"}
     client.post("/label", data=data | {"annotator": "Ben", "person": "Ben"})
     assert [label.annotator for label in store.labels()] == ["Ada"]
 
@@ -180,7 +180,9 @@ def test_a_locked_store_says_so_and_saves_nothing(trained, tmp_path):
         token = form_token(client)
         with contextlib.closing(sqlite3.connect(tmp_path / "p.db", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
-            answer = client.post("/label", data={"form_token": token, "item": str(item), "key": "k", "choice": "a:1"})
+            answer = client.post(
+                "/label", data={"form_token": token, "item": str(item), "key": "k", "choice": "left:1"}
+            )
         assert answer.status_code == 503
         assert "locked" in answer.text
         assert list(store.labels()) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -67,10 +67,13 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a person said about an item. `check` holds it against the item's answers."""
+    """What a person said about an item. `check` holds it against the item's answers.
+
+    Answers are numbered as they are stored, or by their place on the screen (`as_stored`): a is number 0, b number 1.
+    """
 
     choice: str  # one of CHOICES, or RANKING
-    ranking: tuple[int, ...] | None = None  # answer indices in stored order, best first
+    ranking: tuple[int, ...] | None = None  # answer indices, best first
     strength: int | None = None  # 1 slightly, 2 clearly, 3 much; None for ties, rankings, and where it was not said
     axes: dict[str, str] = field(default_factory=dict)  # of AXES, each one of SIDES
     note: str | None = None
@@ -82,6 +85,16 @@ class Judgement:
         if isinstance(choice, str):
             return cls(choice, None, **said)
         return cls(RANKING, tuple(choice), **said)
+
+    def as_stored(self, order: Sequence[int]) -> Judgement:
+        """This judgement of places on the screen as one of stored answers; order: `Task.order`."""
+        letters = {"a": "ab"[order[0]], "b": "ab"[order[1]]} if len(order) == 2 else {}
+        return replace(
+            self,
+            choice=letters.get(self.choice, self.choice),
+            ranking=None if self.ranking is None else tuple(order[place] for place in self.ranking),
+            axes={axis: letters.get(side, side) for axis, side in self.axes.items()},
+        )
 
     def check(self, answers: int) -> None:
         """Raise LabelError where this cannot be said about so many answers."""

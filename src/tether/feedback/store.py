@@ -158,7 +158,7 @@ class Store:
     def record(
         self, annotator: str, item: int, *, key: str, choice: str | Sequence[int], strength: int | None = None,
         axes: dict[str, str] | None = None, note: str | None = None, reason: str | None = None,
-        seconds: float | None = None,
+        seconds: float | None = None, on_screen: bool = False,
     ) -> Receipt:  # fmt: skip
         """Keep a judgement for good; it is on the disk when this returns.
 
@@ -167,14 +167,17 @@ class Store:
             and changes nothing (`seconds` may differ); with other content it is a LabelError.
         choice: a, b (answers 0 and 1 in stored order: `Task.choice_of`), both_good, both_bad, skip; or, for items with
             more answers, stored indices, best first (`Task.ranking_of`).
+        on_screen: choice and axes number the answers by their place on the screen instead, from left to right or top to
+            bottom: a is the left one. What a page sends: it must not tell the stored order.
         strength: 1 slightly, 2 clearly, 3 much better; with a and b alone.
         axes: of helpful, harmless, honest, each a, b or tie. reason: of a skip. seconds: spent on it.
         """
-        said = Judgement.of(choice, strength=strength, axes=axes or {}, note=note, reason=reason)
+        judgement = Judgement.of(choice, strength=strength, axes=axes or {}, note=note, reason=reason)
         with self._database.write() as c:
             return labelling.record(
-                c, annotator, item, key, said, seconds=seconds, now=self._clock(), at=self._now(), mix=self.mix
-            )
+                c, annotator, item, key, judgement, on_screen=on_screen, seconds=seconds, now=self._clock(),
+                at=self._now(), mix=self.mix,
+            )  # fmt: skip
 
     def undo(self, annotator: str, *, key: str) -> Receipt | None:
         """Withdraw the annotator's latest label or skip; `next_task` gives its item back. None: none stands.
