@@ -47,7 +47,8 @@ def create_app(studio: Studio) -> security.App:
             return _refusal(request, 401, why if token else "")
         # Not a redirect: where the link was followed from another site, the browser would not send the cookie along it.
         response = studio.page(request, "welcome.html.j2")
-        response.set_cookie(security.COOKIE, session, httponly=True, samesite="strict", path="/")
+        name = security.cookie_name(request.headers["host"])
+        response.set_cookie(name, session, httponly=True, samesite="strict", path="/")
         return response
 
     @app.get("/static/{name}")

@@ -28,6 +28,7 @@ if (form) {
     for (const side of ["before", "after"]) put({ side, text: "", value: null, score: null, done: false });
     for (const score of document.querySelectorAll("[data-score]")) score.textContent = "";
     document.querySelector("[data-line]").values = [];
+    // It stays open in a hidden tab: it is short, and the studio writes one answer at a time for all tabs together.
     source = new EventSource(`/try/stream?${new URLSearchParams(new FormData(form))}`);
     source.onmessage = (message) => put(JSON.parse(message.data));
     source.addEventListener("refused", (message) => {
