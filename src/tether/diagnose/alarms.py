@@ -22,6 +22,7 @@ from typing import Any, Literal
 from tether.config.sections import Config, PPOConfig, RewardConfig, SFTConfig
 from tether.diagnose.series import Curve, Series, correlation, median
 from tether.runs.bounds import FIRST_RATIO_MEAN, FIRST_RATIO_STOP, SAMPLER_GAP, Precision
+from tether.runs.durations import format_duration
 
 PATIENCE_S = 600.0
 """A running run writes its heartbeat at every phase of a cycle. None for this long: the process is gone or hangs."""
@@ -612,7 +613,7 @@ def stale(view: View) -> Iterator[Alarm]:
     patience = patience_s(view.series.tail(_LATELY))
     if state(view.status, view.now, patience_s=patience) == "stale":
         age = silence_s(view.status, view.now)
-        since = "at all" if age is None else f"for {_duration(age)}"
+        since = "at all" if age is None else f"for {format_duration(age)}"
         yield Alarm(
             "stale", None, view.series.done, view.series.done, "serious",
             f"The run says that it is running, but gave no sign of life {since} (process {view.status.get('pid')} on "
@@ -685,11 +686,3 @@ def _sentence(text: str) -> str:
     """`text` on one line, with a capital and a full stop."""
     line = " ".join(text.split()).rstrip(".")
     return f"{line[:1].upper()}{line[1:]}."
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24} d {hours % 24} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -13,8 +13,7 @@ from fastapi.responses import HTMLResponse
 from markupsafe import Markup, escape
 
 from tether.errors import RunError
-from tether.reports.held_out import prompt_text
-from tether.reports.text import visible
+from tether.reports.text import prompt_text, visible
 from tether.runs import short_name
 from tether.studio.answers import Answers
 from tether.studio.shared import Studio

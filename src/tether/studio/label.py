@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 import re
 import time
-from typing import Annotated, Any
+from typing import Any
 from uuid import uuid4
 
-from fastapi import APIRouter, Form, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from tether.errors import LabelError
 from tether.feedback.records import AXES, RANKING, Answer, Item, prompt_of
 from tether.feedback.store import Store
-from tether.reports.held_out import prompt_text
+from tether.reports.text import prompt_text
 from tether.studio.answers import answer
 from tether.studio.shared import Studio, is_count, part
 
@@ -58,17 +58,17 @@ def routes(studio: Studio) -> APIRouter:
         return RedirectResponse("/label?done=saved", 303)
 
     @router.post("/label/undo")
-    def undo(request: Request, key: Annotated[str, Form()]) -> Response:
+    def undo(request: Request) -> Response:
         person, labels = request.scope["state"]["person"], store()
-        undone = labels.undo(person, key=key)
+        undone = labels.undo(person, key=request.scope["state"]["form"].get("key", ""))
         if undone is None:
             return RedirectResponse("/label?done=nothing", 303)
         task = labels.next_task(person)
         return RedirectResponse(f"/label?done={'undone' if task and task.item == undone.item else 'elsewhere'}", 303)
 
     @router.post("/queue")
-    def queue(a: Annotated[str, Form()], b: Annotated[str, Form()]) -> Response:
-        rows = [answer(studio, name) for name in (a, b)]
+    def queue(request: Request) -> Response:
+        rows = [answer(studio, request.scope["state"]["form"].get(name, "")) for name in ("a", "b")]
         if rows[0][1]["prompt"] != rows[1][1]["prompt"]:
             raise LabelError("these two answer different prompts: nobody could say which is better. Choose two of one.")
         if rows[0][1]["completion"] == rows[1][1]["completion"]:

@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from tether.config.sections import PPOConfig
 from tether.errors import RunError
-from tether.reports.held_out import prompt_text
 from tether.reports.signals import SIGNALS, Row, Scale, knobs_of, surprise, tokens_of, value_curve
+from tether.reports.text import prompt_text
 from tether.runs import Run
 from tether.runs.files import read_table
 from tether.studio.shared import Studio
