@@ -55,7 +55,7 @@ class Kappa:
     first: str
     second: str
     value: float
-    agreement: float  # share of what both judged on which they said the same
+    agreement: float  # share of what both judged on which they agreed
     items: int
 
 
@@ -85,7 +85,7 @@ class Agreement:
 
 
 def agreement(labels: Iterable[Label], *, seed: int = 0, draws: int = 1000) -> Agreement:
-    """Everything there is to say about labels that stand, such as `Store.labels()` gives.
+    """Agreement and habits in labels that stand, such as `Store.labels()` gives.
 
     seed, draws: of the bootstrap; the same seed gives the same interval.
     """
@@ -106,11 +106,11 @@ def agreement(labels: Iterable[Label], *, seed: int = 0, draws: int = 1000) -> A
 
 
 Unit = tuple[int, int, int]  # item, and the two of its answers that are compared
-Units = Mapping[Unit, Mapping[str, str]]  # what each annotator said of it: a, b or tie
+Units = Mapping[Unit, Mapping[str, str]]  # what each annotator chose: a, b or tie
 
 
 def _units(labels: Iterable[Label]) -> dict[Unit, dict[str, str]]:
-    """What each person said of each pair that two or more judged; rankings as all their pairs."""
+    """What each person chose of each pair that two or more judged; a ranking as all its pairs."""
     units: dict[Unit, dict[str, str]] = {}
     judged = [x for x in labels if x.choice != "skip" and x.gold is None and x.repeat_of is None]
     people = Counter(label.item for label in judged)
@@ -118,30 +118,30 @@ def _units(labels: Iterable[Label]) -> dict[Unit, dict[str, str]]:
         if people[label.item] < 2:
             continue  # nobody to agree with
         if label.kind == "pair":
-            said = "tie" if label.choice in TIES else label.choice
-            units.setdefault((label.item, 0, 1), {})[label.annotator] = said
+            side = "tie" if label.choice in TIES else label.choice
+            units.setdefault((label.item, 0, 1), {})[label.annotator] = side
             continue
         for i, j in combinations(range(len(label.order)), 2):
             if label.choice == RANKING:
                 assert label.ranking is not None
-                said = "a" if label.ranking.index(i) < label.ranking.index(j) else "b"
+                side = "a" if label.ranking.index(i) < label.ranking.index(j) else "b"
             else:
-                said = "tie"
-            units.setdefault((label.item, i, j), {})[label.annotator] = said
+                side = "tie"
+            units.setdefault((label.item, i, j), {})[label.annotator] = side
     return units
 
 
 def krippendorff_alpha(units: Units, *, seed: int = 0, draws: int = 1000) -> Alpha | None:
-    """α over the units that two people or more judged; None below two items, or where all said one and the same.
+    """α over the units that two people or more judged; None below two items, or where all chose the same.
 
     Items are drawn, not units: the pairs of one ranking are not independent. Items with the same coincidences are
     interchangeable, so that a draw is one multinomial over the few kinds of items there are, however many items.
     """
-    categories = sorted({value for said in units.values() for value in said.values()})
+    categories = sorted({value for sides in units.values() for value in sides.values()})
     judged: dict[int, list[list[int]]] = {}
-    for (item, _, _), said in units.items():
-        if len(said) >= 2:
-            counts = Counter(said.values())
+    for (item, _, _), sides in units.items():
+        if len(sides) >= 2:
+            counts = Counter(sides.values())
             judged.setdefault(item, []).append([counts[c] for c in categories])
     if len(judged) < _FEWEST:
         return None
@@ -179,11 +179,11 @@ def _alpha_of(o: Any) -> Any:
 
 
 def cohen_kappas(units: Units) -> tuple[Kappa, ...]:
-    """κ of every two people who judged two units or more in common; none where both said one and the same always."""
+    """κ of every two people who judged two units or more in common; none where both always chose the same."""
     shared: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for said in units.values():
-        for first, second in combinations(sorted(said), 2):
-            shared.setdefault((first, second), []).append((said[first], said[second]))
+    for sides in units.values():
+        for first, second in combinations(sorted(sides), 2):
+            shared.setdefault((first, second), []).append((sides[first], sides[second]))
     found = []
     for (first, second), pairs in sorted(shared.items()):
         if len(pairs) >= _FEWEST and len({side for pair in pairs for side in pair}) > 1:

@@ -23,8 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from tether.errors import StoreError
-from tether.feedback import judgements as labelling
-from tether.feedback import queue, reading
+from tether.feedback import judgements, queue, reading
 from tether.feedback.export import export
 from tether.feedback.records import (
     Added,
@@ -72,20 +71,20 @@ class Store:
             check_fraction(name, fraction)
         self._clock = clock
         self._database = Database(self.path, create=create, busy_s=busy_s)
-        asked = {"seed": seed, "gold_fraction": gold_fraction, "repeat_fraction": repeat_fraction}
-        self.mix = queue.Mix(**self._settle(asked), lease_s=lease_s)
+        settings = {"seed": seed, "gold_fraction": gold_fraction, "repeat_fraction": repeat_fraction}
+        self.mix = queue.Mix(**self._settle(settings), lease_s=lease_s)
 
-    def _settle(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def _settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings that the file was made with; into a new file, those asked for."""
         with self._database.read() as c:
             kept = _settings(c)
         if not kept:
             with self._database.write() as c:
                 for name, default in _MADE_WITH.items():
-                    value = default if asked[name] is None else asked[name]
+                    value = default if settings[name] is None else settings[name]
                     c.execute("INSERT INTO settings VALUES (?, ?) ON CONFLICT DO NOTHING", (name, value))
                 kept = _settings(c)
-        for name, wanted in asked.items():
+        for name, wanted in settings.items():
             if wanted is not None and wanted != kept[name]:
                 raise StoreError(
                     f"{name}={wanted} for {self.path}, which was made with {kept[name]}: people would meet items in "
@@ -152,7 +151,7 @@ class Store:
         with self._database.read() as c:
             if task := queue.held_task(c, annotator, now, self.mix):
                 return task
-        with self._database.write(durable=False) as c:  # who holds what may be forgotten: it is asked anew
+        with self._database.write(durable=False) as c:  # a lease that is lost is given again
             return queue.next_task(c, annotator, now, self.mix)
 
     def record(
@@ -174,7 +173,7 @@ class Store:
         """
         judgement = Judgement.of(choice, strength=strength, axes=axes or {}, note=note, reason=reason)
         with self._database.write() as c:
-            return labelling.record(
+            return judgements.record(
                 c, annotator, item, key, judgement, on_screen=on_screen, seconds=seconds, now=self._clock(),
                 at=self._now(), mix=self.mix,
             )  # fmt: skip
@@ -186,7 +185,7 @@ class Store:
         key: as for `record`, so that a request sent twice undoes one label.
         """
         with self._database.write() as c:
-            return labelling.undo(c, annotator, key, now=self._clock(), at=self._now(), mix=self.mix)
+            return judgements.undo(c, annotator, key, now=self._clock(), at=self._now(), mix=self.mix)
 
     def history(self, annotator: str, *, before: int | None = None, limit: int = 50) -> list[Label]:
         """The annotator's own labels that stand, newest first; before: an event number, for the next page.
@@ -194,9 +193,9 @@ class Store:
         `gold` and `repeat_of` are None throughout: they would tell people what checks them.
         """
         with self._database.read() as c:
-            mine = Filters(annotators=[annotator])
+            own = Filters(annotators=[annotator])
             before = None if before is None else min(before, _LARGEST)
-            found = reading.labels(c, mine, before=before, limit=limit, newest_first=True)
+            found = reading.labels(c, own, before=before, limit=limit, newest_first=True)
             return [replace(label, gold=None, repeat_of=None) for label in found]
 
     def progress(self, annotator: str) -> AnnotatorProgress:
@@ -257,7 +256,7 @@ class Store:
         return self.preferences(filters, **options).rows
 
     def events(self, *, after: int = 0, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """Everything that was said and taken back, oldest first."""
+        """Every label and undo, oldest first."""
         with self._database.snapshot() as c:
             yield from reading.events(c, after=after, limit=limit)
 
@@ -280,6 +279,6 @@ def _settings(connection: sqlite3.Connection) -> dict[str, Any]:
 
 
 def check_fraction(name: str, fraction: float | None) -> None:
-    """StoreError for what is no share, None aside."""
+    """StoreError for a number outside [0, 1]; None is allowed."""
     if fraction is not None and not 0 <= fraction <= 1:
-        raise StoreError(f"{name}={fraction} is no share of anything. Give a number from 0 to 1.")
+        raise StoreError(f"{name}={fraction} must be in [0, 1]: it is a share of the items. Give 0.2, say.")

@@ -68,7 +68,7 @@ function follow() {
     lengthen(news);
     say(last);
   });
-  source.addEventListener("begin-again", () => { unfollow(); load(); });
+  source.addEventListener("restart", () => { unfollow(); load(); });
   source.addEventListener("state", (event) => {
     const state = JSON.parse(event.data);
     const mark = document.getElementById("state");
