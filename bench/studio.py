@@ -91,7 +91,7 @@ def writes(folder: Path) -> None:
     def label(person: Person) -> None:
         page = person.get("/label")
         while "item" in (data := fields(page)):
-            page = person.post("/label", data | {"choice": "a:2"})
+            page = person.post("/label", data | {"choice": "left:2"})
             acknowledged.append(int(data["item"]))
 
     with served(folder, folder / "writes.db", people) as (_, *links):

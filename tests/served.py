@@ -44,12 +44,12 @@ def form_token(client: httpx.Client) -> str:
     return _tokens[client]
 
 
-def serve(root: Path, store: Path, busy_s: float = 5.0, **gate) -> Iterator[Served]:
+def serve(root: Path, store: Path, busy_s: float = 5.0, device: str = "cpu", **gate) -> Iterator[Served]:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
         opened = Gate({"127.0.0.1", "localhost"}, **{"owners": {"Ada", "Ben"}, **gate})
-        app = create_app(Studio(Runs(root), store, opened, busy_s))
+        app = create_app(Studio(Runs(root), store, opened, busy_s, device))
         config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)

@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "tether"
 
 FLOORS = [
-    {"errors", "config", "types"},
+    {"errors", "config", "types", "statistics"},
     {"math"},
     {"models", "data", "feedback", "runs"},
     {"samplers", "rewards"},
@@ -126,7 +126,7 @@ def test_a_house_with_one_wrong_import_is_refused(tmp_path, files, complaint):
         "import tether.cli; tether.cli.main(['--help'])",
         "import tether.cli; tether.cli.main(['ppo', '--help'])",
         "import tether.cli; tether.cli.main(['evaluate', '--help'])",
-        "import tether.feedback.store, tether.feedback.agreement",
+        "import tether.feedback.store, tether.feedback.agreement, tether.statistics",
     ],
 )
 def test_import_and_help_load_no_torch(statement):

@@ -332,12 +332,15 @@ def _studio(argv: list[str]) -> None:
     parser.add_argument("--users", metavar="FILE", type=Path, help='who may come in: {"name": "token", …} as JSON')
     parser.add_argument("--owner", metavar="NAME", action="append", help="of --users, who may see every page")
     parser.add_argument("--name", metavar="HOST", action="append", help="a further name that browsers may call us by")
+    parser.add_argument(
+        "--device", default="cpu", help="of Try it: cpu, cuda, mps; cpu while a run trains (%(default)s)"
+    )
     args = parser.parse_args(argv)
     from tether.studio.serve import main as serve
 
     serve(
         Path(args.folder), store=Path(args.store), host=args.host, port=args.port, users=args.users,
-        owners=args.owner, people=args.person, names=args.name,
+        owners=args.owner, people=args.person, names=args.name, device=args.device,
     )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_without_a_terminal_each_write_is_one_plain_line(config, capsys):
         log.phase("sampling", 1, 64)  # too soon after the last line to be worth one
         log.write(2, CYCLE)
     first, note, second = capsys.readouterr().out.splitlines()
-    assert first == "cycle 1/2  score 0.512  KL 1.500  entropy 2.250  tokens/s 12,346  left 0s"
+    assert first == "cycle 1/2  score 0.512  KL 1.500  entropy 2.250  tokens/s 12,346  left 0 s"
     assert note == "a [note]"
     assert second == "cycle 2/2  score 0.512  KL 1.500  entropy 2.250  tokens/s 12,346"
     assert Run.open(config.run).metrics == [{"cycle": 1, **CYCLE}, {"cycle": 2, **CYCLE}]

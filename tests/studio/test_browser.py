@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -183,6 +184,53 @@ def test_a_run_is_watched_while_it_trains_and_a_point_opens_its_cycle(browser, t
             page.wait_for_url("**/rollouts/30")
 
 
+def test_seven_tabs_of_live_runs_open_since_hidden_ones_hold_no_connection(browser, trained, tmp_path):
+    # browsers open six connections to a host over HTTP/1.1: six live streams leave none for a seventh page
+    root = tmp_path / "runs"
+    shutil.copytree(trained, root)
+    status = root / "first" / "status.json"
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "running", "heartbeat": now()}))
+    for served in serve(root, tmp_path / "p.db"):
+        for first in opened(browser, served):
+            first.click("a:text-is('first')")
+            until(first, "document.querySelector('.plot .scatterlayer')")
+            tabs = [first]
+            for _ in range(6):
+                show(tabs[-1], "hidden")
+                tabs.append(first.context.new_page())
+                tabs[-1].goto(first.url, timeout=20_000)
+                until(tabs[-1], "document.querySelector('.plot .scatterlayer')", 20)
+            # the first tab follows the run again once it is looked at: the new line is drawn
+            lines = (root / "first" / "metrics.jsonl").read_text().splitlines()
+            with (root / "first" / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(json.loads(lines[-1]) | {"cycle": 5}) + "\n")
+            x = "document.querySelector('[data-metric=\"reward/score_mean\"] .plot').data.at(-1).x"
+            until(tabs[-1], f"{x}.at(-1) === 5", 20)
+            assert first.evaluate(x) == [1, 2, 3, 4]
+            show(tabs[-1], "hidden")
+            show(first, "visible")
+            until(first, f"{x}.at(-1) === 5", 20)
+            assert first.evaluate(x) == [1, 2, 3, 4, 5]
+            status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "finished"}))
+            until(first, "document.querySelector('#state').innerText === 'finished'", 20)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def show(page, state: str) -> None:
+    """Tell a page that its tab is hidden or visible: Playwright keeps every page of a headless browser visible."""
+    page.evaluate(
+        """state => {
+            Object.defineProperty(document, 'visibilityState', {value: state, configurable: true});
+            Object.defineProperty(document, 'hidden', {value: state === 'hidden', configurable: true});
+            document.dispatchEvent(new Event('visibilitychange'));
+        }""",
+        state,
+    )
+
+
 def test_two_checkpoints_are_compared_and_a_pair_goes_to_the_queue(page, studio):
     page.goto(studio.url + "/compare")
     page.select_option("select[name=a]", label="first, cycle 0")
@@ -263,7 +311,7 @@ def test_kill_minus_nine_in_the_middle_of_labelling_loses_nothing_that_was_ackno
                     threading.Timer(0.1, lambda: os.kill(server.pid, signal.SIGKILL)).start()
                 page = client.get(base + "/label").text
                 data = dict(re.findall(r'name="(item|key|form_token)" value="([^"]*)"', page))
-                answer = client.post(base + "/label", data=data | {"choice": "a:1"}, follow_redirects=False)
+                answer = client.post(base + "/label", data=data | {"choice": "left:1"}, follow_redirects=False)
                 assert answer.status_code == 303
                 acknowledged.append(int(data["item"]))
     except (httpx.HTTPError, KeyError):

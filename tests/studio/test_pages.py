@@ -294,16 +294,27 @@ def test_a_file_that_was_cut_back_is_noticed(tmp_path):
 # ---------------------------------------------------------------- labels by plain HTTP
 
 
+def fields(page: str) -> dict[str, str]:
+    """The hidden fields of a label page's form; none where there is nothing to judge."""
+    form = page.partition('id="judge"')[2].partition("</form>")[0]
+    return dict(re.findall(r'name="(item|key|form_token|seen)" value="([^"]*)"', form))
+
+
+def answers_of(page: str) -> list[str]:
+    """The answers of a label page in the order in which they are shown."""
+    return re.findall(r'<p class="text" dir="auto">(.*?)</p>', page, re.DOTALL)
+
+
 def test_the_same_form_sent_twice_is_one_label(studio):
     store = Store(studio.store)
     store.add_items([Item("q", (Answer("x"), Answer("y")))], overlap=0)
     client = studio.client()
     page = client.get("/label").text
-    data = dict(re.findall(r'name="(item|key|form_token|seen)" value="([^"]*)"', page)) | {"choice": "b:1"}
+    data = fields(page) | {"choice": "left:1"}
     for _ in range(2):
         assert client.post("/label", data=data).status_code == 200
     (label,) = store.labels()
-    assert (label.choice, label.strength) == ("b", 1)
+    assert ("ab".index(label.choice), label.strength) == (label.order[0], 1)
 
 
 def test_answers_are_ranked_by_their_places(studio):
@@ -311,12 +322,113 @@ def test_answers_are_ranked_by_their_places(studio):
     store.add_items([Item("q", tuple(Answer(t) for t in "xyz"))], overlap=0)
     client = studio.client()
     page = client.get("/label").text
-    data = dict(re.findall(r'name="(item|key|form_token|seen)" value="([^"]*)"', page))
+    shown = answers_of(page)
     places = {"rank_0": "3", "rank_1": "1", "rank_2": "2"}
-    wrong = client.post("/label", data=data | places | {"rank_2": "1", "choice": "ranking"})
+    wrong = client.post("/label", data=fields(page) | places | {"rank_2": "1", "choice": "ranking"})
     assert "same place" in wrong.text
-    client.post("/label", data=data | places | {"choice": "ranking"})
-    assert [label.ranking for label in store.labels()] == [(1, 2, 0)]
+    client.post("/label", data=fields(page) | places | {"choice": "ranking"})
+    assert [["xyz"[i] for i in label.ranking] for label in store.labels()] == [[shown[1], shown[2], shown[0]]]
+
+
+def test_a_ranking_begins_with_the_order_that_is_shown(studio):
+    store = Store(studio.store)
+    store.add_items([Item("q", tuple(Answer(t) for t in "xyz"))], overlap=0)
+    page = studio.client().get("/label").text
+    chosen = [re.findall(r'<option value="(\d)" selected', one) for one in re.findall(r"<select.*?</select>", page)]
+    assert chosen == [["1"], ["2"], ["3"]]
+
+
+def test_twelve_answers_are_ranked_through_the_real_form(studio):
+    store = Store(studio.store)
+    store.add_items([Item("q", tuple(Answer(f"answer {i}") for i in range(12)))], overlap=0)
+    client = studio.client()
+    page = client.get("/label").text
+    shown, selects = answers_of(page), re.findall(r'<select name="(\w+)">', page)
+    places = [7, 12, 1, 3, 10, 2, 11, 4, 9, 5, 8, 6]  # of the answers from top to bottom
+    form = fields(page) | dict(zip(selects, map(str, places), strict=True)) | {"choice": "ranking"}
+    assert "Saved" in client.post("/label", data=form).text
+    (label,) = store.labels()
+    assert [f"answer {i}" for i in label.ranking] == [text for _, text in sorted(zip(places, shown, strict=True))]
+
+
+def test_gold_items_are_not_passed_by_any_form_value_that_stays_the_same(studio):
+    # chosen is stored first in every gold item, so a value that named the stored answer would always be right
+    store = Store(studio.store)
+    store.add_items([Item(f"q{i}", (Answer("good"), Answer("bad")), gold=0) for i in range(80)])
+    client = studio.client()
+    right = []
+    for _ in range(80):
+        page = client.get("/label").text
+        side = ("left", "right")[answers_of(page).index("good")]
+        (button,) = re.findall(rf'<button name="choice" value="([^"]*)"[^>]*>(?:<kbd>\d</kbd>) {side}, clearly', page)
+        right.append(button)
+        assert "Saved" in client.post("/label", data=fields(page) | {"choice": button}).text
+    assert [label.choice for label in store.labels()] == ["a"] * 80  # the good answer, wherever it was shown
+    assert 25 <= max(right.count(value) for value in set(right)) <= 55  # of a fair coin: 40 ± 15, p < 0.001
+
+
+def test_no_label_page_tells_in_which_order_its_answers_are_stored(studio):
+    # without its texts and the values made for it, the form is the same whichever answer is where
+    store = Store(studio.store)
+    names = ("alpha", "beta", "gamma")
+    store.add_items([Item(f"q{i}", tuple(map(Answer, names[:2])), gold=0) for i in range(12)])
+    store.add_items([Item(f"r{i}", tuple(map(Answer, names)), gold=0) for i in range(12)])
+    client = studio.client()
+    forms: dict[str, set[str]] = {"pair": set(), "rank": set()}
+    orders: dict[str, set[tuple[int, ...]]] = {"pair": set(), "rank": set()}
+    while "item" in fields(page := client.get("/label").text):
+        task = store.next_task("Ada")
+        form = re.search(r'<form method="post" action="/label" id="judge".*?</form>', page, re.DOTALL)[0]
+        for own in [*names, *fields(page).values()]:
+            form = form.replace(own, "OWN")
+        forms[task.kind].add(form)
+        orders[task.kind].add(task.order)
+        store.record("Ada", task.item, key=str(task.item), choice="both_good")
+    assert len(orders["pair"]) == 2
+    assert len(orders["rank"]) >= 4
+    assert {kind: len(found) for kind, found in forms.items()} == {"pair": 1, "rank": 1}
+
+
+def test_an_error_about_a_label_does_not_tell_the_stored_order(studio):
+    store = Store(studio.store)
+    store.add_items([Item(f"q{i}", (Answer("x"), Answer("y")), gold=0) for i in range(12)])
+    store.add_items([Item(f"r{i}", tuple(map(Answer, "xyz")), gold=0) for i in range(12)])
+    client = studio.client()
+    said: dict[str, set[str]] = {"pair": set(), "rank": set()}
+    wrong = {"pair": {"choice": "left:9"}, "rank": {"choice": "ranking", "rank_0": "2", "rank_1": "1"}}
+    while "item" in fields(page := client.get("/label").text):
+        task = store.next_task("Ada")
+        answer = client.post("/label", data=fields(page) | wrong[task.kind])
+        assert answer.status_code == 400
+        said[task.kind].add(answer.text)
+        store.record("Ada", task.item, key=str(task.item), choice="both_good")
+    assert {kind: len(found) for kind, found in said.items()} == {"pair": 1, "rank": 1}
+
+
+def test_axes_of_the_form_are_of_the_sides_that_were_shown(studio):
+    store = Store(studio.store)
+    store.add_items([Item(f"q{i}", (Answer("x"), Answer("y"))) for i in range(8)], overlap=0)
+    client = studio.client()
+    for _ in range(8):
+        page = client.get("/label").text
+        form = fields(page) | {"choice": "right:1", "axis_helpful": "left", "axis_honest": "tie"}
+        assert "Saved" in client.post("/label", data=form).text
+    for label in store.labels():
+        left, right = ("ab"[i] for i in label.order)
+        assert (label.choice, label.axes) == (right, {"helpful": left, "honest": "tie"})
+    assert len({label.order for label in store.labels()}) == 2
+
+
+def test_a_form_sent_again_after_an_undo_is_told_as_before_and_records_nothing(studio):
+    store = Store(studio.store)
+    store.add_items([Item("q", (Answer("x"), Answer("y")))], overlap=0)
+    client = studio.client()
+    form = fields(client.get("/label").text) | {"choice": "right:2"}
+    client.post("/label", data=form)
+    client.post("/label/undo", data={"form_token": form["form_token"], "key": "u"})
+    assert client.post("/label", data=form).status_code == 200
+    assert client.post("/label", data=form | {"choice": "left:2"}).status_code == 400  # the key was of the other side
+    assert list(store.labels()) == []
 
 
 def test_a_pair_of_the_pages_comes_into_the_queue(studio):
@@ -372,7 +484,9 @@ def test_models_that_tether_evaluate_asked_are_compared_as_runs_are_and_a_pair_o
             assert client.post("/queue", data=data | {"b": wrong}).status_code == 404, wrong
 
 
-@pytest.mark.parametrize("data", [{"item": "x", "choice": "a:1"}, {"choice": "c"}, {"choice": "skip"}, {}])
+@pytest.mark.parametrize(
+    "data", [{"item": "x", "choice": "left:1"}, {"choice": "c"}, {"choice": "a:1"}, {"choice": "skip"}, {}]
+)
 def test_a_label_that_cannot_be_meant_says_so_and_saves_nothing(studio, data):
     store = Store(studio.store)
     (item,) = store.add_items([Item("q", (Answer("x"), Answer("y")))], overlap=0).ids
@@ -383,13 +497,13 @@ def test_a_label_that_cannot_be_meant_says_so_and_saves_nothing(studio, data):
     assert list(store.labels()) == []
 
 
-@pytest.mark.parametrize("data", [{"item": "²"}, {"item": "9" * 5000}, {"choice": "a:²"}, {"seen": "²"}])
+@pytest.mark.parametrize("data", [{"item": "²"}, {"item": "9" * 5000}, {"choice": "left:²"}, {"seen": "²"}])
 def test_digits_that_are_no_numbers_are_refused_or_passed_over(studio, data):
     store = Store(studio.store)
     (item,) = store.add_items([Item("q", (Answer("x"), Answer("y")))], overlap=0).ids
     client = studio.client()
     client.get("/label")
-    form = {"form_token": form_token(client), "item": str(item), "key": "k", "choice": "a:1"} | data
+    form = {"form_token": form_token(client), "item": str(item), "key": "k", "choice": "left:1"} | data
     assert client.post("/label", data=form).status_code in (200, 400)
 
 

@@ -13,8 +13,13 @@ from served import form_token, serve
 from tether.errors import ConfigError
 from tether.feedback.records import Answer, Item
 from tether.feedback.store import Store
-from tether.studio.security import COOKIE, Gate
+from tether.studio.security import Gate, cookie_name
 from tether.studio.serve import main, read_users
+
+
+def name_of_cookie(studio) -> str:
+    return cookie_name(studio.url.removeprefix("http://"))
+
 
 PAGES = ["/runs", "/compare", "/label", "/agreement", "/try", "/runs/differences", "/agreement/preferences.jsonl"]
 
@@ -46,16 +51,31 @@ def test_a_session_that_was_made_up_or_changed_is_none():
 
 @pytest.mark.parametrize("cookie", [b"ff.x", b'"416461.\\351"', b"\xff\xfe", b"."])
 def test_a_strange_cookie_is_an_unknown_visitor(studio, cookie):
-    answer = httpx.get(studio.url + "/runs", headers={"cookie": f"{COOKIE}=".encode() + cookie})
+    answer = httpx.get(studio.url + "/runs", headers={"cookie": f"{name_of_cookie(studio)}=".encode() + cookie})
     assert answer.status_code == 401
     assert "content-security-policy" in answer.headers
 
 
 def test_the_cookies_of_other_programs_on_this_machine_are_passed_over(studio):
-    session = studio.client().cookies[COOKIE]
-    assert (
-        httpx.get(studio.url + "/runs", headers={"cookie": f'prefs={{"a":1}}; {COOKIE}={session}'}).status_code == 200
-    )
+    name = name_of_cookie(studio)
+    session = studio.client().cookies[name]
+    assert httpx.get(studio.url + "/runs", headers={"cookie": f'prefs={{"a":1}}; {name}={session}'}).status_code == 200
+
+
+def test_two_studios_on_one_host_do_not_sign_each_other_out(studio, trained, tmp_path):
+    # a browser keeps cookies by host, whatever the port: the second must not take the first one's place
+    for second in serve(trained, tmp_path / "second.db"):
+        with httpx.Client() as browser:
+            assert browser.get(studio.link()).status_code == 200
+            assert browser.get(second.link()).status_code == 200
+            assert browser.get(studio.url + "/runs").status_code == 200
+            assert browser.get(second.url + "/runs").status_code == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "[::1]:", "lab.local:80;x=1", "lab.local:\r\n", "lab.local:²"])
+def test_a_cookies_name_holds_nothing_of_the_host_but_a_port(host):
+    assert cookie_name(host) == "tether_session"
+    assert cookie_name("[::1]:8765") == "tether_session_8765"
 
 
 def test_another_studios_session_is_none():
@@ -69,7 +89,7 @@ def test_a_host_that_we_do_not_serve_is_refused(studio, host):
     connection = http.client.HTTPConnection(studio.url.removeprefix("http://"))
     connection.putrequest("GET", "/runs", skip_host=True)
     connection.putheader("Host", host)
-    connection.putheader("Cookie", f"{COOKIE}={client.cookies[COOKIE]}")
+    connection.putheader("Cookie", "; ".join(f"{name}={value}" for name, value in client.cookies.items()))
     connection.endheaders()
     assert connection.getresponse().status == 421
 
@@ -99,7 +119,7 @@ def test_who_labels_is_the_session_whatever_the_form_says(studio):
     (item,) = store.add_items([Item("q", (Answer("x"), Answer("y")))], overlap=0).ids
     client = studio.client("Ada")
     client.get("/label")
-    data = {"form_token": form_token(client), "item": str(item), "key": "k", "choice": "a:2"}
+    data = {"form_token": form_token(client), "item": str(item), "key": "k", "choice": "left:2"}
     client.post("/label", data=data | {"annotator": "Ben", "person": "Ben"})
     assert [label.annotator for label in store.labels()] == ["Ada"]
 
@@ -130,7 +150,9 @@ def test_a_body_that_is_too_large_is_refused_whatever_it_claims(studio):
 def test_no_path_comes_from_the_browser(studio, path):
     connection = http.client.HTTPConnection(studio.url.removeprefix("http://"))
     client = studio.client()
-    connection.request("GET", path, headers={"Cookie": f"{COOKIE}={client.cookies[COOKIE]}"})
+    connection.request(
+        "GET", path, headers={"Cookie": "; ".join(f"{name}={value}" for name, value in client.cookies.items())}
+    )
     answer = connection.getresponse()
     assert answer.status == 404
     assert b"root:" not in answer.read()
@@ -180,7 +202,9 @@ def test_a_locked_store_says_so_and_saves_nothing(trained, tmp_path):
         token = form_token(client)
         with contextlib.closing(sqlite3.connect(tmp_path / "p.db", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
-            answer = client.post("/label", data={"form_token": token, "item": str(item), "key": "k", "choice": "a:1"})
+            answer = client.post(
+                "/label", data={"form_token": token, "item": str(item), "key": "k", "choice": "left:1"}
+            )
         assert answer.status_code == 503
         assert "locked" in answer.text
         assert list(store.labels()) == []

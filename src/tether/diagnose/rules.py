@@ -19,6 +19,7 @@ from tether.diagnose.series import Curve, correlation, median
 from tether.diagnose.state import RECENT, patience_s, silence_s, state
 from tether.diagnose.view import Alarm, Severity, View, alarm
 from tether.runs.bounds import FIRST_RATIO_MEAN, FIRST_RATIO_STOP, SAMPLER_GAP, Precision
+from tether.runs.durations import format_duration
 
 _PERSIST = 3  # levels of 5 cycles: 15 cycles in a row
 
@@ -499,7 +500,7 @@ def stale(view: View) -> Iterator[Alarm]:
     patience = patience_s(view.series.tail(RECENT))
     if state(view.status, view.now, patience_s=patience) == "stale":
         age = silence_s(view.status, view.now)
-        since = "at all" if age is None else f"for {_duration(age)}"
+        since = "at all" if age is None else f"for {format_duration(age)}"
         yield alarm(
             "stale", (view.series.done, view.series.done), "serious",
             f"The run says that it is running, but gave no sign of life {since} (process {view.status.get('pid')} on "
@@ -558,11 +559,3 @@ def _sentence(text: str) -> str:
     """`text` on one line, with a capital and a full stop."""
     line = " ".join(text.split()).rstrip(".")
     return f"{line[:1].upper()}{line[1:]}."
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24} d {hours % 24} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

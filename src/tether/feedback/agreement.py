@@ -9,25 +9,22 @@
 Ties are a category of their own; a ranking counts as the pairs that it orders; skips count nowhere. Gold items and
 repeats have measures of their own and are left out of every other. Where there is too little data the result is None.
 
-Sources: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability" (through the package krippendorff); Cohen 1960
-(scikit-learn); Wilson 1927.
+Sources: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability"; Cohen 1960, "A coefficient of agreement for
+nominal scales"; Wilson 1927.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import combinations
 from statistics import median
 from typing import Any
 
-from tether.errors import StoreError
 from tether.feedback.records import RANKING, TIES, Label
+from tether.statistics import wilson_interval
 
-_Z = 1.959964  # two-sided 95 %
 _FEWEST = 2  # items, before an agreement means anything at all
 
 
@@ -58,7 +55,7 @@ class Kappa:
     first: str
     second: str
     value: float
-    agreement: float  # share of what both judged on which they said the same
+    agreement: float  # share of what both judged on which they agreed
     items: int
 
 
@@ -88,7 +85,7 @@ class Agreement:
 
 
 def agreement(labels: Iterable[Label], *, seed: int = 0, draws: int = 1000) -> Agreement:
-    """Everything there is to say about labels that stand, such as `Store.labels()` gives.
+    """Agreement and habits in labels that stand, such as `Store.labels()` gives.
 
     seed, draws: of the bootstrap; the same seed gives the same interval.
     """
@@ -109,11 +106,11 @@ def agreement(labels: Iterable[Label], *, seed: int = 0, draws: int = 1000) -> A
 
 
 Unit = tuple[int, int, int]  # item, and the two of its answers that are compared
-Units = Mapping[Unit, Mapping[str, str]]  # what each annotator said of it: a, b or tie
+Units = Mapping[Unit, Mapping[str, str]]  # what each annotator chose: a, b or tie
 
 
 def _units(labels: Iterable[Label]) -> dict[Unit, dict[str, str]]:
-    """What each person said of each pair that two or more judged; rankings as all their pairs."""
+    """What each person chose of each pair that two or more judged; a ranking as all its pairs."""
     units: dict[Unit, dict[str, str]] = {}
     judged = [x for x in labels if x.choice != "skip" and x.gold is None and x.repeat_of is None]
     people = Counter(label.item for label in judged)
@@ -121,43 +118,43 @@ def _units(labels: Iterable[Label]) -> dict[Unit, dict[str, str]]:
         if people[label.item] < 2:
             continue  # nobody to agree with
         if label.kind == "pair":
-            said = "tie" if label.choice in TIES else label.choice
-            units.setdefault((label.item, 0, 1), {})[label.annotator] = said
+            side = "tie" if label.choice in TIES else label.choice
+            units.setdefault((label.item, 0, 1), {})[label.annotator] = side
             continue
         for i, j in combinations(range(len(label.order)), 2):
             if label.choice == RANKING:
                 assert label.ranking is not None
-                said = "a" if label.ranking.index(i) < label.ranking.index(j) else "b"
+                side = "a" if label.ranking.index(i) < label.ranking.index(j) else "b"
             else:
-                said = "tie"
-            units.setdefault((label.item, i, j), {})[label.annotator] = said
+                side = "tie"
+            units.setdefault((label.item, i, j), {})[label.annotator] = side
     return units
 
 
 def krippendorff_alpha(units: Units, *, seed: int = 0, draws: int = 1000) -> Alpha | None:
-    """α over the units that two people or more judged; None below two items, or where all said one and the same.
+    """α over the units that two people or more judged; None below two items, or where all chose the same.
 
     Items are drawn, not units: the pairs of one ranking are not independent. Items with the same coincidences are
     interchangeable, so that a draw is one multinomial over the few kinds of items there are, however many items.
     """
-    categories = sorted({value for said in units.values() for value in said.values()})
+    categories = sorted({value for sides in units.values() for value in sides.values()})
     judged: dict[int, list[list[int]]] = {}
-    for (item, _, _), said in units.items():
-        if len(said) >= 2:
-            counts = Counter(said.values())
+    for (item, _, _), sides in units.items():
+        if len(sides) >= 2:
+            counts = Counter(sides.values())
             judged.setdefault(item, []).append([counts[c] for c in categories])
     if len(judged) < _FEWEST:
         return None
-    np, package = _load("numpy"), _load("krippendorff")
-    table = np.array([counts for unit in judged.values() for counts in unit])
-    if (table.sum(0) > 0).sum() < 2:
+    if sum(any(column) for column in zip(*(counts for unit in judged.values() for counts in unit), strict=True)) < 2:
         return None  # one category alone: chance would agree as well, and α is 0/0
-    value = float(package.alpha(value_counts=table, level_of_measurement="nominal"))
+    import numpy as np  # only where there is something to compute: the pages start sooner
+
     kinds = Counter(tuple(map(tuple, sorted(unit))) for unit in judged.values())
     each = np.array([sum(_coincidences(np.array(counts)) for counts in kind) for kind in kinds])  # [kinds, C, C]
     frequency = np.array(list(kinds.values()))
+    value = float(_alpha_of(np.tensordot(frequency[None], each, axes=1))[0])
     drawn = np.random.default_rng(seed).multinomial(len(judged), frequency / frequency.sum(), size=draws)
-    alphas = _alpha_of(np, np.tensordot(drawn, each, axes=1))
+    alphas = _alpha_of(np.tensordot(drawn, each, axes=1))
     low, high = np.nanquantile(alphas, [0.025, 0.975]) if not np.isnan(alphas).all() else (value, value)
     return Alpha(value, float(low), float(high), len(judged))
 
@@ -169,8 +166,10 @@ def _coincidences(counts: Any) -> Any:
     return pairs / (counts.sum() - 1)
 
 
-def _alpha_of(np: Any, o: Any) -> Any:
+def _alpha_of(o: Any) -> Any:
     """α [draws] of coincidence matrices o [draws, C, C]: 1 - (n - 1)·Σ_{c≠k} o_ck / Σ_{c≠k} n_c·n_k; NaN for 0/0."""
+    import numpy as np
+
     marginal = o.sum(2)
     n = marginal.sum(1)
     observed = n - np.trace(o, axis1=1, axis2=2)
@@ -180,18 +179,25 @@ def _alpha_of(np: Any, o: Any) -> Any:
 
 
 def cohen_kappas(units: Units) -> tuple[Kappa, ...]:
-    """κ of every two people who judged two units or more in common; none where both said one and the same always."""
+    """κ of every two people who judged two units or more in common; none where both always chose the same."""
     shared: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for said in units.values():
-        for first, second in combinations(sorted(said), 2):
-            shared.setdefault((first, second), []).append((said[first], said[second]))
+    for sides in units.values():
+        for first, second in combinations(sorted(sides), 2):
+            shared.setdefault((first, second), []).append((sides[first], sides[second]))
     found = []
     for (first, second), pairs in sorted(shared.items()):
         if len(pairs) >= _FEWEST and len({side for pair in pairs for side in pair}) > 1:
-            value = _load("sklearn.metrics").cohen_kappa_score(*zip(*pairs, strict=True))
             same = sum(a == b for a, b in pairs) / len(pairs)
-            found.append(Kappa(first, second, float(value), same, len(pairs)))
+            found.append(Kappa(first, second, cohen_kappa(pairs), same, len(pairs)))
     return tuple(found)
+
+
+def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float:
+    """κ = (p_o - p_e) / (1 - p_e): observed agreement, and what two people of the same habits have by chance."""
+    observed = sum(a == b for a, b in pairs) / len(pairs)
+    first, second = (Counter(side) for side in zip(*pairs, strict=True))
+    chance = sum(first[category] * second[category] for category in first) / len(pairs) ** 2
+    return (observed - chance) / (1 - chance)
 
 
 # ---------------------------------------------------------------- one person
@@ -238,23 +244,8 @@ def _index(label: Label) -> int | None:
 
 
 def wilson(successes: int, count: int) -> Rate | None:
-    """Wilson's score interval: stays within [0, 1], and says something at 0 and 1 too. None of nothing."""
+    """A share with Wilson's 95 % interval; None of nothing."""
     if count == 0:
         return None
-    p = successes / count
-    centre = (p + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = _Z / (1 + _Z**2 / count) * math.sqrt(p * (1 - p) / count + _Z**2 / (4 * count**2))
-    low = centre - half if successes else 0.0  # exactly, whatever rounding makes of it
-    high = centre + half if successes < count else 1.0
-    return Rate(p, low, high, count)
-
-
-def _load(module: str) -> Any:
-    """A package of the studio extra, which only some installations have."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise StoreError(
-            f"{module.partition('.')[0]} is not installed, so agreement cannot be computed. "
-            "pip install 'tether[studio]' brings it."
-        ) from error
+    share = successes / count
+    return Rate(share, *wilson_interval(share, count), count)

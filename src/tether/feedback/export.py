@@ -1,4 +1,4 @@
-"""The store as JSONL, for everybody else: preferences in the ecosystem's columns, and everything that was said."""
+"""The store as JSONL, for everybody else: preferences in the ecosystem's columns, and every event."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _SHOWN_COLUMNS = ["prompt", "completion", "prompt_index", "response_index"]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ItemBatch:
     """Items from one source, and prompts that gave none."""
 
     items: list[Item]
@@ -33,7 +33,7 @@ class Found:
 
 
 def label(
-    *, to: str, source: Found | None = None, gold: str | None = None, overlap: float = 0.2, seed: int | None = None,
+    *, to: str, source: ItemBatch | None = None, gold: str | None = None, overlap: float = 0.2, seed: int | None = None,
     guidelines: str | None = None, annotators: Sequence[str] = (), export: str | None = None, status: bool = False,
 ) -> list[str]:  # fmt: skip
     """Do what the command line asks for; returns what was done, a line each.
@@ -50,34 +50,34 @@ def label(
             "nothing to do: neither items, gold, guidelines nor an annotator to add, nothing to export or to show. "
             "Give --from FILE, say; tether label --help lists the rest."
         )
-    said = []
+    lines = []
     new = not Path(to).exists() or not Path(to).stat().st_size
     with Store(to, create=adds, seed=seed if new else None) as store:
         if seed is not None and seed != store.mix.seed:
-            said.append(f"{to} keeps its own seed, {store.mix.seed}, for order, sides and overlap")
-        for found in (source, checked):
-            if found is not None:
-                said.append(_added(found, store.add_items(found.items, overlap=overlap), to))
+            lines.append(f"{to} keeps its own seed, {store.mix.seed}, for order, sides and overlap")
+        for batch in (source, checked):
+            if batch is not None:
+                lines.append(_describe_added(batch, store.add_items(batch.items, overlap=overlap), to))
         if text is not None:
-            said.append(f"{guidelines}: version {store.add_guidelines(text)} of the guidelines, in force")
+            lines.append(f"{guidelines}: version {store.add_guidelines(text)} of the guidelines, in force")
         for name in annotators:
-            said.append(f"{name} is registered" + ("" if store.add_annotator(name) else " already"))
+            lines.append(f"{name} is registered" + ("" if store.add_annotator(name) else " already"))
         if export is not None:
             done = store.export(export)
-            said.append(
+            lines.append(
                 f"{done.path}: {done.rows} pairs in preferences.jsonl, {done.events} events, {done.items} items"
             )
         if status:
-            said += _status(to, store.overview())
-    return said
+            lines += _status(to, store.overview())
+    return lines
 
 
-def _added(found: Found, added: Added, to: str) -> str:
-    line = f"{found.where}: {added.new} items added to {to}, {added.twice} of them for two people"
+def _describe_added(batch: ItemBatch, added: Added, to: str) -> str:
+    line = f"{batch.where}: {added.new} items added to {to}, {added.twice} of them for two people"
     if added.known:
         line += f"; {added.known} were there already"
-    if found.too_few:
-        line += f"; {found.too_few} prompts left out, whose answers are too few or all the same"
+    if batch.too_few:
+        line += f"; {batch.too_few} prompts left out, whose answers are too few or all the same"
     return line
 
 
@@ -103,16 +103,16 @@ def _read_text(path: str) -> str:
 # ---------------------------------------------------------------- from a file
 
 
-def read_items(path: str, limit: int | None = None) -> Found:
-    """Items of a JSONL or Parquet file; what was preferred there is not told to anybody."""
+def read_items(path: str, limit: int | None = None) -> ItemBatch:
+    """Items of a JSONL or Parquet file; which answer was preferred there is not shown to anybody."""
     table = read_table(path, limit=limit)
-    return Found([_item(table, row, gold=False) for row in range(len(table))], path)
+    return ItemBatch([_item(table, row, gold=False) for row in range(len(table))], path)
 
 
-def read_gold(path: str) -> Found:
+def read_gold(path: str) -> ItemBatch:
     """Items whose better answer is known: `chosen`, or `gold`, an index or a, b."""
     table = read_table(path)
-    return Found([_item(table, row, gold=True) for row in range(len(table))], f"{path} (gold)")
+    return ItemBatch([_item(table, row, gold=True) for row in range(len(table))], f"{path} (gold)")
 
 
 def _item(table: Table, row: int, *, gold: bool) -> Item:
@@ -179,7 +179,7 @@ def _answer(prompt: Prompt, value: Any) -> Answer:
 # ---------------------------------------------------------------- from a run
 
 
-def items_of_run(path: str, *, cycle: int | None = None, answers: int = 2, seed: int = 0) -> Found:
+def items_of_run(path: str, *, cycle: int | None = None, answers: int = 2, seed: int = 0) -> ItemBatch:
     """One item a prompt, from what a run answered it: in one cycle, or in whichever, so that people see it learn.
 
     Which answers, follows from the seed; those that say the same count as one.
@@ -202,7 +202,7 @@ def items_of_run(path: str, *, cycle: int | None = None, answers: int = 2, seed:
         drawn = sorted(given.items(), key=lambda answer: draw(seed, "answer", *answer[1].values()))[:answers]
         if len(drawn) == answers:
             items.append(Item(prompt_of(prompt), tuple(Answer(text, {"run": path} | where) for text, where in drawn)))
-    return Found(items, path, too_few=len(found) - len(items))
+    return ItemBatch(items, path, too_few=len(found) - len(items))
 
 
 # ---------------------------------------------------------------- from a model
@@ -210,22 +210,22 @@ def items_of_run(path: str, *, cycle: int | None = None, answers: int = 2, seed:
 
 def items_of_model(
     model: str, prompts: str, *, answers: int = 2, limit: int | None = None, seed: int = 0, **sampling: Any
-) -> Found:
+) -> ItemBatch:
     """One item a prompt of a file, answered by the model; sampling: of `tether.generate`."""
     check_answers("--answers", answers)
     table = read_table(prompts, limit=limit)
     table.require(["prompt"])
     from tether.train.evaluate import generate  # takes seconds to load
 
-    asked = [row["prompt"] for row in table.rows]
-    generations = generate(model, asked, samples=answers, seed=seed, **sampling)
+    prompt_rows = [row["prompt"] for row in table.rows]
+    generations = generate(model, prompt_rows, samples=answers, seed=seed, **sampling)
     items = []
-    for i, prompt in enumerate(asked):
+    for i, prompt in enumerate(prompt_rows):
         texts = [g.completion for g in generations[i * answers : (i + 1) * answers]]
         if len(set(texts)) == answers:
             source = {"model": model, "seed": seed, "prompt_index": i}
             items.append(Item(prompt, _numbered(texts, source)))
-    return Found(items, model, too_few=len(asked) - len(items))
+    return ItemBatch(items, model, too_few=len(prompt_rows) - len(items))
 
 
 def _numbered(texts: Iterable[str], source: dict[str, Any]) -> tuple[Answer, ...]:

@@ -19,14 +19,20 @@ _LONGEST_KEY = 200  # characters
 
 
 def record(
-    connection: sqlite3.Connection, annotator: str, item: int, key: str, said: Judgement,
-    *, seconds: float | None, now: float, at: str, mix: Mix,
+    connection: sqlite3.Connection, annotator: str, item: int, key: str, judgement: Judgement,
+    *, on_screen: bool, seconds: float | None, now: float, at: str, mix: Mix,
 ) -> Receipt:  # fmt: skip
-    """Add a label event for the item that the annotator holds."""
+    """Add a label event for the item that the annotator holds.
+
+    on_screen: the judgement numbers the answers by their place on the screen. It is checked as it was sent: an error
+    about stored answers would tell the annotator the stored order, and so which answer of a gold item is the better.
+    """
     person = person_of(connection, annotator)
-    columns = _columns(said)
     if earlier := _earlier(connection, person, key):
-        if earlier["kind"] != "label" or earlier["item"] != item or any(earlier[k] != v for k, v in columns.items()):
+        if earlier["kind"] != "label" or earlier["item"] != item:
+            raise _key_taken(key)
+        columns = _columns(_checked(judgement, json.loads(earlier["shown"]), on_screen))
+        if any(earlier[name] != value for name, value in columns.items()):
             raise _key_taken(key)
         return _receipt(earlier, annotator)
     lease = connection.execute("SELECT * FROM leases WHERE annotator = ?", (person["id"],)).fetchone()
@@ -36,9 +42,9 @@ def record(
             "Nothing was recorded; ask for the next task."
         )
     row = connection.execute("SELECT * FROM items WHERE id = ?", (item,)).fetchone()
-    said.check(len(json.loads(row["answers"])))
+    judgement = _checked(judgement, json.loads(lease["shown"]), on_screen)
     check_seconds(seconds)
-    decided = said.choice != "skip"
+    decided = judgement.choice != "skip"
     if decided and not may_take(connection, item, person["id"], now):
         raise LabelError(
             f"item {item} went to somebody else after {annotator}'s {mix.lease_s / 60:g} minutes: it would have more "
@@ -47,7 +53,7 @@ def record(
     at = _not_before_the_last(connection, at)
     event = _append(
         connection, kind="label", annotator=person["id"], item=item, key=key, at=at, guideline=lease["guideline"],
-        shown=lease["shown"], seconds=seconds, **columns,
+        shown=lease["shown"], seconds=seconds, **_columns(judgement),
     )  # fmt: skip
     connection.execute(
         "INSERT INTO standing (event, item, annotator, decided) VALUES (?, ?, ?, ?)",
@@ -90,15 +96,21 @@ def undo(connection: sqlite3.Connection, annotator: str, key: str, *, now: float
     return Receipt(event, "undo", row["id"], annotator, at)
 
 
-def _columns(said: Judgement) -> dict[str, Any]:
-    """A judgement as the table holds it. Equal exactly if the same was said."""
+def _checked(judgement: Judgement, order: list[int], on_screen: bool) -> Judgement:
+    """The judgement in stored indices; LabelError where it cannot be made about these answers."""
+    judgement.check(len(order))
+    return judgement.as_stored(order) if on_screen else judgement
+
+
+def _columns(judgement: Judgement) -> dict[str, Any]:
+    """A judgement as the table holds it: equal columns for equal judgements."""
     return {
-        "choice": said.choice,
-        "ranking": to_json(said.ranking) if said.choice == RANKING else None,
-        "strength": said.strength,
-        "axes": to_json(dict(sorted(said.axes.items()))) if said.axes else None,
-        "note": said.note or None,
-        "reason": said.reason or None,
+        "choice": judgement.choice,
+        "ranking": to_json(judgement.ranking) if judgement.choice == RANKING else None,
+        "strength": judgement.strength,
+        "axes": to_json(dict(sorted(judgement.axes.items()))) if judgement.axes else None,
+        "note": judgement.note or None,
+        "reason": judgement.reason or None,
     }
 
 

@@ -147,7 +147,7 @@ def _standing(
 
 
 def _first_event(connection: sqlite3.Connection, time: str) -> int:
-    """The first event at `time` or later; past the last one where there is none. Times never go back (`labelling`)."""
+    """The first event at `time` or later; past the last one where there is none. Times never go back (`judgements`)."""
     row = connection.execute("SELECT id FROM events WHERE at >= ? ORDER BY at, id LIMIT 1", (time,)).fetchone()
     return int(row["id"]) if row else last_event(connection) + 1
 

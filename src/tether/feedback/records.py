@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -67,24 +67,37 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a person said about an item. `check` holds it against the item's answers."""
+    """What a person chose about an item. `check` holds it against the item's answers.
+
+    Answers are numbered as they are stored, or by their place on the screen (`as_stored`): a is number 0, b number 1.
+    """
 
     choice: str  # one of CHOICES, or RANKING
-    ranking: tuple[int, ...] | None = None  # answer indices in stored order, best first
-    strength: int | None = None  # 1 slightly, 2 clearly, 3 much; None for ties, rankings, and where it was not said
+    ranking: tuple[int, ...] | None = None  # answer indices, best first
+    strength: int | None = None  # 1 slightly, 2 clearly, 3 much; None for ties, rankings, and where none was given
     axes: dict[str, str] = field(default_factory=dict)  # of AXES, each one of SIDES
     note: str | None = None
     reason: str | None = None  # why it was skipped
 
     @classmethod
-    def of(cls, choice: str | Sequence[int], **said: Any) -> Judgement:
+    def of(cls, choice: str | Sequence[int], **details: Any) -> Judgement:
         """choice: one of CHOICES, or answer indices, best first."""
         if isinstance(choice, str):
-            return cls(choice, None, **said)
-        return cls(RANKING, tuple(choice), **said)
+            return cls(choice, None, **details)
+        return cls(RANKING, tuple(choice), **details)
+
+    def as_stored(self, order: Sequence[int]) -> Judgement:
+        """This judgement of places on the screen as one of stored answers; order: `Task.order`."""
+        letters = {"a": "ab"[order[0]], "b": "ab"[order[1]]} if len(order) == 2 else {}
+        return replace(
+            self,
+            choice=letters.get(self.choice, self.choice),
+            ranking=None if self.ranking is None else tuple(order[place] for place in self.ranking),
+            axes={axis: letters.get(side, side) for axis, side in self.axes.items()},
+        )
 
     def check(self, answers: int) -> None:
-        """Raise LabelError where this cannot be said about so many answers."""
+        """Raise LabelError where this is no judgement of so many answers."""
         _check_choice(self.choice, self.ranking, answers)
         if self.strength is not None and (self.strength not in (1, 2, 3) or self.choice not in ("a", "b")):
             raise LabelError(
@@ -98,7 +111,7 @@ class Judgement:
                     f"{', '.join(SIDES)}."
                 )
         if self.choice == "skip" and not (self.reason or "").strip():
-            raise LabelError("a skip without a reason: nobody could mend the item. Say why.")
+            raise LabelError("a skip without a reason: nobody could fix the item. Say why.")
         if self.choice != "skip" and self.reason is not None:
             raise LabelError(f"a reason for the choice {self.choice!r}: only a skip has one. Use the note.")
         for name, text in (("note", self.note), ("reason", self.reason)):

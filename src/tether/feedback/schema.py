@@ -138,7 +138,7 @@ class Database:
                 f"{path} does not exist, so there are no labels to read.{did_you_mean_path(str(path))} Check the path, "
                 "or make a store: tether label --from pairs.jsonl --to preferences.db."
             )
-        with self._saying_what_failed():
+        with self._wrap_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             connection = self._connection()
             self._check_ours(connection)
@@ -177,7 +177,7 @@ class Database:
         durable: False for what a power failure may take back, though never kill -9: its commit does not wait for the
         disk, the next durable one takes it along.
         """
-        with self._saying_what_failed(), self._writer:
+        with self._wrap_errors(), self._writer:
             connection = self._connection()
             connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             connection.execute("BEGIN IMMEDIATE")
@@ -192,7 +192,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
         """One state of the store, whatever is written meanwhile; for work that ends within the block."""
-        with self._saying_what_failed():
+        with self._wrap_errors():
             connection = self._connection()
             connection.execute("BEGIN")
             try:
@@ -203,7 +203,7 @@ class Database:
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
         """Likewise, on a connection of its own: for generators, which may move between threads."""
-        with self._saying_what_failed():
+        with self._wrap_errors():
             connection = self._connect()
             try:
                 connection.execute("BEGIN")
@@ -237,7 +237,7 @@ class Database:
         return connection
 
     @contextmanager
-    def _saying_what_failed(self) -> Iterator[None]:
+    def _wrap_errors(self) -> Iterator[None]:
         """Turn what SQLite or the disk says into a StoreError that says what to do."""
         try:
             yield

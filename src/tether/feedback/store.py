@@ -23,8 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from tether.errors import StoreError
-from tether.feedback import judgements as labelling
-from tether.feedback import queue, reading
+from tether.feedback import judgements, queue, reading
 from tether.feedback.export import export
 from tether.feedback.records import (
     Added,
@@ -72,20 +71,20 @@ class Store:
             check_fraction(name, fraction)
         self._clock = clock
         self._database = Database(self.path, create=create, busy_s=busy_s)
-        asked = {"seed": seed, "gold_fraction": gold_fraction, "repeat_fraction": repeat_fraction}
-        self.mix = queue.Mix(**self._settle(asked), lease_s=lease_s)
+        settings = {"seed": seed, "gold_fraction": gold_fraction, "repeat_fraction": repeat_fraction}
+        self.mix = queue.Mix(**self._settle(settings), lease_s=lease_s)
 
-    def _settle(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def _settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings that the file was made with; into a new file, those asked for."""
         with self._database.read() as c:
             kept = _settings(c)
         if not kept:
             with self._database.write() as c:
                 for name, default in _MADE_WITH.items():
-                    value = default if asked[name] is None else asked[name]
+                    value = default if settings[name] is None else settings[name]
                     c.execute("INSERT INTO settings VALUES (?, ?) ON CONFLICT DO NOTHING", (name, value))
                 kept = _settings(c)
-        for name, wanted in asked.items():
+        for name, wanted in settings.items():
             if wanted is not None and wanted != kept[name]:
                 raise StoreError(
                     f"{name}={wanted} for {self.path}, which was made with {kept[name]}: people would meet items in "
@@ -152,13 +151,13 @@ class Store:
         with self._database.read() as c:
             if task := queue.held_task(c, annotator, now, self.mix):
                 return task
-        with self._database.write(durable=False) as c:  # who holds what may be forgotten: it is asked anew
+        with self._database.write(durable=False) as c:  # a lease that is lost is given again
             return queue.next_task(c, annotator, now, self.mix)
 
     def record(
         self, annotator: str, item: int, *, key: str, choice: str | Sequence[int], strength: int | None = None,
         axes: dict[str, str] | None = None, note: str | None = None, reason: str | None = None,
-        seconds: float | None = None,
+        seconds: float | None = None, on_screen: bool = False,
     ) -> Receipt:  # fmt: skip
         """Keep a judgement for good; it is on the disk when this returns.
 
@@ -167,14 +166,17 @@ class Store:
             and changes nothing (`seconds` may differ); with other content it is a LabelError.
         choice: a, b (answers 0 and 1 in stored order: `Task.choice_of`), both_good, both_bad, skip; or, for items with
             more answers, stored indices, best first (`Task.ranking_of`).
+        on_screen: choice and axes number the answers by their place on the screen instead, from left to right or top to
+            bottom: a is the left one. What a page sends: it must not tell the stored order.
         strength: 1 slightly, 2 clearly, 3 much better; with a and b alone.
         axes: of helpful, harmless, honest, each a, b or tie. reason: of a skip. seconds: spent on it.
         """
-        said = Judgement.of(choice, strength=strength, axes=axes or {}, note=note, reason=reason)
+        judgement = Judgement.of(choice, strength=strength, axes=axes or {}, note=note, reason=reason)
         with self._database.write() as c:
-            return labelling.record(
-                c, annotator, item, key, said, seconds=seconds, now=self._clock(), at=self._now(), mix=self.mix
-            )
+            return judgements.record(
+                c, annotator, item, key, judgement, on_screen=on_screen, seconds=seconds, now=self._clock(),
+                at=self._now(), mix=self.mix,
+            )  # fmt: skip
 
     def undo(self, annotator: str, *, key: str) -> Receipt | None:
         """Withdraw the annotator's latest label or skip; `next_task` gives its item back. None: none stands.
@@ -183,7 +185,7 @@ class Store:
         key: as for `record`, so that a request sent twice undoes one label.
         """
         with self._database.write() as c:
-            return labelling.undo(c, annotator, key, now=self._clock(), at=self._now(), mix=self.mix)
+            return judgements.undo(c, annotator, key, now=self._clock(), at=self._now(), mix=self.mix)
 
     def history(self, annotator: str, *, before: int | None = None, limit: int = 50) -> list[Label]:
         """The annotator's own labels that stand, newest first; before: an event number, for the next page.
@@ -191,9 +193,9 @@ class Store:
         `gold` and `repeat_of` are None throughout: they would tell people what checks them.
         """
         with self._database.read() as c:
-            mine = Filters(annotators=[annotator])
+            own = Filters(annotators=[annotator])
             before = None if before is None else min(before, _LARGEST)
-            found = reading.labels(c, mine, before=before, limit=limit, newest_first=True)
+            found = reading.labels(c, own, before=before, limit=limit, newest_first=True)
             return [replace(label, gold=None, repeat_of=None) for label in found]
 
     def progress(self, annotator: str) -> AnnotatorProgress:
@@ -254,7 +256,7 @@ class Store:
         return self.preferences(filters, **options).rows
 
     def events(self, *, after: int = 0, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """Everything that was said and taken back, oldest first."""
+        """Every label and undo, oldest first."""
         with self._database.snapshot() as c:
             yield from reading.events(c, after=after, limit=limit)
 
@@ -277,6 +279,6 @@ def _settings(connection: sqlite3.Connection) -> dict[str, Any]:
 
 
 def check_fraction(name: str, fraction: float | None) -> None:
-    """StoreError for what is no share, None aside."""
+    """StoreError for a number outside [0, 1]; None is allowed."""
     if fraction is not None and not 0 <= fraction <= 1:
-        raise StoreError(f"{name}={fraction} is no share of anything. Give a number from 0 to 1.")
+        raise StoreError(f"{name}={fraction} must be in [0, 1]: it is a share of the items. Give 0.2, say.")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from tether.math import Interval, bootstrap_mean
 from tether.runs import Run
+
+if TYPE_CHECKING:  # it loads torch, which looking at a run does not need
+    from tether.math import Interval
 
 _COLUMNS = ["prompt_index", "prompt", "completion", "finish_reason", "length", "score", "kl"]
 
@@ -37,7 +36,7 @@ class Evaluation:
 
     def mean(self, column: str = "score") -> Interval:
         """Mean over prompts, with its 95 % interval."""
-        return bootstrap_mean(torch.tensor(list(self.means(column).values())))
+        return _mean(list(self.means(column).values()))
 
 
 def win_share(before: Evaluation, after: Evaluation) -> Interval | None:
@@ -46,7 +45,7 @@ def win_share(before: Evaluation, after: Evaluation) -> Interval | None:
     common = [i for i in old if i in new]
     if not common:
         return None
-    return bootstrap_mean(torch.tensor([float(new[i] > old[i]) + 0.5 * (new[i] == old[i]) for i in common]))
+    return _mean([float(new[i] > old[i]) + 0.5 * (new[i] == old[i]) for i in common])
 
 
 def best_of(evaluation: Evaluation) -> list[tuple[int, float, float]]:
@@ -73,12 +72,9 @@ def _expected_max(scores: Sequence[float], n: int) -> float:
     return sum(s * math.comb(i, n - 1) for i, s in enumerate(sorted(scores))) / math.comb(len(scores), n)
 
 
-def prompt_text(prompt: str) -> str:
-    """A prompt as a person reads it: chat messages, which tables hold as JSON, as role and content."""
-    if not prompt.startswith("[{"):
-        return prompt
-    try:
-        messages = json.loads(prompt)
-        return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
-    except (ValueError, KeyError, TypeError):
-        return prompt  # text that only looks like messages
+def _mean(values: Sequence[float]) -> Interval:
+    import torch
+
+    from tether.math import bootstrap_mean
+
+    return bootstrap_mean(torch.tensor(values))

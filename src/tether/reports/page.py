@@ -21,13 +21,13 @@ from tether.config.sections import InitModelConfig, PPOConfig, RewardConfig, SFT
 from tether.diagnose.alarms import alarms
 from tether.diagnose.diagnosis import reward_report
 from tether.errors import RunError
-from tether.math import Interval
 from tether.reports.curves import curves
-from tether.reports.held_out import Evaluation, best_of, prompt_text, win_share
+from tether.reports.held_out import Evaluation, best_of, win_share
 from tether.reports.plots import Plot, calibration, frontier, points
 from tether.reports.signals import SIGNALS, Scale, knobs_of, surprise, tokens_of, value_curve
-from tether.reports.text import visible
+from tether.reports.text import prompt_text, visible
 from tether.runs import Run, to_plain
+from tether.runs.durations import format_duration
 from tether.runs.files import replacing
 
 _MOST_PROMPTS = 24  # shown before and after
@@ -173,12 +173,12 @@ def ppo_page(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> 
             Headline(
                 "Score on held-out prompts",
                 _change(first.mean, last.mean),
-                f"95 % interval at the end {_interval(last)}",
+                f"95 % interval at the end {_interval(last.low, last.high)}",
             )
         )
         share = win_share(before, after) if after.cycle > before.cycle else None
         if share:
-            doubt = f"; 95 % interval {_interval(share, '.0%')}" if share.low < share.high else ""
+            doubt = f"; 95 % interval {_interval(share.low, share.high, '.0%')}" if share.low < share.high else ""
             note = f"of {len(after.answers)} held-out prompts answered better than at the start, ties half{doubt}"
             headlines.append(Headline("Win share", f"{share.mean:.0%}", note))
         headlines.append(
@@ -277,7 +277,7 @@ def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]
     found = json.loads(path.read_text(encoding="utf-8"))
     accuracy, length = found["accuracy"], found["length_accuracy"]
     verdict = "" if found["learned"] else " Nothing was learned that can be told from chance."
-    sure = _interval(Interval(accuracy["value"], accuracy["low"], accuracy["high"]), ".1%")
+    sure = _interval(accuracy["low"], accuracy["high"], ".1%")
     prefers, train_pairs = found["length_prefers"], found["train_pairs"]
     headlines = [
         Headline("Held-out accuracy", f"{accuracy['value']:.1%}", f"{sure} on {found['test_pairs']} pairs.{verdict}"),
@@ -348,7 +348,7 @@ def _facts(run: Run, metrics: Sequence[dict[str, Any]]) -> dict[str, str]:
     return {
         "seed": str(environment["seed"]),
         "began": environment["created"],
-        "time": _duration(total) + (f" ({shares})" if len(seconds) > 1 else "") if total else "–",
+        "time": format_duration(total) + (f" ({shares})" if len(seconds) > 1 else "") if total else "–",
         "machine": ", ".join(
             [hardware["cpu"], f"{hardware['cpus']} cores", f"{hardware['memory_gb']} GB", *hardware["gpus"]]
         ),
@@ -371,8 +371,8 @@ def _ends(metrics: Sequence[dict[str, Any]], name: str) -> tuple[float, float]:
     return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
 
 
-def _interval(interval: Interval, form: str = ".3g") -> str:
-    return f"[{interval.low:{form}}, {interval.high:{form}}]"
+def _interval(low: float, high: float, form: str = ".3g") -> str:
+    return f"[{low:{form}}, {high:{form}}]"
 
 
 def _change(first: float | None, last: float | None) -> str:
@@ -382,12 +382,6 @@ def _change(first: float | None, last: float | None) -> str:
 def _number(value: float | None) -> str:
     """A metric in few digits; what was not finite is null in the run."""
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {s} s" if minutes else f"{s} s"
 
 
 def _json(value: Any) -> Markup:

@@ -6,6 +6,7 @@ direction or an invisible character would still be there, unseen. `visible` show
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from typing import Any
 
@@ -32,3 +33,14 @@ def _shown(c: str) -> str:
     if code < 0x20:
         return chr(0x2400 + code)  # Unicode's own pictures of the controls
     return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+
+
+def prompt_text(prompt: str) -> str:
+    """A prompt as a person reads it: chat messages, which tables hold as JSON, as role and content."""
+    if not prompt.startswith("[{"):
+        return prompt
+    try:
+        messages = json.loads(prompt)
+        return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+    except (ValueError, KeyError, TypeError):
+        return prompt  # text that only looks like messages

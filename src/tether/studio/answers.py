@@ -40,13 +40,13 @@ class Answers:
             models, name = found.models, studio.runs.name(found)
             if index >= len(models):
                 raise RunError(f"{name} compares {len(models)} models: there is no number {index}.")
-            asked: dict[str, Any] = {"evaluation": name, "model": models[index]}
-            return cls(key, f"{name}: {short_name(models[index])}", _asked(found, index), asked, None)
+            source: dict[str, Any] = {"evaluation": name, "model": models[index]}
+            return cls(key, f"{name}: {short_name(models[index])}", _answers_of(found, index), source, None)
         run = studio.runs.open(whose)
         rows = read(run, cast(Folder, folder), index).rows
         name = studio.runs.name(run)
-        asked = {"run": name, "folder": folder, "cycle": index}
-        return cls(key, f"{name}, cycle {index}", rows, asked, f"/runs/{whose}/{folder}/{index}")
+        source = {"run": name, "folder": folder, "cycle": index}
+        return cls(key, f"{name}, cycle {index}", rows, source, f"/runs/{whose}/{folder}/{index}")
 
     def by_prompt(self) -> dict[str, list[dict[str, Any]]]:
         """prompt -> its answers, in the order they were drawn."""
@@ -65,7 +65,7 @@ def answer(studio: Studio, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return found.source | {"row": int(number)}, found.rows[int(number)]
 
 
-def _asked(found: EvaluationDir, index: int) -> list[dict[str, Any]]:
+def _answers_of(found: EvaluationDir, index: int) -> list[dict[str, Any]]:
     file = found.file(index)
     return _read(str(found.path), index, file.stat().st_mtime_ns if file.exists() else 0)
 

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Form, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
@@ -37,8 +37,8 @@ def create_app(studio: Studio) -> security.App:
         return _signed_in(request, token)
 
     @app.post("/sign-in")
-    def sign_in(request: Request, token: Annotated[str, Form()] = "") -> Response:  # a users token stays out of the URL
-        return _signed_in(request, token)
+    def sign_in(request: Request) -> Response:  # a users token stays out of the URL
+        return _signed_in(request, request.scope["state"]["form"].get("token", ""))
 
     def _signed_in(request: Request, token: str) -> Response:
         session = studio.gate.redeem(token) if token else None
@@ -47,7 +47,8 @@ def create_app(studio: Studio) -> security.App:
             return _refusal(request, 401, why if token else "")
         # Not a redirect: where the link was followed from another site, the browser would not send the cookie along it.
         response = studio.page(request, "welcome.html.j2")
-        response.set_cookie(security.COOKIE, session, httponly=True, samesite="strict", path="/")
+        name = security.cookie_name(request.headers["host"])
+        response.set_cookie(name, session, httponly=True, samesite="strict", path="/")
         return response
 
     @app.get("/static/{name}")

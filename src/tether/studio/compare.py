@@ -13,8 +13,7 @@ from fastapi.responses import HTMLResponse
 from markupsafe import Markup, escape
 
 from tether.errors import RunError
-from tether.reports.held_out import prompt_text
-from tether.reports.text import visible
+from tether.reports.text import prompt_text, visible
 from tether.runs import short_name
 from tether.studio.answers import Answers
 from tether.studio.shared import Studio
@@ -74,8 +73,8 @@ def _choices(studio: Studio, *chosen: str) -> list[tuple[str, str]]:
         run = studio.runs.open(run_id)
         cycles = run.evaluation_cycles
         every = max(1, -(-len(cycles) // 8))  # the first, the last, and some between
-        asked = {c for c in cycles if f"{run_id}:evaluations:{c}" in chosen}
-        for cycle in sorted({*cycles[::every], *cycles[-1:], *asked}):
+        chosen_cycles = {c for c in cycles if f"{run_id}:evaluations:{c}" in chosen}
+        for cycle in sorted({*cycles[::every], *cycles[-1:], *chosen_cycles}):
             found.append((f"{run_id}:evaluations:{cycle}", f"{studio.runs.name(run)}, cycle {cycle}"))
     return found
 

@@ -27,7 +27,7 @@ _SPARK = 40  # points of a small curve
 
 
 @dataclass(frozen=True)
-class Found:
+class RunRow:
     """A run and what its row in the list shows."""
 
     id: str
@@ -108,13 +108,13 @@ class Runs:
         """A run's, or an evaluation's, path below the root."""
         return str(run.path.relative_to(self.root)) if run.path != self.root else run.path.name
 
-    def row(self, run_id: str) -> Found:
+    def row(self, run_id: str) -> RunRow:
         """What the list shows of a run."""
         run = self.open(run_id)
         status = run.status
         kept = self._curves(run_id, run)
         patience = kept.pop("patience")
-        return Found(
+        return RunRow(
             id=run_id, name=self.name(run), kind=run.kind.command,
             state=state(status, datetime.now(UTC), patience_s=patience),
             heartbeat=status.get("heartbeat", ""), **kept,

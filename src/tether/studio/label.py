@@ -1,7 +1,8 @@
 """Collecting preferences: one pair (or several answers to rank) at a time, by keyboard, saved as they are given.
 
-The pages are plain forms: each button holds what will be recorded, in the answers' stored order, and a key made when
-the page was, so that a form sent twice records once. The script only presses the buttons.
+The pages are plain forms: each button names a side of the screen, and the form holds a key made with the page, so that
+a form sent twice records once. Only the store knows which answer was on which side: the better answer of a gold item is
+often stored first, and a page that told the stored order would tell the answer. The script only presses the buttons.
 """
 
 from __future__ import annotations
@@ -9,17 +10,16 @@ from __future__ import annotations
 import json
 import re
 import time
-from typing import Annotated, Any
+from typing import Any
 from uuid import uuid4
 
-from fastapi import APIRouter, Form, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from markupsafe import Markup
 
 from tether.errors import LabelError
-from tether.feedback.records import AXES, Answer, Item, Task, prompt_of
+from tether.feedback.records import AXES, RANKING, Answer, Item, prompt_of
 from tether.feedback.store import Store
-from tether.reports.held_out import prompt_text
+from tether.reports.text import prompt_text
 from tether.studio.answers import answer
 from tether.studio.shared import Studio, is_count, part
 
@@ -46,7 +46,7 @@ def routes(studio: Studio) -> APIRouter:
         task, owner = labels.next_task(person), request.scope["state"]["owner"]
         return studio.page(
             request, "label.html.j2", task=task, prompt=_shown(task.prompt) if task else "",
-            choices=_choices(task) if task else None,
+            choices=part("choices.html.j2", kind=task.kind, axes=AXES, strengths=STRENGTHS) if task else None,
             guideline=labels.guideline(task.guideline) if task and task.guideline else None,
             progress=labels.progress(person), overview=labels.overview() if owner or not task else None,
             key=str(uuid4()), undo_key=str(uuid4()), now=time.time(), done=done,
@@ -58,17 +58,17 @@ def routes(studio: Studio) -> APIRouter:
         return RedirectResponse("/label?done=saved", 303)
 
     @router.post("/label/undo")
-    def undo(request: Request, key: Annotated[str, Form()]) -> Response:
+    def undo(request: Request) -> Response:
         person, labels = request.scope["state"]["person"], store()
-        undone = labels.undo(person, key=key)
+        undone = labels.undo(person, key=request.scope["state"]["form"].get("key", ""))
         if undone is None:
             return RedirectResponse("/label?done=nothing", 303)
         task = labels.next_task(person)
         return RedirectResponse(f"/label?done={'undone' if task and task.item == undone.item else 'elsewhere'}", 303)
 
     @router.post("/queue")
-    def queue(a: Annotated[str, Form()], b: Annotated[str, Form()]) -> Response:
-        rows = [answer(studio, name) for name in (a, b)]
+    def queue(request: Request) -> Response:
+        rows = [answer(studio, request.scope["state"]["form"].get(name, "")) for name in ("a", "b")]
         if rows[0][1]["prompt"] != rows[1][1]["prompt"]:
             raise LabelError("these two answer different prompts: nobody could say which is better. Choose two of one.")
         if rows[0][1]["completion"] == rows[1][1]["completion"]:
@@ -87,11 +87,12 @@ def record_form(store: Store, person: str, form: dict[str, str]) -> None:
     item, seen = form.get("item", ""), form.get("seen", "")
     if not is_count(item):
         raise LabelError(f"item={item[:20]!r} is no number: nothing was saved. Reload the page.")
-    choice, _, strength = form.get("choice", "").partition(":")
-    axes = {axis: form[f"axis_{axis}"] for axis in AXES if form.get(f"axis_{axis}")}
+    value, _, strength = form.get("choice", "").partition(":")
+    choice = _ranking(form) if value == RANKING else _choice_of(value)
+    axes = {axis: _choice_of(form[f"axis_{axis}"]) for axis in AXES if form.get(f"axis_{axis}")}
     seconds = max(0.0, time.time() - float(seen)) if _TIME.fullmatch(seen) else None
     store.record(
-        person, int(item), key=form.get("key", ""), choice=_ranking(form) if choice == "ranking" else choice,
+        person, int(item), key=form.get("key", ""), choice=choice, on_screen=True,
         strength=int(strength) if is_count(strength) else None, axes=axes if choice != "skip" else {},
         note=form.get("note", "").strip() or None,
         reason=form.get("reason", "").strip() or None if choice == "skip" else None,
@@ -100,19 +101,22 @@ def record_form(store: Store, person: str, form: dict[str, str]) -> None:
 
 
 def _ranking(form: dict[str, str]) -> list[int]:
-    """Stored indices, best first, from rank_0 … rank_K-1, the place given to each."""
-    places = {
-        int(k[len("rank_") :]): v for k, v in form.items() if k.startswith("rank_") and is_count(k[len("rank_") :])
+    """Positions on the page, best answer first, from rank_0 … rank_K-1: the rank given to the answer at each."""
+    ranks = {
+        int(name.removeprefix("rank_")): int(rank)
+        for name, rank in form.items()
+        if name.startswith("rank_") and is_count(name.removeprefix("rank_")) and is_count(rank)
     }
-    if sorted(places.values()) != [str(i) for i in range(1, len(places) + 1)]:
+    if sorted(ranks.values()) != list(range(1, len(ranks) + 1)):
         raise LabelError("two answers have the same place: nothing was saved. Go back and give each its own.")
-    return sorted(places, key=lambda answer: int(places[answer]))
+    return sorted(ranks, key=ranks.__getitem__)
 
 
-def _choices(task: Task) -> Markup:
-    """The buttons below the answers: the same for all pairs whose answers stand the same way round."""
-    left, right = (task.choice_of(0), task.choice_of(1)) if task.kind == "pair" else ("", "")
-    return part("choices.html.j2", kind=task.kind, left=left, right=right, axes=AXES, strengths=STRENGTHS)
+def _choice_of(value: str) -> str:
+    """A form's word as the store has it, where a is the answer on the left; LabelError for what no form holds."""
+    if value in ("a", "b"):
+        raise LabelError(f"{value!r} is no choice of this page: nothing was saved. Reload the page and choose a side.")
+    return {"left": "a", "right": "b"}.get(value, value)
 
 
 def _shown(prompt: Any) -> str:

@@ -2,16 +2,19 @@
 
 Both answers are drawn with the same random numbers, so what differs is what was learned. Only reward models score here:
 a reward function is a program, and a page does not run programs.
+
+The machine may be busy training: models run on the CPU unless the studio was started with another device, on that only
+while no run below the folder trains, and they leave memory when nobody asks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,26 +32,31 @@ _LONGEST_PROMPT = 20_000  # characters
 _MOST_TOKENS = 512
 _MOST_RUNS = 100  # to choose from
 Seed = Annotated[int, Query(ge=0, lt=2**31)]
-_busy = threading.Lock()  # one answer at a time: the machine is a person's own
+IDLE_S = 300.0  # seconds without a question after which models leave memory
 
 
 def routes(studio: Studio) -> APIRouter:
     """The pages."""
     router = APIRouter()
+    cache = ModelCache()
 
     @router.get("/try")
     def page(request: Request, run: str = "", prompt: str = "", seed: Seed = 0) -> HTMLResponse:
         choices = [(i, studio.runs.name(found)) for i, found in _finished(studio)]
+        device, training = choose_device(studio)
         answers: dict[str, Any] = {}
         if run and prompt:  # without scripts; the page's own asks for /try/stream
-            for said in write(studio.runs.open(run), prompt.replace("\r\n", "\n"), seed):
-                answers[said["side"]] = answers.get(said["side"], {}) | {k: v for k, v in said.items() if v is not None}
-        return studio.page(request, "try.html.j2", choices=choices, run=run, prompt=prompt, seed=seed, answers=answers)
+            for part in write(cache, studio.runs.open(run), prompt.replace("\r\n", "\n"), seed, device):
+                answers[part["side"]] = answers.get(part["side"], {}) | {k: v for k, v in part.items() if v is not None}
+        return studio.page(request, "try.html.j2", choices=choices, run=run, prompt=prompt, seed=seed, answers=answers,
+                           device=device, training=training)  # fmt: skip
 
     @router.get("/try/stream")
     async def stream(run: str, prompt: str, seed: Seed = 0) -> StreamingResponse:
         found = await asyncio.to_thread(studio.runs.open, run)
-        return StreamingResponse(_events(found, prompt.replace("\r\n", "\n"), seed), media_type="text/event-stream")
+        device, _ = await asyncio.to_thread(choose_device, studio)
+        parts = write(cache, found, prompt.replace("\r\n", "\n"), seed, device)
+        return StreamingResponse(_events(parts), media_type="text/event-stream")
 
     return router
 
@@ -64,39 +72,54 @@ def _finished(studio: Studio) -> list[tuple[str, Run]]:
     return found[:_MOST_RUNS]
 
 
-async def _events(run: Run, prompt: str, seed: int) -> AsyncIterator[str]:
-    """Server-sent events: what is written, as it is written.
+def choose_device(studio: Studio) -> tuple[str, str | None]:
+    """(the device to answer on, the name of the run because of which it is not the one that was asked for).
+
+    A run that trains, or was killed and may be continued any moment, needs the memory of the GPU for itself.
+    """
+    if studio.device != "cpu":
+        for run_id in studio.runs.all():
+            with contextlib.suppress(RunError):
+                run = studio.runs.open(run_id)
+                if run.status.get("state") == "running":
+                    return "cpu", studio.runs.name(run)
+    return studio.device, None
+
+
+async def _events(parts: Generator[dict[str, Any], None, None]) -> AsyncIterator[str]:
+    """Server-sent events of `write`, as it writes.
 
     One thread of its own writes from beginning to end: torch's modes belong to a thread. It ends when nobody listens.
     """
-    loop, said = asyncio.get_running_loop(), asyncio.Queue[str | None]()
-    left = threading.Event()
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+    disconnected = threading.Event()
 
     def answer() -> None:
         def put(event: str | None) -> None:
-            loop.call_soon_threadsafe(said.put_nowait, event)
+            loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            for so_far in write(run, prompt, seed):
-                if left.is_set():
+            for part in parts:
+                if disconnected.is_set():
                     return
-                put(f"data: {safe_json(so_far)}\n\n")
+                put(f"data: {safe_json(part)}\n\n")
         except Exception as error:  # out of memory, a model that does not run here: the page says which
             text = str(error) if isinstance(error, TetherError) else f"{type(error).__name__}: {first_line(error)}"
             put(f"event: refused\ndata: {safe_json(visible(text))}\n\n")
         finally:
+            parts.close()  # in this thread: models leave memory, and the next question may come
             put(None)
 
     threading.Thread(target=answer, name="try", daemon=True).start()
     try:
-        while (event := await said.get()) is not None:
+        while (event := await events.get()) is not None:
             yield event
         yield "event: done\ndata: {}\n\n"
     finally:
-        left.set()
+        disconnected.set()
 
 
-def write(run: Run, prompt: str, seed: int) -> Iterator[dict[str, Any]]:
+def write(cache: ModelCache, run: Run, prompt: str, seed: int, device: str) -> Generator[dict[str, Any], None, None]:
     """What each side has written so far, after every token.
 
     side: before or after. text: all of it so far. value: the critic's estimate before that token; None before, which
@@ -108,17 +131,59 @@ def write(run: Run, prompt: str, seed: int) -> Iterator[dict[str, Any]]:
         raise DataError(f"the prompt has {len(prompt):,} characters, more than {_LONGEST_PROMPT:,}. Shorten it.")
     if not prompt:
         raise DataError("the prompt is empty: there is nothing to answer. Write one.")
-    final = run.final / "config.json"
-    if not final.exists():
+    if not (run.final / "config.json").exists():
         raise RunError(f"{run.path.name} has no final model yet: there is nothing to compare. Choose a finished run.")
-    if not _busy.acquire(blocking=False):
-        raise RunError("another answer is being written: one at a time, since they share this machine. Ask again soon.")
-    try:
-        models = _load(str(run.path), final.stat().st_mtime_ns)
+    with cache.models(run, device) as models:
         for side in ("before", "after"):
             yield from models.write(side, prompt, seed)
-    finally:
-        _busy.release()
+
+
+class ModelCache:
+    """The models of the run that was asked last, for one answer at a time; those on the CPU stay for a while."""
+
+    def __init__(self) -> None:
+        self._in_use = threading.Lock()
+        self._key: tuple[object, ...] | None = None
+        self._models: Models | None = None
+        self._timer: threading.Timer | None = None
+
+    @contextlib.contextmanager
+    def models(self, run: Run, device: str) -> Iterator[Models]:
+        """A finished run's models; RunError while they answer somebody else."""
+        if not self._in_use.acquire(blocking=False):
+            raise RunError("another answer is being written: one at a time, since they share this machine. "
+                           "Ask again soon.")  # fmt: skip
+        try:
+            if self._timer is not None:
+                self._timer.cancel()
+            key = (run.path, (run.final / "config.json").stat().st_mtime_ns, device)
+            if self._models is None or key != self._key:
+                self._drop()  # before others are loaded: there may not be room for both
+                self._models, self._key = _load(run, device), key
+            yield self._models
+        finally:
+            if device != "cpu":
+                self._drop()  # a run may begin to train at any time
+            else:
+                self._timer = threading.Timer(IDLE_S, self._expire)
+                self._timer.daemon = True
+                self._timer.start()
+            self._in_use.release()
+
+    def _expire(self) -> None:
+        if self._in_use.acquire(blocking=False):  # else somebody asks at this moment, and starts another timer
+            self._drop()
+            self._in_use.release()
+
+    def _drop(self) -> None:
+        if self._models is None:
+            return
+        import torch
+
+        self._models = self._key = None
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -190,23 +255,21 @@ class Models:
         return None if policy.model.full else float(read_values(policy.value_head, hidden)[0])
 
 
-@lru_cache(maxsize=2)
-def _load(path: str, stamp: int) -> Models:
+def _load(run: Run, device_name: str) -> Models:
     from tether.data.tokenizer import load_tokenizer, stop_token_ids
     from tether.models.loading import load_causal_lm, resolve_device
     from tether.models.policy import LanguageModel, build_policy
     from tether.rewards import build_reward
     from tether.samplers.local import LocalSampler
 
-    run = Run(path)
     config = run.config
     if not isinstance(config, PPOConfig):
-        raise RunError(f"{path} is not a run of tether ppo: it has no critic. Choose one that is.")
+        raise RunError(f"{run.path} is not a run of tether ppo: it has no critic. Choose one that is.")
     home = Path(run.environment.get("directory") or Path.cwd())
     start = _placed(config.model.policy, home)
     critic = run.final / "critic"
     separate = (critic / "config.json").exists()
-    device = resolve_device("auto")
+    device = resolve_device(device_name)
     where: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     policy, _, _ = build_policy(
         ModelConfig(

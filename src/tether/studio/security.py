@@ -14,6 +14,7 @@ One middleware stands before every page:
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -28,7 +29,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-COOKIE = "tether_session"
 FORM_TOKEN = "form_token"
 MOST_FIELDS = 1000  # of a form: a ranking of as many answers is more than anybody reads
 MOST_BYTES = 1_000_000  # of a request's body: a label with a long note is a thousandth of it
@@ -46,6 +46,13 @@ HEADERS = [
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
+
+
+def cookie_name(host: str) -> str:
+    """The session cookie's name under a Host header. Browsers keep cookies by host alone: without the port, two studios
+    on one machine would overwrite each other's."""
+    port = re.search(r":([0-9]{1,5})\Z", host)
+    return f"tether_session_{port[1]}" if port else "tether_session"
 
 
 @dataclass
@@ -161,7 +168,7 @@ class Guard:
                                 "printed; if the name is right, start it with --name.")  # fmt: skip
 
     def _person(self, scope: Scope, headers: dict[str, str]) -> str:
-        person = self.gate.person(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""))
+        person = self.gate.person(cookie_parser(headers.get("cookie", "")).get(cookie_name(headers["host"]), ""))
         if person is None and scope["path"] not in self.open_paths:
             raise _Refused(401, "Open the studio by the link that it printed when it was started: it signs you in.")
         return person or ""

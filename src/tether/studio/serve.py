@@ -21,6 +21,7 @@ _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 def main(
     folder: Path, *, store: Path, host: str = "127.0.0.1", port: int = 8765, users: Path | None = None,
     owners: list[str] | None = None, people: list[str] | None = None, names: list[str] | None = None,
+    device: str = "cpu",
 ) -> None:  # fmt: skip
     """Serve the pages until interrupted.
 
@@ -31,6 +32,7 @@ def main(
     users: instead of links, a JSON file {"name": "token", …}, each token of 20 characters or more; owners: who of them
         may see every page.
     names: that browsers may call this machine by too.
+    device: what "Try it" runs its models on.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is loaded: no request leaves this machine
     try:
@@ -76,7 +78,7 @@ def main(
         if known:
             print(f"http://{shown}:{port} for {', '.join(known.values())}, each with their own token")
         print(f"runs below {folder}, labels in {store}; each link works once. Ctrl-C stops.", flush=True)
-        app = create_app(Studio(Runs(folder), store, gate))
+        app = create_app(Studio(Runs(folder), store, gate, device=device))
         http = "auto" if host in _LOOPBACK else "h11"  # httptools is faster, and reads a request's head however long
         config = uvicorn.Config(
             app, http=http, log_level="warning", access_log=False, proxy_headers=False, server_header=False,

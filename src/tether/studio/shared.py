@@ -48,12 +48,14 @@ class Studio:
     store   path of the preference store; it is made when the first label page is opened.
     gate    who may come in.
     busy_s  seconds that a write waits for another process before its page says that the store is locked.
+    device  what "Try it" runs its models on: a device of torch.
     """
 
     runs: Runs
     store: Path
     gate: Gate
     busy_s: float = 5.0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         self.labels = OpenStore(self.store, self.busy_s)

@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from tether.config.sections import PPOConfig
 from tether.errors import RunError
-from tether.reports.held_out import prompt_text
 from tether.reports.signals import SIGNALS, Row, Scale, knobs_of, surprise, tokens_of, value_curve
+from tether.reports.text import prompt_text
 from tether.runs import Run
 from tether.runs.files import read_table
 from tether.studio.shared import Studio
@@ -30,7 +30,7 @@ SORTS = {
     "best": ("best first", lambda r: -_or_zero(r["score"])),
     "worst": ("worst first", lambda r: _or_zero(r["score"])),
     "surprise": ("most surprising to the critic first", lambda r: -r["surprise"]),
-    "kl": ("dearest in KL first", lambda r: -r["kl"]),
+    "kl": ("highest KL first", lambda r: -r["kl"]),
     "length": ("longest first", lambda r: -r["length"]),
     "order": ("as they were drawn", lambda r: r["number"]),
 }
@@ -157,10 +157,10 @@ def _strip(run: Run, folder: Folder, row: Row) -> list[dict[str, Any]]:
         numbers = [i for i, prompt in enumerate(prompts) if prompt == row["prompt"]]
         if numbers:  # which prompts are asked may change when a run is continued
             answers = read_table(file, columns=["completion", "score"])
-            asked = [answers.slice(i, 1).to_pylist()[0] for i in numbers]
-            scores = [answer["score"] for answer in asked if answer["score"] is not None]
+            rows = [answers.slice(i, 1).to_pylist()[0] for i in numbers]
+            scores = [answer["score"] for answer in rows if answer["score"] is not None]
             mean = sum(scores) / len(scores) if scores else None
-            found.append({"cycle": cycle, "number": numbers[0], "completion": asked[0]["completion"], "mean": mean})
+            found.append({"cycle": cycle, "number": numbers[0], "completion": rows[0]["completion"], "mean": mean})
     thin = max(1, -(-len(found) // _STRIP))
     return [at for i, at in enumerate(found) if i % thin == 0 or at is found[-1]]
 

@@ -21,7 +21,7 @@ from tether.reports.curves import curves, shown
 from tether.runs import Run
 from tether.runs.resume import changes
 from tether.runs.tail import lines_since, sample_lines
-from tether.studio.index import Found
+from tether.studio.index import RunRow
 from tether.studio.shared import Studio, is_count
 
 _A_PAGE = 50  # runs
@@ -98,12 +98,12 @@ def _with(request: Request) -> list[str]:
 
 
 async def _stream(request: Request, run: Run, cursor: int) -> AsyncIterator[str]:
-    """Server-sent events: `lines` with the points that are new, `begin-again` where the run was cut back, `state`."""
-    said, patience = "", PATIENCE_S
+    """Server-sent events: `lines` with the points that are new, `restart` where the file got shorter, `state`."""
+    shown_state, patience = "", PATIENCE_S
     while not await request.is_disconnected():
         found = await asyncio.to_thread(lines_since, run.path / "metrics.jsonl", cursor)
         if found is None:
-            yield "event: begin-again\ndata: {}\n\n"
+            yield "event: restart\ndata: {}\n\n"
             return
         lines, cursor = found
         patience = max(patience, patience_s(lines))
@@ -111,8 +111,8 @@ async def _stream(request: Request, run: Run, cursor: int) -> AsyncIterator[str]
             content = {"plots": await asyncio.to_thread(_plots, run, lines), "last": lines[-1]}
             yield f"id: {cursor}\nevent: lines\ndata: {json.dumps(content)}\n\n"
         now = state(run.status, datetime.now(UTC), patience_s=patience)
-        if now != said:
-            said = now
+        if now != shown_state:
+            shown_state = now
             yield f"event: state\ndata: {json.dumps(now)}\n\n"
         await asyncio.sleep(_LOOK_EVERY_S)
 
@@ -136,7 +136,7 @@ def _overlay(plots: dict[str, Any], others: dict[str, Any], number: int) -> None
             plots[metric]["layout"]["yaxis"]["range"] = [min(r[0] for r in ranges), max(r[1] for r in ranges)]
 
 
-def _row(studio: Studio, run_id: str) -> Found | str:
+def _row(studio: Studio, run_id: str) -> RunRow | str:
     """A run's row, or what is wrong with it: one damaged run must not hide the others."""
     try:
         return studio.runs.row(run_id)

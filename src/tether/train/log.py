@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from tether.config.sections import LogConfig
 from tether.errors import ConfigError
 from tether.runs import Run, RunDirectory, to_plain
+from tether.runs.durations import format_duration
 
 # Shown on the console: label, metric, format. For sft and reward the metric's last word decides.
 _CYCLE_COLUMNS = [
@@ -106,7 +107,7 @@ class Logger:
                 parts.append(f"{label} {value:{form}}")
         if step < self.total and step > self._first:
             seconds = (time.monotonic() - self._began) / (step - self._first) * (self.total - step)
-            parts.append(f"left {_duration(seconds)}")
+            parts.append(f"left {format_duration(seconds)}")
         return "  ".join(parts)
 
 
@@ -230,9 +231,3 @@ class _Bar:
     def close(self) -> None:
         self._progress.update(self._task, phase="")
         self._progress.stop()
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"

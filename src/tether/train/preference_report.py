@@ -18,8 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from tether.data.split import Pair
 from tether.runs.files import write_atomically
-
-_Z = 1.959964  # two-sided 95 %
+from tether.statistics import wilson_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +124,8 @@ def share(success: Tensor, witnesses: Sequence[str]) -> Share:
 
 
 def wilson(p: float, n: float) -> Share:
-    """Wilson's score interval of a share p among n (1927): stays within [0, 1], and says something at 0 and 1 too."""
-    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return Share(p, max(0.0, centre - half), min(1.0, centre + half))
+    """A share p among n, with Wilson's 95 % interval."""
+    return Share(p, *wilson_interval(p, n))
 
 
 def calibrate(margin: Tensor, witnesses: Sequence[str], bins: int = 5) -> list[Bin]:

@@ -1,4 +1,4 @@
-// Keys press the page's own buttons; a note that was begun survives a reload.
+// Keys press the page's own buttons; a note that was started survives a reload.
 const buttons = new Map([...document.querySelectorAll("button[data-key]")].map((b) => [b.dataset.key.toLowerCase(), b]));
 const form = document.getElementById("judge");
 const reason = document.getElementById("reason");

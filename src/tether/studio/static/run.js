@@ -5,6 +5,8 @@ const overlaid = box.dataset.with ? box.dataset.with.split(",") : [];
 const figures = new Map([...box.querySelectorAll("figure")].map((f) => [f.dataset.metric, f.querySelector(".plot")]));
 let plots = {};
 let own = {}; // metric -> traces of this run
+let cursor = null; // bytes of metrics.jsonl that are drawn; null until the curves are there
+let source = null; // the live stream, while the tab is visible and the run goes on
 
 function draw() {
   const style = getComputedStyle(document.documentElement);
@@ -45,29 +47,43 @@ function say(line) {
   document.getElementById("last").textContent = `${where}${more}.`;
 }
 
-async function begin() {
+async function load() {
   const query = overlaid.map((other) => `with=${encodeURIComponent(other)}`).join("&");
   const answer = await fetch(`/runs/${id}/curves?${query}`);
   const content = await answer.json();
   plots = content.plots;
   own = content.own;
+  cursor = content.cursor;
   draw();
-  const source = new EventSource(`/runs/${id}/live?cursor=${content.cursor}`);
+  follow();
+}
+
+function follow() {
+  if (source || cursor === null || document.hidden) return;
+  source = new EventSource(`/runs/${id}/live?cursor=${cursor}`);
   source.addEventListener("lines", (event) => {
     const { plots: news, last } = JSON.parse(event.data);
+    cursor = event.lastEventId;
     if (Object.keys(news).some((metric) => !plots[metric])) location.reload(); // the first cycle: its curves are not here
     lengthen(news);
     say(last);
   });
-  source.addEventListener("begin-again", () => { source.close(); begin(); });
+  source.addEventListener("restart", () => { unfollow(); load(); });
   source.addEventListener("state", (event) => {
     const state = JSON.parse(event.data);
     const mark = document.getElementById("state");
     mark.textContent = state;
     mark.className = `state ${state}`;
-    if (state !== "running" && state !== "stale") source.close();
+    if (state !== "running" && state !== "stale") unfollow();
   });
 }
 
+function unfollow() {
+  if (source) source.close();
+  source = null;
+}
+
+// A browser opens six connections to a host: the streams of tabs that nobody looks at would block the seventh page.
+document.addEventListener("visibilitychange", () => { if (document.hidden) unfollow(); else follow(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-begin();
+load();
