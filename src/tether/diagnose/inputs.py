@@ -30,6 +30,7 @@ from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_i
 from tether.errors import ModelError
 from tether.models.loading import context_length, model_config
 from tether.rewards import FunctionReward, load_function
+from tether.train.contexts import check_contexts
 from tether.train.ppo import hold_out
 from tether.train.reward import plan_steps as plan_pairs
 from tether.train.sft import init_architecture
@@ -87,6 +88,7 @@ def _ppo(
         held_out = load_prompts(other, tokenizer, context=context, max_new_tokens=new)[: e.count]
     facts.append(f"{len(train)} prompts to train on, {len(held_out)} to evaluate on{f' ({note})' if note else ''}")
     facts += _sources(config, train + held_out, tokenizer, stops)
+    check_contexts(config, train + held_out, tokenizer)
     steps = p.cycles * p.epochs * p.batch // p.minibatch
     plan = (
         f"{p.cycles} cycles of {p.batch} responses ({p.batch // p.responses_per_prompt} prompts): "

@@ -28,6 +28,7 @@ from tether.runs import Compared, short_name
 from tether.runs.files import write_atomically, write_table
 from tether.samplers.local import LocalSampler
 from tether.train.columns import response_columns
+from tether.train.contexts import check_contexts
 from tether.types import EVALUATE, GENERATE, Completions, Prompt, Rows, Sampling, Text, microbatches
 
 _FORWARD_TOKENS = 8192  # padded tokens in one forward pass without gradient
@@ -161,6 +162,8 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
     names = list(dict.fromkeys([baseline, *config.models]))
     sources = {name: _Source.of(name, config.sampling, config.trust_remote_code) for name in names}
     prompts = _common({name: load_prompts(config.prompts, s.tokenizer, **s.room) for name, s in sources.items()})
+    for name, source in sources.items():
+        check_contexts(config, prompts[name], source.tokenizer)
     base = sources[baseline].load(device, config.dtype)
     results: list[Result] = []
     answers: list[dict[str, list[Any]]] = []

@@ -35,6 +35,7 @@ from tether.samplers.local import LocalSampler
 from tether.train import checkpoint
 from tether.train.card import ppo_card
 from tether.train.columns import table
+from tether.train.contexts import check_contexts
 from tether.train.deterministic import deterministic
 from tether.train.log import Logger, say
 from tether.train.optim import HELD_OUT, PROMPTS, Steps, build_optimizer, permutation
@@ -289,6 +290,7 @@ def prepare(config: PPOConfig, reward: Callable[..., Any] | None = None) -> Job:
     architecture = model_config(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
     prompts, held_out, note = _load_prompts(config, tokenizer, context_length(architecture))
+    check_contexts(config, prompts + held_out, tokenizer)
     policy, reference, notes = build_policy(m, device=device, seed=config.seed)
     notes += [note] if note else []
     stop_ids = stop_token_ids(tokenizer, policy.model.plain.generation_config, config.sampling.stop_token_ids)
