@@ -90,6 +90,19 @@ def test_without_a_stop_token_none_is_appended(write, tiny_tokenizer):
     assert shown(tiny_tokenizer, load(path, tiny_tokenizer, stop_id=None)[0]) == "a[b]"
 
 
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": "q", "completion": "ab"}, {"text": "qab"}, {"messages": chat(("user", "q"), ("assistant", "ab"))}],
+    ids=lambda row: next(reversed(row)),
+)
+def test_only_an_example_that_stopped_teaches_to_stop(write, tiny_tokenizer, row):
+    rows = [row | {"finish_reason": reason} for reason in ("stop", "length", None)]
+    stopped, cut, unsaid = load(write("a.jsonl", rows), tiny_tokenizer)
+    assert stopped.ids == unsaid.ids == [*cut.ids, STOP]
+    assert stopped.trained == unsaid.trained == [*cut.trained, True]
+    assert shown(tiny_tokenizer, cut).endswith("ab]")
+
+
 def test_an_empty_completion_teaches_to_stop(write, tiny_tokenizer):
     assert load(write("a.jsonl", [{"prompt": "a", "completion": ""}]), tiny_tokenizer) == [
         Example(ids=[tiny_tokenizer.convert_tokens_to_ids("a"), STOP], trained=[False, True], row=0)

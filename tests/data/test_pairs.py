@@ -40,6 +40,27 @@ def test_prompt_and_both_completions_are_tokenized_apart_and_end_with_the_stop_t
     assert (pair.row, pair.group) == (0, "7")
 
 
+@pytest.mark.parametrize("form", [str, lambda text: [assistant(text)]], ids=["text", "chat"])
+def test_only_an_answer_that_stopped_gets_its_stop_token(write, tiny_tokenizer, form):
+    reasons = [("stop", "length"), ("length", "stop"), ("length", "length"), (None, None)]
+    prompt = "q" if form is str else [user("q")]
+    rows = [
+        {"prompt": prompt, "chosen": form("ab"), "rejected": form("c"),
+         "chosen_finish_reason": c, "rejected_finish_reason": r} for c, r in reasons
+    ]  # fmt: skip
+    found = [
+        (tiny_tokenizer.decode(pair.chosen_ids), tiny_tokenizer.decode(pair.rejected_ids))
+        for pair in load(write("a.jsonl", rows), tiny_tokenizer)
+    ]
+    assert found == [("ab<eos>", "c"), ("ab", "c<eos>"), ("ab", "c"), ("ab<eos>", "c<eos>")]
+
+
+def test_a_finish_reason_that_is_neither_is_named(write, tiny_tokenizer):
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b", "rejected_finish_reason": "eos"}]
+    with pytest.raises(DataError, match=r"line 1, column 'rejected_finish_reason': is the text 'eos'.*stop or length"):
+        load(write("a.jsonl", rows), tiny_tokenizer)
+
+
 CHAT = {
     "explicit": {"prompt": [user("Hi")], "chosen": [assistant("Yo")], "rejected": [assistant("No")]},
     "whole conversations": {"chosen": [user("Hi"), assistant("Yo")], "rejected": [user("Hi"), assistant("No")]},

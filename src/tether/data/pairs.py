@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.config.sections import DataConfig
 from tether.data.cells import as_answer, as_prompt, as_text_or_messages
-from tether.data.columns import encode_answers, encode_prompt_column
+from tether.data.columns import encode_answers, encode_prompt_column, read_cut
 from tether.data.limit import Limit, keep_right
 from tether.data.snapshot import read_pairs
 from tether.data.split import Pair, split_transcripts
@@ -35,7 +35,13 @@ def load_pairs(
     prompt_ids = encode_prompt_column(table, prompts, tokenizer, config.chat_template_kwargs)
     chosen_ids, rejected_ids = (
         encode_answers(
-            prompts, answers, tokenizer, stop_id, config.chat_template_kwargs, partial(table.at, column=name)
+            prompts,
+            answers,
+            tokenizer,
+            stop_id,
+            config.chat_template_kwargs,
+            partial(table.at, column=name),
+            cut=read_cut(table, f"{name}_finish_reason"),
         )
         for name, answers in (("chosen", chosen), ("rejected", rejected))
     )
