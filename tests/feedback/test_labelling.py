@@ -170,10 +170,22 @@ def test_rows_are_in_the_ecosystems_columns(store, say):
     text, talk = sorted(store.preference_rows(), key=lambda row: row["chosen"] != "y")
     item = text.pop("item")
     assert store.item(item).prompt == "p"
-    assert text == {"prompt": "p", "chosen": "y", "rejected": "x", "strength": 3, "annotator": "Ada", "group": "g",
+    assert text == {"prompt": "p", "chosen": "y", "rejected": "x", "chosen_finish_reason": "stop",
+                    "rejected_finish_reason": "stop", "strength": 3, "annotator": "Ada", "group": "g",
                     "axes": {"honest": "rejected"}, "note": "n"}  # fmt: skip
     assert (talk["prompt"], talk["chosen"]) == (chat, [{"role": "assistant", "content": "v"}])
     assert talk["group"] is None
+
+
+def test_how_an_answer_ended_travels_with_it_into_rows_and_exports(store, say, tmp_path):
+    store.add_items([Item("p", (Answer("whole"), Answer("cut of", finish_reason="length")))])
+    say("Ada", "b")
+    (row,) = store.preference_rows()
+    assert (row["chosen"], row["chosen_finish_reason"]) == ("cut of", "length")
+    assert (row["rejected"], row["rejected_finish_reason"]) == ("whole", "stop")
+    store.export(tmp_path / "out")
+    (item,) = map(json.loads, (tmp_path / "out" / "items.jsonl").read_text().splitlines())
+    assert {a["text"]: a["finish_reason"] for a in item["answers"]} == {"whole": "stop", "cut of": "length"}
 
 
 def test_a_ranking_is_all_its_pairs_in_one_group(store):

@@ -53,6 +53,13 @@ def test_labels_are_pairs_and_what_is_left_out_is_counted(labelled, tiny_tokeniz
     assert len(load_pairs(DataConfig(str(labelled.path), limit=2), tiny_tokenizer, stop_id=1)) == 2
 
 
+def test_an_answer_that_was_cut_is_trained_on_without_a_stop_token(store, say, tiny_tokenizer):
+    store.add_items([Item("q", (Answer("whole"), Answer("cut o", finish_reason="length")))])
+    say("Ada", "a")
+    (pair,) = load_pairs(config(store), tiny_tokenizer, stop_id=1)
+    assert [tiny_tokenizer.decode(ids) for ids in (pair.chosen_ids, pair.rejected_ids)] == ["whole<eos>", "cut o"]
+
+
 @pytest.mark.parametrize(
     ("labels", "count"),
     [({"annotators": ["Ada"]}, 4), ({"guideline": 2}, 2), ({"since": "2026-09-21"}, 6), ({"until": "2026-09-21"}, 6)],

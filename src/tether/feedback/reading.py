@@ -81,13 +81,17 @@ def _item(row: sqlite3.Row) -> StoredItem:
         id=row["id"],
         kind=row["kind"],
         prompt=json.loads(row["prompt"]),
-        answers=tuple(Answer(a["text"], a.get("source")) for a in json.loads(row["answers"])),
+        answers=_answers(row),
         group=row["grp"],
         gold=row["gold"],
         repeat_of=row["repeat_of"],
         source=None if row["source"] is None else json.loads(row["source"]),
         target=row["target"],
     )
+
+
+def _answers(row: sqlite3.Row) -> tuple[Answer, ...]:
+    return tuple(Answer(**answer) for answer in json.loads(row["answers"]))
 
 
 # ---------------------------------------------------------------- labels
@@ -207,7 +211,7 @@ def preferences(
 
 def _pairs(row: sqlite3.Row) -> Iterator[dict[str, Any]]:
     """The pairs that one label says: one, or every pair of a ranking, all in one group."""
-    prompt, answers = json.loads(row["prompt"]), [a["text"] for a in json.loads(row["answers"])]
+    prompt, answers = json.loads(row["prompt"]), _answers(row)
     best_first: Sequence[int]
     if row["choice"] == RANKING:
         best_first, group = json.loads(row["ranking"]), row["grp"] or f"item-{row['repeat_of'] or row['item']}"
@@ -216,8 +220,10 @@ def _pairs(row: sqlite3.Row) -> Iterator[dict[str, Any]]:
     for better, worse in combinations(best_first, 2):
         yield {
             "prompt": prompt,
-            "chosen": _as_answer(prompt, answers[better]),
-            "rejected": _as_answer(prompt, answers[worse]),
+            "chosen": _in_form_of(prompt, answers[better].text),
+            "rejected": _in_form_of(prompt, answers[worse].text),
+            "chosen_finish_reason": answers[better].finish_reason,
+            "rejected_finish_reason": answers[worse].finish_reason,
             "strength": row["strength"],
             "annotator": row["annotator"],
             "item": row["item"],
@@ -227,7 +233,7 @@ def _pairs(row: sqlite3.Row) -> Iterator[dict[str, Any]]:
         }
 
 
-def _as_answer(prompt: Any, text: str) -> Any:
+def _in_form_of(prompt: Any, text: str) -> Any:
     """An answer in its prompt's form."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
