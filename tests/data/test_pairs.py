@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tether.config.sections import DataConfig
 from tether.data.chat import encode_completion, encode_prompt
-from tether.data.pairs import load_pairs
-from tether.data.split import Pair, split_pairs, split_transcripts
+from tether.data.pairs import Pair, load_pairs, split_transcripts
+from tether.data.split import split_pairs
 from tether.errors import DataError
 
 STOP = 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tether.data.split import Pair
+from tether.data.pairs import Pair
 from tether.errors import RunError
 from tether.train.preference_report import calibrate, judge, share, wilson
 

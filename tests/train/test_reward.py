@@ -25,7 +25,7 @@ from tether.config.sections import (
     RewardModelSection,
     SFTModelConfig,
 )
-from tether.data.split import Pair
+from tether.data.pairs import Pair
 from tether.errors import DataError, TrainingError
 from tether.models.reward_model import init_reward_model, load_reward_model
 from tether.train.reward import accumulate, finish, plan_steps, reward_model

@@ -73,7 +73,7 @@ def load_examples(
         if True not in trained:
             raise table.error(i, column, "holds nothing to learn: no token follows another. Write a text.")
         examples.append(Example(ids, trained, i))
-    limit.say_torn(table, torn)
+    limit.warn_truncated(table, torn)
     return examples
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -13,11 +14,24 @@ from tether.data.cells import as_answer, as_prompt, as_text_or_messages
 from tether.data.columns import encode_answers, encode_prompt_column, read_cut
 from tether.data.limit import Limit, keep_right
 from tether.data.snapshot import read_pairs
-from tether.data.split import Pair, split_transcripts
 from tether.data.table import Table, kind
 from tether.data.text import common_prefix
 from tether.errors import DataError
 from tether.types import Text
+
+ASSISTANT = "\n\nAssistant:"  # how HH-RLHF transcripts open the assistant's turns
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two completions of one prompt, tokenized: the chosen one was preferred."""
+
+    prompt_ids: list[int]  # never empty; shared by both
+    chosen_ids: list[int]  # the stop token included
+    rejected_ids: list[int]
+    row: int  # its row in the data set, from 0
+    prompt_key: str  # equal for pairs with the same prompt, as it was before anything was cut
+    group: str | None = None  # the data set's own word for pairs that belong together
 
 
 def load_pairs(
@@ -71,8 +85,8 @@ def load_pairs(
                 group=None if group is None else str(group),
             )
         )
-    limit.say_torn(table, torn)
-    limit.say_alike(table, alike, left=len(pairs))
+    limit.warn_truncated(table, torn)
+    limit.drop_identical(table, alike, left=len(pairs))
     return pairs
 
 
@@ -111,3 +125,20 @@ def triple(table: Table, row: int) -> tuple[Text, Text, Text]:
     with table.at(row, "rejected"):
         rejected = as_answer(prompt, rejected)
     return prompt, chosen, rejected
+
+
+def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected) of two whole transcripts: they part after the last Assistant: that they share.
+
+    >>> split_transcripts("\\n\\nHuman: Hi\\n\\nAssistant: Hello", "\\n\\nHuman: Hi\\n\\nAssistant: Go away")
+    ('\\n\\nHuman: Hi\\n\\nAssistant:', ' Hello', ' Go away')
+    """
+    common = chosen[: common_prefix(chosen, rejected)]
+    start = common.rfind(ASSISTANT)
+    if start < 0:
+        raise DataError(
+            f"chosen and rejected share only {common[:60]!r}, without {ASSISTANT!r}, so the prompt cannot be told from "
+            "the answers. Add a column 'prompt', or begin both with the same transcript up to the assistant's turn."
+        )
+    border = start + len(ASSISTANT)
+    return chosen[:border], chosen[border:], rejected[border:]

@@ -1,4 +1,4 @@
-"""Human preferences: pairs of completions of which people chose one, and how to hold some of them out.
+"""Which pairs are held out of training, to measure what a reward model learned.
 
 Pairs that share a prompt, or a group that their data set names, are not independent: a reward model that has seen one
 half knows the other. So whole connected components of prompts and groups go to train or to test, never part of one.
@@ -8,41 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
-from tether.data.text import common_prefix
+from tether.data.pairs import Pair
 from tether.errors import DataError
-
-ASSISTANT = "\n\nAssistant:"  # how HH-RLHF transcripts open the assistant's turns
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two completions of one prompt, tokenized: the chosen one was preferred."""
-
-    prompt_ids: list[int]  # never empty; shared by both
-    chosen_ids: list[int]  # the stop token included
-    rejected_ids: list[int]
-    row: int  # its row in the data set, from 0
-    prompt_key: str  # equal for pairs with the same prompt, as it was before anything was cut
-    group: str | None = None  # the data set's own word for pairs that belong together
-
-
-def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of two whole transcripts: they part after the last Assistant: that they share.
-
-    >>> split_transcripts("\\n\\nHuman: Hi\\n\\nAssistant: Hello", "\\n\\nHuman: Hi\\n\\nAssistant: Go away")
-    ('\\n\\nHuman: Hi\\n\\nAssistant:', ' Hello', ' Go away')
-    """
-    common = chosen[: common_prefix(chosen, rejected)]
-    start = common.rfind(ASSISTANT)
-    if start < 0:
-        raise DataError(
-            f"chosen and rejected share only {common[:60]!r}, without {ASSISTANT!r}, so the prompt cannot be told from "
-            "the answers. Add a column 'prompt', or begin both with the same transcript up to the assistant's turn."
-        )
-    border = start + len(ASSISTANT)
-    return chosen[:border], chosen[border:], rejected[border:]
 
 
 def split_pairs(pairs: Sequence[Pair], test_fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from tether.data.split import Pair
+from tether.data.pairs import Pair
 from tether.runs.files import write_atomically
 
 _Z = 1.959964  # two-sided 95 %

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tether.config.sections import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
-from tether.data.pairs import load_pairs
+from tether.data.pairs import Pair, load_pairs
 from tether.data.snapshot import pin_labels
-from tether.data.split import Pair, split_pairs
+from tether.data.split import split_pairs
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import Interrupted
 from tether.math import bradley_terry_loss
