@@ -101,6 +101,9 @@ class RewardSourceConfig:
     """Seconds that a function may take for a whole cycle; then the run stops, saved."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of a reward model."""
+    optional: bool = False
+    """May answer None beside other sources' scores: it then adds nothing to the sum, counted as reward/<name>_missing.
+    Off: a None beside another source's score ends the run."""
 
 
 @dataclass(frozen=True)

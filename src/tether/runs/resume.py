@@ -15,7 +15,7 @@ Change = tuple[str, Any, Any]  # dotted key, value when the run began, value now
 
 # `run` is where the directory is now: it may have been moved.
 _MAY_CHANGE = re.compile(
-    r"run$|(log|checkpoint|evaluate)(\.|$)|reward\[\d+\]\.(timeout_s|dtype)$"
+    r"run$|(log|checkpoint|evaluate)(\.|$)|reward\[\d+\]\.(timeout_s|dtype|optional)$"
     r"|(ppo|sft|reward_model)\.microbatch_tokens$|model\.gradient_checkpointing$"
 )
 # The first change rounding or the order of floating-point sums, the others which prompts are held out of training.
