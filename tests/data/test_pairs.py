@@ -61,6 +61,22 @@ def test_a_finish_reason_that_is_neither_is_named(write, tiny_tokenizer):
         load(write("a.jsonl", rows), tiny_tokenizer)
 
 
+def test_a_probability_and_a_weight_are_read_and_a_pair_without_them_is_certain_and_counts_once(write, tiny_tokenizer):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path = write("a.jsonl", [row, row | {"probability": 0.5, "weight": 2}, row | {"probability": None}])
+    assert [(p.probability, p.weight) for p in load(path, tiny_tokenizer)] == [(1, 1), (0.5, 2), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("probability", 1.5), ("probability", "0.5"), ("probability", True), ("weight", 0), ("weight", float("inf"))],
+)
+def test_a_number_that_is_no_probability_or_weight_is_named(write, tiny_tokenizer, column, value):
+    path = write("a.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b", column: value}])
+    with pytest.raises(DataError, match=f"line 1, column '{column}': is .* leave the column out"):
+        load(path, tiny_tokenizer)
+
+
 CHAT = {
     "explicit": {"prompt": [user("Hi")], "chosen": [assistant("Yo")], "rejected": [assistant("No")]},
     "whole conversations": {"chosen": [user("Hi"), assistant("Yo")], "rejected": [user("Hi"), assistant("No")]},

@@ -3,6 +3,7 @@
 import errno
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,18 @@ def test_accuracy_loss_scale_and_length_baseline_by_hand():
     assert report.mean == pytest.approx(2.0)
     assert report.std == pytest.approx(math.sqrt((1 + 1 + 9 + 1 + 1 + 1) / 5))
     assert not report.learned
+
+
+def test_ties_count_in_the_loss_and_nowhere_else():
+    test = pairs([(3, 2), (2, 4)])
+    tie = replace(pairs([(9, 1)])[0], probability=0.5)
+    without = judge(test, scores([1, 3], [0, 0]), test, scores([1, 0], [0, 1]))
+    report = judge([*test, tie], scores([1, 3, 5], [0, 0, 0]), [*test, tie], scores([1, 0, 2], [0, 1, 0]))
+    assert (report.test_pairs, report.test_ties) == (2, 1)
+    for name in ("accuracy", "train_accuracy", "length_prefers", "length_accuracy", "calibration"):
+        assert getattr(report, name) == getattr(without, name), name
+    both = (math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 2
+    assert report.loss == pytest.approx((2 * without.loss + both) / 3)
 
 
 def test_a_constant_model_is_not_accurate_and_has_no_scale():

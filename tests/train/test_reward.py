@@ -77,6 +77,23 @@ def test_gradients_are_those_of_the_mean_over_pairs_scored_one_by_one(tiny_model
     assert metrics["reward_model/accuracy"] == pytest.approx(sum(a > b for a, b in zip(w, l, strict=True)).item() / 3)
 
 
+def test_a_tie_makes_the_gradient_of_both_orders_and_no_accuracy(tiny_model):
+    model = double(tiny_model())
+    tie = replace(PAIRS[0], probability=0.5)
+    metrics = accumulate(model, [tie], 0.0, 10**6)
+    got = gradients(model)
+    model.zero_grad()
+    accumulate(
+        model,
+        [PAIRS[0], replace(tie, chosen_ids=tie.rejected_ids, rejected_ids=tie.chosen_ids, probability=1)],
+        0.0,
+        10**6,
+    )
+    for name, want in gradients(model).items():
+        assert_close(got[name], want, atol=1e-9, rtol=0)
+    assert metrics["reward_model/accuracy"] is None
+
+
 def test_swapping_a_pair_flips_its_margin(tiny_model):
     model = double(tiny_model())
     swapped = [replace(p, chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in PAIRS]

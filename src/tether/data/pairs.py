@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +34,8 @@ class Pair:
     row: int  # its row in the data set, from 0
     prompt_key: str  # equal for pairs with the same prompt, as it was before anything was cut
     group: str | None = None  # the data set's own word for pairs that belong together
+    probability: float = 1.0  # that the chosen one is preferred; 0.5 is a tie
+    weight: float = 1.0  # in the loss; above 0
 
 
 def load_pairs(
@@ -59,6 +63,8 @@ def load_pairs(
         )
         for name, answers in (("chosen", chosen), ("rejected", rejected))
     )
+    probability = _read_numbers(table, "probability", lambda p: 0 <= p <= 1, "a probability: write 0.5 for a tie")
+    weight = _read_numbers(table, "weight", lambda w: 0 < w < math.inf, "a weight in the loss: write a number above 0")
     limit = Limit.of_data(config, context)
     answer_lengths = [max(len(c), len(r)) for c, r in zip(chosen_ids, rejected_ids, strict=True)]
     pairs = []
@@ -83,11 +89,24 @@ def load_pairs(
                 row=i,
                 prompt_key=hashlib.sha256(json.dumps(prompts[i], sort_keys=True).encode()).hexdigest()[:32],
                 group=None if group is None else str(group),
+                probability=probability[i],
+                weight=weight[i],
             )
         )
     limit.warn_truncated(table, torn)
     limit.drop_identical(table, alike, left=len(pairs))
     return pairs
+
+
+def _read_numbers(table: Table, column: str, fits: Callable[[float], bool], wanted: str) -> list[float]:
+    """A number of each row, 1 where it has none."""
+    numbers = []
+    for i, row in enumerate(table.rows):
+        value = row.get(column)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not fits(value)):
+            raise table.error(i, column, f"is {kind(value)}, which is not {wanted}, or leave the column out.")
+        numbers.append(1.0 if value is None else float(value))
+    return numbers
 
 
 def triple(table: Table, row: int) -> tuple[Text, Text, Text]:

@@ -287,7 +287,7 @@ class Preferences:
     """Rows to fit a reward model to, and what did not become one."""
 
     rows: list[dict[str, Any]]
-    ties: int
+    ties: int  # labels whose rows have probability 0.5
     skips: int
     gold: int  # labels left out because they check people
     repeats: int

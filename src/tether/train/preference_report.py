@@ -48,8 +48,9 @@ class PreferenceReport:
     """How well scores agree with people on held-out pairs, and the scale of the scores."""
 
     train_pairs: int
-    test_pairs: int
-    accuracy: Share  # strictly higher score for the chosen one; a tie is no success
+    test_pairs: int  # held out, and decided: of ties only the loss knows
+    test_ties: int
+    accuracy: Share  # strictly higher score for the chosen one; equal scores are no success
     train_accuracy: float
     loss: float  # nats a held-out pair; knowing nothing is log 2 = 0.693
     length_prefers: str  # "longer" or "shorter": what wins more often among the training pairs
@@ -70,6 +71,8 @@ class PreferenceReport:
             f"Loss {self.loss:.4f} nats a pair (knowing nothing: 0.6931); calibration error "
             f"{self.calibration_error:.3f}.",
         ]
+        if self.test_ties:
+            lines.append(f"{self.test_ties} held-out ties count in the loss alone.")
         if not self.learned:
             lines.append("Nothing was learned that can be told from chance: do not use this reward model.")
         elif self.accuracy.low <= self.length_accuracy.value:
@@ -84,24 +87,26 @@ class PreferenceReport:
 
 def judge(train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], test_scores: Tensor) -> PreferenceReport:
     """The report from raw scores: [2B] for B pairs, first of every chosen answer, then of every rejected one."""
-    margin = _margin(test_scores)
-    longer = _length_sign(train)
-    prefers = "longer" if longer.sum() >= 0 else "shorter"
-    by_length = (_length_sign(test) * (1 if prefers == "longer" else -1) + 1) / 2
-    witnesses = [pair.group or pair.prompt_key for pair in test]
+    decided = _preferred(test) != 0
+    margin = (_margin(test_scores) * _preferred(test))[decided]
+    prefers = "longer" if (_length_sign(train) * _preferred(train)).sum() >= 0 else "shorter"
+    by_length = ((_length_sign(test) * _preferred(test))[decided] * (1 if prefers == "longer" else -1) + 1) / 2
+    witnesses = [pair.group or pair.prompt_key for pair in test if pair.probability != 0.5]
     accuracy = share((margin > 0).double(), witnesses)
-    loss = -logsigmoid(margin).mean().item()
+    loss = _loss(test, test_scores)
     bins = calibrate(margin, witnesses)
+    trained = (_margin(train_scores) * _preferred(train))[_preferred(train) != 0]
     std = train_scores.std().item()
     return PreferenceReport(
         train_pairs=len(train),
-        test_pairs=len(test),
+        test_pairs=len(margin),
+        test_ties=len(test) - len(margin),
         accuracy=accuracy,
-        train_accuracy=(_margin(train_scores) > 0).double().mean().item(),
+        train_accuracy=(trained > 0).double().mean().item(),
         loss=loss,
         length_prefers=prefers,
         length_accuracy=share(by_length, witnesses),
-        calibration_error=sum(b.pairs * abs(b.confidence - b.accuracy.value) for b in bins) / len(test),
+        calibration_error=sum(b.pairs * abs(b.confidence - b.accuracy.value) for b in bins) / len(margin),
         calibration=bins,
         mean=train_scores.mean().item(),
         std=std if std > 1e-6 else 1.0,  # a constant model has no scale to bring to 1
@@ -174,6 +179,17 @@ def calibration_plot(report: PreferenceReport) -> str:
 def _margin(scores: Tensor) -> Tensor:
     chosen, rejected = scores.chunk(2)
     return chosen - rejected
+
+
+def _preferred(pairs: Sequence[Pair]) -> Tensor:
+    """[B] 1 where the chosen answer is preferred, -1 where the rejected one is (probability below 0.5), 0 for a tie."""
+    return torch.tensor([pair.probability - 0.5 for pair in pairs], dtype=torch.float64).sign()
+
+
+def _loss(pairs: Sequence[Pair], scores: Tensor) -> float:
+    """Nats a pair, ties included: the training loss without weights and centring."""
+    margin, target = _margin(scores), torch.tensor([pair.probability for pair in pairs], dtype=torch.float64)
+    return -(target * logsigmoid(margin) + (1 - target) * logsigmoid(-margin)).mean().item()
 
 
 def _length_sign(pairs: Sequence[Pair]) -> Tensor:

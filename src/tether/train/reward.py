@@ -100,21 +100,28 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
     return Run.open(run.path)
 
 
-def accumulate(model: RewardModel, pairs: Sequence[Pair], centre: float, microbatch_tokens: int) -> dict[str, float]:
+def accumulate(
+    model: RewardModel, pairs: Sequence[Pair], centre: float, microbatch_tokens: int
+) -> dict[str, float | None]:
     """Add one optimiser step's gradients to the model's, microbatch by microbatch; no step.
 
-    Returns the step's metrics: reward_model/loss, reward_model/accuracy, reward_model/margin.
+    Returns the step's metrics: reward_model/loss, reward_model/accuracy (None where all pairs are ties),
+    reward_model/margin.
     """
     widths = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs]
+    total, decided = sum(pair.weight for pair in pairs), sum(pair.probability != 0.5 for pair in pairs)
     metrics: dict[str, float] = {}
     for index in microbatches(widths, microbatch_tokens):
         part = [pairs[i] for i in index.tolist()]
         chosen, rejected = model(rows_of(part)).chunk(2)
-        loss, sums = bradley_terry_loss(chosen, rejected, centre=centre, denominator=len(pairs))
+        targets, weights = chosen.new_tensor([(p.probability, p.weight) for p in part]).unbind(1)
+        loss, sums = bradley_terry_loss(
+            chosen, rejected, targets, weights, centre=centre, denominator=total, decided=max(1, decided)
+        )
         loss.backward()
         for name, value in sums.items():
             metrics[name] = metrics.get(name, 0.0) + value.item()
-    return metrics
+    return {name: value if decided or name != "reward_model/accuracy" else None for name, value in metrics.items()}
 
 
 def rows_of(pairs: Sequence[Pair]) -> list[list[int]]:
