@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.config.sections import DataConfig
 from tether.data.cells import as_answer, as_messages, as_prompt, as_text
-from tether.data.chat import encode_conversation, encode_texts
+from tether.data.chat import encode_conversations, encode_texts
 from tether.data.columns import encode_answers, encode_prompt_column, read_cut, stopped, without_stop
 from tether.data.limit import Limit, keep_right
 from tether.data.table import Table, listed, read_table
@@ -86,14 +86,12 @@ def _encode_conversations(
     table.require(
         ["messages"], '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
     )
-    encoded = []
+    conversations = []
     for i, row in enumerate(table.rows):
         with table.at(i, "messages"):
-            messages = as_messages(row["messages"])
-            encoded.append(
-                encode_conversation(tokenizer, messages, stop_id=stop_id, kwargs=config.chat_template_kwargs)
-            )
-    return encoded
+            conversations.append(as_messages(row["messages"]))
+    at = partial(table.at, column="messages")
+    return encode_conversations(tokenizer, conversations, at, stop_id=stop_id, kwargs=config.chat_template_kwargs)
 
 
 def _encode_prompt_completion(
