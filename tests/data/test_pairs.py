@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tether.config.sections import DataConfig
 from tether.data.chat import encode_completion, encode_prompt
 from tether.data.pairs import Pair, load_pairs, split_transcripts
-from tether.data.split import split_pairs
+from tether.data.split import share_prompts, split_pairs
 from tether.errors import DataError
 
 STOP = 1
@@ -221,7 +221,7 @@ def reachable(links):
 def test_a_split_never_separates_what_hangs_together(links, fraction, seed):
     components = reachable(links)
     if len(set(components)) == 1:
-        with pytest.raises(DataError, match="hang together by prompt or group"):
+        with pytest.raises(DataError, match="hang together by (prompt|answer) or group"):
             split_pairs(pairs_of(links), fraction, seed)
         return
     train, test = split_pairs(pairs_of(links), fraction, seed)
@@ -251,6 +251,33 @@ def test_a_split_takes_its_components_from_all_over_the_file():
         p.row // 25 for seed in range(40) for p in split_pairs(pairs_of([(i, None) for i in range(100)]), 0.2, seed)[1]
     )
     assert all(150 < counts[quarter] < 250 for quarter in range(4))  # 200 each, ± 4 standard deviations
+
+
+def one_prompt(answers, group=None):
+    """Pairs of one prompt whose answers are these numbers: [(chosen, rejected), …]."""
+    return [Pair([3], [c], [r], i, "same", group) for i, (c, r) in enumerate(answers)]
+
+
+def test_pairs_of_one_prompt_are_held_out_by_their_answers():
+    answers = [(1, 2), (2, 3), (4, 5), (6, 7), (8, 6), (9, 10), (11, 12), (13, 14)]
+    train, test = split_pairs(one_prompt(answers), 0.25, seed=0)
+    assert len(test) == 2
+    assert len(train) == 6
+    on_either_side = [{ids[0] for p in side for ids in (p.chosen_ids, p.rejected_ids)} for side in (train, test)]
+    assert on_either_side[0].isdisjoint(on_either_side[1])
+    assert share_prompts(train, test)
+    assert not share_prompts(*split_pairs(pairs_of([(i, None) for i in range(9)]), 0.25, seed=0))
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [one_prompt([(1, 2), (2, 3), (3, 1)]), one_prompt([(1, 2), (3, 4)], group="g"), pairs_of([(0, "g"), (1, "g")])],
+    ids=["answers", "one group", "prompts"],
+)
+def test_pairs_that_all_hang_together_can_be_trained_on_without_holding_any_out(pairs):
+    with pytest.raises(DataError, match=r"all \d pairs hang together by .* or group.*test_fraction to 0"):
+        split_pairs(pairs, 0.25, seed=0)
+    assert split_pairs(pairs, 0, seed=0) == (pairs, [])
 
 
 def test_large_components_still_leave_something_on_either_side():

@@ -2,6 +2,7 @@
 
 Pairs that share a prompt, or a group that their data set names, are not independent: a reward model that has seen one
 half knows the other. So whole connected components of prompts and groups go to train or to test, never part of one.
+Where all pairs have one prompt, the answers take its place: no answer then stands on both sides.
 """
 
 from __future__ import annotations
@@ -16,13 +17,24 @@ from tether.errors import DataError
 def split_pairs(pairs: Sequence[Pair], test_fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """(train, test), each in the order of `pairs`; the same for the same seed.
 
-    test_fraction: of the pairs, in (0, 1); met as nearly as whole components allow, with at least one on either side.
+    test_fraction: of the pairs, in [0, 1); met as nearly as whole components allow, with at least one on either side.
+    0 holds none out.
     """
-    components = _components(pairs)
+    if test_fraction == 0:
+        return list(pairs), []
+    links: list[list[Hashable]] = [[("prompt", pair.prompt_key)] for pair in pairs]
+    what = "prompt"
+    if len({pair.prompt_key for pair in pairs}) == 1:
+        links = [[("answer", *ids) for ids in (pair.chosen_ids, pair.rejected_ids)] for pair in pairs]
+        what = "answer"
+    components = _components([
+        keys if pair.group is None else [*keys, ("group", pair.group)] for keys, pair in zip(links, pairs, strict=True)
+    ])  # fmt: skip
     if len(components) < 2:
         raise DataError(
-            f"all {len(pairs)} pairs hang together by prompt or group, so none can be held out for the test: its "
-            "accuracy would measure memory. Add pairs with other prompts, or give them finer groups."
+            f"all {len(pairs)} pairs hang together by {what} or group, so none can be held out for the test: its "
+            f"accuracy would measure memory. Add pairs with other {what}s, give them finer groups, or set "
+            "reward_model.test_fraction to 0, which reports no accuracy."
         )
     random.Random(seed).shuffle(components)
     wanted = test_fraction * len(pairs)
@@ -36,8 +48,13 @@ def split_pairs(pairs: Sequence[Pair], test_fraction: float, seed: int) -> tuple
     return [p for i, p in enumerate(pairs) if i not in test], [p for i, p in enumerate(pairs) if i in test]
 
 
-def _components(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Indices of pairs, together where a chain of shared prompts and groups joins them (union-find)."""
+def share_prompts(train: Sequence[Pair], test: Sequence[Pair]) -> bool:
+    """Whether held-out pairs have prompts that are trained on: they were held out by their answers."""
+    return not {pair.prompt_key for pair in train}.isdisjoint(pair.prompt_key for pair in test)
+
+
+def _components(links: Sequence[Sequence[Hashable]]) -> list[list[int]]:
+    """Indices of the entries, together where a chain of shared keys joins them (union-find)."""
     parent: dict[Hashable, Hashable] = {}
 
     def root(node: Hashable) -> Hashable:
@@ -47,10 +64,10 @@ def _components(pairs: Sequence[Pair]) -> list[list[int]]:
             node = parent[node]
         return node
 
-    for pair in pairs:
-        if pair.group is not None:
-            parent[root(("prompt", pair.prompt_key))] = root(("group", pair.group))
+    for first, *others in links:
+        for other in others:
+            parent[root(first)] = root(other)
     members: dict[Hashable, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        members.setdefault(root(("prompt", pair.prompt_key)), []).append(i)
+    for i, (first, *_) in enumerate(links):
+        members.setdefault(root(first), []).append(i)
     return list(members.values())

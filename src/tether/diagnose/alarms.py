@@ -550,7 +550,7 @@ def at_chance(view: View) -> Iterator[Alarm]:
     knob = "Check that chosen and rejected are not swapped; then raise optim.lr or reward_model.epochs."
     cause = "Labels that nothing in the text explains, columns that are swapped in some rows, or too few steps."
     if report is not None:
-        if not report["learned"] and report["test_pairs"] >= 50:
+        if report["learned"] is False and report["test_pairs"] >= 50:
             found = report["accuracy"]
             yield Alarm(
                 "at-chance", "reward_model/accuracy", view.series.done, view.series.done, "serious",
@@ -578,7 +578,9 @@ def memorised(view: View) -> Iterator[Alarm]:
     """The held-out accuracy's 95 % interval lies a tenth or more below the training accuracy. A few points apart is
     usual; more is memory of single pairs, for people themselves agree on 63 to 77 % of them."""
     report = view.reward_report
-    if report and report["train_accuracy"] - report["accuracy"]["high"] > 0.1:
+    if not report or report["accuracy"] is None or report["train_accuracy"] is None:  # nothing was held out
+        return
+    if report["train_accuracy"] - report["accuracy"]["high"] > 0.1:
         yield Alarm(
             "memorised", "reward_model/accuracy", view.series.done, view.series.done, "warning",
             f"The model is right on {report['train_accuracy']:.1%} of the pairs that it was trained on, and on "

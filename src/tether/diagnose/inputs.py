@@ -24,7 +24,7 @@ from tether.config.sections import (
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
 from tether.data.prompts import load_prompts
-from tether.data.split import split_pairs
+from tether.data.split import share_prompts, split_pairs
 from tether.data.table import read_rows
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ModelError
@@ -125,7 +125,9 @@ def _reward(
     facts.append(_lengths(config.data, pairs=lengths))
     section = config.reward_model
     train, test = split_pairs(pairs, section.test_fraction, config.seed)
-    facts.append(f"{len(train)} pairs to train on, {len(test)} held out; pairs of one prompt or group stay together")
+    together = "answer (all have one prompt)" if share_prompts(train, test) else "prompt"
+    held_out = f"{len(test)} held out; pairs of one {together} or group stay together"
+    facts.append(f"{len(train)} pairs to train on, {held_out if test else 'none held out: no accuracy will be known'}")
     steps = len(plan_pairs(len(train), config))
     check_warmup(config.optim, steps)
     plan = f"{section.epochs} epochs: {steps:,} optimiser steps of up to {section.batch} pairs"

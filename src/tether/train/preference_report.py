@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tether.data.pairs import Pair
+from tether.data.split import share_prompts
 from tether.runs.files import write_atomically
 
 _Z = 1.959964  # two-sided 95 %
@@ -50,19 +51,23 @@ class PreferenceReport:
     train_pairs: int
     test_pairs: int  # held out, and decided: of ties only the loss knows
     test_ties: int
-    accuracy: Share  # strictly higher score for the chosen one; equal scores are no success
-    train_accuracy: float
-    loss: float  # nats a held-out pair; knowing nothing is log 2 = 0.693
+    same_prompts: bool  # held-out pairs have prompts that are trained on: pairs were held out by their answers
+    accuracy: Share | None  # strictly higher score for the chosen one; equal scores are no success
+    train_accuracy: float | None
+    loss: float | None  # nats a held-out pair; knowing nothing is log 2 = 0.693
     length_prefers: str  # "longer" or "shorter": what wins more often among the training pairs
-    length_accuracy: Share  # of that rule on the held-out pairs, ties half
-    calibration_error: float  # mean |confidence - accuracy| over the bins, weighted by pairs
+    length_accuracy: Share | None  # of that rule on the held-out pairs, ties half
+    calibration_error: float | None  # mean |confidence - accuracy| over the bins, weighted by pairs
     calibration: list[Bin]
     mean: float  # of the raw scores of the answers that were trained on
     std: float
-    learned: bool  # the interval lies above chance, and the loss below log 2
+    learned: bool | None  # the interval lies above chance, and the loss below log 2; None, as above: nothing held out
 
     def text(self) -> str:
         """A few lines for the console and the model card."""
+        if self.accuracy is None or self.length_accuracy is None:
+            trained = "" if self.train_accuracy is None else f" Training pairs: {self.train_accuracy:.3f} right."
+            return f"No pairs were held out: nothing is known about pairs that it was not trained on.{trained}"
         lines = [
             f"Held-out accuracy {self.accuracy} on {self.test_pairs} pairs (95 % interval); training pairs "
             f"{self.train_accuracy:.3f}.",
@@ -71,6 +76,11 @@ class PreferenceReport:
             f"Loss {self.loss:.4f} nats a pair (knowing nothing: 0.6931); calibration error "
             f"{self.calibration_error:.3f}.",
         ]
+        if self.same_prompts:
+            lines.append(
+                "All pairs have the same prompt, so they were held out by their answers: the figures are for this "
+                "prompt alone."
+            )
         if self.test_ties:
             lines.append(f"{self.test_ties} held-out ties count in the loss alone.")
         if not self.learned:
@@ -82,7 +92,8 @@ class PreferenceReport:
     def write(self, run: Path) -> None:
         """reward_report.json, and calibration.html to look at."""
         write_atomically(run / "reward_report.json", json.dumps(asdict(self), indent=2) + "\n")
-        write_atomically(run / "calibration.html", calibration_plot(self))
+        if self.calibration:
+            write_atomically(run / "calibration.html", calibration_plot(self))
 
 
 def judge(train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], test_scores: Tensor) -> PreferenceReport:
@@ -91,9 +102,12 @@ def judge(train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], tes
     margin = (_margin(test_scores) * _preferred(test))[decided]
     prefers = "longer" if (_length_sign(train) * _preferred(train)).sum() >= 0 else "shorter"
     by_length = ((_length_sign(test) * _preferred(test))[decided] * (1 if prefers == "longer" else -1) + 1) / 2
-    witnesses = [pair.group or pair.prompt_key for pair in test if pair.probability != 0.5]
-    accuracy = share((margin > 0).double(), witnesses)
-    loss = _loss(test, test_scores)
+    same_prompts = share_prompts(train, test)
+    witnesses = [
+        pair.group or (str(pair.row) if same_prompts else pair.prompt_key) for pair in test if pair.probability != 0.5
+    ]
+    accuracy = share((margin > 0).double(), witnesses) if witnesses else None
+    loss = _loss(test, test_scores) if test else None
     bins = calibrate(margin, witnesses)
     trained = (_margin(train_scores) * _preferred(train))[_preferred(train) != 0]
     std = train_scores.std().item()
@@ -101,16 +115,19 @@ def judge(train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], tes
         train_pairs=len(train),
         test_pairs=len(margin),
         test_ties=len(test) - len(margin),
+        same_prompts=same_prompts,
         accuracy=accuracy,
-        train_accuracy=(trained > 0).double().mean().item(),
+        train_accuracy=(trained > 0).double().mean().item() if len(trained) else None,
         loss=loss,
         length_prefers=prefers,
-        length_accuracy=share(by_length, witnesses),
-        calibration_error=sum(b.pairs * abs(b.confidence - b.accuracy.value) for b in bins) / len(margin),
+        length_accuracy=share(by_length, witnesses) if witnesses else None,
+        calibration_error=sum(b.pairs * abs(b.confidence - b.accuracy.value) for b in bins) / len(margin)
+        if bins
+        else None,
         calibration=bins,
         mean=train_scores.mean().item(),
         std=std if std > 1e-6 else 1.0,  # a constant model has no scale to bring to 1
-        learned=accuracy.low > 0.5 and loss < math.log(2),
+        learned=None if accuracy is None or loss is None else accuracy.low > 0.5 and loss < math.log(2),
     )
 
 
@@ -177,8 +194,8 @@ def calibration_plot(report: PreferenceReport) -> str:
 
 
 def _margin(scores: Tensor) -> Tensor:
-    chosen, rejected = scores.chunk(2)
-    return chosen - rejected
+    half = len(scores) // 2  # nothing may be held out
+    return scores[:half] - scores[half:]
 
 
 def _preferred(pairs: Sequence[Pair]) -> Tensor:

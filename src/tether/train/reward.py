@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from tether.config.sections import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
 from tether.data.pairs import Pair, load_pairs
 from tether.data.snapshot import pin_labels
-from tether.data.split import split_pairs
+from tether.data.split import share_prompts, split_pairs
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import Interrupted
 from tether.math import bradley_terry_loss
@@ -67,6 +68,8 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
         context = context_length(model.classifier.config)
         pairs = load_pairs(config.data, tokenizer, stop_id=stop_id, context=context, pinned=pinned)
         train, test = split_pairs(pairs, section.test_fraction, config.seed)
+        if share_prompts(train, test):
+            print(f"all {len(pairs)} pairs have one prompt: {len(test)} are held out by their answers", file=sys.stderr)
         plan = plan_steps(len(train), config)
         check_warmup(config.optim, len(plan))
         trunk, head = trained_parameters(model)
