@@ -221,7 +221,7 @@ def reachable(links):
 def test_a_split_never_separates_what_hangs_together(links, fraction, seed):
     components = reachable(links)
     if len(set(components)) == 1:
-        with pytest.raises(DataError, match="hang together by (prompt|answer) or group"):
+        with pytest.raises(DataError, match=r"hang together by (prompt|answer) or group"):
             split_pairs(pairs_of(links), fraction, seed)
         return
     train, test = split_pairs(pairs_of(links), fraction, seed)

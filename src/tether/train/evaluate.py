@@ -320,6 +320,7 @@ class _Source:
         lm = load_causal_lm(self.path, dtype=resolved, device=device, trust_remote_code=self.trust_remote_code)
         model = LanguageModel(lm.eval().requires_grad_(False), resolved)
         _say(model.check_head())
+        _say(_unlike_its_own(self.path, lm.generation_config, self.sampling))
         return model
 
     def stop_ids(self, model: LanguageModel) -> tuple[int, ...]:
@@ -333,6 +334,27 @@ class _Source:
         _say(sampler.note)
         drawn = Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, self.stop_ids(model), samples, seed, stream)
         return sampler.generate(prompts, drawn, cycle=0)
+
+
+def _unlike_its_own(path: str, own: Any, used: SamplingConfig) -> str | None:
+    """What the model's generation_config asks for and is not done: transformers' `generate` would do it.
+
+    Samples are drawn as the command says, the same for every model, so that they can be compared, and scored as PPO
+    would see them.
+    """
+    wanted = {name: getattr(own, name, None) for name in ("temperature", "top_k", "top_p")}
+    if getattr(own, "do_sample", None) and wanted["top_k"] is None:
+        wanted["top_k"] = 50  # transformers' default where it samples
+    differ = [f"{name} {value:g}" for name, value in wanted.items() if value not in (None, getattr(used, name))]
+    for name, off in (("repetition_penalty", 1.0), ("min_p", 0.0), ("no_repeat_ngram_size", 0)):
+        if (value := getattr(own, name, None)) not in (None, off):
+            differ.append(f"{name} {value:g} (which Tether does not have)")
+    if not differ:
+        return None
+    return (
+        f"{path}: its generation_config asks for {', '.join(differ)}; sampling at temperature {used.temperature:g}, "
+        f"top_k {used.top_k}, top_p {used.top_p:g}. Set those to sample as transformers would."
+    )
 
 
 def _say(note: str | None) -> None:
