@@ -106,8 +106,8 @@ BAD = [  # kind, flags, the message's start, what it tells to do
     ("sft", "--model.policy {init:\t{},tokenizer:\tt}", "model.policy.init has no model_type", "model_type: llama"),
     (
         "reward",
-        "--reward_model.test_fraction 0",
-        "reward_model.test_fraction=0.0 is not between 0 and 1",
+        "--reward_model.test_fraction 1",
+        "reward_model.test_fraction=1.0 is outside [0, 1)",
         "Set e.g. 0.1",
     ),
     ("reward", "--reward_model.centre -1", "reward_model.centre=-1.0 is below 0", "0 or more"),

@@ -3,6 +3,7 @@
 import copy
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tether.config.sections import DataConfig
-from tether.data.chat import encode_completion, encode_prompt
+from tether.data.chat import _Splitter, encode_completion, encode_conversations, encode_prompt
 from tether.data.examples import Example, load_examples
 from tether.errors import DataError, ModelError
 
@@ -88,6 +89,19 @@ def test_a_stop_token_that_stands_there_already_is_not_doubled(write, tiny_token
 def test_without_a_stop_token_none_is_appended(write, tiny_tokenizer):
     path = write("a.jsonl", [{"prompt": "a", "completion": "b"}])
     assert shown(tiny_tokenizer, load(path, tiny_tokenizer, stop_id=None)[0]) == "a[b]"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": "q", "completion": "ab"}, {"text": "qab"}, {"messages": chat(("user", "q"), ("assistant", "ab"))}],
+    ids=lambda row: next(reversed(row)),
+)
+def test_only_an_example_that_stopped_teaches_to_stop(write, tiny_tokenizer, row):
+    rows = [row | {"finish_reason": reason} for reason in ("stop", "length", None)]
+    stopped, cut, unsaid = load(write("a.jsonl", rows), tiny_tokenizer)
+    assert stopped.ids == unsaid.ids == [*cut.ids, STOP]
+    assert stopped.trained == unsaid.trained == [*cut.trained, True]
+    assert shown(tiny_tokenizer, cut).endswith("ab]")
 
 
 def test_an_empty_completion_teaches_to_stop(write, tiny_tokenizer):
@@ -194,6 +208,54 @@ def test_a_conversations_mask_covers_exactly_what_the_assistant_wrote(tiny_token
     assert trained == [token for answer in answers for token in (*tiny_tokenizer(answer)["input_ids"], STOP)]
     assert not example.trained[0]
     assert example.trained[-1]
+
+
+HEADER = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+TEMPLATES = {
+    "chatml": HEADER + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "llama 3": "<|im_start|>{% for m in messages %}<|h|>{{ m.role }}<|/h|>\n\n{{ m.content | trim }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|h|>assistant<|/h|>\n\n{% endif %}",
+    "llama 2": "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>[q] {{ m.content }} [/q]{% else %}"
+    " {{ m.content }} <|im_end|>{% endif %}{% endfor %}",
+    "no special tokens": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+    "nothing between": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "no end": HEADER + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "marked": "{% for m in messages %}<|im_start|>{{ m.role }} {% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@settings(deadline=None, max_examples=12)
+@given(turns=st.lists(st.text("ab the\n<>é東", max_size=7), min_size=2, max_size=6))
+def test_conversations_tokenized_once_have_the_ids_of_pieces_tokenized_one_by_one(any_tokenizer, template, turns):
+    tokenizer = with_template(any_tokenizer, template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|h|>", "<|/h|>"]})
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    messages = chat(*((("user", "assistant")[i % 2], turn) for i, turn in enumerate(turns)))
+
+    def encode():
+        return encode_conversations(tokenizer, [messages] * 2, lambda i: nullcontext(), stop_id=stop)
+
+    once = encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Splitter, "_counts", lambda *_: None)
+        assert once == encode()
+
+
+def test_a_conversation_is_tokenized_once_however_many_turns_it_has(tiny_tokenizer, monkeypatch):
+    tokenizer = with_template(tiny_tokenizer, TEMPLATES["chatml"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    seen = []
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, texts, **k: (seen.extend(texts), call(self, texts, **k))[1]
+    )
+    turns = chat(*((("user", "assistant")[i % 2], "x" * 50) for i in range(40)))
+    encode_conversations(tokenizer, [turns] * 3, lambda i: nullcontext(), stop_id=STOP)
+    whole = 3 * len(tokenizer.apply_chat_template(turns, tokenize=False))
+    assert sum(map(len, seen)) < 1.1 * whole
 
 
 def test_train_on_all_trains_a_whole_conversation_up_to_the_last_answer(write, tiny_tokenizer):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tether.config.sections import DataConfig
 from tether.data.chat import encode_completion, encode_prompt
-from tether.data.pairs import load_pairs
-from tether.data.split import Pair, split_pairs, split_transcripts
+from tether.data.pairs import Pair, load_pairs, split_transcripts
+from tether.data.split import share_prompts, split_pairs
 from tether.errors import DataError
 
 STOP = 1
@@ -38,6 +38,43 @@ def test_prompt_and_both_completions_are_tokenized_apart_and_end_with_the_stop_t
     assert tiny_tokenizer.decode(pair.chosen_ids) == "c<eos>"
     assert pair.rejected_ids == [STOP]  # an empty completion is legal
     assert (pair.row, pair.group) == (0, "7")
+
+
+@pytest.mark.parametrize("form", [str, lambda text: [assistant(text)]], ids=["text", "chat"])
+def test_only_an_answer_that_stopped_gets_its_stop_token(write, tiny_tokenizer, form):
+    reasons = [("stop", "length"), ("length", "stop"), ("length", "length"), (None, None)]
+    prompt = "q" if form is str else [user("q")]
+    rows = [
+        {"prompt": prompt, "chosen": form("ab"), "rejected": form("c"),
+         "chosen_finish_reason": c, "rejected_finish_reason": r} for c, r in reasons
+    ]  # fmt: skip
+    found = [
+        (tiny_tokenizer.decode(pair.chosen_ids), tiny_tokenizer.decode(pair.rejected_ids))
+        for pair in load(write("a.jsonl", rows), tiny_tokenizer)
+    ]
+    assert found == [("ab<eos>", "c"), ("ab", "c<eos>"), ("ab", "c"), ("ab<eos>", "c<eos>")]
+
+
+def test_a_finish_reason_that_is_neither_is_named(write, tiny_tokenizer):
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b", "rejected_finish_reason": "eos"}]
+    with pytest.raises(DataError, match=r"line 1, column 'rejected_finish_reason': is the text 'eos'.*stop or length"):
+        load(write("a.jsonl", rows), tiny_tokenizer)
+
+
+def test_a_probability_and_a_weight_are_read_and_a_pair_without_them_is_certain_and_counts_once(write, tiny_tokenizer):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path = write("a.jsonl", [row, row | {"probability": 0.5, "weight": 2}, row | {"probability": None}])
+    assert [(p.probability, p.weight) for p in load(path, tiny_tokenizer)] == [(1, 1), (0.5, 2), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("probability", 1.5), ("probability", "0.5"), ("probability", True), ("weight", 0), ("weight", float("inf"))],
+)
+def test_a_number_that_is_no_probability_or_weight_is_named(write, tiny_tokenizer, column, value):
+    path = write("a.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b", column: value}])
+    with pytest.raises(DataError, match=f"line 1, column '{column}': is .* leave the column out"):
+        load(path, tiny_tokenizer)
 
 
 CHAT = {
@@ -184,7 +221,7 @@ def reachable(links):
 def test_a_split_never_separates_what_hangs_together(links, fraction, seed):
     components = reachable(links)
     if len(set(components)) == 1:
-        with pytest.raises(DataError, match="hang together by prompt or group"):
+        with pytest.raises(DataError, match=r"hang together by (prompt|answer) or group"):
             split_pairs(pairs_of(links), fraction, seed)
         return
     train, test = split_pairs(pairs_of(links), fraction, seed)
@@ -214,6 +251,33 @@ def test_a_split_takes_its_components_from_all_over_the_file():
         p.row // 25 for seed in range(40) for p in split_pairs(pairs_of([(i, None) for i in range(100)]), 0.2, seed)[1]
     )
     assert all(150 < counts[quarter] < 250 for quarter in range(4))  # 200 each, ± 4 standard deviations
+
+
+def one_prompt(answers, group=None):
+    """Pairs of one prompt whose answers are these numbers: [(chosen, rejected), …]."""
+    return [Pair([3], [c], [r], i, "same", group) for i, (c, r) in enumerate(answers)]
+
+
+def test_pairs_of_one_prompt_are_held_out_by_their_answers():
+    answers = [(1, 2), (2, 3), (4, 5), (6, 7), (8, 6), (9, 10), (11, 12), (13, 14)]
+    train, test = split_pairs(one_prompt(answers), 0.25, seed=0)
+    assert len(test) == 2
+    assert len(train) == 6
+    on_either_side = [{ids[0] for p in side for ids in (p.chosen_ids, p.rejected_ids)} for side in (train, test)]
+    assert on_either_side[0].isdisjoint(on_either_side[1])
+    assert share_prompts(train, test)
+    assert not share_prompts(*split_pairs(pairs_of([(i, None) for i in range(9)]), 0.25, seed=0))
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [one_prompt([(1, 2), (2, 3), (3, 1)]), one_prompt([(1, 2), (3, 4)], group="g"), pairs_of([(0, "g"), (1, "g")])],
+    ids=["answers", "one group", "prompts"],
+)
+def test_pairs_that_all_hang_together_can_be_trained_on_without_holding_any_out(pairs):
+    with pytest.raises(DataError, match=r"all \d pairs hang together by .* or group.*test_fraction to 0"):
+        split_pairs(pairs, 0.25, seed=0)
+    assert split_pairs(pairs, 0, seed=0) == (pairs, [])
 
 
 def test_large_components_still_leave_something_on_either_side():

@@ -6,6 +6,7 @@ import sqlite3
 
 import pytest
 
+import tether
 from tether.cli import main
 from tether.feedback.store import Store
 from tether.runs.files import write_table
@@ -13,8 +14,12 @@ from tether.runs.files import write_table
 ROWS = [
     {"prompt": "Hi", "a": "x", "b": "y", "group": 7},
     {"prompt": [{"role": "user", "content": "Hey"}], "chosen": "good", "rejected": "bad"},
-    {"prompt": "K", "answers": ["1", "2", {"text": "3", "source": {"model": "m"}}]},
-    {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Go away"},
+    {"prompt": "K", "answers": ["1", "2", {"text": "3", "source": {"model": "m"}, "finish_reason": "length"}]},
+    {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
+        "rejected": "\n\nHuman: Hi\n\nAssistant: Go away",
+        "rejected_finish_reason": "length",
+    },
 ]
 
 
@@ -46,6 +51,9 @@ def test_every_form_of_a_row_becomes_an_item(write, capsys):
     assert items[0].group == "7"
     assert items[1].prompt == [{"role": "user", "content": "Hey"}]
     assert items[2].answers[2].source == {"model": "m"}
+    assert [[a.finish_reason for a in item.answers] for item in items] == [
+        ["stop", "stop"], ["stop", "stop"], ["stop", "stop", "length"], ["stop", "length"],
+    ]  # fmt: skip
     assert main(["label", "--from", "p.jsonl"]) == 0
     assert "0 items added to preferences.db, 0 of them for two people; 4 were there already" in capsys.readouterr().out
 
@@ -70,6 +78,7 @@ def rollouts(folder, **cycles):
             "response_index": [k for _, k, _ in rows],
             "prompt": [f"p{p}" if p else '[{"role": "user", "content": "Hi"}]' for p, _, _ in rows],
             "completion": [text for _, _, text in rows],
+            "finish_reason": ["length" if text == "z" else "stop" for _, _, text in rows],
         }
         write_table(folder / "rollouts" / f"cycle-{number:06d}.parquet", columns)
 
@@ -87,7 +96,7 @@ def test_pairs_of_a_run_are_answers_to_one_prompt_that_differ(write, tmp_path, c
     assert {frozenset(a.text for a in item.answers) for item in stored("all.db")} >= {frozenset({"same", "else"})}
     assert main(["label", "--from-run", "run", "--per-prompt", "3", "--to", "k.db"]) == 0
     (ranked,) = stored("k.db")
-    assert sorted(a.text for a in ranked.answers) == ["x", "y", "z"]
+    assert sorted((a.text, a.finish_reason) for a in ranked.answers) == [("x", "stop"), ("y", "stop"), ("z", "length")]
 
 
 def test_a_model_answers_on_the_spot(write, tiny_model, capsys):
@@ -97,6 +106,11 @@ def test_a_model_answers_on_the_spot(write, tiny_model, capsys):
     assert "2 items added" in capsys.readouterr().out
     first = stored()
     assert {item.kind for item in first} == {"rank"}
+    again = tether.generate(argv[1], ["ab", "cd"], samples=3, max_new_tokens=8)
+    assert {(a.text, a.finish_reason) for item in first for a in item.answers} == {
+        (g.completion, g.finish_reason) for g in again
+    }
+    assert {g.finish_reason for g in again} >= {"length"}
     assert main(["label", *argv, "--to", "again.db"]) == 0
     assert stored("again.db") == first  # same seed, same answers
     assert main(["label", *argv, "--seed", "1"]) == 0  # other answers, into the store that is there

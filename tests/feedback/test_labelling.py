@@ -170,10 +170,22 @@ def test_rows_are_in_the_ecosystems_columns(store, say):
     text, talk = sorted(store.preference_rows(), key=lambda row: row["chosen"] != "y")
     item = text.pop("item")
     assert store.item(item).prompt == "p"
-    assert text == {"prompt": "p", "chosen": "y", "rejected": "x", "strength": 3, "annotator": "Ada", "group": "g",
-                    "axes": {"honest": "rejected"}, "note": "n"}  # fmt: skip
+    assert text == {"prompt": "p", "chosen": "y", "rejected": "x", "chosen_finish_reason": "stop",
+                    "rejected_finish_reason": "stop", "probability": 1.0, "strength": 3, "annotator": "Ada",
+                    "group": "g", "axes": {"honest": "rejected"}, "note": "n"}  # fmt: skip
     assert (talk["prompt"], talk["chosen"]) == (chat, [{"role": "assistant", "content": "v"}])
     assert talk["group"] is None
+
+
+def test_how_an_answer_ended_travels_with_it_into_rows_and_exports(store, say, tmp_path):
+    store.add_items([Item("p", (Answer("whole"), Answer("cut of", finish_reason="length")))])
+    say("Ada", "b")
+    (row,) = store.preference_rows()
+    assert (row["chosen"], row["chosen_finish_reason"]) == ("cut of", "length")
+    assert (row["rejected"], row["rejected_finish_reason"]) == ("whole", "stop")
+    store.export(tmp_path / "out")
+    (item,) = map(json.loads, (tmp_path / "out" / "items.jsonl").read_text().splitlines())
+    assert {a["text"]: a["finish_reason"] for a in item["answers"]} == {"whole": "stop", "cut of": "length"}
 
 
 def test_a_ranking_is_all_its_pairs_in_one_group(store):
@@ -188,7 +200,25 @@ def test_a_ranking_is_all_its_pairs_in_one_group(store):
     assert len({r["group"] for r in rows}) == 1
 
 
-def test_ties_skips_gold_and_repeats_give_no_rows_and_are_counted(tmp_path):
+def test_a_tie_is_a_row_of_probability_one_half_and_of_a_ranking_every_pair(store):
+    store.add_items([Item("p", (Answer("x"), Answer("y"))), Item("q", tuple(Answer(c) for c in "uvw"))])
+    store.add_annotator("Ada")
+    for i in range(2):
+        task = store.next_task("Ada")
+        axes = {"honest": "b"} if task.kind == "pair" else {}
+        store.record("Ada", task.item, key=str(i), choice="both_bad", axes=axes)
+    found = store.preferences()
+    pair, *ranked = sorted(found.rows, key=lambda row: row["prompt"])
+    assert (pair["chosen"], pair["rejected"], pair["probability"], pair["group"]) == ("x", "y", 0.5, None)
+    assert pair["axes"] == {"honest": "rejected"}
+    assert {(r["chosen"], r["rejected"], r["probability"]) for r in ranked} == {
+        ("u", "v", 0.5), ("u", "w", 0.5), ("v", "w", 0.5),
+    }  # fmt: skip
+    assert len({r["group"] for r in ranked}) == 1
+    assert found.ties == 2
+
+
+def test_skips_gold_and_repeats_give_no_rows_and_are_counted(tmp_path):
     store = Store(tmp_path / "s.db", gold_fraction=1.0, repeat_fraction=1.0)
     store.add_annotator("Ada")
     store.add_items([*pairs(40), *(Item(f"g{i}", (Answer("1"), Answer("2")), gold=0) for i in range(3))], overlap=0)
@@ -202,8 +232,8 @@ def test_ties_skips_gold_and_repeats_give_no_rows_and_are_counted(tmp_path):
     found = store.preferences()
     assert (found.ties, found.skips, found.gold) == (1, 1, 3)
     assert found.repeats > 0
-    assert len(found.rows) == counts["a"] - 3 - found.repeats == 38
-    assert len(store.preference_rows(gold=True)) == 41
+    assert len(found.rows) == counts["a"] + counts["both_bad"] - 3 - found.repeats == 39
+    assert len(store.preference_rows(gold=True)) == 42
 
 
 def test_filters_pick_people_days_and_guidelines(store, clock, say):

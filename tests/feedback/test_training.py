@@ -45,17 +45,25 @@ def config(store, **labels) -> PairsConfig:
 
 def test_labels_are_pairs_and_what_is_left_out_is_counted(labelled, tiny_tokenizer, capsys):
     found = load_pairs(config(labelled), tiny_tokenizer, stop_id=1)
-    assert len(found) == 6
+    assert len(found) == 7
+    assert [pair.probability for pair in found] == [1, 1, 1, 1, 0.5, 1, 1]
     rows = labelled.preference_rows()
     assert [tiny_tokenizer.decode(p.chosen_ids[:-1]) for p in found] == [row["chosen"] for row in rows]
-    assert capsys.readouterr().err == f"{labelled.path}: 6 pairs by 2 annotators; left out: 1 ties, 1 skips\n"
+    assert capsys.readouterr().err == f"{labelled.path}: 7 pairs by 3 annotators, of them 1 ties; left out: 1 skips\n"
     assert read_rows(str(labelled.path), columns=["chosen"]) == rows
     assert len(load_pairs(DataConfig(str(labelled.path), limit=2), tiny_tokenizer, stop_id=1)) == 2
 
 
+def test_an_answer_that_was_cut_is_trained_on_without_a_stop_token(store, say, tiny_tokenizer):
+    store.add_items([Item("q", (Answer("whole"), Answer("cut o", finish_reason="length")))])
+    say("Ada", "a")
+    (pair,) = load_pairs(config(store), tiny_tokenizer, stop_id=1)
+    assert [tiny_tokenizer.decode(ids) for ids in (pair.chosen_ids, pair.rejected_ids)] == ["whole<eos>", "cut o"]
+
+
 @pytest.mark.parametrize(
     ("labels", "count"),
-    [({"annotators": ["Ada"]}, 4), ({"guideline": 2}, 2), ({"since": "2026-09-21"}, 6), ({"until": "2026-09-21"}, 6)],
+    [({"annotators": ["Ada"]}, 4), ({"guideline": 2}, 2), ({"since": "2026-09-21"}, 7), ({"until": "2026-09-21"}, 7)],
 )
 def test_filters_of_the_config_pick_labels(labelled, tiny_tokenizer, labels, count):
     assert len(load_pairs(config(labelled, **labels), tiny_tokenizer, stop_id=1)) == count

@@ -28,15 +28,36 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
+AB = {"a": (Fixed(1.0, 2.0, None), 0.5), "b": (Fixed(10.0, None, 3.0), -1.0)}
+
+
 def test_the_score_is_the_weighted_sum_of_the_sources_that_answered_not_renormalised():
-    rewards = RewardSet({"a": (Fixed(1.0, 2.0, None), 0.5), "b": (Fixed(10.0, None, 3.0), -1.0)}, RewardShapingConfig())
-    batch = rewards.score(batch_of(3))
+    batch = RewardSet(AB, RewardShapingConfig(), {"a", "b"}).score(batch_of(3))
     assert_close(batch.scores, doubles(0.5 - 10.0, 1.0, -3.0))
     assert batch.parts == {"a": [1.0, 2.0, None], "b": [10.0, None, 3.0]}  # raw, for the rollout file
+    assert batch.missing == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("optional", "row", "name"), [((), 1, "b"), (("a",), 1, "b"), (("b",), 2, "a")], ids=["neither", "a", "b"]
+)
+def test_none_beside_another_sources_score_is_an_error_unless_the_source_is_optional(optional, row, name):
+    with pytest.raises(RewardError, match=rf"reward {name} answered None for row {row} .*'p{row}'.*`optional: true`"):
+        RewardSet(AB, RewardShapingConfig(), optional).score(batch_of(3))
+
+
+def test_the_config_says_which_source_is_optional(tmp_path, tiny_tokenizer):
+    file = tmp_path / "f.py"
+    file.write_text("def f(completions): return [1.0, None]\ndef g(completions): return [2.0, 4.0]\n")
+    sources = [RewardSourceConfig(function=f"{file}:f", optional=True), RewardSourceConfig(function=f"{file}:g")]
+    batch = build_reward(sources, RewardShapingConfig(), tiny_tokenizer, (1,), torch.device("cpu")).score(batch_of(2))
+    assert_close(batch.scores, doubles(3.0, 4.0))
+    assert batch.missing == {"f": 1}
 
 
 def test_a_row_that_no_source_scored_is_an_error_that_names_it():
-    rewards = RewardSet({"a": (Fixed(1.0, None), 1.0), "b": (Fixed(1.0, None), 1.0)}, RewardShapingConfig())
+    both = {"a": (Fixed(1.0, None), 1.0), "b": (Fixed(1.0, None), 1.0)}
+    rewards = RewardSet(both, RewardShapingConfig(), {"a", "b"})
     with pytest.raises(RewardError, match=r"row 1 \(row 1 of the data, 'p1'\): a, b all answered None"):
         rewards.score(batch_of(2))
 

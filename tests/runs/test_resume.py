@@ -52,6 +52,8 @@ MAY_CHANGE = {
     "evaluate.samples": (lambda c: replace(c, evaluate=HeldOutConfig(samples=2)), True),
     "evaluate.every": (lambda c: replace(c, evaluate=HeldOutConfig(every=5)), True),
     "reward[0].timeout_s": (lambda c: replace(c, reward=[replace(c.reward[0], timeout_s=9.0)]), True),
+    "reward[0].optional": (lambda c: replace(c, reward=[replace(c.reward[0], optional=True)]), True),
+    "reward[0].dtype": (lambda c: replace(c, reward=[replace(c.reward[0], dtype="float32")]), False),
     "ppo.microbatch_tokens": (lambda c: change(c, "ppo", microbatch_tokens=64), False),
     "model.gradient_checkpointing": (lambda c: change(c, "model", gradient_checkpointing=True), False),
 }

@@ -81,6 +81,49 @@ def test_chat_messages_go_through_the_template(models, tiny_tokenizer):
     assert answer.token_ids == same.token_ids
 
 
+@pytest.fixture
+def opinionated(tiny_model) -> Path:
+    """A model that asks to be sampled in its own way, and whose chat template writes a system prompt of its own."""
+    path = tiny_model("llama", seed=2)
+    lm = AutoModelForCausalLM.from_pretrained(path)
+    lm.generation_config.update(do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.1)
+    lm.generation_config.save_pretrained(path)
+    (path / "chat_template.jinja").write_text(
+        "{% if messages[0].role != 'system' %}<system>Be kind{% endif %}{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return path
+
+
+def test_a_generation_config_is_not_followed_and_what_differs_is_said(opinionated, models, capsys):
+    tether.generate(opinionated, ["Hi"], max_new_tokens=2)
+    assert capsys.readouterr().err == (
+        f"{opinionated}: its generation_config asks for temperature 0.7, top_k 50, top_p 0.9, repetition_penalty 1.1 "
+        "(which Tether does not have); sampling at temperature 1, top_k 0, top_p 1. Set those to sample as "
+        "transformers would.\n"
+    )
+    tether.generate(opinionated, ["Hi"], temperature=0.7, top_k=50, top_p=0.9, max_new_tokens=2)
+    assert "asks for repetition_penalty 1.1 (which" in capsys.readouterr().err
+    tether.generate(models[0], ["Hi"], max_new_tokens=2)
+    assert capsys.readouterr().err == ""
+
+
+def test_evaluate_says_of_every_model_what_its_generation_config_asks_for(opinionated, models, prompts, capsys):
+    tether.evaluate(config([models[0], opinionated], prompts), reward=length)
+    assert capsys.readouterr().err.count("generation_config asks for temperature 0.7") == 1
+
+
+def test_a_templates_own_system_prompt_is_what_transformers_makes_of_the_same_messages(opinionated):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(opinionated)
+    chat = [{"role": "user", "content": "Hi"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == "<system>Be kind<user>Hi<assistant>"
+    lm = AutoModelForCausalLM.from_pretrained(opinionated).eval()
+    want = lm.generate(ids, do_sample=False, repetition_penalty=1.0, max_new_tokens=6)[0, ids.shape[1] :].tolist()
+    (answer,) = tether.generate(opinionated, [chat], top_k=1, max_new_tokens=6)
+    assert answer.token_ids == want
+
+
 def test_nothing_asked_is_nothing_answered(models):
     assert tether.generate(models[0], []) == []
 

@@ -1,14 +1,16 @@
 """The report on a reward model: numbers by hand or from tables, and verdicts that cannot be fooled."""
 
 import errno
+import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tether.data.split import Pair
+from tether.data.pairs import Pair
 from tether.errors import RunError
 from tether.train.preference_report import calibrate, judge, share, wilson
 
@@ -69,6 +71,40 @@ def test_accuracy_loss_scale_and_length_baseline_by_hand():
     assert report.mean == pytest.approx(2.0)
     assert report.std == pytest.approx(math.sqrt((1 + 1 + 9 + 1 + 1 + 1) / 5))
     assert not report.learned
+
+
+def test_ties_count_in_the_loss_and_nowhere_else():
+    test = pairs([(3, 2), (2, 4)])
+    tie = replace(pairs([(9, 1)])[0], probability=0.5)
+    without = judge(test, scores([1, 3], [0, 0]), test, scores([1, 0], [0, 1]))
+    report = judge([*test, tie], scores([1, 3, 5], [0, 0, 0]), [*test, tie], scores([1, 0, 2], [0, 1, 0]))
+    assert (report.test_pairs, report.test_ties) == (2, 1)
+    for name in ("accuracy", "train_accuracy", "length_prefers", "length_accuracy", "calibration"):
+        assert getattr(report, name) == getattr(without, name), name
+    both = (math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 2
+    assert report.loss == pytest.approx((2 * without.loss + both) / 3)
+
+
+def test_without_held_out_pairs_the_report_claims_nothing(tmp_path):
+    report = judge(pairs([(3, 2), (2, 4)]), scores([1, 3], [0, 0]), [], scores([], []))
+    assert (report.accuracy, report.loss, report.length_accuracy, report.calibration_error) == (None,) * 4
+    assert (report.learned, report.calibration, report.train_accuracy) == (None, [], 1.0)
+    assert "No pairs were held out: nothing is known" in report.text()
+    report.write(tmp_path)
+    assert json.loads((tmp_path / "reward_report.json").read_text())["accuracy"] is None
+    assert not (tmp_path / "calibration.html").exists()
+
+
+def test_a_report_on_pairs_of_one_prompt_says_so_and_counts_each_pair():
+    train, test = pairs([(3, 2)] * 20), pairs([(3, 2)] * 20)
+    one = [replace(p, prompt_key="same") for p in train], [replace(p, prompt_key="same") for p in test]
+    said = scores([1] * 20, [0] * 20)
+    report = judge(one[0], said, one[1], said)
+    assert report.same_prompts
+    assert "held out by their answers" in report.text()
+    apart = judge([replace(p, prompt_key=f"q{p.row}") for p in train], said, test, said)
+    assert report.accuracy == apart.accuracy
+    assert not apart.same_prompts
 
 
 def test_a_constant_model_is_not_accurate_and_has_no_scale():

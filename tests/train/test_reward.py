@@ -25,7 +25,8 @@ from tether.config.sections import (
     RewardModelSection,
     SFTModelConfig,
 )
-from tether.data.split import Pair
+from tether.data.pairs import Pair
+from tether.diagnose import dry_run, examine
 from tether.errors import DataError, TrainingError
 from tether.models.reward_model import init_reward_model, load_reward_model
 from tether.train.reward import accumulate, finish, plan_steps, reward_model
@@ -75,6 +76,23 @@ def test_gradients_are_those_of_the_mean_over_pairs_scored_one_by_one(tiny_model
     preference = sum(math.log1p(math.exp(b - a)) for a, b in zip(w, l, strict=True)) / 3
     assert metrics["reward_model/loss"] == pytest.approx(preference)
     assert metrics["reward_model/accuracy"] == pytest.approx(sum(a > b for a, b in zip(w, l, strict=True)).item() / 3)
+
+
+def test_a_tie_makes_the_gradient_of_both_orders_and_no_accuracy(tiny_model):
+    model = double(tiny_model())
+    tie = replace(PAIRS[0], probability=0.5)
+    metrics = accumulate(model, [tie], 0.0, 10**6)
+    got = gradients(model)
+    model.zero_grad()
+    accumulate(
+        model,
+        [PAIRS[0], replace(tie, chosen_ids=tie.rejected_ids, rejected_ids=tie.chosen_ids, probability=1)],
+        0.0,
+        10**6,
+    )
+    for name, want in gradients(model).items():
+        assert_close(got[name], want, atol=1e-6, rtol=0)  # as above: the trunk computes in float32
+    assert metrics["reward_model/accuracy"] is None
 
 
 def test_swapping_a_pair_flips_its_margin(tiny_model):
@@ -147,6 +165,26 @@ def test_every_architecture_learns_what_is_preferred_and_its_export_scores_as_it
     ours = load_reward_model(str(run.final), dtype=torch.float32, device=CPU)
     assert_close(ours.score(rows), (raw - stock.config.tether_reward_mean) / stock.config.tether_reward_std,
                  atol=1e-4, rtol=0)  # fmt: skip
+
+
+def test_pairs_of_one_prompt_are_trained_on_and_so_are_all_pairs_and_every_page_says_what_is_not_known(
+    tiny_model, tmp_path, capsys
+):
+    file = tmp_path / "one.jsonl"
+    rows = [{"prompt": "Say it", "chosen": f"{i}!", "rejected": f"{i}?"} for i in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_for(tmp_path / "run", tiny_model(), file, epochs=1)
+    assert "answer (all have one prompt)" in dry_run(config)
+    reward_model(config)
+    assert "12 pairs have one prompt: 3 are held out by their answers" in capsys.readouterr().err
+    config = config_for(tmp_path / "all", tiny_model(), file, epochs=1, test_fraction=0)
+    assert "none held out" in dry_run(config)
+    run = reward_model(config)
+    claim = "No pairs were held out: nothing is known about pairs that it was not trained on."
+    assert claim in capsys.readouterr().out
+    assert claim in (run.final / "README.md").read_text()
+    assert "no pairs were held out" in tether.report(run.path).read_text()
+    assert "nothing is known about pairs" in examine(run.path)
 
 
 def test_groups_are_held_out_whole_and_the_report_says_how_many(tiny_model, data, tmp_path):

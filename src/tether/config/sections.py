@@ -101,6 +101,9 @@ class RewardSourceConfig:
     """Seconds that a function may take for a whole cycle; then the run stops, saved."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of a reward model."""
+    optional: bool = False
+    """May answer None beside other sources' scores: it then adds nothing to the sum, counted as reward/<name>_missing.
+    Off: a None beside another source's score ends the run."""
 
 
 @dataclass(frozen=True)
@@ -411,7 +414,8 @@ class RewardModelSection:
     centre: float = 0.0
     """Weight of (r_chosen + r_rejected)², which keeps scores near 0."""
     test_fraction: float = 0.1
-    """Share of the pairs held out for the reported accuracy; pairs with a prompt or group in common stay together."""
+    """Share of the pairs held out for the reported accuracy; pairs with a prompt or group in common stay together (with
+    an answer, where all have one prompt). 0 holds none out: nothing is then known about other pairs."""
 
 
 @dataclass(frozen=True)
@@ -637,10 +641,10 @@ def _check_reward(config: RewardConfig) -> None:
     _at_least("reward_model.batch", section.batch, 1, "an optimiser step would have no pairs")
     _at_least("reward_model.microbatch_tokens", section.microbatch_tokens, 1, "not one token would fit in memory")
     _at_least("reward_model.centre", section.centre, 0, "scores would be driven apart without bound")
-    if not 0 < section.test_fraction < 1:
+    if not 0 <= section.test_fraction < 1:
         raise ConfigError(
-            f"reward_model.test_fraction={section.test_fraction} is not between 0 and 1: without held-out pairs no "
-            "accuracy can be reported, without training pairs nothing learned. Set e.g. 0.1."
+            f"reward_model.test_fraction={section.test_fraction} is outside [0, 1): without training pairs nothing can "
+            "be learned. Set e.g. 0.1; 0 holds none out, and reports no accuracy."
         )
     _check_data(config.data)
     _check_labels(config.data.labels)

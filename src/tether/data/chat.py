@@ -7,7 +7,9 @@ prompt), so supervised and reward training do the same, and no token ever stradd
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -82,19 +84,41 @@ def render_chat(
     return text
 
 
-def encode_conversation(
+def encode_conversations(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
+    conversations: Sequence[Messages],
+    at: Callable[[int], AbstractContextManager[None]],
     *,
     stop_id: int | None,
     kwargs: dict[str, Any] | None = None,
-) -> tuple[list[int], list[bool]]:
-    """A conversation as (ids, trained): True on what the assistant wrote, up to and including each turn's stop token.
+) -> list[tuple[list[int], list[bool]]]:
+    """Every conversation as (ids, trained): True on what the assistant wrote, each turn's stop token included.
 
     What the assistant wrote is where the template says {% generation %}, else what each turn adds to the prompt before
     it. Where the template leaves the last stop token off, it is appended. The ids end with the last trained token:
     from nothing after it could anything be learned.
+
+    at: says where, in what is raised about conversation i.
     """
+    rendered = []
+    for i, messages in enumerate(conversations):
+        with at(i):
+            rendered.append(_render_with_spans(tokenizer, messages, kwargs))
+    encoded = []
+    for start in range(0, len(rendered), _AT_ONCE):
+        batch = rendered[start : start + _AT_ONCE]
+        splitter = _Splitter(tokenizer, [text for text, _ in batch])
+        for i, (_, spans) in enumerate(batch):
+            borders = [0, *(border for span in spans for border in span)]
+            pieces = splitter.split(i, borders)
+            encoded.append(_up_to_stops([(ids, k % 2 == 1) for k, ids in enumerate(pieces)], stop_id))
+    return encoded
+
+
+def _render_with_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: dict[str, Any] | None
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as text, and [start, end) of what the assistant wrote in it."""
     text = render_chat(tokenizer, messages, kwargs, to_answer=False)
     spans = _generation_spans(tokenizer, messages, text, kwargs)
     if spans is None:
@@ -104,13 +128,7 @@ def encode_conversation(
             "no message is the assistant's, so there is nothing to learn. End with "
             '{"role": "assistant", "content": "…"}.'
         )
-    pieces: list[tuple[list[int], bool]] = []
-    done = 0
-    for start, end in spans:
-        pieces.append((_continue(tokenizer, text[:done], text[done:start]), False))
-        pieces.append((_continue(tokenizer, text[:start], text[start:end]), True))
-        done = end
-    return _up_to_stops(pieces, stop_id)
+    return text, spans
 
 
 def encode_answer(
@@ -176,6 +194,68 @@ def _parted(
             "template."
         )
     return before, whole[len(before) :]
+
+
+class _Splitter:
+    """Texts that are tokenized once, and cut into pieces that have the ids `_continue` gives them, at a linear cost.
+
+    `_continue` tokenizes everything before a piece anew. That is needless where the ids of a beginning of the text are
+    a beginning of its ids: tokenizers cut a text at special tokens first, and each stretch between two of them by
+    itself. So what stands before a border is tokenized from the last special token on, which is short (an opening like
+    "assistant\\n"), mostly known already, and compared. Where that does not hold, `_continue` decides.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._texts = texts
+        self._openings: dict[str, list[int]] = {}
+        self._whole = None
+        if tokenizer.is_fast:
+            self._whole = tokenizer(
+                list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
+                return_token_type_ids=False, verbose=False,
+            )  # fmt: skip
+        self._cuts = {  # the tokenizer cuts at these, whatever stands beside them
+            token_id for token_id, token in tokenizer.added_tokens_decoder.items()
+            if not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+        }  # fmt: skip
+
+    def split(self, i: int, borders: Sequence[int]) -> list[list[int]]:
+        """The ids of the pieces of text i between each border and the next; borders ascend."""
+        text = self._texts[i]
+        counts = self._counts(i, borders)
+        if counts is None:
+            return [_continue(self._tokenizer, text[:a], text[a:b]) for a, b in pairwise(borders)]
+        assert self._whole is not None
+        return [self._whole["input_ids"][i][a:b] for a, b in pairwise(counts)]
+
+    def _counts(self, i: int, borders: Sequence[int]) -> list[int] | None:
+        """How many tokens of the whole stand before each border; None where one of them is not known to."""
+        if self._whole is None:
+            return None
+        ids, offsets = self._whole["input_ids"][i], self._whole["offset_mapping"][i]
+        cuts = [(*offsets[k], k) for k, token in enumerate(ids) if token in self._cuts]
+        counts, passed = [], 0  # cuts before the border
+        for border in borders:
+            while passed < len(cuts) and cuts[passed][1] <= border:
+                passed += 1
+            if passed < len(cuts) and cuts[passed][0] == border:  # a cut follows: nothing before it depends on it
+                counts.append(cuts[passed][2])
+                continue
+            start, _, before = cuts[passed - 1] if passed else (0, 0, 0)
+            opening = self._opening(self._texts[i][start:border])
+            if ids[before : before + len(opening)] != opening:
+                return None
+            counts.append(before + len(opening))
+        return counts
+
+    def _opening(self, text: str) -> list[int]:
+        if text not in self._openings:
+            self._openings[text] = encode_completion(self._tokenizer, text)
+        return self._openings[text]
+
+
+_AT_ONCE = 1024  # conversations
 
 
 def _continue(tokenizer: PreTrainedTokenizerBase, before: str, piece: str) -> list[int]:

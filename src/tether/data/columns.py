@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tether.data.chat import encode_answer, encode_prompt, encode_prompts, encode_texts
-from tether.data.table import Table
+from tether.data.table import Table, kind
 from tether.errors import DataError
 from tether.types import Text
 
@@ -44,10 +44,12 @@ def encode_answers(
     stop_id: int | None,
     kwargs: dict[str, Any] | None,
     at: Callable[[int], AbstractContextManager[None]],
+    *,
+    cut: Sequence[bool],
 ) -> list[list[int]]:
-    """The ids of each answer up to its stop token, as if they had been sampled after the prompt.
+    """The ids of each answer, as if they had been sampled after the prompt: with a stop token unless it was cut.
 
-    at: says where, in what is raised about answer i.
+    at: says where, in what is raised about answer i. cut: the answers that ended at a length limit.
     """
     texts = iter(encode_texts(tokenizer, [a for a in answers if isinstance(a, str)], special=False))
     encoded = []
@@ -57,9 +59,24 @@ def encode_answers(
             continue
         with at(i):
             encoded.append(encode_answer(tokenizer, prompt, answer, stop_id=stop_id, kwargs=kwargs))
-    return encoded
+    return [without_stop(ids, stop_id) if was_cut else ids for ids, was_cut in zip(encoded, cut, strict=True)]
+
+
+def read_cut(table: Table, column: str = "finish_reason") -> list[bool]:
+    """Of each row, whether its answer was cut; rows that do not say so have stopped."""
+    for i, row in enumerate(table.rows):
+        if row.get(column) not in (None, "stop", "length"):
+            raise table.error(
+                i, column, f"is {kind(row[column])}: it is unclear whether a stop token follows. Write stop or length."
+            )
+    return [row.get(column) == "length" for row in table.rows]
 
 
 def stopped(ids: list[int], stop_id: int | None) -> list[int]:
     """`ids` with a stop token at the end."""
     return ids if stop_id is None or ids[-1:] == [stop_id] else [*ids, stop_id]
+
+
+def without_stop(ids: list[int], stop_id: int | None) -> list[int]:
+    """`ids` without a stop token at the end."""
+    return ids[:-1] if stop_id is not None and ids[-1:] == [stop_id] else ids

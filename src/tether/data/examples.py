@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.config.sections import DataConfig
 from tether.data.cells import as_answer, as_messages, as_prompt, as_text
-from tether.data.chat import encode_conversation, encode_texts
-from tether.data.columns import encode_answers, encode_prompt_column, stopped
+from tether.data.chat import encode_conversations, encode_texts
+from tether.data.columns import encode_answers, encode_prompt_column, read_cut, stopped, without_stop
 from tether.data.limit import Limit, keep_right
 from tether.data.table import Table, listed, read_table
 from tether.errors import DataError, did_you_mean
@@ -35,7 +35,8 @@ def load_examples(
 ) -> list[Example]:
     """Every example of a data set, tokenized, in the first of the forms messages · prompt, completion · text.
 
-    stop_id: appended to what is learned, and learned, where it does not stand there yet; None leaves it off.
+    stop_id: appended to what is learned, and learned, where it does not stand there yet; None leaves it off. An example
+    whose `finish_reason` is length was cut, and ends without it.
     train_on: completion, or all for every token.
     context: tokens that the model has positions for, None for no limit.
     """
@@ -55,6 +56,10 @@ def load_examples(
             f"{table.path} has the columns {listed(columns)}, none of them to imitate.{near} Write "
             '{"messages": […]}, {"prompt": "…", "completion": "…"} or {"text": "…"}.'
         )
+    for i, was_cut in enumerate(read_cut(table)):
+        if was_cut:
+            ids = without_stop(encoded[i][0], stop_id)
+            encoded[i] = ids, encoded[i][1][: len(ids)]
     limit = Limit.of_data(config, context)
     examples = []
     torn = 0
@@ -68,7 +73,7 @@ def load_examples(
         if True not in trained:
             raise table.error(i, column, "holds nothing to learn: no token follows another. Write a text.")
         examples.append(Example(ids, trained, i))
-    limit.say_torn(table, torn)
+    limit.warn_truncated(table, torn)
     return examples
 
 
@@ -81,14 +86,12 @@ def _encode_conversations(
     table.require(
         ["messages"], '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
     )
-    encoded = []
+    conversations = []
     for i, row in enumerate(table.rows):
         with table.at(i, "messages"):
-            messages = as_messages(row["messages"])
-            encoded.append(
-                encode_conversation(tokenizer, messages, stop_id=stop_id, kwargs=config.chat_template_kwargs)
-            )
-    return encoded
+            conversations.append(as_messages(row["messages"]))
+    at = partial(table.at, column="messages")
+    return encode_conversations(tokenizer, conversations, at, stop_id=stop_id, kwargs=config.chat_template_kwargs)
 
 
 def _encode_prompt_completion(
@@ -103,7 +106,9 @@ def _encode_prompt_completion(
             completions.append(as_answer(prompts[i], row["completion"]))
     prompt_ids = encode_prompt_column(table, prompts, tokenizer, config.chat_template_kwargs)
     at = partial(table.at, column="completion")
-    answers = encode_answers(prompts, completions, tokenizer, stop_id, config.chat_template_kwargs, at)
+    answers = encode_answers(
+        prompts, completions, tokenizer, stop_id, config.chat_template_kwargs, at, cut=read_cut(table)
+    )
     return [(p + a, [False] * len(p) + [True] * len(a)) for p, a in zip(prompt_ids, answers, strict=True)]
 
 

@@ -67,12 +67,12 @@ class Limit:
         gone = set(over)
         return [i for i in range(len(lengths)) if i not in gone]
 
-    def say_torn(self, table: Table, torn: int) -> None:
+    def warn_truncated(self, table: Table, torn: int) -> None:
         """Say on stderr how many rows lost more than a part of their prompt."""
         if torn:
             print(f"{table.path}: {torn} of them lost some of what is to be learned, not only prompt", file=sys.stderr)
 
-    def say_alike(self, table: Table, alike: int, *, left: int) -> None:
+    def drop_identical(self, table: Table, alike: int, *, left: int) -> None:
         """Say on stderr how many pairs are dropped because the cut took all that told their answers apart."""
         if alike:
             what = f"{table.path}: {alike} of them hold the same answer twice once cut to {self.tokens} tokens"

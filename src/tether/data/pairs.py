@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from tether.config.sections import DataConfig
 from tether.data.cells import as_answer, as_prompt, as_text_or_messages
-from tether.data.columns import encode_answers, encode_prompt_column
+from tether.data.columns import encode_answers, encode_prompt_column, read_cut
 from tether.data.limit import Limit, keep_right
 from tether.data.snapshot import read_pairs
-from tether.data.split import Pair, split_transcripts
 from tether.data.table import Table, kind
 from tether.data.text import common_prefix
 from tether.errors import DataError
 from tether.types import Text
+
+ASSISTANT = "\n\nAssistant:"  # how HH-RLHF transcripts open the assistant's turns
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two completions of one prompt, tokenized: the chosen one was preferred."""
+
+    prompt_ids: list[int]  # never empty; shared by both
+    chosen_ids: list[int]  # the stop token included
+    rejected_ids: list[int]
+    row: int  # its row in the data set, from 0
+    prompt_key: str  # equal for pairs with the same prompt, as it was before anything was cut
+    group: str | None = None  # the data set's own word for pairs that belong together
+    probability: float = 1.0  # that the chosen one is preferred; 0.5 is a tie
+    weight: float = 1.0  # in the loss; above 0
 
 
 def load_pairs(
@@ -35,10 +53,18 @@ def load_pairs(
     prompt_ids = encode_prompt_column(table, prompts, tokenizer, config.chat_template_kwargs)
     chosen_ids, rejected_ids = (
         encode_answers(
-            prompts, answers, tokenizer, stop_id, config.chat_template_kwargs, partial(table.at, column=name)
+            prompts,
+            answers,
+            tokenizer,
+            stop_id,
+            config.chat_template_kwargs,
+            partial(table.at, column=name),
+            cut=read_cut(table, f"{name}_finish_reason"),
         )
         for name, answers in (("chosen", chosen), ("rejected", rejected))
     )
+    probability = _read_numbers(table, "probability", lambda p: 0 <= p <= 1, "a probability: write 0.5 for a tie")
+    weight = _read_numbers(table, "weight", lambda w: 0 < w < math.inf, "a weight in the loss: write a number above 0")
     limit = Limit.of_data(config, context)
     answer_lengths = [max(len(c), len(r)) for c, r in zip(chosen_ids, rejected_ids, strict=True)]
     pairs = []
@@ -63,11 +89,24 @@ def load_pairs(
                 row=i,
                 prompt_key=hashlib.sha256(json.dumps(prompts[i], sort_keys=True).encode()).hexdigest()[:32],
                 group=None if group is None else str(group),
+                probability=probability[i],
+                weight=weight[i],
             )
         )
-    limit.say_torn(table, torn)
-    limit.say_alike(table, alike, left=len(pairs))
+    limit.warn_truncated(table, torn)
+    limit.drop_identical(table, alike, left=len(pairs))
     return pairs
+
+
+def _read_numbers(table: Table, column: str, fits: Callable[[float], bool], wanted: str) -> list[float]:
+    """A number of each row, 1 where it has none."""
+    numbers = []
+    for i, row in enumerate(table.rows):
+        value = row.get(column)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not fits(value)):
+            raise table.error(i, column, f"is {kind(value)}, which is not {wanted}, or leave the column out.")
+        numbers.append(1.0 if value is None else float(value))
+    return numbers
 
 
 def triple(table: Table, row: int) -> tuple[Text, Text, Text]:
@@ -105,3 +144,20 @@ def triple(table: Table, row: int) -> tuple[Text, Text, Text]:
     with table.at(row, "rejected"):
         rejected = as_answer(prompt, rejected)
     return prompt, chosen, rejected
+
+
+def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected) of two whole transcripts: they part after the last Assistant: that they share.
+
+    >>> split_transcripts("\\n\\nHuman: Hi\\n\\nAssistant: Hello", "\\n\\nHuman: Hi\\n\\nAssistant: Go away")
+    ('\\n\\nHuman: Hi\\n\\nAssistant:', ' Hello', ' Go away')
+    """
+    common = chosen[: common_prefix(chosen, rejected)]
+    start = common.rfind(ASSISTANT)
+    if start < 0:
+        raise DataError(
+            f"chosen and rejected share only {common[:60]!r}, without {ASSISTANT!r}, so the prompt cannot be told from "
+            "the answers. Add a column 'prompt', or begin both with the same transcript up to the assistant's turn."
+        )
+    border = start + len(ASSISTANT)
+    return chosen[:border], chosen[border:], rejected[border:]

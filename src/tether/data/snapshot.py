@@ -60,7 +60,7 @@ def read_pairs(config: DataConfig, pinned: str | None = None) -> Table:
     with Store(config.path, create=False) as store:
         found = store.preferences(_filters(config), as_of=pinned_event(pinned))
     print(_summary(config.path, found), file=sys.stderr)
-    if not found.rows:
+    if all(row["probability"] == 0.5 for row in found.rows):
         raise DataError(
             f"{config.path} has no label by which one answer is better than another{_said(config)}: there is nothing "
             "to learn. Label some pairs (tether studio), or widen data.labels."
@@ -89,9 +89,12 @@ def _filters(config: DataConfig) -> Filters:
 def _summary(path: str, found: Preferences) -> str:
     """N pairs, and what was labelled without becoming one."""
     people = len({row["annotator"] for row in found.rows})
-    counts = {"ties": found.ties, "skips": found.skips, "on gold items": found.gold, "on repeats": found.repeats}
+    counts = {"skips": found.skips, "on gold items": found.gold, "on repeats": found.repeats}
     left_out = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f"{path}: {len(found.rows)} pairs by {people} annotators" + (f"; left out: {left_out}" if left_out else "")
+    ties = f", of them {found.ties} ties" if found.ties else ""
+    return f"{path}: {len(found.rows)} pairs by {people} annotators{ties}" + (
+        f"; left out: {left_out}" if left_out else ""
+    )
 
 
 def _said(config: DataConfig) -> str:

@@ -1,60 +1,40 @@
-"""Human preferences: pairs of completions of which people chose one, and how to hold some of them out.
+"""Which pairs are held out of training, to measure what a reward model learned.
 
 Pairs that share a prompt, or a group that their data set names, are not independent: a reward model that has seen one
 half knows the other. So whole connected components of prompts and groups go to train or to test, never part of one.
+Where all pairs have one prompt, the answers take its place: no answer then stands on both sides.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
-from tether.data.text import common_prefix
+from tether.data.pairs import Pair
 from tether.errors import DataError
-
-ASSISTANT = "\n\nAssistant:"  # how HH-RLHF transcripts open the assistant's turns
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two completions of one prompt, tokenized: the chosen one was preferred."""
-
-    prompt_ids: list[int]  # never empty; shared by both
-    chosen_ids: list[int]  # the stop token included
-    rejected_ids: list[int]
-    row: int  # its row in the data set, from 0
-    prompt_key: str  # equal for pairs with the same prompt, as it was before anything was cut
-    group: str | None = None  # the data set's own word for pairs that belong together
-
-
-def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of two whole transcripts: they part after the last Assistant: that they share.
-
-    >>> split_transcripts("\\n\\nHuman: Hi\\n\\nAssistant: Hello", "\\n\\nHuman: Hi\\n\\nAssistant: Go away")
-    ('\\n\\nHuman: Hi\\n\\nAssistant:', ' Hello', ' Go away')
-    """
-    common = chosen[: common_prefix(chosen, rejected)]
-    start = common.rfind(ASSISTANT)
-    if start < 0:
-        raise DataError(
-            f"chosen and rejected share only {common[:60]!r}, without {ASSISTANT!r}, so the prompt cannot be told from "
-            "the answers. Add a column 'prompt', or begin both with the same transcript up to the assistant's turn."
-        )
-    border = start + len(ASSISTANT)
-    return chosen[:border], chosen[border:], rejected[border:]
 
 
 def split_pairs(pairs: Sequence[Pair], test_fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """(train, test), each in the order of `pairs`; the same for the same seed.
 
-    test_fraction: of the pairs, in (0, 1); met as nearly as whole components allow, with at least one on either side.
+    test_fraction: of the pairs, in [0, 1); met as nearly as whole components allow, with at least one on either side.
+    0 holds none out.
     """
-    components = _components(pairs)
+    if test_fraction == 0:
+        return list(pairs), []
+    links: list[list[Hashable]] = [[("prompt", pair.prompt_key)] for pair in pairs]
+    what = "prompt"
+    if len({pair.prompt_key for pair in pairs}) == 1:
+        links = [[("answer", *ids) for ids in (pair.chosen_ids, pair.rejected_ids)] for pair in pairs]
+        what = "answer"
+    components = _components([
+        keys if pair.group is None else [*keys, ("group", pair.group)] for keys, pair in zip(links, pairs, strict=True)
+    ])  # fmt: skip
     if len(components) < 2:
         raise DataError(
-            f"all {len(pairs)} pairs hang together by prompt or group, so none can be held out for the test: its "
-            "accuracy would measure memory. Add pairs with other prompts, or give them finer groups."
+            f"all {len(pairs)} pairs hang together by {what} or group, so none can be held out for the test: its "
+            f"accuracy would measure memory. Add pairs with other {what}s, give them finer groups, or set "
+            "reward_model.test_fraction to 0, which reports no accuracy."
         )
     random.Random(seed).shuffle(components)
     wanted = test_fraction * len(pairs)
@@ -68,8 +48,13 @@ def split_pairs(pairs: Sequence[Pair], test_fraction: float, seed: int) -> tuple
     return [p for i, p in enumerate(pairs) if i not in test], [p for i, p in enumerate(pairs) if i in test]
 
 
-def _components(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Indices of pairs, together where a chain of shared prompts and groups joins them (union-find)."""
+def share_prompts(train: Sequence[Pair], test: Sequence[Pair]) -> bool:
+    """Whether held-out pairs have prompts that are trained on: they were held out by their answers."""
+    return not {pair.prompt_key for pair in train}.isdisjoint(pair.prompt_key for pair in test)
+
+
+def _components(links: Sequence[Sequence[Hashable]]) -> list[list[int]]:
+    """Indices of the entries, together where a chain of shared keys joins them (union-find)."""
     parent: dict[Hashable, Hashable] = {}
 
     def root(node: Hashable) -> Hashable:
@@ -79,10 +64,10 @@ def _components(pairs: Sequence[Pair]) -> list[list[int]]:
             node = parent[node]
         return node
 
-    for pair in pairs:
-        if pair.group is not None:
-            parent[root(("prompt", pair.prompt_key))] = root(("group", pair.group))
+    for first, *others in links:
+        for other in others:
+            parent[root(first)] = root(other)
     members: dict[Hashable, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        members.setdefault(root(("prompt", pair.prompt_key)), []).append(i)
+    for i, (first, *_) in enumerate(links):
+        members.setdefault(root(first), []).append(i)
     return list(members.values())

@@ -24,12 +24,13 @@ from tether.config.sections import (
 )
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
-from tether.data.split import split_pairs
+from tether.data.split import share_prompts, split_pairs
 from tether.data.table import read_rows
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ModelError
 from tether.models.loading import context_length, model_config
 from tether.rewards import FunctionReward, load_function
+from tether.train.contexts import check_contexts
 from tether.train.evaluate import load_inputs
 from tether.train.held_out import load_prompt_sets
 from tether.train.ppo import input_hashes as ppo_hashes
@@ -115,6 +116,7 @@ def _ppo(
     facts.append(_lengths(config.prompts, prompts=[len(x.ids) for x in sets.loaded]))
     facts.append(f"{len(train)} prompts to train on, {len(held_out)} to evaluate on{f' ({note})' if note else ''}")
     facts += _sources(config, train + held_out, tokenizer, stops)
+    check_contexts(config, train + held_out, tokenizer)
     steps = p.cycles * p.epochs * p.batch // p.minibatch
     plan = (
         f"{p.cycles} cycles of {p.batch} responses ({p.batch // p.responses_per_prompt} prompts): "
@@ -152,7 +154,9 @@ def _reward(
     facts.append(_lengths(config.data, pairs=lengths))
     section = config.reward_model
     train, test = split_pairs(pairs, section.test_fraction, config.seed)
-    facts.append(f"{len(train)} pairs to train on, {len(test)} held out; pairs of one prompt or group stay together")
+    together = "answer (all have one prompt)" if share_prompts(train, test) else "prompt"
+    held_out = f"{len(test)} held out; pairs of one {together} or group stay together"
+    facts.append(f"{len(train)} pairs to train on, {held_out if test else 'none held out: no accuracy will be known'}")
     steps = len(plan_pairs(len(train), config))
     check_warmup(config.optim, steps)
     plan = f"{section.epochs} epochs: {steps:,} optimiser steps of up to {section.batch} pairs"

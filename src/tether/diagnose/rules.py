@@ -434,7 +434,7 @@ def at_chance(view: View) -> Iterator[Alarm]:
     assert isinstance(view.config, RewardConfig)
     report, accuracy = view.reward_report, view.curve("reward_model/accuracy")
     if report is not None:
-        if not report["learned"] and report["test_pairs"] >= 50:
+        if report["learned"] is False and report["test_pairs"] >= 50:
             found = report["accuracy"]
             yield alarm(
                 "at-chance", (view.series.done, view.series.done), "serious",
@@ -482,7 +482,9 @@ def memorized(view: View) -> Iterator[Alarm]:
     """The held-out accuracy's 95 % interval lies a tenth or more below the training accuracy. A few points apart is
     usual; more is memory of single pairs, for people themselves agree on 63 to 77 % of them."""
     report = view.reward_report
-    if report and report["train_accuracy"] - report["accuracy"]["high"] > 0.1:
+    if not report or report["accuracy"] is None or report["train_accuracy"] is None:  # nothing was held out
+        return
+    if report["train_accuracy"] - report["accuracy"]["high"] > 0.1:
         yield alarm(
             "memorized", (view.series.done, view.series.done), "warning",
             f"The model is right on {report['train_accuracy']:.1%} of the pairs that it was trained on, and on "

@@ -5,7 +5,7 @@ Items come from a file of answers, from what a run sampled, or from a model that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tether.feedback.store import Store, check_fraction
 from tether.runs import Run
 
 _FORMS = '{"prompt": "…", "answers": ["…", "…"]}, {"prompt": "…", "a": "…", "b": "…"} or prompt, chosen, rejected'
-_SHOWN_COLUMNS = ["prompt", "completion", "prompt_index", "response_index"]
+_SHOWN_COLUMNS = ["prompt", "completion", "finish_reason", "prompt_index", "response_index"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +121,17 @@ def _item(table: Table, row: int, *, gold: bool) -> Item:
     if "chosen" in cells and "rejected" in cells:
         prompt, *values = triple(table, row)
         column, better = "chosen", 0
+        reasons = [cells.get(f"{name}_finish_reason") for name in ("chosen", "rejected")]
     else:
         column = "answers" if "answers" in cells else "a"
         values = _listed_answers(table, row)
+        reasons = [None] * len(values)
         with table.at(row, "prompt"):
             prompt = as_prompt(cells.get("prompt"))
         better = _better(table, row, len(values)) if gold else None
     with table.at(row, column):
-        answers = tuple(_answer(prompt, value) for value in values)
         try:
+            answers = tuple(_answer(prompt, value, reason) for value, reason in zip(values, reasons, strict=True))
             return Item(
                 prompt,
                 answers,
@@ -162,18 +164,18 @@ def _better(table: Table, row: int, answers: int) -> int:
     return index
 
 
-def _answer(prompt: Prompt, value: Any) -> Answer:
-    """A text, the assistant's message, or {"text": …, "source": {…}}."""
+def _answer(prompt: Prompt, value: Any, finish_reason: str | None) -> Answer:
+    """A text, the assistant's message, or {"text": …, "finish_reason": …, "source": {…}}."""
     source = None
     if isinstance(value, dict) and "text" in value:
-        value, source = value["text"], value.get("source")
+        value, source, finish_reason = value["text"], value.get("source"), value.get("finish_reason")
         if source is not None and not isinstance(source, dict):
             raise DataError(f"an answer's source is {kind(source)}, where an object belongs. Write it as {{…}}.")
     answer = as_answer(prompt, value)
     text = answer if isinstance(answer, str) else answer[0].get("content")
     if not isinstance(text, str):
         raise DataError("holds an answer that is more than text, which the pages cannot show. Give its text alone.")
-    return Answer(text, source)
+    return Answer(text, source, finish_reason or "stop")
 
 
 # ---------------------------------------------------------------- from a run
@@ -192,16 +194,17 @@ def items_of_run(path: str, *, cycle: int | None = None, answers: int = 2, seed:
             f"{path} holds no rollouts, so there are no answers to compare. Name a run of tether ppo, with "
             "log.rollouts_every above 0."
         )
-    found: dict[str, dict[str, dict[str, int]]] = {}  # prompt → answer → where it was first given
+    found: dict[str, dict[str, tuple[str, dict[str, int]]]] = {}  # prompt → answer → how it ended, where first given
     for number in cycles:
         for row in run.rollouts(number).select(_SHOWN_COLUMNS).to_pylist():
-            where = {"cycle": number} | {name: row[name] for name in _SHOWN_COLUMNS[2:]}
-            found.setdefault(row["prompt"], {}).setdefault(row["completion"], where)
+            where = {"cycle": number} | {name: row[name] for name in _SHOWN_COLUMNS[3:]}
+            found.setdefault(row["prompt"], {}).setdefault(row["completion"], (row["finish_reason"], where))
     items = []
     for prompt, given in found.items():
-        drawn = sorted(given.items(), key=lambda answer: draw(seed, "answer", *answer[1].values()))[:answers]
+        drawn = sorted(given.items(), key=lambda answer: draw(seed, "answer", *answer[1][1].values()))[:answers]
         if len(drawn) == answers:
-            items.append(Item(prompt_of(prompt), tuple(Answer(text, {"run": path} | where) for text, where in drawn)))
+            shown = tuple(Answer(text, {"run": path} | where, reason) for text, (reason, where) in drawn)
+            items.append(Item(prompt_of(prompt), shown))
     return ItemBatch(items, path, too_few=len(found) - len(items))
 
 
@@ -221,15 +224,12 @@ def items_of_model(
     generations = generate(model, prompt_rows, samples=answers, seed=seed, **sampling)
     items = []
     for i, prompt in enumerate(prompt_rows):
-        texts = [g.completion for g in generations[i * answers : (i + 1) * answers]]
-        if len(set(texts)) == answers:
+        given = generations[i * answers : (i + 1) * answers]
+        if len({g.completion for g in given}) == answers:
             source = {"model": model, "seed": seed, "prompt_index": i}
-            items.append(Item(prompt, _numbered(texts, source)))
+            drawn = [Answer(g.completion, source | {"response_index": k}, g.finish_reason) for k, g in enumerate(given)]
+            items.append(Item(prompt, tuple(drawn)))
     return ItemBatch(items, model, too_few=len(prompt_rows) - len(items))
-
-
-def _numbered(texts: Iterable[str], source: dict[str, Any]) -> tuple[Answer, ...]:
-    return tuple(Answer(text, source | {"response_index": k}) for k, text in enumerate(texts))
 
 
 def check_answers(flag: str, answers: int) -> None:

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from typing import Any
 
 from tether.errors import StoreError, did_you_mean
-from tether.feedback.records import Added, Item, Task, utc_iso
+from tether.feedback.records import Added, Answer, Item, Task, utc_iso
 from tether.feedback.schema import GOLD, MAIN, REPEAT, to_json
 
 BLOCK = 64  # neighbours in the queue whose order is each annotator's own
@@ -161,10 +161,17 @@ def _insert(
             (
                 ids[mark], pool, position, target or 1, target, item.kind, mark, _longer(item), item.gold, item.group,
                 None if item.source is None else to_json(item.source), to_json(item.prompt),
-                to_json([{"text": a.text} | ({"source": a.source} if a.source else {}) for a in item.answers]),
+                to_json([_stored(answer) for answer in item.answers]),
             ),
         )  # fmt: skip
     return ids
+
+
+def _stored(answer: Answer) -> dict[str, Any]:
+    """An answer as the table holds it: what is not said is as usual."""
+    source = {"source": answer.source} if answer.source else {}
+    reason = {} if answer.finish_reason == "stop" else {"finish_reason": answer.finish_reason}
+    return {"text": answer.text} | source | reason
 
 
 def _longer(item: Item) -> int | None:

@@ -81,13 +81,17 @@ def _item(row: sqlite3.Row) -> StoredItem:
         id=row["id"],
         kind=row["kind"],
         prompt=json.loads(row["prompt"]),
-        answers=tuple(Answer(a["text"], a.get("source")) for a in json.loads(row["answers"])),
+        answers=_answers(row),
         group=row["grp"],
         gold=row["gold"],
         repeat_of=row["repeat_of"],
         source=None if row["source"] is None else json.loads(row["source"]),
         target=row["target"],
     )
+
+
+def _answers(row: sqlite3.Row) -> tuple[Answer, ...]:
+    return tuple(Answer(**answer) for answer in json.loads(row["answers"]))
 
 
 # ---------------------------------------------------------------- labels
@@ -190,34 +194,37 @@ def preferences(
     """Labels as rows of prompt, chosen, rejected; gold and repeats: keep those too."""
     query, values = _standing(connection, _PAIR, filters, as_of)
     rows: list[dict[str, Any]] = []
-    left_out = dict.fromkeys(("ties", "skips", "gold", "repeats"), 0)
+    ties, left_out = 0, dict.fromkeys(("skips", "gold", "repeats"), 0)
     for row in connection.execute(f"{query} ORDER BY e.id", values):
         if row["gold"] is not None and not gold:
             left_out["gold"] += 1
         elif row["repeat_of"] is not None and not repeats:
             left_out["repeats"] += 1
-        elif row["choice"] in TIES:
-            left_out["ties"] += 1
         elif row["choice"] == "skip":
             left_out["skips"] += 1
         else:
             rows += _pairs(row)
-    return Preferences(rows=rows, **left_out)
+            ties += row["choice"] in TIES
+    return Preferences(rows=rows, ties=ties, **left_out)
 
 
 def _pairs(row: sqlite3.Row) -> Iterator[dict[str, Any]]:
-    """The pairs that one label says: one, or every pair of a ranking, all in one group."""
-    prompt, answers = json.loads(row["prompt"]), [a["text"] for a in json.loads(row["answers"])]
+    """The pairs that one label says: one, or every pair of a ranking, all in one group; of a tie, either may win."""
+    prompt, answers = json.loads(row["prompt"]), _answers(row)
     best_first: Sequence[int]
     if row["choice"] == RANKING:
-        best_first, group = json.loads(row["ranking"]), row["grp"] or f"item-{row['repeat_of'] or row['item']}"
+        best_first = json.loads(row["ranking"])
     else:
-        best_first, group = (0, 1) if row["choice"] == "a" else (1, 0), row["grp"]
+        best_first = (1, 0) if row["choice"] == "b" else range(len(answers))
+    group = row["grp"] or (f"item-{row['repeat_of'] or row['item']}" if len(answers) > 2 else None)
     for better, worse in combinations(best_first, 2):
         yield {
             "prompt": prompt,
-            "chosen": _as_answer(prompt, answers[better]),
-            "rejected": _as_answer(prompt, answers[worse]),
+            "chosen": _in_form_of(prompt, answers[better].text),
+            "rejected": _in_form_of(prompt, answers[worse].text),
+            "chosen_finish_reason": answers[better].finish_reason,
+            "rejected_finish_reason": answers[worse].finish_reason,
+            "probability": 0.5 if row["choice"] in TIES else 1.0,
             "strength": row["strength"],
             "annotator": row["annotator"],
             "item": row["item"],
@@ -227,7 +234,7 @@ def _pairs(row: sqlite3.Row) -> Iterator[dict[str, Any]]:
         }
 
 
-def _as_answer(prompt: Any, text: str) -> Any:
+def _in_form_of(prompt: Any, text: str) -> Any:
     """An answer in its prompt's form."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
@@ -236,7 +243,8 @@ def _in_terms_of(choice: str, axes: dict[str, str] | None) -> dict[str, str] | N
     """Axes as chosen, rejected or tie: a row no longer knows which answer was a."""
     if axes is None:
         return None
-    return {axis: side if side == "tie" else "chosen" if side == choice else "rejected" for axis, side in axes.items()}
+    chosen = "b" if choice == "b" else "a"  # of a tie, as of a, answer 0 stands as chosen
+    return {axis: side if side == "tie" else "chosen" if side == chosen else "rejected" for axis, side in axes.items()}
 
 
 # ---------------------------------------------------------------- events

@@ -30,6 +30,14 @@ class Answer:
 
     text: str
     source: dict[str, Any] | None = None  # where it comes from: run, cycle, model, response_index, …; never shown
+    finish_reason: str = "stop"  # or length: it was cut there, so no stop token belongs to it
+
+    def __post_init__(self) -> None:
+        if self.finish_reason not in ("stop", "length"):
+            raise StoreError(
+                f"an answer's finish_reason is {self.finish_reason!r}: it is unclear whether a stop token follows. "
+                "Write stop or length."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +300,7 @@ class Preferences:
     """Rows to fit a reward model to, and what did not become one."""
 
     rows: list[dict[str, Any]]
-    ties: int
+    ties: int  # labels whose rows have probability 0.5
     skips: int
     gold: int  # labels left out because they check people
     repeats: int

@@ -245,8 +245,10 @@ class Store:
     ) -> Preferences:
         """Rows to fit a reward model to, and counts of what did not become one. The order is that of labelling.
 
-        Columns: prompt, chosen, rejected (messages where the prompt is messages), strength, annotator, item, group,
-        axes (chosen, rejected or tie), note. A ranking of K answers is K·(K-1)/2 rows that share a group.
+        Columns: prompt, chosen, rejected (messages where the prompt is messages), chosen_finish_reason,
+        rejected_finish_reason, probability (that chosen is preferred: 1, of a tie 0.5), strength, annotator, item,
+        group, axes (chosen, rejected or tie), note.
+        A ranking of K answers is K·(K-1)/2 rows that share a group.
         """
         with self._database.read() as c:
             return reading.preferences(c, filters, as_of=as_of, gold=gold, repeats=repeats)

@@ -113,30 +113,37 @@ def kl_loss(new_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, denomin
 
 
 def bradley_terry_loss(
-    chosen: Tensor, rejected: Tensor, *, centre: float, denominator: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Negative log-likelihood that the chosen response wins, for training a reward model.
+    chosen: Tensor, rejected: Tensor, targets: Tensor, weights: Tensor,
+    *, centre: float, denominator: float, decided: float,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Negative log-likelihood of which response wins, for training a reward model.
 
-        L = Σ [-log σ(r_w - r_l) + centre · (r_w + r_l)²] / denominator
+        L = Σ w · [-T·log σ(r_w - r_l) - (1 - T)·log σ(r_l - r_w) + centre · (r_w + r_l)²] / denominator
 
-    The first term sees differences only, so scores may drift by any constant; centring holds them around 0.
+    T = 1: the chosen one was preferred; T = 0.5: a tie, whose minimum is at equal scores. The first two terms see
+    differences only, so scores may drift by any constant; centring holds them around 0.
     Source: Bradley & Terry 1952; Ouyang et al. 2022, eq. 1 (arXiv:2203.02155); centring: Eisenstein et al. 2023
     (arXiv:2312.09244).
 
-    Shapes: chosen and rejected are [B], reward units.
-        centre       ≥ 0; 0 turns it off.
-        denominator  pairs in the whole optimiser step.
+    Shapes: every tensor is [B].
+        chosen, rejected  scores in reward units; carry the gradient.
+        targets           T: probability in [0, 1] that the chosen one is preferred.
+        weights           w > 0: a pair of weight 2 counts as two pairs.
+        centre            ≥ 0; 0 turns it off.
+        denominator       sum of the weights in the whole optimiser step.
+        decided           pairs with T ≠ 0.5 in the whole optimiser step; at least 1.
 
     Returns (loss [], metrics []): reward_model/loss (without centring, so that log 2 ≈ 0.693 means knowing nothing),
-    reward_model/accuracy (strictly greater: a constant model scores 0), reward_model/margin (mean of r_w - r_l).
+    reward_model/accuracy (of decided pairs; strictly greater: a constant model scores 0), reward_model/margin (mean of
+    r_w - r_l).
     """
     margin = chosen - rejected
-    preference = -logsigmoid(margin).sum() / denominator
-    loss = preference + centre * ((chosen + rejected) ** 2).sum() / denominator
+    preference = -(weights * (targets * logsigmoid(margin) + (1 - targets) * logsigmoid(-margin))).sum() / denominator
+    loss = preference + centre * (weights * (chosen + rejected) ** 2).sum() / denominator
     metrics = {
         "reward_model/loss": preference.detach(),
-        "reward_model/accuracy": (margin > 0).float().sum() / denominator,
-        "reward_model/margin": margin.detach().sum() / denominator,
+        "reward_model/accuracy": (margin * (targets - 0.5) > 0).float().sum() / decided,
+        "reward_model/margin": (weights * margin.detach()).sum() / denominator,
     }
     return loss, metrics
 

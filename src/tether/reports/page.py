@@ -276,7 +276,16 @@ def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]
         return Page(lede, headlines, [], _facts(run, metrics))
     found = json.loads(path.read_text(encoding="utf-8"))
     accuracy, length = found["accuracy"], found["length_accuracy"]
+    if accuracy is None:
+        right = "–" if found["train_accuracy"] is None else f"{found['train_accuracy']:.1%}"
+        headlines = [
+            Headline("Held-out accuracy", "none", "no pairs were held out: nothing is known about other pairs"),
+            Headline("Training accuracy", right, f"on {found['train_pairs']} pairs; people agree on 63 to 77 %"),
+        ]
+        return Page(lede, headlines, [], _facts(run, metrics))
     verdict = "" if found["learned"] else " Nothing was learned that can be told from chance."
+    if found.get("same_prompts"):
+        verdict += " Held out by answers: all pairs have one prompt, and the figure is for it alone."
     sure = _interval(accuracy["low"], accuracy["high"], ".1%")
     prefers, train_pairs = found["length_prefers"], found["train_pairs"]
     headlines = [

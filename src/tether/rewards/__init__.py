@@ -64,4 +64,5 @@ def build_reward(
         )
         built[name] = (scorer, 1.0)
     order = [*(source_name(s) for s in sources), *built]  # as the config lists them, in metrics and rollouts too
-    return RewardSet({name: built[name] for name in order}, shaping)
+    optional = {source_name(s) for s in sources if s.optional}
+    return RewardSet({name: built[name] for name in order}, shaping, optional)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,18 +21,28 @@ class ScoredBatch:
 
     scores: Tensor  # [B] float64, what PPO maximises: summed, clipped, missing_eos applied
     parts: dict[str, list[float | None]]  # source name -> B raw answers, before weight and shaping
+    missing: dict[str, int] = field(default_factory=dict)  # optional source name -> responses that it did not score
 
 
 class RewardSet:
     """All sources of a run with their weights and shaping.
 
-    score = Σ weight·source over the sources that answered. The weights are not renormalised: a source that stays silent
-    counts as 0, so that a response cannot gain by silencing one.
+    score = Σ weight·source. Where a source answers None beside another's score, the response would be worth more or
+    less than its siblings for no reason, so that is an error, unless the source is optional: it then adds nothing. The
+    weights are not renormalised.
+
+    optional: names of the sources that may answer None.
     """
 
-    def __init__(self, sources: Mapping[str, tuple[Reward, float]], shaping: RewardShapingConfig) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, tuple[Reward, float]],
+        shaping: RewardShapingConfig,
+        optional: Collection[str] = (),
+    ) -> None:
         self.sources = dict(sources)
         self.shaping = shaping
+        self.optional = optional
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise RewardError if a source cannot score these prompts: before anything is sampled."""
@@ -49,10 +59,18 @@ class RewardSet:
                     f"no reward source scored {describe_row(completions, row)}: {', '.join(parts)} all answered None, "
                     "and a response without a score cannot be learned from. Let one source answer every row."
                 )
+            silent = [n for n, answer in zip(parts, answers, strict=True) if answer is None and n not in self.optional]
+            if silent:
+                raise RewardError(
+                    f"reward {silent[0]} answered None for {describe_row(completions, row)}, where another source gave "
+                    "a score: counted as 0, it would reward or punish the response for nothing. Let it answer every "
+                    "row, or set `optional: true` of this source if nothing is what it should add."
+                )
         total = torch.zeros(len(completions), dtype=torch.float64)
         for name, (_, weight) in self.sources.items():
             total += weight * torch.tensor([0.0 if a is None else a for a in parts[name]], dtype=torch.float64)
-        return ScoredBatch(shape_scores(total, completions.finish_reasons, self.shaping), parts)
+        missing = {name: parts[name].count(None) for name in parts if name in self.optional}
+        return ScoredBatch(shape_scores(total, completions.finish_reasons, self.shaping), parts, missing)
 
 
 def shape_scores(scores: Tensor, finish_reasons: Sequence[str], shaping: RewardShapingConfig) -> Tensor:

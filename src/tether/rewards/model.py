@@ -102,13 +102,10 @@ class ModelReward:
             for source, text in zip(sources, texts, strict=True)
         ]
         stop = next(iter(stop_token_ids(tokenizer, self.model.classifier.config, None)), None)
-        encoded = encode_answers(sources, answers, tokenizer, stop, None, partial(self._at, completions))
-        return [
-            [*prompt, *(answer[:-1] if reason == "length" and answer[-1:] == [stop] else answer)]
-            for prompt, answer, reason in zip(
-                encode_prompts(tokenizer, sources), encoded, completions.finish_reasons, strict=True
-            )
-        ]
+        cut = [reason == "length" for reason in completions.finish_reasons]
+        encoded = encode_answers(sources, answers, tokenizer, stop, None, partial(self._at, completions), cut=cut)
+        prompts = encode_prompts(tokenizer, sources)
+        return [prompt + answer for prompt, answer in zip(prompts, encoded, strict=True)]
 
     def _seen(self, prompt: Prompt) -> Text:
         """A prompt as the policy saw it: of a text whose beginning was cut, what its ids say."""

@@ -73,7 +73,7 @@ def routes(studio: Studio) -> APIRouter:
             raise LabelError("these two answer different prompts: nobody could say which is better. Choose two of one.")
         if rows[0][1]["completion"] == rows[1][1]["completion"]:
             raise LabelError("these two answers are the same: neither could be better. Choose two that differ.")
-        answers = tuple(Answer(row["completion"], source) for source, row in rows)
+        answers = tuple(Answer(row["completion"], source, row["finish_reason"]) for source, row in rows)
         added = store().add_items(
             [Item(prompt_of(rows[0][1]["prompt"]), answers, source={"from": "studio"})], overlap=0.0, first=True
         )

@@ -28,6 +28,7 @@ from tether.runs import EvaluationDir, aside, short_name
 from tether.runs.files import write_atomically, write_table
 from tether.samplers.local import LocalSampler
 from tether.train.columns import response_columns
+from tether.train.contexts import check_contexts
 from tether.types import EVALUATE, GENERATE, Completions, Prompt, Rows, Sampling, Text, microbatches
 
 _FORWARD_TOKENS = 8192  # padded tokens in one forward pass without gradient
@@ -211,8 +212,10 @@ def load_inputs(config: EvaluateConfig) -> tuple[dict[str, Source], dict[str, li
     """(the models, the baseline first; the prompts as each of them reads them). Loads no weights."""
     names = dict.fromkeys([config.baseline or config.models[0], *config.models])
     sources = {name: Source.of(name, config.sampling, config.trust_remote_code) for name in names}
-    prompts = {name: load_prompts(config.prompts, s.tokenizer, **s.room) for name, s in sources.items()}
-    return sources, _common(prompts)
+    prompts = _common({name: load_prompts(config.prompts, s.tokenizer, **s.room) for name, s in sources.items()})
+    for name, source in sources.items():
+        check_contexts(config, prompts[name], source.tokenizer)
+    return sources, prompts
 
 
 def _truncation(s: SamplingConfig) -> str | None:
@@ -326,6 +329,7 @@ class Source:
         lm = load_causal_lm(self.path, dtype=resolved, device=device, trust_remote_code=self.trust_remote_code)
         model = LanguageModel(lm.eval().requires_grad_(False), resolved)
         _say(model.check_head())
+        _say(_unlike_its_own(self.path, lm.generation_config, self.sampling))
         return model
 
     def stop_ids(self, model: LanguageModel) -> tuple[int, ...]:
@@ -339,6 +343,27 @@ class Source:
         _say(sampler.note)
         drawn = Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, self.stop_ids(model), samples, seed, stream)
         return sampler.generate(prompts, drawn, cycle=0)
+
+
+def _unlike_its_own(path: str, own: Any, used: SamplingConfig) -> str | None:
+    """What the model's generation_config asks for and is not done: transformers' `generate` would do it.
+
+    Samples are drawn as the command says, the same for every model, so that they can be compared, and scored as PPO
+    would see them.
+    """
+    wanted = {name: getattr(own, name, None) for name in ("temperature", "top_k", "top_p")}
+    if getattr(own, "do_sample", None) and wanted["top_k"] is None:
+        wanted["top_k"] = 50  # transformers' default where it samples
+    differ = [f"{name} {value:g}" for name, value in wanted.items() if value not in (None, getattr(used, name))]
+    for name, off in (("repetition_penalty", 1.0), ("min_p", 0.0), ("no_repeat_ngram_size", 0)):
+        if (value := getattr(own, name, None)) not in (None, off):
+            differ.append(f"{name} {value:g} (which Tether does not have)")
+    if not differ:
+        return None
+    return (
+        f"{path}: its generation_config asks for {', '.join(differ)}; sampling at temperature {used.temperature:g}, "
+        f"top_k {used.top_k}, top_p {used.top_p:g}. Set those to sample as transformers would."
+    )
 
 
 def _say(note: str | None) -> None:

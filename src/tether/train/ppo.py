@@ -35,6 +35,7 @@ from tether.train import checkpoint
 from tether.train.best import keep_best
 from tether.train.card import ppo_card
 from tether.train.columns import rollout_columns
+from tether.train.contexts import check_contexts
 from tether.train.deterministic import deterministic
 from tether.train.held_out import load_prompt_sets, record_prompt_sets
 from tether.train.log import Logger, say
@@ -304,6 +305,7 @@ def prepare(config: PPOConfig, reward: Callable[..., Any] | None = None) -> Job:
     check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
     sets = load_prompt_sets(config, tokenizer, context_length(architecture))
     prompts, held_out, note = sets.train, sets.held_out, sets.note
+    check_contexts(config, prompts + held_out, tokenizer)
     policy, reference, notes = build_policy(m, device=device, seed=config.seed)
     notes += [note] if note else []
     stop_ids = stop_token_ids(tokenizer, policy.model.plain.generation_config, config.sampling.stop_token_ids)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from tether.data.split import Pair
+from tether.data.pairs import Pair
+from tether.data.split import share_prompts
 from tether.runs.files import write_atomically
 from tether.statistics import wilson_interval
 
@@ -47,20 +48,25 @@ class PreferenceReport:
     """How well scores agree with people on held-out pairs, and the scale of the scores."""
 
     train_pairs: int
-    test_pairs: int
-    accuracy: Share  # strictly higher score for the chosen one; a tie is no success
-    train_accuracy: float
-    loss: float  # nats a held-out pair; knowing nothing is log 2 = 0.693
+    test_pairs: int  # held out, and decided: of ties only the loss knows
+    test_ties: int
+    same_prompts: bool  # held-out pairs have prompts that are trained on: pairs were held out by their answers
+    accuracy: Share | None  # strictly higher score for the chosen one; equal scores are no success
+    train_accuracy: float | None
+    loss: float | None  # nats a held-out pair; knowing nothing is log 2 = 0.693
     length_prefers: str  # "longer" or "shorter": what wins more often among the training pairs
-    length_accuracy: Share  # of that rule on the held-out pairs, ties half
-    calibration_error: float  # mean |confidence - accuracy| over the bins, weighted by pairs
+    length_accuracy: Share | None  # of that rule on the held-out pairs, ties half
+    calibration_error: float | None  # mean |confidence - accuracy| over the bins, weighted by pairs
     calibration: list[Bin]
     mean: float  # of the raw scores of the answers that were trained on
     std: float
-    learned: bool  # the interval lies above chance, and the loss below log 2
+    learned: bool | None  # the interval lies above chance, and the loss below log 2; None, as above: nothing held out
 
     def text(self) -> str:
         """A few lines for the console and the model card."""
+        if self.accuracy is None or self.length_accuracy is None:
+            trained = "" if self.train_accuracy is None else f" Training pairs: {self.train_accuracy:.3f} right."
+            return f"No pairs were held out: nothing is known about pairs that it was not trained on.{trained}"
         lines = [
             f"Held-out accuracy {self.accuracy} on {self.test_pairs} pairs (95 % interval); training pairs "
             f"{self.train_accuracy:.3f}.",
@@ -69,6 +75,13 @@ class PreferenceReport:
             f"Loss {self.loss:.4f} nats a pair (knowing nothing: 0.6931); calibration error "
             f"{self.calibration_error:.3f}.",
         ]
+        if self.same_prompts:
+            lines.append(
+                "All pairs have the same prompt, so they were held out by their answers: the figures are for this "
+                "prompt alone."
+            )
+        if self.test_ties:
+            lines.append(f"{self.test_ties} held-out ties count in the loss alone.")
         if not self.learned:
             lines.append("Nothing was learned that can be told from chance: do not use this reward model.")
         elif self.accuracy.low <= self.length_accuracy.value:
@@ -78,33 +91,42 @@ class PreferenceReport:
     def write(self, run: Path) -> None:
         """reward_report.json, and calibration.html to look at."""
         write_atomically(run / "reward_report.json", json.dumps(asdict(self), indent=2) + "\n")
-        write_atomically(run / "calibration.html", calibration_plot(self))
+        if self.calibration:
+            write_atomically(run / "calibration.html", calibration_plot(self))
 
 
 def judge(train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], test_scores: Tensor) -> PreferenceReport:
     """The report from raw scores: [2B] for B pairs, first of every chosen answer, then of every rejected one."""
-    margin = _margin(test_scores)
-    longer = _length_sign(train)
-    prefers = "longer" if longer.sum() >= 0 else "shorter"
-    by_length = (_length_sign(test) * (1 if prefers == "longer" else -1) + 1) / 2
-    witnesses = [pair.group or pair.prompt_key for pair in test]
-    accuracy = share((margin > 0).double(), witnesses)
-    loss = -logsigmoid(margin).mean().item()
+    decided = _preferred(test) != 0
+    margin = (_margin(test_scores) * _preferred(test))[decided]
+    prefers = "longer" if (_length_sign(train) * _preferred(train)).sum() >= 0 else "shorter"
+    by_length = ((_length_sign(test) * _preferred(test))[decided] * (1 if prefers == "longer" else -1) + 1) / 2
+    same_prompts = share_prompts(train, test)
+    witnesses = [
+        pair.group or (str(pair.row) if same_prompts else pair.prompt_key) for pair in test if pair.probability != 0.5
+    ]
+    accuracy = share((margin > 0).double(), witnesses) if witnesses else None
+    loss = _loss(test, test_scores) if test else None
     bins = calibrate(margin, witnesses)
+    trained = (_margin(train_scores) * _preferred(train))[_preferred(train) != 0]
     std = train_scores.std().item()
     return PreferenceReport(
         train_pairs=len(train),
-        test_pairs=len(test),
+        test_pairs=len(margin),
+        test_ties=len(test) - len(margin),
+        same_prompts=same_prompts,
         accuracy=accuracy,
-        train_accuracy=(_margin(train_scores) > 0).double().mean().item(),
+        train_accuracy=(trained > 0).double().mean().item() if len(trained) else None,
         loss=loss,
         length_prefers=prefers,
-        length_accuracy=share(by_length, witnesses),
-        calibration_error=sum(b.pairs * abs(b.confidence - b.accuracy.value) for b in bins) / len(test),
+        length_accuracy=share(by_length, witnesses) if witnesses else None,
+        calibration_error=sum(b.pairs * abs(b.confidence - b.accuracy.value) for b in bins) / len(margin)
+        if bins
+        else None,
         calibration=bins,
         mean=train_scores.mean().item(),
         std=std if std > 1e-6 else 1.0,  # a constant model has no scale to bring to 1
-        learned=accuracy.low > 0.5 and loss < math.log(2),
+        learned=None if accuracy is None or loss is None else accuracy.low > 0.5 and loss < math.log(2),
     )
 
 
@@ -169,8 +191,19 @@ def calibration_plot(report: PreferenceReport) -> str:
 
 
 def _margin(scores: Tensor) -> Tensor:
-    chosen, rejected = scores.chunk(2)
-    return chosen - rejected
+    half = len(scores) // 2  # nothing may be held out
+    return scores[:half] - scores[half:]
+
+
+def _preferred(pairs: Sequence[Pair]) -> Tensor:
+    """[B] 1 where the chosen answer is preferred, -1 where the rejected one is (probability below 0.5), 0 for a tie."""
+    return torch.tensor([pair.probability - 0.5 for pair in pairs], dtype=torch.float64).sign()
+
+
+def _loss(pairs: Sequence[Pair], scores: Tensor) -> float:
+    """Nats a pair, ties included: the training loss without weights and centring."""
+    margin, target = _margin(scores), torch.tensor([pair.probability for pair in pairs], dtype=torch.float64)
+    return -(target * logsigmoid(margin) + (1 - target) * logsigmoid(-margin)).mean().item()
 
 
 def _length_sign(pairs: Sequence[Pair]) -> Tensor:

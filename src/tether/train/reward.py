@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tether.config.sections import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
-from tether.data.pairs import load_pairs
+from tether.data.pairs import Pair, load_pairs
 from tether.data.snapshot import pin_labels
-from tether.data.split import Pair, split_pairs
+from tether.data.split import share_prompts, split_pairs
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import Interrupted
 from tether.math import bradley_terry_loss
@@ -66,6 +67,8 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
         context = context_length(model.classifier.config)
         pairs = load_pairs(config.data, tokenizer, stop_id=stop_id, context=context, pinned=pinned)
         train, test = split_pairs(pairs, section.test_fraction, config.seed)
+        if share_prompts(train, test):
+            print(f"all {len(pairs)} pairs have one prompt: {len(test)} are held out by their answers", file=sys.stderr)
         plan = plan_steps(len(train), config)
         check_warmup(config.optim, len(plan))
         trunk, head = trained_parameters(model)
@@ -101,21 +104,28 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
     return Run.open(run.path)
 
 
-def accumulate(model: RewardModel, pairs: Sequence[Pair], centre: float, microbatch_tokens: int) -> dict[str, float]:
+def accumulate(
+    model: RewardModel, pairs: Sequence[Pair], centre: float, microbatch_tokens: int
+) -> dict[str, float | None]:
     """Add one optimiser step's gradients to the model's, microbatch by microbatch; no step.
 
-    Returns the step's metrics: reward_model/loss, reward_model/accuracy, reward_model/margin.
+    Returns the step's metrics: reward_model/loss, reward_model/accuracy (None where all pairs are ties),
+    reward_model/margin.
     """
     widths = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs]
+    total, decided = sum(pair.weight for pair in pairs), sum(pair.probability != 0.5 for pair in pairs)
     metrics: dict[str, float] = {}
     for index in microbatches(widths, microbatch_tokens):
         part = [pairs[i] for i in index.tolist()]
         chosen, rejected = model(rows_of(part)).chunk(2)
-        loss, sums = bradley_terry_loss(chosen, rejected, centre=centre, denominator=len(pairs))
+        targets, weights = chosen.new_tensor([(p.probability, p.weight) for p in part]).unbind(1)
+        loss, sums = bradley_terry_loss(
+            chosen, rejected, targets, weights, centre=centre, denominator=total, decided=max(1, decided)
+        )
         loss.backward()
         for name, value in sums.items():
             metrics[name] = metrics.get(name, 0.0) + value.item()
-    return metrics
+    return {name: value if decided or name != "reward_model/accuracy" else None for name, value in metrics.items()}
 
 
 def rows_of(pairs: Sequence[Pair]) -> list[list[int]]:

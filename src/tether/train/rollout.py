@@ -100,6 +100,7 @@ def collect(
         "reward/score_min": float(scored.scores.min()),
         "reward/score_max": float(scored.scores.max()),
         **{f"reward/{name}_mean": _mean_of_answers(answers) for name, answers in scored.parts.items()},
+        **{f"reward/{name}_missing": float(count) for name, count in scored.missing.items()},
         "reward/total_mean": float(rewards.sum(1).mean()),
         "kl/ref_mean": float(log_ratio_sums.mean()),
         "kl/ref_per_token": float(masked_mean(old - ref, mask)),
