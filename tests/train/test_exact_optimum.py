@@ -38,8 +38,8 @@ def test_ppo_reaches_the_bandits_optimum(seed, record_property):
 @pytest.mark.slow
 @pytest.mark.learning
 def test_ppo_reaches_the_optimum_when_responses_stop_at_different_lengths(seed, record_property):
-    # Over five seeds: KL to the optimum .0015 to .0031, critic's error .020 to .027. Gaps from 4,096 samples were off by
-    # .10 to .64 of their bounds on four seeds and by 1.3 on seed 4; from 16,384 samples by .36 there.
+    # Over five seeds: KL to the optimum .0015 to .0031, critic's error .020 to .027. Gaps from 4,096 samples were off
+    # by .10 to .64 of their bounds on four seeds and by 1.3 on seed 4; from 16,384 samples by .36 there.
     result = exact.run("E3 length", seed=seed, cycles=60)
     record_property("kl_to_optimum", result["kl_to_optimum"])
     record_property("value_rmse", result["value_rmse"])
