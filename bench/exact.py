@@ -255,13 +255,13 @@ def run(name: str, seed: int, cycles: int | None = None) -> dict[str, Any]:
 
 
 def sampled_gap(task: Task, policy: LanguageModel, reference: LanguageModel, seed: int, cycle: int) -> float:
-    """The log-mean-exp form of the optimality gap on 4,096 fresh samples of each prompt: no enumeration."""
+    """The log-mean-exp form of the optimality gap on 16,384 fresh samples of each prompt: no enumeration."""
     stops = () if task.stop is None else (task.stop,)
     sampling = Sampling(
-        max_new_tokens=task.length, stop_token_ids=stops, responses_per_prompt=4096, seed=seed, stream=GENERATE
+        max_new_tokens=task.length, stop_token_ids=stops, responses_per_prompt=16384, seed=seed, stream=GENERATE
     )
     prompts = [Prompt((p,), "", i) for i, p in enumerate(task.prompts)]
-    drawn = LocalSampler(policy, slots=1024).generate(prompts, sampling, cycle=cycle)
+    drawn = LocalSampler(policy, slots=4096).generate(prompts, sampling, cycle=cycle)
     g = torch.empty(len(drawn), dtype=torch.float64)
     for prompt in task.prompts:
         rows = [i for i, p in enumerate(drawn.prompts) if p.ids == (prompt,)]

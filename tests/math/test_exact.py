@@ -4,8 +4,8 @@ Maximising E[score] - β·KL(π‖ref) over all policies gives π*(y) ∝ ref(y)
 logits for every prefix, a step is the exact expected gradient of the loss under test, and what it comes to rest at is
 compared with π*. Each response is a row, its advantages weighted by its probability.
 
-Nothing here is random, and all of it is float64: on two CPU paths the steps end within 1e-14 of optima that are asked
-to 1e-9, and within 1e-9 of the reference, which is asked to 1e-6.
+Nothing here is random, and all of it is float64: on two CPU paths the steps end within 1e-14 of optima where 1e-9 is
+asked, and within 1e-9 of the reference where 1e-6 is asked.
 """
 
 import itertools

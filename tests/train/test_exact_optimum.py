@@ -23,6 +23,8 @@ def test_the_bandit_task_is_the_published_one():
 
 @pytest.mark.learning
 def test_ppo_reaches_the_bandits_optimum(seed, record_property):
+    # Over five seeds and two CPU paths: KL to the optimum at most .0002, critic's error .001, score within .003 of the
+    # known one, KL to the reference within .005.
     result = exact.run("E1 β=.5", seed=seed, cycles=40)
     for name in ("kl_to_optimum", "value_rmse", "score", "kl_to_reference"):
         record_property(name, result[name])
@@ -36,6 +38,8 @@ def test_ppo_reaches_the_bandits_optimum(seed, record_property):
 @pytest.mark.slow
 @pytest.mark.learning
 def test_ppo_reaches_the_optimum_when_responses_stop_at_different_lengths(seed, record_property):
+    # Over five seeds: KL to the optimum .0015 to .0031, critic's error .020 to .027. Gaps from 4,096 samples were off
+    # by .10 to .64 of their bounds on four seeds and by 1.3 on seed 4; from 16,384 samples by .36 there.
     result = exact.run("E3 length", seed=seed, cycles=60)
     record_property("kl_to_optimum", result["kl_to_optimum"])
     record_property("value_rmse", result["value_rmse"])

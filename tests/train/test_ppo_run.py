@@ -240,7 +240,7 @@ def test_with_the_kl_in_the_loss_rewards_are_the_scores_alone(tiny_model, tmp_pa
 
     share = final_kl(30.0) / final_kl(0.0)
     record_property("KL with the penalty, of that without", share)
-    assert share < 0.5
+    assert share < 0.5  # over five seeds and two CPU paths: .05 to .22
 
 
 def test_the_kl_coefficient_moves_towards_the_target_by_the_formula(tiny_model, tmp_path):
@@ -457,7 +457,7 @@ def test_the_policy_learns_what_it_is_paid_for(tiny_model, tmp_path, seed, recor
     gain = last["reward/score_mean"] - first["reward/score_mean"]
     gain /= first["reward/score_std"] / math.sqrt(64)
     record_property("gain in standard errors of the first cycle", gain)
-    assert gain > 4
+    assert gain > 4  # over five seeds and two CPU paths: 7.3 to 12.2
 
 
 @pytest.mark.learning
@@ -471,7 +471,7 @@ def test_the_critic_learns_what_a_prompt_is_worth(tiny_model, tmp_path, seed, re
                          model={"policy": str(tiny_model(seed=seed)), "critic": "separate"})  # fmt: skip
     last = tether.ppo(replace(config, seed=seed), reward=score).metrics[-1]
     record_property("explained variance", last["value/explained_variance"])
-    assert last["value/explained_variance"] > 0.5
+    assert last["value/explained_variance"] > 0.5  # over five seeds and two CPU paths: .96 to 1.00
 
 
 @pytest.mark.parametrize("changes", [{"whiten": False}, {"epochs": 1, "minibatch": 8}, {"value_clip": None}])

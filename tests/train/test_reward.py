@@ -151,7 +151,7 @@ def test_every_architecture_learns_what_is_preferred_and_its_export_scores_as_it
     record_property("accuracy", report["accuracy"]["value"])
     record_property("accuracy, low end", report["accuracy"]["low"])
     assert report["learned"]  # the interval lies above chance; a few held-out pairs may still go wrong
-    assert report["loss"] < 0.3
+    assert report["loss"] < 0.3  # with LoRA, over five seeds and two CPU paths: at most .05
     # In plain transformers (which knows Granite and Cohere as classifiers once Tether has been imported):
     stock = AutoModelForSequenceClassification.from_pretrained(run.final)
     tokenizer = AutoTokenizer.from_pretrained(run.final)
@@ -257,12 +257,12 @@ def test_polite_and_rude_answers_are_told_apart_by_a_small_real_model(
 ):
     config = config_for(
         tmp_path / "run", stories260k, shared / "data/preferences/polite_style.jsonl.gz", lr=1e-3,
-        epochs=3, batch=16, test_fraction=0.2,
+        epochs=6, batch=16, test_fraction=0.2,
     )  # fmt: skip
     run = reward_model(replace(config, seed=seed, data=replace(config.data, max_tokens=512)))
     report = json.loads((run.path / "reward_report.json").read_text())
     record_property("accuracy", report["accuracy"]["value"])
     record_property("length accuracy", report["length_accuracy"]["value"])
-    assert report["accuracy"]["value"] >= 0.90
+    assert report["accuracy"]["value"] >= 0.90  # .936 on one seed; after three epochs .904 and .917 on two
     assert report["length_accuracy"]["value"] < 0.6
     assert report["learned"]

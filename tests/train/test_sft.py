@@ -191,7 +191,7 @@ def test_a_tiny_model_learns_its_examples_and_to_stop(tiny_model, data, tmp_path
     record_property("first loss", losses(run)[0])
     record_property("last loss", losses(run)[-1])
     assert losses(run)[0] == pytest.approx(math.log(258), abs=0.3)  # random weights know nothing
-    assert losses(run)[-1] < 0.05
+    assert losses(run)[-1] < 0.05  # over five seeds and two CPU paths: at most .0005
     model = AutoModelForCausalLM.from_pretrained(run.final)
     tokenizer = AutoTokenizer.from_pretrained(run.final)
     for prompt, answer in (("aw", "1!"), ("cx", "2"), ("fy", "33"), ("bz", "")):
@@ -214,7 +214,7 @@ def test_every_architecture_trains_and_its_export_gives_the_trained_logits(
     steps = len(losses(run)) // 6  # whole epochs are compared: a single row of examples may be an easy one
     share = sum(losses(run)[-steps:]) / sum(losses(run)[:steps])
     record_property("loss of the last epoch, of that of the first", share)
-    assert share < 0.95
+    assert share < 0.95  # with LoRA, over five seeds and two CPU paths: .02 to .79, the highest with granite
     assert not (run.final / "adapter_config.json").exists()
     AutoModelForCausalLM.from_pretrained(run.final)
 
