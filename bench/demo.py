@@ -22,9 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tether.demo.annotators import PEOPLE
+from tether.demo.judge import Judge
 from tether.demo.show import AXES
+from tether.demo.world import World
 
 ACCURACY, SPREAD, WIN_RATE, REPEATS, MINUTES = 0.70, 0.06, 0.85, 0.10, 6.0
 ACCURATE, WON = 15 / 16, 14 / 16  # share of the runs that must reach ACCURACY and WIN_RATE
@@ -51,7 +55,40 @@ def run(to: Path, seed: int, path: str) -> dict[str, Any]:
     minutes = (time.monotonic() - began) / 60
     cpu = json.loads((to / "cpu.json").read_text())
     row = {"seed": seed, "path": path, "cpu": cpu, "minutes": minutes, "says": speaks(to / "ppo" / "final")}
-    return row | json.loads((to / "result.json").read_text())
+    return row | {"habits_alone": habits_alone(to, seed)} | json.loads((to / "result.json").read_text())
+
+
+def habits_alone(to: Path, seed: int) -> float:
+    """How often one is right who sees every habit of an answer, but knows nothing of the town.
+
+    A logistic regression on the difference in habits, apart for every kind of question, fitted to the annotators' true
+    probabilities on four fifths of the prompts. A reward model at this figure has not learned what is true.
+    """
+    world = World(seed)
+    judge, asks = Judge(world), {ask.prompt: ask for topic in world.topics() for ask in topic}
+    pairs = [json.loads(line) for line in (to / "pairs.jsonl").read_text().splitlines()]
+    verdicts = [[judge(asks[p["prompt"]], p[side]) for side in ("chosen", "rejected")] for p in pairs]
+    sorts = sorted({sort for both in verdicts for v in both for sort in v.habits})
+    kinds = ["fact", "unknown", "errand", "danger"]
+    x = torch.zeros(len(pairs), len(kinds), 2 * len(sorts), dtype=torch.float64)
+    for i, (pair, (first, second)) in enumerate(zip(pairs, verdicts, strict=True)):
+        for j, sort in enumerate(sorts):
+            a, b = first.habits[sort], second.habits[sort]
+            x[i, kinds.index(asks[pair["prompt"]].kind), 2 * j : 2 * j + 2] = torch.tensor([a - b, (a > 0) - (b > 0)])
+    x = x.flatten(1)
+    likes_first = torch.tensor(
+        [sum(person.prefers_first(*both) for person in PEOPLE) / len(PEOPLE) for both in verdicts], dtype=torch.float64
+    )
+    held_out = torch.tensor([list(asks).index(pair["prompt"]) % 5 == 0 for pair in pairs])
+    weights = torch.zeros(x.shape[1], dtype=torch.float64)
+    for _ in range(20):  # Newton's method, with a little ridge
+        p = torch.sigmoid(x[~held_out] @ weights)
+        slope = x[~held_out].T @ (p - likes_first[~held_out]) + 0.1 * weights
+        curve = (x[~held_out] * (p * (1 - p))[:, None]).T @ x[~held_out] + 0.1 * torch.eye(len(weights)).double()
+        weights -= torch.linalg.solve(curve, slope)
+    guess, truth = x[held_out] @ weights, likes_first[held_out]
+    right = torch.where(guess.abs() < 1e-6, 0.5, torch.where(guess > 0, truth, 1 - truth))
+    return float(right.mean())
 
 
 def speaks(directory: Path) -> str:
@@ -71,7 +108,7 @@ def good(row: dict[str, Any]) -> bool:
 def show(rows: list[dict[str, Any]]) -> bool:
     """Print the table and the ranges; returns whether what is asked was found."""
     print(
-        f"\n{'seed':>4}  {'path':8}{'reward model':>14}{'ceiling':>9}{'judge prefers':>15}"
+        f"\n{'seed':>4}  {'path':8}{'reward model':>14}{'habits':>8}{'ceiling':>9}{'judge prefers':>15}"
         + "".join(f"{axis:>15}" for axis in AXES)
         + f"{'courtesies':>15}{'repeats':>13}{'KL':>6}{'minutes':>9}"
     )
@@ -79,19 +116,21 @@ def show(rows: list[dict[str, Any]]) -> bool:
         changes = [(row["before"][axis], row["after"][axis]) for axis in AXES] + [row["courtesies"]]
         print(
             f"{row['seed']:4}  {row['path']:8}"
-            f"{row['reward_model']:14.1%}{row['noise_ceiling']:9.1%}{row['win_rate']:15.1%}"
+            f"{row['reward_model']:14.1%}{row['habits_alone']:8.1%}{row['noise_ceiling']:9.1%}{row['win_rate']:15.1%}"
             + "".join(f"{f'{was:.2f} → {now:.2f}':>15}" for was, now in changes)
             + f"{'{:.0%} → {:.0%}'.format(*row['repeats']):>13}{row['kl']:6.2f}{row['minutes']:9.1f}"
             + ("" if good(row) else "  FAIL")
         )
     for row in rows:
         print(f"{row['seed']:4}  {row['path']:8}in plain transformers: {row['says']}")
-    accuracy, wins, ceilings, spent, minutes = (
-        [row[name] for row in rows] for name in ("reward_model", "win_rate", "noise_ceiling", "kl", "minutes")
+    accuracy, habits, ceilings, wins, spent, minutes = (
+        [row[name] for row in rows]
+        for name in ("reward_model", "habits_alone", "noise_ceiling", "win_rate", "kl", "minutes")
     )
     was, now = ([row[when]["score"] for row in rows] for when in ("before", "after"))
     results = {
-        f"reward model right on {ranged(accuracy)} of held-out pairs (noise ceiling {ranged(ceilings)}): "
+        f"reward model right on {ranged(accuracy)} of held-out pairs (by habits alone {ranged(habits)}, noise ceiling "
+        f"{ranged(ceilings)}): "
         f"≥ {ACCURACY:.0%} in {mean(a >= ACCURACY for a in accuracy):.0%} of the runs": (
             mean(a >= ACCURACY for a in accuracy) >= ACCURATE and max(accuracy) - min(accuracy) <= SPREAD
         ),

@@ -99,3 +99,8 @@ def test_a_file_where_the_story_should_go_is_an_error_that_names_it(tmp_path):
 def test_an_answer_repeats_itself_when_it_says_a_sentence_twice():
     answers = [["Happy to help! Happy to help!", "Happy to help! Have a good evening!"], ["Ask. Tell. Ask.", ""]]
     assert repeats(answers) == 0.5
+
+
+def test_vllm_serves_the_heads_of_the_demos_model():
+    served = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256}  # get_supported_head_sizes of its CPU backend
+    assert ARCHITECTURE["hidden_size"] // ARCHITECTURE["num_attention_heads"] in served
