@@ -237,6 +237,11 @@ class Policy(nn.Module):
         assert module is not None
         return [(f"critic.{name}", p) for name, p in module.named_parameters() if p.requires_grad]
 
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, by name: the language model, and the critic's trunk and head."""
+        trunk = {"critic": self.critic.trunk} if self.critic else {}
+        return {"policy": self.lm, **trunk, "critic/value_head": self._head()}
+
     @contextmanager
     def as_reference(self) -> Iterator[LanguageModel]:
         """Under LoRA: the model without its adapter, which is the model that the run began with."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import PPOSection
+from tether.config.sections import PPOConfig, PPOSection
 from tether.data.text import completion_text, fragments
+from tether.errors import TrainingError
 from tether.rewards import ScoredBatch
+from tether.runs import RunDirectory
 from tether.train.rollout import Experience
 from tether.types import Completions, Text
 
@@ -77,6 +82,46 @@ def table(
         "ratio": ragged(ratio),
         "clipped": ragged(((a > 0) & (ratio > 1 + high)) | ((a < 0) & (ratio < 1 - low))),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Writes responses and what was computed of them into the run directory."""
+
+    run: RunDirectory
+    config: PPOConfig
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+
+    def rollouts(self, experience: Experience, cycle: int, new_logprobs: Tensor) -> None:
+        """The cycle's rollout file, when the config asks for one."""
+        every = self.config.log.rollouts_every
+        if every and (cycle % every == 0 or cycle == 1):
+            self.run.write_rollouts(cycle, self._table(experience, cycle, new_logprobs))
+
+    def evaluation(self, experience: Experience, cycle: int) -> None:
+        """The file of an evaluation."""
+        samples = self.config.evaluate.samples
+        columns = table(
+            experience, self.tokenizer, self.stop_ids, self.config.ppo, cycle=cycle, responses_per_prompt=samples
+        )
+        self.run.write_evaluation(cycle, columns)
+
+    @contextmanager
+    def left_behind(self, experience: Experience, cycle: int) -> Iterator[None]:
+        """An update that breaks leaves the cycle's rollout behind, to look at."""
+        try:
+            yield
+        except TrainingError:
+            self.run.write_rollouts(cycle, self._table(experience, cycle, None))
+            raise
+
+    def _table(self, experience: Experience, cycle: int, new_logprobs: Tensor | None) -> dict[str, list[Any]]:
+        ppo = self.config.ppo
+        return table(
+            experience, self.tokenizer, self.stop_ids, ppo,
+            cycle=cycle, responses_per_prompt=ppo.responses_per_prompt, new_logprobs=new_logprobs,
+        )  # fmt: skip
 
 
 def _as_text(source: Text) -> str:

@@ -11,6 +11,8 @@ import select
 import shutil
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -44,9 +46,10 @@ class Logger:
     """Writes metrics everywhere, and shows progress: a bar on a terminal, else a plain line a write.
 
         with Logger(run, config.log, total=config.ppo.cycles) as log:
-            log.phase("sampling", 37, 64)
-            log.write(cycle, metrics)
-            log.note("checkpoint damaged, …")
+            log.phase("sampling")
+            with log.writing(cycle, metrics) as metrics:
+                metrics |= evaluate()
+            log.note("3 prompts dropped")
 
     total  cycles (or steps) of the whole run.
     unit   "cycle" or "step"; the run's own by default.
@@ -55,7 +58,7 @@ class Logger:
     def __init__(self, run: RunDirectory, config: LogConfig, *, total: int, unit: str | None = None):
         self.run, self.total, self.unit = run, total, unit or run.unit
         past = run.metrics()
-        self._first = past[-1][self.unit] if past else 0
+        self._first = self._done = past[-1][self.unit] if past else 0
         self._sinks: list[_TensorBoard | _WandB] = []
         if config.tensorboard:
             self._sinks.append(_TensorBoard(run, past, self.unit))
@@ -83,16 +86,36 @@ class Logger:
         self.run.append_metrics(line)
         for sink in self._sinks:
             sink.write(step, line)
+        self._done = step
         self._screen.write(step, f"{self.unit} {step}/{self.total}", self._summary(step, line))
+
+    @contextmanager
+    def writing(self, step: int, metrics: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Write `metrics` after the block, which may add to them; also where it fails: the step itself is done."""
+        try:
+            yield metrics
+        finally:
+            self.write(step, metrics)
 
     def note(self, text: str) -> None:
         """A line for the person, in no file."""
         self._screen.note(text)
 
-    def phase(self, text: str, done: int, total: int) -> None:
-        """Where a long phase stands: log.phase("sampling", 37, 64)."""
+    def fallback(self, text: str) -> None:
+        """Something that the run does in another way than asked for: an event, and a line for the person."""
+        self.run.event("fallback", what=text)
+        self.note(text)
+
+    def alarms(self, step: int, texts: Sequence[str]) -> None:
+        """What should not be: an event each, and a line for the person."""
+        for text in texts:
+            self.run.event("alarm", **{self.unit: step}, what=text)
+            self.note(f"{self.unit} {step}: {text}")
+
+    def phase(self, text: str) -> None:
+        """What the next cycle is doing now."""
         self.run.heartbeat()
-        self._screen.phase(f"{text} {done}/{total}")
+        self._screen.phase(f"{self.unit} {min(self._done + 1, self.total)}/{self.total}: {text}")
 
     def _summary(self, step: int, metrics: dict[str, Any]) -> str:
         parts = []

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tether.config.sections import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
@@ -17,7 +15,6 @@ from tether.data.pairs import load_pairs
 from tether.data.snapshot import pin_labels
 from tether.data.split import Pair, split_pairs
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
-from tether.errors import Interrupted
 from tether.math import bradley_terry_loss
 from tether.models.loading import (
     add_lora,
@@ -29,16 +26,14 @@ from tether.models.loading import (
     wants_checkpointing,
 )
 from tether.models.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
-from tether.runs import Run, RunDirectory, began_with
-from tether.train import checkpoint
+from tether.runs import Run, began_with
 from tether.train.card import reward_card
-from tether.train.deterministic import deterministic
 from tether.train.log import Logger
 from tether.train.optim import SHUFFLE, Named, Steps, build_optimizer, permutation
+from tether.train.preamble import open_run
 from tether.train.preference_report import PreferenceReport, judge
-from tether.train.sft import init_model, input_hashes, newest_checkpoint
-from tether.train.signals import Signals
-from tether.train.weights import restore_weights, save_weights
+from tether.train.sft import init_model, input_hashes
+from tether.train.state import TrainingState
 from tether.types import microbatches
 
 
@@ -54,13 +49,8 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
     section, device = config.reward_model, resolve_device(config.device)
     pinned = pin_labels(config.data, {} if fresh else began_with(config.run))
     inputs = input_hashes(config.model, config.data) | ({"data.path": pinned} if pinned else {})
-    with (
-        Signals() as signals,
-        deterministic(config.deterministic),
-        RunDirectory.open(config, command="reward", fresh=fresh, inputs=inputs) as run,
-    ):
+    with open_run(config, command="reward", fresh=fresh, inputs=inputs) as (run, signals):
         if run.finished:
-            print(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
             return Run.open(run.path)
         model, adapter, tokenizer = load_model(config.model, device=device, seed=config.seed)
         stop_id = stop_token(config.model, tokenizer)
@@ -71,23 +61,14 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
         check_warmup(config.optim, len(plan))
         trunk, head = trained_parameters(model)
         optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
-        steps = Steps(optimizer, config.optim, len(plan))
-        done = _restore(run, model, adapter, steps)
-        with Logger(run, config.log, total=len(plan)) as log:
-            for step in range(done + 1, len(plan) + 1):
-                batch = [train[i] for i in plan[step - 1]]
-                began = time.perf_counter()
-                metrics = accumulate(model, batch, section.centre, section.microbatch_tokens)
-                metrics |= steps.take(step - 1)
-                metrics["time/update_s"] = time.perf_counter() - began
-                log.write(step, metrics)
-                if steps.skipped:
-                    run.event("alarm", step=step, what="optimiser step skipped: its gradient is not finite")
-                steps.stop_if_broken()
-                if step % config.checkpoint.every == 0 or step == len(plan) or signals.requested:
-                    _save(run, step, model, adapter, steps, keep=config.checkpoint.keep)
-                if signals.requested and step < len(plan):
-                    raise Interrupted(f"stopped after step {step} of {len(plan)}, saved; the same command continues.")
+        parts = {"policy": adapter or model.classifier, "head": model.head}  # an adapter does not hold the head
+        state = TrainingState(run, parts, Steps(optimizer, config.optim, len(plan)), tokenizer)
+        state.restore()
+        with Logger(run, config.log, total=len(plan)) as log, state.saved_when_stopped():
+            while state.done < len(plan):
+                signals.stop_if_requested()
+                began, batch = time.perf_counter(), [train[i] for i in plan[state.done]]
+                state.finish_step(accumulate(model, batch, section.centre, section.microbatch_tokens), began, log)
         if adapter is not None:
             # In place: the classifier's own layers are whole again. In float32: bfloat16 would lose a small update.
             adapter.float().merge_and_unload()
@@ -192,36 +173,3 @@ def trained_parameters(model: RewardModel) -> tuple[Named, Named]:
         [item for item, head in zip(named, is_head, strict=True) if not head],
         [item for item, head in zip(named, is_head, strict=True) if head],
     )
-
-
-def _save(
-    run: RunDirectory,
-    step: int,
-    model: RewardModel,
-    adapter: Any | None,
-    steps: Steps,
-    *,
-    keep: int,
-) -> None:
-    trunk, head = trained_parameters(model)
-
-    def write(directory: Path) -> None:
-        save_weights(adapter or model.classifier, directory / "policy")
-        save_file(dict(model.head.state_dict()), directory / "head.safetensors")  # an adapter does not hold it
-        checkpoint.save_optimizer(steps.optimizer, [*trunk, *head], directory / "optimizer.safetensors")
-
-    checkpoint.save(run.path, f"step-{step:06d}", {"step": step, "skipped": steps.skipped}, write, keep=keep)
-
-
-def _restore(run: RunDirectory, model: RewardModel, adapter: Any | None, steps: Steps) -> int:
-    """Put model and optimiser back to the newest checkpoint; returns the steps that were done."""
-    found = newest_checkpoint(run)
-    if found is None:
-        return 0
-    directory, state = found
-    restore_weights(adapter or model.classifier, directory / "policy")
-    model.head.load_state_dict(load_file(directory / "head.safetensors"))
-    trunk, head = trained_parameters(model)
-    checkpoint.load_optimizer(steps.optimizer, [*trunk, *head], directory / "optimizer.safetensors")
-    steps.skipped = state["skipped"]
-    return int(state["step"])

@@ -14,6 +14,7 @@ from tether.errors import TrainingError
 from tether.math import explained_variance, gae, masked_mean, masked_var, optimality_gap, place_rewards, whiten
 from tether.models.policy import Policy, Reference
 from tether.rewards import RewardSet, ScoredBatch
+from tether.runs.bounds import SAMPLER_GAP
 from tether.types import Completions, Prompt, Rollout, Sampler, Sampling, microbatches
 
 Metrics = dict[str, float | None]
@@ -29,6 +30,19 @@ class Experience:
     advantages: Tensor  # [B, R] reward units, before whitening
     entropy: Tensor  # [B, R] nats, of the policy as it was when the cycle began
     metrics: Metrics
+    alarms: list[str]  # self-checks out of bounds
+
+    def evaluation_metrics(self) -> Metrics:
+        """The metrics of an evaluation, eval/*."""
+        m = self.metrics
+        sums = ("score_mean", "score_std", "score_min", "score_max", "total_mean")
+        sources = [f"reward/{name}_mean" for name in self.scored.parts]  # one may be called `length`
+        own = ("kl/ref_mean", "response/length_mean", "response/truncated_fraction", "value/explained_variance")
+        return (
+            {f"eval/{name}": m[f"reward/{name}"] for name in sums}
+            | {f"eval/{name}": m[name] for name in sources}
+            | {f"eval/{name.replace('kl/', 'kl_').rpartition('/')[2]}": m[name] for name in own}
+        )
 
 
 def collect(
@@ -108,7 +122,14 @@ def collect(
         "tokens_per_s/rollout": float(lengths.sum()) / max(clock.laps["time/rollout_s"], 1e-9),
         **clock.laps,
     }
-    return Experience(completions, scored, rollout, advantages, entropy, metrics)
+    return Experience(completions, scored, rollout, advantages, entropy, metrics, _check_sampler(metrics, policy))
+
+
+def _check_sampler(metrics: Metrics, policy: Policy) -> list[str]:
+    """The engine and the trainer must give the same tokens the same log-probs, up to rounding."""
+    gap = metrics["check/sampler_gap"] or 0.0
+    bound = SAMPLER_GAP["float32" if policy.model.dtype == torch.float32 else "bfloat16"]
+    return [f"sampler gap {gap:.2g} nats per token, above {bound}"] if gap > bound else []
 
 
 def _check_placement(without_kl: Tensor, scores: Tensor, lengths: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from tether.errors import TrainingError
 from tether.math import clipped_policy_loss, entropy_mean, kl_loss, value_loss
 from tether.models.policy import Policy
 from tether.runs.bounds import FIRST_RATIO_MAX_FLOAT32, FIRST_RATIO_MEAN, FIRST_RATIO_STOP
+from tether.train.memory import peak_mb
 from tether.train.optim import ANEW, SHUFFLE, Steps, permutation
 from tether.train.rollout import Metrics
 from tether.types import Rollout, microbatches
@@ -31,6 +32,7 @@ class Update:
 def update(
     policy: Policy, steps: Steps, rollout: Rollout, ppo: PPOSection,
     *, cycle: int, kl_coef: float, temperature: float, seed: int,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Update:  # fmt: skip
     """Maximise the clipped objective over the cycle's rollout; changes `policy` and the optimiser in place.
 
@@ -48,6 +50,7 @@ def update(
     policy.critic_only = cycle <= ppo.value_warmup_cycles
 
     for epoch in range(ppo.epochs):
+        progress(f"updating, epoch {epoch + 1} of {ppo.epochs}")
         order = permutation(len(rollout.rows), seed=seed, stream=SHUFFLE, counter=(cycle, epoch))
         for m in range(per_epoch):
             chosen = sorted(order[m * ppo.minibatch : (m + 1) * ppo.minibatch])
@@ -76,6 +79,7 @@ def update(
             "optim/skipped_steps": sum(int(metrics["optim/skipped_steps"]) for metrics, _ in done),
             "time/update_s": seconds,
             "tokens_per_s/update": sum(tokens for _, tokens in done) / max(seconds, 1e-9),
+            "memory/peak_mb": peak_mb(policy.model.device),
         },
         new_logprobs,
         alarms,

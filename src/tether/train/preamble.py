@@ -1,0 +1,31 @@
+"""What stands around every trainer: signals, determinism, the run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tether.config.sections import PPOConfig, RewardConfig, SFTConfig
+from tether.runs import RunDirectory
+from tether.runs.directory import Command
+from tether.train.deterministic import deterministic
+from tether.train.log import say
+from tether.train.signals import Signals
+
+
+@contextmanager
+def open_run(
+    config: PPOConfig | SFTConfig | RewardConfig, *, command: Command, fresh: bool, inputs: dict[str, str]
+) -> Iterator[tuple[RunDirectory, Signals]]:
+    """Create or continue the run in `config.run`. A run that is finished says so: the caller then has nothing to do.
+
+    inputs: hashes of what the run reads, by config key. fresh: move a run that is there aside first.
+    """
+    with (
+        Signals() as signals,
+        deterministic(config.deterministic),
+        RunDirectory.open(config, command=command, fresh=fresh, inputs=inputs) as run,
+    ):
+        if run.finished:
+            say(f"{run.path} is finished: nothing to do. --fresh moves it aside and starts over.")
+        yield run, signals
