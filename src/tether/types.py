@@ -184,15 +184,26 @@ def microbatches(lengths: Tensor | Sequence[int], max_tokens: int) -> list[Tenso
 class Sampler(Protocol):
     """Draws responses. The local engine is one; another process could be."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int) -> Completions:
-        """`responses_per_prompt` responses to each prompt, in the prompts' order."""
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0) -> Completions:
+        """`responses_per_prompt` responses to each prompt, in the prompts' order.
 
-    def load_weights(self, model: Any) -> None:
-        """Sample from `model` as it is now."""
+        cycle: draws of another cycle are others; evaluation is cycle 0. first: the number of the first response, where
+        the prompts are a part of the cycle's: response i here is response first + i of the cycle.
+        """
+
+    def load_weights(self, weights: Any, version: int) -> None:
+        """Sample from `weights` as they are now; called before the first `generate`, and after every cycle.
+
+        weights: the policy, a `tether.models.policy.LanguageModel`; `weights.lm` is the transformers (or peft) model.
+        version: cycles that they have learned from.
+        """
 
 
 class Reward(Protocol):
     """Scores responses: one number a response, None where it does not answer."""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise RewardError if responses to these prompts cannot be scored; called before anything is sampled."""
 
     def score(self, completions: Completions) -> Sequence[float | None]:
         """B scores, in order."""
@@ -202,4 +213,4 @@ class LogSink(Protocol):
     """Takes a cycle's metrics somewhere."""
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Called once a cycle (for sft and reward: once an optimiser step)."""
+        """Called once a cycle (for sft and reward: once an optimizer step), with what metrics.jsonl gets."""

@@ -1,19 +1,16 @@
 """Where a cycle's metrics go: metrics.jsonl, TensorBoard, Weights & Biases, and the person at the screen.
 
-metrics.jsonl is the record; everything else is derived from it. TensorBoard's files are therefore thrown away and
-rebuilt when a run continues: no cycle that was cut back survives in them.
+metrics.jsonl is the record; everything else is derived from it.
 """
 
 from __future__ import annotations
 
 import os
 import select
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -21,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from tether.config.sections import LogConfig
-from tether.errors import ConfigError
-from tether.runs import Run, RunDirectory, to_plain
+from tether.runs import RunDirectory, to_plain
+from tether.train.sinks import TensorBoard, WeightsAndBiases
+from tether.types import LogSink
 
 # Shown on the console: label, metric, format. For sft and reward the metric's last word decides.
 _CYCLE_COLUMNS = [
@@ -53,17 +51,22 @@ class Logger:
 
     total  cycles (or steps) of the whole run.
     unit   "cycle" or "step"; the run's own by default.
+    sinks  where metrics go besides what `config` asks for.
     """
 
-    def __init__(self, run: RunDirectory, config: LogConfig, *, total: int, unit: str | None = None):
+    def __init__(
+        self, run: RunDirectory, config: LogConfig, *, total: int, unit: str | None = None,
+        sinks: Sequence[LogSink] = (),
+    ) -> None:  # fmt: skip
         self.run, self.total, self.unit = run, total, unit or run.unit
         past = run.metrics()
         self._first = self._done = past[-1][self.unit] if past else 0
-        self._sinks: list[_TensorBoard | _WandB] = []
+        self._own: list[TensorBoard | WeightsAndBiases] = []
         if config.tensorboard:
-            self._sinks.append(_TensorBoard(run, past, self.unit))
+            self._own.append(TensorBoard(run, past, self.unit))
         if config.wandb is not None:
-            self._sinks.append(_WandB(run, config))
+            self._own.append(WeightsAndBiases(run, config.wandb))
+        self._sinks: list[LogSink] = [*self._own, *sinks]
         self._screen: _Bar | _Lines = (
             _Bar(total, self.unit, self._first) if sys.stdout.isatty() else _Lines(total, self.unit)
         )
@@ -76,7 +79,7 @@ class Logger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._screen.close()
-        for sink in self._sinks:
+        for sink in self._own:
             sink.close()
         _forget_readers_that_left()
 
@@ -131,55 +134,6 @@ class Logger:
             seconds = (time.monotonic() - self._began) / (step - self._first) * (self.total - step)
             parts.append(f"left {_duration(seconds)}")
         return "  ".join(parts)
-
-
-# ---------------------------------------------------------------- sinks
-
-
-class _TensorBoard:
-    def __init__(self, run: RunDirectory, past: list[dict[str, Any]], unit: str):
-        from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is wanted
-
-        folder = run.path / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)
-        self._writer = SummaryWriter(str(folder))
-        for metrics in past:
-            self.write(metrics[unit], metrics)
-
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WandB:
-    def __init__(self, run: RunDirectory, config: LogConfig):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(
-                "log.wandb is set, but the package wandb is not installed: no metrics would arrive there. Install it "
-                "with `pip install tether[wandb]`, or set log.wandb to null."
-            ) from error
-        assert config.wandb is not None
-        self._run = wandb.init(
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            name=run.path.name,
-            id=Run(run.path).environment["id"],  # the same after a resume, another after --fresh
-            resume="allow",
-            dir=str(run.path),
-            config=asdict(run.config),
-        )
-
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        self._run.log(metrics, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 # ---------------------------------------------------------------- screens

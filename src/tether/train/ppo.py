@@ -9,7 +9,7 @@ The loop below is all of it. What a run needs besides (models, data, the run dir
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -23,28 +23,36 @@ from tether.models.loading import context_length, model_config, resolve_device
 from tether.models.policy import build_policy
 from tether.rewards import build_reward, function_file
 from tether.runs import Run, hash_files
-from tether.samplers.local import LocalSampler
+from tether.samplers.build import build_sampler
 from tether.train.card import ppo_card
 from tether.train.columns import Record
 from tether.train.log import Logger
 from tether.train.optim import HELD_OUT, PROMPTS, Steps, build_optimizer, permutation
-from tether.train.preamble import open_run
+from tether.train.preamble import check_parts, open_run
 from tether.train.rollout import Experience, Metrics, collect
 from tether.train.state import TrainingState
 from tether.train.update import update
-from tether.types import EVALUATE, TRAIN, Prompt, Sampling
+from tether.types import EVALUATE, TRAIN, LogSink, Prompt, Reward, Sampler, Sampling
 
 
-def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: bool = False) -> Run:
+def ppo(
+    config: PPOConfig, *, reward: Callable[..., Any] | Reward | None = None, sampler: Sampler | None = None,
+    sinks: Sequence[LogSink] = (), fresh: bool = False,
+) -> Run:  # fmt: skip
     """Train a policy with PPO; returns the finished run.
 
-    config: everything, see PPOConfig. reward: a reward function as one more source, in the signature
-    f(prompts, completions, completion_ids, **columns) -> list[float | None]. fresh: move a run that is there aside.
+    config   everything, see PPOConfig.
+    reward   one more source: a function f(prompts, completions, completion_ids, **columns) -> list[float | None], or
+             an object with the methods of `tether.types.Reward`.
+    sampler  draws the responses instead of `sampling.engine`; see `tether.types.Sampler`.
+    sinks    get every cycle's metrics; see `tether.types.LogSink`.
+    fresh    move a run that is there aside.
 
     The same call continues a run that was stopped or killed, bit for bit. Raises TetherError's children; Interrupted
     after a signal, with everything saved.
     """
     check(config, reward_given=reward is not None)
+    check_parts(reward, sampler, sinks)
     m, s, p, device = config.model, config.sampling, config.ppo, resolve_device(config.device)
     with open_run(config, command="ppo", fresh=fresh, inputs=_inputs(config)) as (run, signals):
         if run.finished:
@@ -58,8 +66,7 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
         stop_ids = stop_token_ids(tokenizer, policy.model.plain.generation_config, s.stop_token_ids)
         rewards = build_reward(config.reward, config.reward_shaping, tokenizer, stop_ids, device, reward)
         rewards.check(prompts + held_out)
-        sampler = LocalSampler(policy.model, slots=s.slots)
-        notes = [text for text in (*notes, note, sampler.note) if text]
+        engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(policy.model, s)
         optimizer = build_optimizer(
             config.optim, policy.policy_parameters(), policy.critic_parameters(),
             lora=m.lora is not None, critic_is_head=policy.critic is None,
@@ -67,8 +74,8 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
         steps = Steps(optimizer, config.optim, p.cycles * p.epochs * p.batch // p.minibatch)
         state = TrainingState(run, policy.parts(), steps, tokenizer, kl_coef=p.kl.coef)
         state.restore()
-        sampler.load_weights(policy.model)
-        parts = sampler, rewards, policy, reference
+        engine.load_weights(policy.model, version=state.done)
+        parts = engine, rewards, policy, reference
         limits = s.temperature, s.top_k, s.top_p, s.max_new_tokens, stop_ids
         train = Sampling(*limits, p.responses_per_prompt, config.seed, TRAIN)
         test = Sampling(*limits, config.evaluate.samples, config.seed, EVALUATE)
@@ -83,9 +90,9 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
             record.evaluation(experience, state.done)
             return experience.evaluation_metrics()
 
-        with Logger(run, config.log, total=p.cycles) as log, state.saved_when_stopped():
-            for note in notes:
-                log.fallback(note)
+        with Logger(run, config.log, total=p.cycles, sinks=sinks) as log, state.saved_when_stopped():
+            for text in [*notes, *([note] if note else []), *fallbacks]:
+                log.fallback(text)
             if state.done == 0:
                 with signals.droppable():
                     evaluate()
@@ -101,7 +108,7 @@ def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: b
                                   temperature=s.temperature, seed=config.seed, progress=log.phase)  # fmt: skip
                 log.alarms(cycle, done.alarms)
                 state.done, state.kl_coef = cycle, _next_kl_coef(experience, config, cycle)
-                sampler.load_weights(policy.model)
+                engine.load_weights(policy.model, version=cycle)
                 record.rollouts(experience, cycle, done.new_logprobs)
                 with log.writing(cycle, {**experience.metrics, **done.metrics}) as metrics:
                     metrics |= evaluate()

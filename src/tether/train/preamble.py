@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tether.config.sections import PPOConfig, RewardConfig, SFTConfig
+from tether.errors import ConfigError
 from tether.runs import RunDirectory
 from tether.runs.directory import Command
 from tether.train.deterministic import deterministic
 from tether.train.log import say
 from tether.train.signals import Signals
+
+
+def check_parts(reward: object, sampler: object, sinks: Sequence[object]) -> None:
+    """Raise ConfigError where something that was passed from Python lacks a method that will be called."""
+    wanted = [(f"sinks[{i}]", sink, "write") for i, sink in enumerate(sinks)]
+    if sampler is not None:
+        wanted.append(("sampler", sampler, "generate load_weights"))
+    if reward is not None and not callable(reward):
+        wanted.append(("reward", reward, "check score"))
+    for name, part, methods in wanted:
+        for method in methods.split():
+            if not callable(getattr(part, method, None)):
+                raise ConfigError(
+                    f"{name} is {type(part).__name__}, which has no method `{method}`: the run could not use it. "
+                    "tether.types lists the methods."
+                )
 
 
 @contextmanager

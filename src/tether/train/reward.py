@@ -30,22 +30,23 @@ from tether.runs import Run, began_with
 from tether.train.card import reward_card
 from tether.train.log import Logger
 from tether.train.optim import SHUFFLE, Named, Steps, build_optimizer, permutation
-from tether.train.preamble import open_run
+from tether.train.preamble import check_parts, open_run
 from tether.train.preference_report import PreferenceReport, judge
 from tether.train.sft import init_model, input_hashes
 from tether.train.state import TrainingState
-from tether.types import microbatches
+from tether.types import LogSink, microbatches
 
 
-def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
+def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False) -> Run:
     """Train, or continue the run in `config.run`; returns it, with the reward model in `.final`.
 
     Held-out accuracy with its interval, the length-only baseline and calibration are printed, and written to
     reward_report.json and calibration.html in the run directory.
 
-    fresh: move a run that is there aside and begin anew.
+    sinks: get every step's metrics; see `tether.types.LogSink`. fresh: move a run that is there aside first.
     """
     check(config)
+    check_parts(None, None, sinks)
     section, device = config.reward_model, resolve_device(config.device)
     pinned = pin_labels(config.data, {} if fresh else began_with(config.run))
     inputs = input_hashes(config.model, config.data) | ({"data.path": pinned} if pinned else {})
@@ -64,7 +65,7 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
         parts = {"policy": adapter or model.classifier, "head": model.head}  # an adapter does not hold the head
         state = TrainingState(run, parts, Steps(optimizer, config.optim, len(plan)), tokenizer)
         state.restore()
-        with Logger(run, config.log, total=len(plan)) as log, state.saved_when_stopped():
+        with Logger(run, config.log, total=len(plan), sinks=sinks) as log, state.saved_when_stopped():
             while state.done < len(plan):
                 signals.stop_if_requested()
                 began, batch = time.perf_counter(), [train[i] for i in plan[state.done]]

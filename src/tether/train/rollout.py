@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tether.config.sections import LamConfig, PPOSection
-from tether.errors import TrainingError
+from tether.errors import BatchError, TrainingError
 from tether.math import explained_variance, gae, masked_mean, masked_var, optimality_gap, place_rewards, whiten
 from tether.models.policy import Policy, Reference
 from tether.rewards import RewardSet, ScoredBatch
@@ -59,6 +59,11 @@ def collect(
     progress("sampling")
     completions = sampler.generate(prompts, sampling, cycle=cycle)
     clock.lap("time/rollout_s")
+    if [p.row for p in completions.prompts] != [p.row for p in prompts for _ in range(sampling.responses_per_prompt)]:
+        raise BatchError(
+            f"the sampler gave {len(completions)} responses to other prompts, or in another order, than the "
+            f"{len(prompts)} × {sampling.responses_per_prompt} that it was asked for: scores would go astray."
+        )
 
     progress("scoring")
     scored = reward.score(completions)

@@ -39,19 +39,20 @@ from tether.runs import Run, hash_files
 from tether.train.card import sft_card
 from tether.train.log import Logger
 from tether.train.optim import SHUFFLE, Steps, build_optimizer, permutation
-from tether.train.preamble import open_run
+from tether.train.preamble import check_parts, open_run
 from tether.train.state import TrainingState
-from tether.types import microbatches
+from tether.types import LogSink, microbatches
 
 Row = list[Example]  # what stands in one row of tokens: one example, or several when packed
 
 
-def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
+def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False) -> Run:
     """Train, or continue the run in `config.run`; returns it, with the trained model in `.final`.
 
-    fresh: move a run that is there aside and begin anew.
+    sinks: get every step's metrics; see `tether.types.LogSink`. fresh: move a run that is there aside first.
     """
     check(config)
+    check_parts(None, None, sinks)
     inputs = input_hashes(config.model, config.data)
     with open_run(config, command="sft", fresh=fresh, inputs=inputs) as (run, signals):
         if run.finished:
@@ -68,7 +69,7 @@ def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
         optimizer = build_optimizer(config.optim, named, lora=config.model.lora is not None)
         state = TrainingState(run, {"policy": model.lm}, Steps(optimizer, config.optim, len(plan)), tokenizer)
         state.restore()
-        with Logger(run, config.log, total=len(plan)) as log, state.saved_when_stopped():
+        with Logger(run, config.log, total=len(plan), sinks=sinks) as log, state.saved_when_stopped():
             for note in notes:
                 log.fallback(note)
             while state.done < len(plan):
