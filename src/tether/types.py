@@ -134,6 +134,9 @@ class Rows:
         return Rows(self.tokens.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device))
 
 
+_PER_TOKEN = ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """B scored responses, ready for phase 2. Positions outside the mask hold 0."""
@@ -141,24 +144,27 @@ class Rollout:
     rows: Rows
     old_logprobs: Tensor  # [B, R] nats: the policy as it was when the cycle began
     ref_logprobs: Tensor  # [B, R] nats: the frozen reference
-    values: Tensor  # [B, R] reward units: V(prompt + response[:t]), before token t is chosen
+    values: Tensor | None  # [B, R] reward units: V(prompt + response[:t]), before token t is chosen; None: no critic
     rewards: Tensor  # [B, R] reward units: -β·KL everywhere, + score on the last token
     advantages: Tensor  # [B, R] reward units, whitened if the config says so
-    returns: Tensor  # [B, R] reward units: advantage before whitening + value
+    returns: Tensor | None  # [B, R] reward units: advantage before whitening + value; None: no critic
 
     def __post_init__(self) -> None:
         want = list(self.rows.response_mask.shape)
-        for name in ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
-            got = list(getattr(self, name).shape)
-            if got != want:
-                raise BatchError(f"{name} is {got}, but the response mask is [B, R] = {want}")
+        for name in _PER_TOKEN:
+            tensor = getattr(self, name)
+            if tensor is not None and list(tensor.shape) != want:
+                raise BatchError(f"{name} is {list(tensor.shape)}, but the response mask is [B, R] = {want}")
+        if (self.values is None) != (self.returns is None):
+            raise BatchError("values and returns belong together: a critic has both, a rollout without one neither")
 
     def select(self, index: Tensor) -> Rollout:
         """Rows `index` [K], cut to their own longest response."""
         rows = self.rows.select(index)
         width = int(rows.response_lengths.max())
-        names = ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
-        return Rollout(rows, *(getattr(self, name)[index, :width] for name in names))
+        tensors = {name: getattr(self, name) for name in _PER_TOKEN}
+        cut: dict[str, Any] = {name: None if t is None else t[index, :width] for name, t in tensors.items()}
+        return Rollout(rows, **cut)
 
 
 def microbatches(lengths: Tensor | Sequence[int], max_tokens: int) -> list[Tensor]:

@@ -44,8 +44,8 @@ def table(
 ) -> dict[str, list[Any]]:  # fmt: skip
     """Columns of B rows, one a response; per-token columns are lists as long as the response.
 
-    new_logprobs [B, R]: of the last epoch's own passes; in evaluations there are none, and their columns are lists of
-    nulls.
+    Without a critic there are no columns value, delta and return. new_logprobs [B, R]: of the last epoch's own passes;
+    in evaluations there are none, and their columns are lists of nulls.
     """
     completions, rollout = experience.completions, experience.rollout
     lengths = completions.lengths
@@ -53,7 +53,11 @@ def table(
     def ragged(values: Tensor) -> list[list[Any]]:
         return [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]
 
-    next_values = pad(rollout.values[:, 1:], (0, 1))  # 0 after the last counted token: values are 0 outside the mask
+    of_critic: dict[str, list[Any]] = {}
+    if rollout.values is not None and rollout.returns is not None:
+        next_values = pad(rollout.values[:, 1:], (0, 1))  # 0 after the last token: values are 0 outside the mask
+        delta = rollout.rewards + ppo.gamma * next_values - rollout.values
+        of_critic = {"value": ragged(rollout.values), "delta": ragged(delta), "return": ragged(rollout.returns)}
     columns: dict[str, list[Any]] = {
         "cycle": [cycle] * len(completions),
         **response_columns(
@@ -65,11 +69,9 @@ def table(
         "sampler_logprob": completions.sampler_logprobs,
         "old_logprob": ragged(rollout.old_logprobs),
         "ref_logprob": ragged(rollout.ref_logprobs),
-        "value": ragged(rollout.values),
         "reward": ragged(rollout.rewards),
-        "delta": ragged(rollout.rewards + ppo.gamma * next_values - rollout.values),
         "advantage": ragged(experience.advantages),
-        "return": ragged(rollout.returns),
+        **of_critic,
         "entropy": ragged(experience.entropy),
     }
     if new_logprobs is None:

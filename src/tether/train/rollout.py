@@ -41,7 +41,7 @@ class Experience:
         return (
             {f"eval/{name}": m[f"reward/{name}"] for name in sums}
             | {f"eval/{name}": m[name] for name in sources}
-            | {f"eval/{name.replace('kl/', 'kl_').rpartition('/')[2]}": m[name] for name in own}
+            | {f"eval/{name.replace('kl/', 'kl_').rpartition('/')[2]}": m[name] for name in own if name in m}
         )
 
 
@@ -72,13 +72,16 @@ def collect(
     progress("valuing")
     rows = completions.rows().to(policy.model.device)
     mask = rows.response_mask
-    old, entropy, values, ref = (torch.zeros(mask.shape, device=mask.device) for _ in range(4))
+    old, entropy, ref = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
+    values = torch.zeros_like(old) if policy.has_critic else None
     for index in microbatches(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
         part = rows.select(index)
         width = part.response_mask.shape[1]
         with torch.no_grad():
             output = policy(part, temperature=sampling.temperature)
-        old[index, :width], entropy[index, :width], values[index, :width] = output
+        old[index, :width], entropy[index, :width] = output.logprobs, output.entropy
+        if values is not None:
+            values[index, :width] = output.values
         ref[index, :width] = reference.logprobs(part, temperature=sampling.temperature)
     clock.lap("time/forward_s")
 
@@ -86,10 +89,7 @@ def collect(
     scores = scored.scores.to(old)
     rewards = place_rewards(scores, old, ref, mask, kl_coef=in_reward)
     _check_placement(rewards + in_reward * (old - ref), scores, rows.response_lengths)
-    lam = ppo.lam if isinstance(ppo.lam, LamConfig) else LamConfig(ppo.lam, ppo.lam)
-    advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.actor)
-    if lam.critic != lam.actor:
-        _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.critic)
+    advantages, returns = estimate(rewards, values, mask, ppo)
     rollout = Rollout(rows, old, ref, values, rewards, whiten(advantages, mask) if ppo.whiten else advantages, returns)
 
     log_ratio_sums = ((old - ref) * mask).sum(1)
@@ -114,7 +114,7 @@ def collect(
         "kl/ref_per_token": float(masked_mean(old - ref, mask)),
         "kl/coef": kl_coef,
         "policy/optimality_gap": gap,
-        "value/explained_variance": explained_variance(values, returns, mask),
+        **_of_the_critic(values, returns, mask),
         "advantage/mean": float(masked_mean(advantages, mask)),
         "advantage/std": float(masked_var(advantages, mask).sqrt()),
         "response/length_mean": float(lengths.mean()),
@@ -128,6 +128,22 @@ def collect(
         **clock.laps,
     }
     return Experience(completions, scored, rollout, advantages, entropy, metrics, _check_sampler(metrics, policy))
+
+
+def estimate(rewards: Tensor, values: Tensor | None, mask: Tensor, ppo: PPOSection) -> tuple[Tensor, Tensor | None]:
+    """(advantages [B, R] in reward units, not whitened; the critic's returns [B, R], None where there is no critic)."""
+    assert values is not None  # no config makes a policy without a critic
+    lam = ppo.lam if isinstance(ppo.lam, LamConfig) else LamConfig(ppo.lam, ppo.lam)
+    advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.actor)
+    if lam.critic != lam.actor:
+        _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.critic)
+    return advantages, returns
+
+
+def _of_the_critic(values: Tensor | None, returns: Tensor | None, mask: Tensor) -> Metrics:
+    if values is None or returns is None:
+        return {}
+    return {"value/explained_variance": explained_variance(values, returns, mask)}
 
 
 def _check_sampler(metrics: Metrics, policy: Policy) -> list[str]:

@@ -54,7 +54,7 @@ def update(
         order = permutation(len(rollout.rows), seed=seed, stream=SHUFFLE, counter=(cycle, epoch))
         for m in range(per_epoch):
             chosen = sorted(order[m * ppo.minibatch : (m + 1) * ppo.minibatch])
-            index = torch.tensor(chosen, device=rollout.values.device)
+            index = torch.tensor(chosen, device=rollout.old_logprobs.device)
             minibatch = rollout.select(index)
             metrics, logprobs = accumulate(policy, minibatch, ppo, kl_coef=kl_coef, temperature=temperature)
             new_logprobs[index, : logprobs.shape[1]] = logprobs
@@ -91,7 +91,7 @@ def accumulate(
 ) -> tuple[dict[str, float], Tensor]:
     """Add one minibatch's gradients to the policy's, microbatch by microbatch; no step.
 
-        L = L_policy + c1·L_value - c2·entropy  [+ β·k2 when the KL is in the loss]
+        L = L_policy + c1·L_value - c2·entropy  [+ β·k2 when the KL is in the loss; without L_value where no critic is]
 
     Every sum is divided by the tokens of the whole minibatch, so how it is cut into microbatches changes nothing.
     Returns (the minibatch's metrics, new log-probs [B, R]).
@@ -105,21 +105,23 @@ def accumulate(
         part = minibatch.select(index)
         mask = part.rows.response_mask
         output = policy(part.rows, temperature=temperature)
-        loss_value, value_metrics = value_loss(
-            output.values, part.values, part.returns, mask, clip=ppo.value_clip, denominator=denominator
-        )
+        terms, value_metrics = [], dict[str, Tensor]()
+        if output.values is not None and part.values is not None and part.returns is not None:
+            loss_value, value_metrics = value_loss(
+                output.values, part.values, part.returns, mask, clip=ppo.value_clip, denominator=denominator
+            )
+            terms.append(ppo.value_coef * loss_value)
         loss_policy, policy_metrics = clipped_policy_loss(
             output.logprobs, part.old_logprobs, part.advantages, mask, clip=clip, denominator=denominator
         )
         entropy = entropy_mean(output.entropy, mask, denominator=denominator)
-        loss = ppo.value_coef * loss_value
         if not policy.critic_only:
-            loss = loss + loss_policy
+            terms.append(loss_policy)
             if ppo.entropy_coef:  # only then is its gradient worth the work
-                loss = loss - ppo.entropy_coef * entropy
+                terms.append(-ppo.entropy_coef * entropy)
             if ppo.kl.place == "loss":
-                loss = loss + kl_coef * kl_loss(output.logprobs, part.ref_logprobs, mask, denominator=denominator)
-        loss.backward()
+                terms.append(kl_coef * kl_loss(output.logprobs, part.ref_logprobs, mask, denominator=denominator))
+        sum(terms[1:], terms[0]).backward()
         _merge(metrics, {**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()})
         new_logprobs[index, : mask.shape[1]] = output.logprobs.detach()
     return metrics, new_logprobs
