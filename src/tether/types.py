@@ -78,11 +78,14 @@ class Completions:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """B sequences, each a prompt and its response, padded right with 0 (any id would do: nothing sees it)."""
+    """B sequences, each a prompt and its response, padded right with 0 (any id would do: nothing sees it).
+
+    The lengths stay on the CPU, wherever the tokens are: to read one off a GPU is to wait for all that it has to do.
+    """
 
     tokens: Tensor  # [B, T] int64
-    prompt_lengths: Tensor  # [B] int64, at least 1
-    response_lengths: Tensor  # [B] int64
+    prompt_lengths: Tensor  # [B] int64, at least 1; on the CPU
+    response_lengths: Tensor  # [B] int64; on the CPU
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2:
@@ -106,8 +109,7 @@ class Rows:
     @property
     def response_mask(self) -> Tensor:
         """[B, R] bool, True for every response token, the stop token included; from lengths, never from ids."""
-        width = int(self.response_lengths.max())
-        return torch.arange(width, device=self.tokens.device) < self.response_lengths[:, None]
+        return self._mask().to(self.tokens.device)
 
     @property
     def targets(self) -> Tensor:
@@ -120,18 +122,22 @@ class Rows:
         row, column = self._response_positions()
         return row, column - 1
 
+    def _mask(self) -> Tensor:
+        return torch.arange(int(self.response_lengths.max())) < self.response_lengths[:, None]
+
     def _response_positions(self) -> tuple[Tensor, Tensor]:
-        row, t = self.response_mask.nonzero(as_tuple=True)
-        return row, self.prompt_lengths[row] + t
+        row, t = self._mask().nonzero(as_tuple=True)
+        device = self.tokens.device
+        return row.to(device), (self.prompt_lengths[row] + t).to(device)
 
     def select(self, index: Tensor) -> Rows:
-        """Rows `index` [K], cut to their own longest."""
+        """Rows `index` [K], on the CPU, cut to their own longest."""
         prompt_lengths, response_lengths = self.prompt_lengths[index], self.response_lengths[index]
         width = int((prompt_lengths + response_lengths).max())
         return Rows(self.tokens[index, :width], prompt_lengths, response_lengths)
 
     def to(self, device: torch.device) -> Rows:
-        return Rows(self.tokens.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device))
+        return Rows(self.tokens.to(device), self.prompt_lengths, self.response_lengths)
 
 
 _PER_TOKEN = ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")

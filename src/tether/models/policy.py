@@ -168,7 +168,7 @@ class LanguageModel:
             return "the head is not a plain linear layer: log-probs come from full logits, which takes more memory"
         vocabulary = self.config.vocab_size
         tokens = (torch.arange(12, device=self.device) * 7919 % vocabulary)[None]
-        rows = Rows(tokens, torch.tensor([1], device=self.device), torch.tensor([11], device=self.device))
+        rows = Rows(tokens, torch.tensor([1]), torch.tensor([11]))
         wide = torch.promote_types(output.weight.dtype, torch.float32)
         head = self.head()
         plain_head = Head(head["weight"], head["bias"], dtype=wide)

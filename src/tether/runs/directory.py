@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -58,6 +59,7 @@ class RunDirectory:
     command   ppo, sft or reward.
     unit      what a step is called: "cycle" for ppo, "step" for sft and reward.
     resumed   the directory held this run already.
+    phase     what the run is doing now, in words.
     notes     what the person should hear about how the run goes on.
     finished  the run had ended before, its final model is there, and there is nothing more to do.
     """
@@ -68,7 +70,9 @@ class RunDirectory:
         self.resumed, self.finished = resumed, finished
         self.notes: list[str] = []
         self._lock = lock
+        self.phase = "loading the models"
         self._last_heartbeat = 0.0
+        self._writing_status = threading.Lock()
 
     @classmethod
     def open(
@@ -222,7 +226,8 @@ class RunDirectory:
             "heartbeat": now(),
             "exit_reason": exit_reason,
         }
-        write_atomically(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+        with self._writing_status:
+            write_atomically(self.path / "status.json", json.dumps(status, indent=2) + "\n")
         self._last_heartbeat = time.monotonic()
 
     def _write_table(self, folder: str, cycle: int, columns: dict[str, list[Any]]) -> None:

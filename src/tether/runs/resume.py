@@ -16,10 +16,10 @@ Change = tuple[str, Any, Any]  # dotted key, value when the run began, value now
 # `run` is where the directory is now: it may have been moved.
 _MAY_CHANGE = re.compile(
     r"run$|(log|checkpoint|evaluate)(\.|$)|reward\[\d+\]\.timeout_s$"
-    r"|(ppo|sft|reward_model)\.microbatch_tokens$|model\.gradient_checkpointing$"
+    r"|(ppo|sft|reward_model)\.microbatch_tokens$|model\.gradient_checkpointing$|sampling\.slots$"
 )
-# The first two change the order of floating-point sums, the others which prompts are held out of training.
-_NOT_BIT_EQUAL = re.compile(r".*\.(microbatch_tokens|gradient_checkpointing)$|evaluate\.(prompts|count)$")
+# The first three change the order of floating-point sums, the others which prompts are held out of training.
+_NOT_BIT_EQUAL = re.compile(r".*\.(microbatch_tokens|gradient_checkpointing|slots)$|evaluate\.(prompts|count)$")
 # An input that may change: a reward function is mended while a run goes on.
 _REWARD_FILE = re.compile(r"reward\[\d+\]\.function$")
 _ABSENT = "(absent)"

@@ -225,7 +225,7 @@ class _Batch:
             first, (rows, prompts, copies) = len(self.row), self._next_rows()
             batch = Rows.of([p.ids for p in prompts], [()] * len(prompts)).to(device)
             which = torch.tensor(copies, device=device)
-            hidden = self.decoder.admit(batch.tokens, batch.prompt_lengths, first, which)
+            hidden = self.decoder.admit(batch.tokens, batch.prompt_lengths.to(device), first, which)
             counts = [self.first_response + i for i in rows]
             chance = np.stack([uniforms(s.seed, s.stream, self.cycle, i, s.max_new_tokens) for i in counts])
             self.uniforms[first : first + len(rows)] = torch.from_numpy(chance).to(self.uniforms)

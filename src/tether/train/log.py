@@ -71,6 +71,7 @@ class Logger:
             _Bar(total, self.unit, self._first) if sys.stdout.isatty() else _Lines(total, self.unit)
         )
         self._began = time.monotonic()
+        run.phase = "training"
 
     def __enter__(self) -> Logger:
         return self
@@ -117,6 +118,7 @@ class Logger:
 
     def phase(self, text: str) -> None:
         """What the next cycle is doing now."""
+        self.run.phase = text
         self.run.heartbeat()
         self._screen.phase(f"{self.unit} {min(self._done + 1, self.total)}/{self.total}: {text}")
 

@@ -85,8 +85,8 @@ def ppo(
             """On the held-out prompts, with the same draws every time: what differs is the policy."""
             if not config.evaluate.every or (state.done % config.evaluate.every and state.done != p.cycles):
                 return {}
-            log.phase("evaluating")
-            experience = collect(held_out, *parts, test, p, kl_coef=state.kl_coef, cycle=0)
+            experience = collect(held_out, *parts, test, p, kl_coef=state.kl_coef, cycle=0,
+                                 progress=lambda phase: log.phase(f"evaluating, {phase}"))  # fmt: skip
             record.evaluation(experience, state.done)
             return experience.evaluation_metrics()
 

@@ -1,17 +1,21 @@
-"""What stands around every trainer: signals, determinism, the run directory."""
+"""What stands around every trainer: signals, determinism, the run directory, its heartbeat, memory that runs out."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tether.config.sections import PPOConfig, RewardConfig, SFTConfig
-from tether.errors import ConfigError
+from tether.errors import ConfigError, RunError
 from tether.runs import RunDirectory
 from tether.runs.directory import Command
 from tether.train.deterministic import deterministic
 from tether.train.log import say
+from tether.train.memory import explaining_out_of_memory
 from tether.train.signals import Signals
+
+_BEAT_S = 5.0
 
 
 def check_parts(reward: object, sampler: object, sinks: Sequence[object]) -> None:
@@ -42,7 +46,30 @@ def open_run(
         Signals() as signals,
         deterministic(config.deterministic),
         RunDirectory.open(config, command=command, fresh=fresh, inputs=inputs) as run,
+        explaining_out_of_memory(run),
     ):
         if run.finished:
             say(f"{run.path} is finished: nothing to do. --fresh moves it aside and starts over.")
-        yield run, signals
+            yield run, signals
+            return
+        with _beating(run):
+            yield run, signals
+
+
+@contextmanager
+def _beating(run: RunDirectory) -> Iterator[None]:
+    """Inside, status.json has a heartbeat however long a phase takes."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(_BEAT_S):
+            with suppress(RunError):  # the trainer's own next write says what is wrong with the disk
+                run.heartbeat()
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -88,15 +88,15 @@ def accumulate(model: RewardModel, pairs: Sequence[Pair], centre: float, microba
     Returns the step's metrics: reward_model/loss, reward_model/accuracy, reward_model/margin.
     """
     widths = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs]
-    metrics: dict[str, float] = {}
+    found: list[dict[str, torch.Tensor]] = []
     for index in microbatches(widths, microbatch_tokens):
         part = [pairs[i] for i in index.tolist()]
         chosen, rejected = model(rows_of(part)).chunk(2)
         loss, sums = bradley_terry_loss(chosen, rejected, centre=centre, denominator=len(pairs))
         loss.backward()
-        for name, value in sums.items():
-            metrics[name] = metrics.get(name, 0.0) + value.item()
-    return metrics
+        found.append(sums)
+    columns = zip(*torch.stack([torch.stack(list(sums.values())) for sums in found]).tolist(), strict=True)
+    return {name: sum(column) for name, column in zip(found[0], columns, strict=True)}
 
 
 def rows_of(pairs: Sequence[Pair]) -> list[list[int]]:

@@ -88,7 +88,7 @@ def collect(
     in_reward = kl_coef if ppo.kl.place == "reward" else 0.0
     scores = scored.scores.to(old)
     rewards = place_rewards(scores, old, ref, mask, kl_coef=in_reward)
-    _check_placement(rewards + in_reward * (old - ref), scores, rows.response_lengths)
+    _check_placement(rewards + in_reward * (old - ref), scores, rows.response_lengths.to(mask.device))
     advantages, returns = estimate(rewards, values, mask, ppo)
     rollout = Rollout(rows, old, ref, values, rewards, whiten(advantages, mask) if ppo.whiten else advantages, returns)
 

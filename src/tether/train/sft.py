@@ -88,14 +88,14 @@ def accumulate(model: LanguageModel, rows: Sequence[Row], microbatch_tokens: int
     Returns the step's metrics: loss in nats a token, trained tokens.
     """
     total = sum(sum(example.trained) for row in rows for example in row)
-    loss_sum = 0.0
+    losses: list[Tensor] = []
     for index in microbatches([sum(len(e.ids) for e in row) for row in rows], microbatch_tokens):
         batch = Batch.of([rows[i] for i in index.tolist()], model.device)
         logprobs, _, _ = model.logprobs(batch.tokens, batch.before, batch.targets, **batch.positions)
         loss = nll_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator=total)
         loss.backward()
-        loss_sum += loss.item()
-    return {"loss": loss_sum, "tokens/trained": total}
+        losses.append(loss.detach())
+    return {"loss": sum(torch.stack(losses).tolist()), "tokens/trained": total}
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ def update(
         order = permutation(len(rollout.rows), seed=seed, stream=SHUFFLE, counter=(cycle, epoch))
         for m in range(per_epoch):
             chosen = sorted(order[m * ppo.minibatch : (m + 1) * ppo.minibatch])
-            index = torch.tensor(chosen, device=rollout.old_logprobs.device)
+            index = torch.tensor(chosen)
             minibatch = rollout.select(index)
             metrics, logprobs = accumulate(policy, minibatch, ppo, kl_coef=kl_coef, temperature=temperature)
             new_logprobs[index, : logprobs.shape[1]] = logprobs
@@ -99,7 +99,8 @@ def accumulate(
     rows = minibatch.rows
     denominator = float(rows.response_lengths.sum())
     clip = (ppo.clip[0], ppo.clip[-1]) if isinstance(ppo.clip, list) else ppo.clip
-    metrics: dict[str, float] = {}
+    names: list[str] = []
+    values: list[Tensor] = []  # of each microbatch, one for each name
     new_logprobs = torch.zeros_like(minibatch.old_logprobs)
     for index in microbatches(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
         part = minibatch.select(index)
@@ -122,8 +123,13 @@ def accumulate(
             if ppo.kl.place == "loss":
                 terms.append(kl_coef * kl_loss(output.logprobs, part.ref_logprobs, mask, denominator=denominator))
         sum(terms[1:], terms[0]).backward()
-        _merge(metrics, {**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()})
+        found = {**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()}
+        names = list(found)
+        values.append(torch.stack(list(found.values())))
         new_logprobs[index, : mask.shape[1]] = output.logprobs.detach()
+    metrics: dict[str, float] = {}
+    for row in torch.stack(values).tolist():  # at once: reading a number off a GPU waits for all that it has to do
+        _merge(metrics, dict(zip(names, row, strict=True)))
     return metrics, new_logprobs
 
 
@@ -135,10 +141,9 @@ def _means(minibatches: list[tuple[dict[str, float], float]]) -> dict[str, float
     return total
 
 
-def _merge(total: dict[str, float], part: Mapping[str, Tensor | float], *, weight: float = 1.0) -> None:
+def _merge(total: dict[str, float], part: Mapping[str, float], *, weight: float = 1.0) -> None:
     """Add `part` to `total`, weighted; extremes combine as extremes."""
-    for name, value in part.items():
-        x = float(value)
+    for name, x in part.items():
         if name.endswith(("_min", "_max")):
             total[name] = (min if name.endswith("_min") else max)(total.get(name, x), x)
         else:
