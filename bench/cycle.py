@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 
 from peer import Peer
-from shapes import build, build_reward, matmul_weights, prompts, words
+from shapes import build, matmul_weights, prompts, words
+from shapes import build_reward as build_reward_model
 from tether.config.sections import (
     HeldOutConfig,
     ModelConfig,
@@ -37,21 +38,22 @@ from tether.config.sections import (
     RewardSourceConfig,
     SamplingConfig,
 )
-from tether.train.ppo import Job, prepare
-from tether.train.rollout import Experience
+from tether.data.prompts import load_prompts
+from tether.data.tokenizer import load_tokenizer
+from tether.models.loading import resolve_device
+from tether.models.policy import build_policy
+from tether.rewards import build_reward
+from tether.samplers.local import LocalSampler
+from tether.train.optim import Steps, build_optimizer
+from tether.train.rollout import Experience, collect
 from tether.train.update import update
+from tether.types import Sampling
 
 EPOCHS, MINIBATCHES = 4, 4
 
 
-class Quiet:
-    """A logger that keeps still."""
-
-    def phase(self, *_: object) -> None: ...
-
-
 class Cycles:
-    """Ours: cycle after cycle of one job, timed by phase."""
+    """Ours: cycle after cycle of one run, timed by phase."""
 
     def __init__(self, name: str, folder: Path, *, batch: int, length: int, new: int, critic: str = "shared",
                  epochs: int = EPOCHS) -> None:  # fmt: skip
@@ -59,16 +61,25 @@ class Cycles:
         file = folder / f"prompts-{name}-{batch}-{length}.jsonl"
         file.write_text("".join(json.dumps({"prompt": words(ids)}) + "\n" for ids in asked))
         self.tokens = batch * new
-        self.job: Job = prepare(
-            PPOConfig(
-                run=str(folder / "run"), model=ModelConfig(policy=str(build(name, folder)), critic=critic),
-                prompts=PromptsConfig(path=str(file)),
-                reward=[RewardSourceConfig(model=str(build_reward(name, folder)))],
-                sampling=SamplingConfig(max_new_tokens=new, stop_token_ids=[]),
-                ppo=PPOSection(cycles=1000, batch=batch, epochs=epochs, minibatch=batch // MINIBATCHES),
-                optim=OptimConfig(lr=1e-5), evaluate=HeldOutConfig(every=0),
-            )
+        self.config = PPOConfig(
+            run=str(folder / "run"), model=ModelConfig(policy=str(build(name, folder)), critic=critic),
+            prompts=PromptsConfig(path=str(file)),
+            reward=[RewardSourceConfig(model=str(build_reward_model(name, folder)))],
+            sampling=SamplingConfig(max_new_tokens=new, stop_token_ids=[]),
+            ppo=PPOSection(cycles=1000, batch=batch, epochs=epochs, minibatch=batch // MINIBATCHES),
+            optim=OptimConfig(lr=1e-5), evaluate=HeldOutConfig(every=0),
         )  # fmt: skip
+        c, device = self.config, resolve_device("auto")
+        tokenizer = load_tokenizer(c.model.policy)
+        self.prompts = load_prompts(c.prompts, tokenizer, context=None, max_new_tokens=new)
+        self.policy, self.reference, _ = build_policy(c.model, device=device, seed=0)
+        self.reward = build_reward(c.reward, c.reward_shaping, tokenizer, (), device)
+        self.sampler = LocalSampler(self.policy.model)
+        optimizer = build_optimizer(
+            c.optim, self.policy.policy_parameters(), self.policy.critic_parameters(),
+            lora=False, critic_is_head=self.policy.critic is None,
+        )  # fmt: skip
+        self.steps = Steps(optimizer, c.optim, 1000 * epochs * MINIBATCHES)
         self.cycle = 0
 
     def run(self) -> int:
@@ -77,15 +88,18 @@ class Cycles:
 
     def collect(self) -> Experience:
         self.cycle += 1
-        return self.job.collect(self.cycle, 0.05, Quiet())  # type: ignore[arg-type]
+        return collect(
+            self.prompts, self.sampler, self.reward, self.policy, self.reference,
+            Sampling(max_new_tokens=self.config.sampling.max_new_tokens), self.config.ppo,
+            kl_coef=0.05, cycle=self.cycle,
+        )  # fmt: skip
 
     def learn(self, experience: Experience) -> None:
-        job, c = self.job, self.job.config
         update(
-            job.policy, job.steps, experience.rollout, c.ppo,
-            cycle=self.cycle, kl_coef=0.05, temperature=1.0, seed=c.seed,
+            self.policy, self.steps, experience.rollout, self.config.ppo,
+            cycle=self.cycle, kl_coef=0.05, temperature=1.0, seed=0,
         )  # fmt: skip
-        job.sampler.load_weights(job.policy.model)
+        self.sampler.load_weights(self.policy.model)
 
 
 def matmuls(name: str, rows: int) -> Callable[[], None]:
@@ -125,7 +139,7 @@ def ratio(slow: list[float], fast: list[float]) -> float:
 def trl(peers: Path, name: str, folder: Path, dtype: str, *, batch: int = 64, length: int = 16, new: int = 64) -> Peer:
     return Peer(
         peers / "trl-ppo", "trl_ppo.py", model=str(build(name, folder).absolute()), dtype=dtype,
-        reward=str(build_reward(name, folder).absolute()), prompts=prompts(name, batch, length), new=new,
+        reward=str(build_reward_model(name, folder).absolute()), prompts=prompts(name, batch, length), new=new,
         epochs=EPOCHS, minibatches=MINIBATCHES,
     )  # fmt: skip
 
@@ -152,7 +166,7 @@ def measure(name: str, folder: Path, rounds: int, lines: str, peers: Path) -> No
     if "g" in lines:
         ours = Cycles(name, folder, batch=64, length=16, new=64, epochs=1)
         experience, bare = ours.collect(), matmuls(name, 16)
-        for group in ours.job.steps.optimizer.param_groups:
+        for group in ours.steps.optimizer.param_groups:
             group["peak"] = 1e-12  # the same rollout again and again: were it learned, its first ratio would leave 1
 
         def all_matmuls() -> None:

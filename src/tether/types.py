@@ -78,11 +78,14 @@ class Completions:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """B sequences, each a prompt and its response, padded right with 0 (any id would do: nothing sees it)."""
+    """B sequences, each a prompt and its response, padded right with 0 (any id would do: nothing sees it).
+
+    The lengths stay on the CPU, wherever the tokens are: to read one off a GPU is to wait for all that it has to do.
+    """
 
     tokens: Tensor  # [B, T] int64
-    prompt_lengths: Tensor  # [B] int64, at least 1
-    response_lengths: Tensor  # [B] int64
+    prompt_lengths: Tensor  # [B] int64, at least 1; on the CPU
+    response_lengths: Tensor  # [B] int64; on the CPU
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2:
@@ -106,8 +109,7 @@ class Rows:
     @property
     def response_mask(self) -> Tensor:
         """[B, R] bool, True for every response token, the stop token included; from lengths, never from ids."""
-        width = int(self.response_lengths.max())
-        return torch.arange(width, device=self.tokens.device) < self.response_lengths[:, None]
+        return self._mask().to(self.tokens.device)
 
     @property
     def targets(self) -> Tensor:
@@ -120,18 +122,25 @@ class Rows:
         row, column = self._response_positions()
         return row, column - 1
 
+    def _mask(self) -> Tensor:
+        return torch.arange(int(self.response_lengths.max())) < self.response_lengths[:, None]
+
     def _response_positions(self) -> tuple[Tensor, Tensor]:
-        row, t = self.response_mask.nonzero(as_tuple=True)
-        return row, self.prompt_lengths[row] + t
+        row, t = self._mask().nonzero(as_tuple=True)
+        device = self.tokens.device
+        return row.to(device), (self.prompt_lengths[row] + t).to(device)
 
     def select(self, index: Tensor) -> Rows:
-        """Rows `index` [K], cut to their own longest."""
+        """Rows `index` [K], on the CPU, cut to their own longest."""
         prompt_lengths, response_lengths = self.prompt_lengths[index], self.response_lengths[index]
         width = int((prompt_lengths + response_lengths).max())
         return Rows(self.tokens[index, :width], prompt_lengths, response_lengths)
 
     def to(self, device: torch.device) -> Rows:
-        return Rows(self.tokens.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device))
+        return Rows(self.tokens.to(device), self.prompt_lengths, self.response_lengths)
+
+
+_PER_TOKEN = ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,24 +150,27 @@ class Rollout:
     rows: Rows
     old_logprobs: Tensor  # [B, R] nats: the policy as it was when the cycle began
     ref_logprobs: Tensor  # [B, R] nats: the frozen reference
-    values: Tensor  # [B, R] reward units: V(prompt + response[:t]), before token t is chosen
+    values: Tensor | None  # [B, R] reward units: V(prompt + response[:t]), before token t is chosen; None: no critic
     rewards: Tensor  # [B, R] reward units: -β·KL everywhere, + score on the last token
     advantages: Tensor  # [B, R] reward units, whitened if the config says so
-    returns: Tensor  # [B, R] reward units: advantage before whitening + value
+    returns: Tensor | None  # [B, R] reward units: advantage before whitening + value; None: no critic
 
     def __post_init__(self) -> None:
         want = list(self.rows.response_mask.shape)
-        for name in ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
-            got = list(getattr(self, name).shape)
-            if got != want:
-                raise BatchError(f"{name} is {got}, but the response mask is [B, R] = {want}")
+        for name in _PER_TOKEN:
+            tensor = getattr(self, name)
+            if tensor is not None and list(tensor.shape) != want:
+                raise BatchError(f"{name} is {list(tensor.shape)}, but the response mask is [B, R] = {want}")
+        if (self.values is None) != (self.returns is None):
+            raise BatchError("values and returns belong together: a critic has both, a rollout without one neither")
 
     def select(self, index: Tensor) -> Rollout:
         """Rows `index` [K], cut to their own longest response."""
         rows = self.rows.select(index)
         width = int(rows.response_lengths.max())
-        names = ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
-        return Rollout(rows, *(getattr(self, name)[index, :width] for name in names))
+        tensors = {name: getattr(self, name) for name in _PER_TOKEN}
+        cut: dict[str, Any] = {name: None if t is None else t[index, :width] for name, t in tensors.items()}
+        return Rollout(rows, **cut)
 
 
 def microbatches(lengths: Tensor | Sequence[int], max_tokens: int) -> list[Tensor]:
@@ -184,15 +196,26 @@ def microbatches(lengths: Tensor | Sequence[int], max_tokens: int) -> list[Tenso
 class Sampler(Protocol):
     """Draws responses. The local engine is one; another process could be."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int) -> Completions:
-        """`responses_per_prompt` responses to each prompt, in the prompts' order."""
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0) -> Completions:
+        """`responses_per_prompt` responses to each prompt, in the prompts' order.
 
-    def load_weights(self, model: Any) -> None:
-        """Sample from `model` as it is now."""
+        cycle: draws of another cycle are others; evaluation is cycle 0. first: the number of the first response, where
+        the prompts are a part of the cycle's: response i here is response first + i of the cycle.
+        """
+
+    def load_weights(self, weights: Any, version: int) -> None:
+        """Sample from `weights` as they are now; called before the first `generate`, and after every cycle.
+
+        weights: the policy, a `tether.models.policy.LanguageModel`; `weights.lm` is the transformers (or peft) model.
+        version: cycles that they have learned from.
+        """
 
 
 class Reward(Protocol):
     """Scores responses: one number a response, None where it does not answer."""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise RewardError if responses to these prompts cannot be scored; called before anything is sampled."""
 
     def score(self, completions: Completions) -> Sequence[float | None]:
         """B scores, in order."""
@@ -202,4 +225,4 @@ class LogSink(Protocol):
     """Takes a cycle's metrics somewhere."""
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Called once a cycle (for sft and reward: once an optimiser step)."""
+        """Called once a cycle (for sft and reward: once an optimizer step), with what metrics.jsonl gets."""

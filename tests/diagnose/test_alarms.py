@@ -373,7 +373,7 @@ def test_other_recorded_alarms_are_shown_once_a_kind_on_one_line():
 
 
 def test_the_events_of_a_run_are_the_ones_that_rules_know(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("tether.train.ppo.SAMPLER_GAP", {"float32": 0.0, "bfloat16": 0.0})
+    monkeypatch.setattr("tether.train.rollout.SAMPLER_GAP", {"float32": 0.0, "bfloat16": 0.0})
     monkeypatch.setattr("tether.train.update.FIRST_RATIO_MEAN", {"float32": -1.0, "bfloat16": -1.0})
     run = tether.ppo(tiny_config(tmp_path / "run", tiny_model("llama"), ppo={"cycles": 2, "batch": 4, "minibatch": 4}),
                      reward=id_score)  # fmt: skip

@@ -95,7 +95,7 @@ def test_sources_are_built_from_the_config_in_its_order_and_a_function_from_pyth
     def extra(completions):
         return [10.0] * len(completions)
 
-    rewards = build_reward(sources, RewardShapingConfig(), tiny_tokenizer, (1,), torch.device("cpu"), function=extra)
+    rewards = build_reward(sources, RewardShapingConfig(), tiny_tokenizer, (1,), torch.device("cpu"), given=extra)
     batch = rewards.score(batch_of(1))
     assert list(batch.parts) == ["second_letter", "f", "extra"]
     assert_close(batch.scores, doubles(2 * 2.0 + 2.0 + 10.0))
@@ -109,4 +109,4 @@ def test_a_function_from_python_cannot_take_the_name_of_one_in_the_config(tiny_t
 
     with pytest.raises(ConfigError, match="reward=f has the name of a source"):
         build_reward([RewardSourceConfig(function=f"{tmp_path}/mine.py:f")], RewardShapingConfig(), tiny_tokenizer,
-                     (1,), torch.device("cpu"), function=f)  # fmt: skip
+                     (1,), torch.device("cpu"), given=f)  # fmt: skip

@@ -35,7 +35,7 @@ from tether.train.log import Logger
 config = load_config(sys.argv[1])
 with RunDirectory.open(config, command="ppo") as run, Logger(run, config.log, total=2) as log:
     log.note("[not markup] 3 prompts dropped")
-    log.phase("sampling", 37, 64)
+    log.phase("sampling")
     time.sleep(0.2)
     log.write(1, {"reward/score_mean": 0.51234, "kl/ref_mean": 1.5})
     log.write(2, {"reward/score_mean": 0.75, "kl/ref_mean": 1.25})
@@ -67,7 +67,7 @@ def test_without_a_terminal_each_write_is_one_plain_line(config, capsys):
     with RunDirectory.open(config, command="ppo") as run, Logger(run, PLAIN, total=2) as log:
         log.write(1, CYCLE)
         log.note("a [note]")
-        log.phase("sampling", 1, 64)  # too soon after the last line to be worth one
+        log.phase("sampling")  # too soon after the last line to be worth one
         log.write(2, CYCLE)
     first, note, second = capsys.readouterr().out.splitlines()
     assert first == "cycle 1/2  score 0.512  KL 1.500  entropy 2.250  tokens/s 12,346  left 0 s"
@@ -92,8 +92,8 @@ def test_a_reader_that_leaves_early_does_not_stop_the_run(config, tmp_path):
 def test_a_long_phase_says_where_it_is_without_a_terminal(config, capsys, monkeypatch):
     monkeypatch.setattr("tether.train.log._PHASE_SILENCE_S", 0.0)
     with RunDirectory.open(config, command="ppo") as run, Logger(run, PLAIN, total=2) as log:
-        log.phase("sampling", 37, 64)
-    assert capsys.readouterr().out == "  sampling 37/64\n"
+        log.phase("sampling")
+    assert capsys.readouterr().out == "  cycle 1/2: sampling\n"
 
 
 def test_sft_and_reward_count_steps_and_show_loss_accuracy_and_learning_rate(tmp_path, capsys):
@@ -124,7 +124,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_latest_metrics(config, tmp_path):
     for words in (
         "[not markup] 3 prompts dropped",
         "cycle 0/2",
-        "sampling 37/64",
+        "cycle 1/2: sampling",
         "cycle 2/2",
         "score 0.750  KL 1.250",
     ):
@@ -162,10 +162,10 @@ def test_tensorboard_can_be_turned_off(config):
 def test_the_status_has_a_heartbeat_while_a_phase_goes_on(config, monkeypatch):
     with RunDirectory.open(config, command="ppo") as run, Logger(run, PLAIN, total=1) as log:
         (run.path / "status.json").unlink()
-        log.phase("sampling", 1, 64)
+        log.phase("sampling")
         assert not (run.path / "status.json").exists()  # the last beat is less than a second ago
         run._last_heartbeat -= 1.0
-        log.phase("sampling", 2, 64)
+        log.phase("sampling")
         assert json.loads((run.path / "status.json").read_text())["state"] == "running"
 
 

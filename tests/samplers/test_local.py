@@ -116,6 +116,13 @@ def test_a_response_does_not_depend_on_the_rows_after_it():
     assert part.response_ids == whole.response_ids[:2]
 
 
+def test_a_part_of_the_prompts_gets_the_draws_that_it_has_in_the_whole():
+    prompts, sampling = prompts_of([4, 2, 7, 5]), Sampling(max_new_tokens=8, responses_per_prompt=2)
+    whole = LocalSampler(SMALL).generate(prompts, sampling, cycle=1)
+    part = LocalSampler(SMALL, slots=1).generate(prompts[2:], sampling, cycle=1, first=4)
+    assert part.response_ids == whole.response_ids[4:]
+
+
 def test_seed_stream_and_cycle_each_give_other_responses():
     def sample(cycle: int = 1, **changes):
         return LocalSampler(SMALL).generate(prompts_of([5]), Sampling(max_new_tokens=20, **changes), cycle=cycle)

@@ -21,7 +21,7 @@ def test_an_update_peaks_under_a_quarter_of_what_the_logits_alone_would_take():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere a process's peak is inherited")
 def test_a_runs_peak_is_its_own_and_not_that_of_the_process_that_started_it():
-    child = "import torch; from tether.train.ppo import _peak_mb; print(_peak_mb(torch.device('cpu')))"
+    child = "import torch; from tether.train.memory import peak_mb; print(peak_mb(torch.device('cpu')))"
     start = f"subprocess.run([sys.executable, '-c', {child!r}])"
     parent = "import subprocess, sys; held = bytearray(b'x') * 2**31; " + start
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)

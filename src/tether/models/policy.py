@@ -168,7 +168,7 @@ class LanguageModel:
             return "the head is not a plain linear layer: log-probs come from full logits, which takes more memory"
         vocabulary = self.config.vocab_size
         tokens = (torch.arange(12, device=self.device) * 7919 % vocabulary)[None]
-        rows = Rows(tokens, torch.tensor([1], device=self.device), torch.tensor([11], device=self.device))
+        rows = Rows(tokens, torch.tensor([1]), torch.tensor([11]))
         wide = torch.promote_types(output.weight.dtype, torch.float32)
         head = self.head()
         plain_head = Head(head["weight"], head["bias"], dtype=wide)
@@ -199,18 +199,18 @@ class PolicyOutput(NamedTuple):
 
     logprobs: Tensor  # [B, R] nats, at the sampling temperature
     entropy: Tensor  # [B, R] nats, of the whole next-token distribution
-    values: Tensor  # [B, R] reward units: V before the token is chosen
+    values: Tensor | None  # [B, R] reward units: V before the token is chosen; None without a critic
 
 
 class Policy(nn.Module):
-    """A language model that learns, and the critic beside it: a head on its trunk, or a trunk of its own."""
+    """A language model that learns, and the critic beside it: a head on its trunk, a trunk of its own, or none."""
 
-    def __init__(self, model: LanguageModel, critic: SeparateCritic | None = None) -> None:
+    def __init__(self, model: LanguageModel, critic: SeparateCritic | None = None, *, value_head: bool = True) -> None:
         super().__init__()
         self.model = model
         self.lm = model.lm  # registered, so that parameters() finds it
         self.critic = critic
-        self.value_head = None if critic else _zero_head(model.config.hidden_size, model.device)
+        self.value_head = _zero_head(model.config.hidden_size, model.device) if value_head and not critic else None
         self.critic_only = False  # value warm-up: the critic learns, a shared trunk is frozen
 
     def forward(self, rows: Rows, *, temperature: float, entropy: bool = True) -> PolicyOutput:
@@ -221,11 +221,16 @@ class Policy(nn.Module):
         mask = rows.response_mask
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.critic_only):
             logprobs, entropies, hidden = self.model.response_logprobs(rows, temperature=temperature, entropy=entropy)
+        values = None
         if self.critic is not None:
-            values = self.critic(rows)
-        else:
-            values = read_values(self._head(), hidden)
-        return PolicyOutput(_fill(logprobs, mask), _fill(entropies, mask), _fill(values, mask))
+            values = _fill(self.critic(rows), mask)
+        elif self.value_head is not None:
+            values = _fill(read_values(self.value_head, hidden), mask)
+        return PolicyOutput(_fill(logprobs, mask), _fill(entropies, mask), values)
+
+    @property
+    def has_critic(self) -> bool:
+        return self.critic is not None or self.value_head is not None
 
     def policy_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trained weights of the language model, by name, in a fixed order."""
@@ -234,8 +239,12 @@ class Policy(nn.Module):
     def critic_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trained weights of the critic alone, by name, in a fixed order."""
         module = self.critic or self.value_head
-        assert module is not None
-        return [(f"critic.{name}", p) for name, p in module.named_parameters() if p.requires_grad]
+        return [(f"critic.{name}", p) for name, p in module.named_parameters() if p.requires_grad] if module else []
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, by name: the language model, and the critic's trunk and head."""
+        trunk = {"critic": self.critic.trunk} if self.critic else {}
+        return {"policy": self.lm, **trunk, **({"critic/value_head": self._head()} if self.has_critic else {})}
 
     @contextmanager
     def as_reference(self) -> Iterator[LanguageModel]:
@@ -244,7 +253,9 @@ class Policy(nn.Module):
             yield self.model
 
     def save_critic(self, directory: Path) -> None:
-        """Write the critic: its head, and its trunk if it has one of its own."""
+        """Write the critic: its head, and its trunk if it has one of its own. Without a critic, nothing."""
+        if not self.has_critic:
+            return
         directory.mkdir(parents=True, exist_ok=True)
         if self.critic is not None:
             self.critic.trunk.save_pretrained(directory)

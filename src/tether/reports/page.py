@@ -235,8 +235,9 @@ def _looks(run: Run, config: PPOConfig) -> list[Look]:
     chosen = {
         "the best": max(rows, key=lambda r: r["score"]),
         "the worst": min(rows, key=lambda r: r["score"]),
-        "the one that surprised the critic most": max(rows, key=surprise),
     }
+    if "value" in rows[0]:
+        chosen["the one that surprised the critic most"] = max(rows, key=surprise)
     return [
         Look(
             title=f"Cycle {cycle}, {which}",

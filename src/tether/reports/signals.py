@@ -22,6 +22,7 @@ STEPS = 8  # colours on either side of the middle
 class Signal:
     """One number a token.
 
+    column  of a row that has it: without a critic there is no value.
     of      its values in a row; None where it has none.
     middle  the value without colour; None: the mean over the cycle.
     """
@@ -29,6 +30,7 @@ class Signal:
     key: str
     name: str
     says: str
+    column: str
     of: Callable[[Row], list[float | None]]
     middle: float | None = 0.0
 
@@ -49,20 +51,26 @@ SIGNALS = {
     s.key: s
     for s in (
         Signal("value", "Value V", "What the critic expected still to come, before this token was chosen.",
-               _column("value"), middle=None),
+               "value", _column("value"), middle=None),
         Signal("advantage", "Advantage A", "How much better things went from this token on than the critic expected, "
                "coloured around the cycle's mean, as whitening sees it: training makes blue tokens likelier, orange "
-               "ones less likely.", _column("advantage"), middle=None),
-        Signal("delta", "Surprise δ", "What this one token changed in the critic's estimate.", _column("delta")),
+               "ones less likely.", "advantage", _column("advantage"), middle=None),
+        Signal("delta", "Surprise δ", "What this one token changed in the critic's estimate.", "delta",
+               _column("delta")),
         Signal("ratio", "Ratio, log", "How much likelier this cycle's update made the token; underlined where the clip "
-               "cut its gradient.", _log_ratio),
+               "cut its gradient.", "ratio", _log_ratio),
         Signal("kl", "KL to the reference", "How much likelier the token is than under the reference, in nats: summed "
-               "over the response, what it paid.", _kl),
-        Signal("entropy", "Entropy", "How open the choice was, in nats.", _column("entropy")),
+               "over the response, what it paid.", "old_logprob", _kl),
+        Signal("entropy", "Entropy", "How open the choice was, in nats.", "entropy", _column("entropy")),
         Signal("reward", "Reward", "What the token was paid: the KL's price, and the score at the last one.",
-               _column("reward")),
+               "reward", _column("reward")),
     )
 }  # fmt: skip
+
+
+def signals_of(row: Row) -> dict[str, Signal]:
+    """The signals that a row has."""
+    return {key: signal for key, signal in SIGNALS.items() if signal.column in row}
 
 
 @dataclass(frozen=True)
@@ -127,9 +135,8 @@ def _beta(row: Row, otherwise: float) -> float:
 
 def arithmetic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
     """(what, the sum with this token's numbers) of token `t`, as a lecturer would write them on the board."""
-    value, reward, delta, advantage = row["value"], row["reward"], row["delta"], row["advantage"]
-    last = t == len(value) - 1
-    after, next_advantage = (0.0, 0.0) if last else (value[t + 1], advantage[t + 1])
+    reward, advantage = row["reward"], row["advantage"]
+    last = t == len(reward) - 1
     kl = row["old_logprob"][t] - row["ref_logprob"][t]
     lines = [("KL", f"ln π − ln π_ref = {_n(row['old_logprob'][t])} − {_n(row['ref_logprob'][t])} = {_n(kl)}")]
     score = f"score = {_n(row['score'])}" if last and row["score"] is not None else ""
@@ -140,8 +147,21 @@ def arithmetic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
         lines.append(("reward", f"r = score − β·KL = {said} = {_n(reward[t])}"))
     else:
         lines.append(("reward", f"r = −β·KL = −{knobs.beta:.3g}·{_n(kl)} = {_n(reward[t])}"))
+    lines += _of_the_critic(row, t, knobs) if "value" in row else [("A", _n(advantage[t]))]
+    ratio = row["ratio"][t]
+    if ratio is not None:
+        new, old = row["new_logprob"][t], row["old_logprob"][t]
+        lines.append(("ratio", f"exp(new − old) = exp({_n(new)} − {_n(old)}) = {_n(ratio)}; {_clipped(row, t, knobs)}"))
+    lines.append(("entropy", f"{_n(row['entropy'][t])} nats"))
+    return lines
+
+
+def _of_the_critic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
+    """δ, A and the return of token `t`: they follow from the critic's values."""
+    value, reward, delta, advantage = row["value"], row["reward"], row["delta"], row["advantage"]
+    after, next_advantage = (0.0, 0.0) if t == len(value) - 1 else (value[t + 1], advantage[t + 1])
     actor, critic = knobs.lam
-    lines += [
+    lines = [
         ("δ", f"r + γ·V′ − V = {_n(reward[t])} + {knobs.gamma:g}·{_n(after)} − {_n(value[t])} = {_n(delta[t])}"),
         ("A", f"δ + γλ·A′ = {_n(delta[t])} + {knobs.gamma * actor:g}·{_n(next_advantage)} = {_n(advantage[t])}"),
     ]
@@ -149,11 +169,6 @@ def arithmetic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
         lines.append(("return", f"A + V = {_n(advantage[t])} + {_n(value[t])} = {_n(row['return'][t])}"))
     else:
         lines.append(("return", f"{_n(row['return'][t])}, with the critic's own λ = {critic:g}"))
-    ratio = row["ratio"][t]
-    if ratio is not None:
-        new, old = row["new_logprob"][t], row["old_logprob"][t]
-        lines.append(("ratio", f"exp(new − old) = exp({_n(new)} − {_n(old)}) = {_n(ratio)}; {_clipped(row, t, knobs)}"))
-    lines.append(("entropy", f"{_n(row['entropy'][t])} nats"))
     return lines
 
 
@@ -194,7 +209,7 @@ def value_curve(row: Row, most: int = 4000, width: int = 900, height: int = 150)
 
     most: tokens drawn.
     """
-    values, score = row["value"][:most], row["score"]
+    values, score = row.get("value", [])[:most], row["score"]
     if not values:
         return Markup("")
     levels = [*values, *([] if score is None else [score])]

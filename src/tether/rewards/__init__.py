@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from tether.config.sections import RESERVED_NAMES, RewardShapingConfig, RewardSourceConfig, source_name
 from tether.errors import ConfigError
 from tether.rewards.combine import RewardSet, ScoredBatch, shape_scores
-from tether.rewards.function import FunctionReward, function_file, load_function
+from tether.rewards.function import FunctionReward, ObjectReward, function_file, load_function
 from tether.rewards.model import ModelReward
 from tether.types import Reward
 
@@ -28,11 +28,12 @@ def build_reward(
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
     device: torch.device,
-    function: Callable[..., Any] | None = None,
+    given: Callable[..., Any] | Reward | None = None,
 ) -> RewardSet:
     """Load every source. Functions come first: a typo in one is found before a model is loaded.
 
-    tokenizer, stop_ids: the policy's. function: one more source, passed from Python, with weight 1.
+    tokenizer, stop_ids: the policy's. given: one more source, passed from Python, with weight 1: a function, or
+    an object with the methods of `Reward`, called by its `name` or that of its class.
     """
     built: dict[str, tuple[Reward, float]] = {}
     for source in sorted(sources, key=lambda s: s.function is None):
@@ -51,17 +52,20 @@ def build_reward(
                 source.model, name=name, dtype=source.dtype, device=device, tokenizer=tokenizer, stop_ids=stop_ids
             )
         built[name] = (scorer, source.weight)
-    if function is not None:
-        name = getattr(function, "__name__", "reward")
+    if given is not None:
+        is_object = hasattr(given, "check") and hasattr(given, "score")
+        name = getattr(given, "name", type(given).__name__) if is_object else getattr(given, "__name__", "reward")
         name = "reward" if name in (*RESERVED_NAMES, "<lambda>") else name
         if name in built:
             raise ConfigError(
                 f"reward={name} has the name of a source in the config's reward list: their metrics would overwrite "
                 "each other. Set `name` of the one in the list."
             )
-        scorer = FunctionReward(
-            function, name=name, tokenizer=tokenizer, stop_ids=stop_ids, timeout_s=threading.TIMEOUT_MAX
-        )
+        if is_object:
+            scorer = ObjectReward(cast(Reward, given), name=name)
+        else:
+            function, timeout_s = cast(Callable[..., Any], given), threading.TIMEOUT_MAX
+            scorer = FunctionReward(function, name=name, tokenizer=tokenizer, stop_ids=stop_ids, timeout_s=timeout_s)
         built[name] = (scorer, 1.0)
     order = [*(source_name(s) for s in sources), *built]  # as the config lists them, in metrics and rollouts too
     optional = {source_name(s) for s in sources if s.optional}

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tether.config.sections import RewardShapingConfig
 from tether.errors import RewardError
-from tether.rewards.function import FunctionReward, describe_row
-from tether.rewards.model import ModelReward
+from tether.rewards.function import describe_row
 from tether.types import Completions, Prompt, Reward
 
 
@@ -47,8 +46,7 @@ class RewardSet:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise RewardError if a source cannot score these prompts: before anything is sampled."""
         for source, _ in self.sources.values():
-            if isinstance(source, FunctionReward | ModelReward):
-                source.check(prompts)
+            source.check(prompts)
 
     def score(self, completions: Completions) -> ScoredBatch:
         """Ask every source once."""

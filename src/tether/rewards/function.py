@@ -17,7 +17,8 @@ import math
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -26,8 +27,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tether.data.text import completion_text
-from tether.errors import RewardError, did_you_mean, did_you_mean_path
-from tether.types import Completions, Prompt
+from tether.errors import RewardError, TetherError, did_you_mean, did_you_mean_path
+from tether.types import Completions, Prompt, Reward
 
 RewardFunction = Callable[..., Any]
 
@@ -119,6 +120,36 @@ class FunctionReward:
                 "raise timeout_s of this source."
             )
         return answer[0]
+
+
+class ObjectReward:
+    """Somebody's own object with the methods of `Reward`: what it does wrong becomes a RewardError that names it."""
+
+    def __init__(self, reward: Reward, *, name: str) -> None:
+        self.reward, self.name = reward, name
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Ask the object."""
+        with self._blamed():
+            self.reward.check(prompts)
+
+    def score(self, completions: Completions) -> list[float | None]:
+        """B finite scores, None where the object does not answer."""
+        with self._blamed():
+            answer = self.reward.score(completions)
+        return read_scores(answer, self.name, completions)
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        try:
+            yield
+        except TetherError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"reward {self.name} raised {_describe(error)} ({_where(error, None)}): this cycle has no scores. Fix "
+                "it and run the same command again."
+            ) from error
 
 
 async def _awaited(awaitable: Any) -> Any:

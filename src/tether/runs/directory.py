@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +61,7 @@ class RunDirectory:
     command   that of its row in tether.config.kinds: ppo, sft, …
     unit      what a step is called: cycle or step.
     resumed   the directory held this run already.
+    phase     what the run is doing now, in words.
     notes     what the person should hear about how the run goes on.
     finished  the run had ended before, its final model is there, and there is nothing more to do.
     """
@@ -70,7 +72,9 @@ class RunDirectory:
         self.resumed, self.finished = resumed, finished
         self.notes: list[str] = []
         self._lock = lock
+        self.phase = "loading the models"
         self._last_heartbeat = 0.0
+        self._writing_status = threading.Lock()
 
     @classmethod
     def open(
@@ -209,7 +213,8 @@ class RunDirectory:
             "heartbeat": now(),
             "exit_reason": exit_reason,
         }
-        write_atomically(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+        with self._writing_status:
+            write_atomically(self.path / "status.json", json.dumps(status, indent=2) + "\n")
         self._last_heartbeat = time.monotonic()
 
     def _write_table(self, folder: str, cycle: int, columns: dict[str, list[Any]]) -> None:

@@ -1,1 +1,1 @@
-"""Samplers: from prompts to completions. `local.LocalSampler` is the engine of this process."""
+"""Samplers: from prompts to completions. `build_sampler` gives the one that a config names."""

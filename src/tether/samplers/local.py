@@ -68,24 +68,25 @@ class LocalSampler:
             self.note = _why_not_recorded(self.model)
             self.recorded = self.note is None
 
-    def load_weights(self, model: LanguageModel) -> None:
-        """Sample from `model` as it is now.
+    def load_weights(self, weights: LanguageModel, version: int = 0) -> None:
+        """Sample from `weights` as they are now.
 
         In float32, and under LoRA, its very storage is used and this costs nothing; else the copy in the compute
         precision is refreshed.
         """
         if not self._copied:
-            self.model = model
+            self.model = weights
             return
         with torch.no_grad():
-            for ours, theirs in zip(self.model.lm.parameters(), model.lm.parameters(), strict=True):
+            for ours, theirs in zip(self.model.lm.parameters(), weights.lm.parameters(), strict=True):
                 ours.copy_(theirs)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int) -> Completions:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0) -> Completions:
         """Draw `responses_per_prompt` responses to each prompt, in the prompts' order.
 
-        The uniform behind token t of response i = prompt × n + k is a function of (seed, stream, cycle, i, t) alone.
+        The uniform behind token t of response i = first + prompt × n + k is a function of (seed, stream, cycle, i, t)
+        alone.
         """
         asked = [p for p in prompts for _ in range(sampling.responses_per_prompt)]
         width = max(len(p.ids) for p in asked) + sampling.max_new_tokens
@@ -96,7 +97,7 @@ class LocalSampler:
             decoder = SlotCache(self.model, slots=slots, width=width, recorded=self.recorded)
         else:
             decoder = Recompute(self.model, slots=slots, width=width)
-        batch = _Batch(self.model, decoder, asked, sampling, cycle, slots)
+        batch = _Batch(self.model, decoder, asked, sampling, cycle, slots, first)
         with self.model.autocast():
             while not batch.done:
                 batch.admit()
@@ -192,11 +193,12 @@ class _Batch:
     """
 
     def __init__(
-        self, model: LanguageModel, decoder: Decoder, asked: list[Prompt], sampling: Sampling, cycle: int, slots: int
-    ) -> None:
+        self, model: LanguageModel, decoder: Decoder, asked: list[Prompt], sampling: Sampling, cycle: int, slots: int,
+        first_response: int,
+    ) -> None:  # fmt: skip
         self.model, self.decoder, self.asked = model, decoder, asked
         self.head = None if model.full else model.output_head()  # where it is not ours the decoder gives logits
-        self.sampling, self.cycle, self.slots = sampling, cycle, slots
+        self.sampling, self.cycle, self.slots, self.first_response = sampling, cycle, slots, first_response
         device, limit = model.device, sampling.max_new_tokens
         self.waiting = 0  # the next response to admit
         self.row = torch.empty(0, dtype=torch.long, device=device)
@@ -223,8 +225,9 @@ class _Batch:
             first, (rows, prompts, copies) = len(self.row), self._next_rows()
             batch = Rows.of([p.ids for p in prompts], [()] * len(prompts)).to(device)
             which = torch.tensor(copies, device=device)
-            hidden = self.decoder.admit(batch.tokens, batch.prompt_lengths, first, which)
-            chance = np.stack([uniforms(s.seed, s.stream, self.cycle, i, s.max_new_tokens) for i in rows])
+            hidden = self.decoder.admit(batch.tokens, batch.prompt_lengths.to(device), first, which)
+            counts = [self.first_response + i for i in rows]
+            chance = np.stack([uniforms(s.seed, s.stream, self.cycle, i, s.max_new_tokens) for i in counts])
             self.uniforms[first : first + len(rows)] = torch.from_numpy(chance).to(self.uniforms)
             self.row = torch.cat([self.row, torch.tensor(rows, device=device)])
             self.drawn = torch.cat([self.drawn, torch.zeros(len(rows), dtype=torch.long, device=device)])

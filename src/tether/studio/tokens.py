@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from tether.config.sections import PPOConfig
 from tether.errors import RunError
-from tether.reports.signals import SIGNALS, Row, Scale, knobs_of, surprise, tokens_of, value_curve
+from tether.reports.signals import SIGNALS, Row, Scale, knobs_of, signals_of, surprise, tokens_of, value_curve
 from tether.reports.text import prompt_text
 from tether.runs import Run
 from tether.runs.files import read_table
@@ -82,17 +82,18 @@ def routes(studio: Studio) -> APIRouter:
         config = run.config
         if not isinstance(config, PPOConfig):
             raise RunError(f"{studio.runs.name(run)} is not a run of tether ppo: no critic looked at its answers.")
-        signal = signal if signal in SIGNALS else "value"
-        steps = {key: [content.scale(key).step(v) for v in s.of(row)[:_MOST_SHOWN]] for key, s in SIGNALS.items()}
+        signals = signals_of(row)
+        signal = signal if signal in signals else next(iter(signals))
+        steps = {key: [content.scale(key).step(v) for v in s.of(row)[:_MOST_SHOWN]] for key, s in signals.items()}
         tokens = tokens_of(row, steps[signal], knobs_of(config, row))
         data = {
             "steps": steps,
             "lines": [t["lines"] for t in tokens],
-            "says": {key: s.says for key, s in SIGNALS.items()},
+            "says": {key: s.says for key, s in signals.items()},
         }
         return studio.page(
             request, "completion.html.j2", id=run_id, name=studio.runs.name(run), folder=folder, cycle=cycle,
-            number=number, count=len(content.rows), row=row, tokens=tokens, signal=signal, signals=SIGNALS,
+            number=number, count=len(content.rows), row=row, tokens=tokens, signal=signal, signals=signals,
             scale=content.scale(signal), curve=value_curve(row, _MOST_SHOWN), rest="".join(row["text"][_MOST_SHOWN:]),
             strip=_strip(run, folder, row), prompt=prompt_text(row["prompt"]), parts=content.parts,
             data=Markup(safe_json(data)),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import PPOSection
+from tether.config.sections import PPOConfig, PPOSection
 from tether.data.text import completion_text, fragments
+from tether.errors import TrainingError
 from tether.rewards import ScoredBatch
+from tether.runs import RunDirectory
 from tether.train.rollout import Experience
 from tether.types import Completions, Text
 
@@ -39,8 +44,8 @@ def rollout_columns(
 ) -> dict[str, list[Any]]:  # fmt: skip
     """Columns of B rows, one a response; per-token columns are lists as long as the response.
 
-    new_logprobs [B, R]: of the last epoch's own passes; in evaluations there are none, and their columns are lists of
-    nulls.
+    Without a critic there are no columns value, delta and return. new_logprobs [B, R]: of the last epoch's own passes;
+    in evaluations there are none, and their columns are lists of nulls.
     """
     completions, rollout = experience.completions, experience.rollout
     lengths = completions.lengths
@@ -48,7 +53,11 @@ def rollout_columns(
     def ragged(values: Tensor) -> list[list[Any]]:
         return [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]
 
-    next_values = pad(rollout.values[:, 1:], (0, 1))  # 0 after the last counted token: values are 0 outside the mask
+    of_critic: dict[str, list[Any]] = {}
+    if rollout.values is not None and rollout.returns is not None:
+        next_values = pad(rollout.values[:, 1:], (0, 1))  # 0 after the last token: values are 0 outside the mask
+        delta = rollout.rewards + ppo.gamma * next_values - rollout.values
+        of_critic = {"value": ragged(rollout.values), "delta": ragged(delta), "return": ragged(rollout.returns)}
     columns: dict[str, list[Any]] = {
         "cycle": [cycle] * len(completions),
         **response_columns(
@@ -60,11 +69,9 @@ def rollout_columns(
         "sampler_logprob": completions.sampler_logprobs,
         "old_logprob": ragged(rollout.old_logprobs),
         "ref_logprob": ragged(rollout.ref_logprobs),
-        "value": ragged(rollout.values),
         "reward": ragged(rollout.rewards),
-        "delta": ragged(rollout.rewards + ppo.gamma * next_values - rollout.values),
         "advantage": ragged(experience.advantages),
-        "return": ragged(rollout.returns),
+        **of_critic,
         "entropy": ragged(experience.entropy),
     }
     if new_logprobs is None:
@@ -77,6 +84,46 @@ def rollout_columns(
         "ratio": ragged(ratio),
         "clipped": ragged(((a > 0) & (ratio > 1 + high)) | ((a < 0) & (ratio < 1 - low))),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Writes responses and what was computed of them into the run directory."""
+
+    run: RunDirectory
+    config: PPOConfig
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+
+    def rollouts(self, experience: Experience, cycle: int, new_logprobs: Tensor) -> None:
+        """The cycle's rollout file, when the config asks for one."""
+        every = self.config.log.rollouts_every
+        if every and (cycle % every == 0 or cycle == 1):
+            self.run.write_rollouts(cycle, self._table(experience, cycle, new_logprobs))
+
+    def evaluation(self, experience: Experience, cycle: int) -> None:
+        """The file of an evaluation."""
+        samples = self.config.evaluate.samples
+        columns = rollout_columns(
+            experience, self.tokenizer, self.stop_ids, self.config.ppo, cycle=cycle, responses_per_prompt=samples
+        )
+        self.run.write_evaluation(cycle, columns)
+
+    @contextmanager
+    def left_behind(self, experience: Experience, cycle: int) -> Iterator[None]:
+        """An update that breaks leaves the cycle's rollout behind, to look at."""
+        try:
+            yield
+        except TrainingError:
+            self.run.write_rollouts(cycle, self._table(experience, cycle, None))
+            raise
+
+    def _table(self, experience: Experience, cycle: int, new_logprobs: Tensor | None) -> dict[str, list[Any]]:
+        ppo = self.config.ppo
+        return rollout_columns(
+            experience, self.tokenizer, self.stop_ids, ppo,
+            cycle=cycle, responses_per_prompt=ppo.responses_per_prompt, new_logprobs=new_logprobs,
+        )  # fmt: skip
 
 
 def _as_text(source: Text) -> str:

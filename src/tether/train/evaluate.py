@@ -26,7 +26,7 @@ from tether.models.policy import LanguageModel
 from tether.rewards import build_reward
 from tether.runs import EvaluationDir, aside, short_name
 from tether.runs.files import write_atomically, write_table
-from tether.samplers.local import LocalSampler
+from tether.samplers.build import build_sampler
 from tether.train.columns import response_columns
 from tether.train.contexts import check_contexts
 from tether.types import EVALUATE, GENERATE, Completions, Prompt, Rows, Sampling, Text, microbatches
@@ -339,8 +339,9 @@ class Source:
         self, model: LanguageModel, prompts: Sequence[Prompt], samples: int, *, seed: int, stream: int
     ) -> Completions:
         s = self.sampling
-        sampler = LocalSampler(model, slots=s.slots)
-        _say(sampler.note)
+        sampler, notes = build_sampler(model, s)
+        for note in notes:
+            _say(note)
         drawn = Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, self.stop_ids(model), samples, seed, stream)
         return sampler.generate(prompts, drawn, cycle=0)
 

@@ -1,17 +1,16 @@
 """Where a cycle's metrics go: metrics.jsonl, TensorBoard, Weights & Biases, and the person at the screen.
 
-metrics.jsonl is the record; everything else is derived from it. TensorBoard's files are therefore thrown away and
-rebuilt when a run continues: no cycle that was cut back survives in them.
+metrics.jsonl is the record; everything else is derived from it.
 """
 
 from __future__ import annotations
 
 import os
 import select
-import shutil
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -19,9 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from tether.config.sections import LogConfig
-from tether.errors import ConfigError
-from tether.runs import Run, RunDirectory, to_plain
+from tether.runs import RunDirectory, to_plain
 from tether.runs.durations import format_duration
+from tether.train.sinks import TensorBoard, WeightsAndBiases
+from tether.types import LogSink
 
 # Shown on the console: label, metric, format. For sft and reward the metric's last word decides.
 _CYCLE_COLUMNS = [
@@ -45,27 +45,34 @@ class Logger:
     """Writes metrics everywhere, and shows progress: a bar on a terminal, else a plain line a write.
 
         with Logger(run, config.log, total=config.ppo.cycles) as log:
-            log.phase("sampling", 37, 64)
-            log.write(cycle, metrics)
-            log.note("checkpoint damaged, …")
+            log.phase("sampling")
+            with log.writing(cycle, metrics) as metrics:
+                metrics |= evaluate()
+            log.note("3 prompts dropped")
 
     total  cycles (or steps) of the whole run.
     unit   "cycle" or "step"; the run's own by default.
+    sinks  where metrics go besides what `config` asks for.
     """
 
-    def __init__(self, run: RunDirectory, config: LogConfig, *, total: int, unit: str | None = None):
+    def __init__(
+        self, run: RunDirectory, config: LogConfig, *, total: int, unit: str | None = None,
+        sinks: Sequence[LogSink] = (),
+    ) -> None:  # fmt: skip
         self.run, self.total, self.unit = run, total, unit or run.unit
         past = run.metrics()
-        self._first = past[-1][self.unit] if past else 0
-        self._sinks: list[_TensorBoard | _WandB] = []
+        self._first = self._done = past[-1][self.unit] if past else 0
+        self._own: list[TensorBoard | WeightsAndBiases] = []
         if config.tensorboard:
-            self._sinks.append(_TensorBoard(run, past, self.unit))
+            self._own.append(TensorBoard(run, past, self.unit))
         if config.wandb is not None:
-            self._sinks.append(_WandB(run, config))
+            self._own.append(WeightsAndBiases(run, config.wandb))
+        self._sinks: list[LogSink] = [*self._own, *sinks]
         self._screen: _Bar | _Lines = (
             _Bar(total, self.unit, self._first) if sys.stdout.isatty() else _Lines(total, self.unit)
         )
         self._began = time.monotonic()
+        run.phase = "training"
 
     def __enter__(self) -> Logger:
         return self
@@ -74,7 +81,7 @@ class Logger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._screen.close()
-        for sink in self._sinks:
+        for sink in self._own:
             sink.close()
         _forget_readers_that_left()
 
@@ -84,16 +91,37 @@ class Logger:
         self.run.append_metrics(line)
         for sink in self._sinks:
             sink.write(step, line)
+        self._done = step
         self._screen.write(step, f"{self.unit} {step}/{self.total}", self._summary(step, line))
+
+    @contextmanager
+    def writing(self, step: int, metrics: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Write `metrics` after the block, which may add to them; also where it fails: the step itself is done."""
+        try:
+            yield metrics
+        finally:
+            self.write(step, metrics)
 
     def note(self, text: str) -> None:
         """A line for the person, in no file."""
         self._screen.note(text)
 
-    def phase(self, text: str, done: int, total: int) -> None:
-        """Where a long phase stands: log.phase("sampling", 37, 64)."""
+    def fallback(self, text: str) -> None:
+        """Something that the run does in another way than asked for: an event, and a line for the person."""
+        self.run.event("fallback", what=text)
+        self.note(text)
+
+    def alarms(self, step: int, texts: Sequence[str]) -> None:
+        """What should not be: an event each, and a line for the person."""
+        for text in texts:
+            self.run.event("alarm", **{self.unit: step}, what=text)
+            self.note(f"{self.unit} {step}: {text}")
+
+    def phase(self, text: str) -> None:
+        """What the next cycle is doing now."""
+        self.run.phase = text
         self.run.heartbeat()
-        self._screen.phase(f"{text} {done}/{total}")
+        self._screen.phase(f"{self.unit} {min(self._done + 1, self.total)}/{self.total}: {text}")
 
     def _summary(self, step: int, metrics: dict[str, Any]) -> str:
         parts = []
@@ -109,55 +137,6 @@ class Logger:
             seconds = (time.monotonic() - self._began) / (step - self._first) * (self.total - step)
             parts.append(f"left {format_duration(seconds)}")
         return "  ".join(parts)
-
-
-# ---------------------------------------------------------------- sinks
-
-
-class _TensorBoard:
-    def __init__(self, run: RunDirectory, past: list[dict[str, Any]], unit: str):
-        from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is wanted
-
-        folder = run.path / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)
-        self._writer = SummaryWriter(str(folder))
-        for metrics in past:
-            self.write(metrics[unit], metrics)
-
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WandB:
-    def __init__(self, run: RunDirectory, config: LogConfig):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(
-                "log.wandb is set, but the package wandb is not installed: no metrics would arrive there. Install it "
-                "with `pip install tether[wandb]`, or set log.wandb to null."
-            ) from error
-        assert config.wandb is not None
-        self._run = wandb.init(
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            name=run.path.name,
-            id=Run(run.path).environment["id"],  # the same after a resume, another after --fresh
-            resume="allow",
-            dir=str(run.path),
-            config=asdict(run.config),
-        )
-
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        self._run.log(metrics, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 # ---------------------------------------------------------------- screens

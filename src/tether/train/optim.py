@@ -38,7 +38,7 @@ def build_optimizer(
     """
     lr = config.lr if config.lr is not None else (1e-4 if lora else 1e-5)
     critic_lr = config.critic_lr if config.critic_lr is not None else (10 * lr if critic_is_head else lr)
-    groups = [{"params": [p for _, p in named], "lr": peak, "peak": peak}
+    groups = [{"params": [p for _, p in named], "names": [name for name, _ in named], "lr": peak, "peak": peak}
               for named, peak in ((policy, lr), (critic, critic_lr)) if named]  # fmt: skip
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
 
@@ -53,6 +53,11 @@ class Steps:
     def __init__(self, optimizer: torch.optim.Optimizer, config: OptimConfig, total: int) -> None:
         self.optimizer, self.config, self.total = optimizer, config, total
         self.skipped = 0
+
+    @property
+    def named(self) -> Named:
+        """The weights that are trained, by name."""
+        return [item for g in self.optimizer.param_groups for item in zip(g["names"], g["params"], strict=True)]
 
     def take(self, step: int) -> dict[str, float]:
         """Step `step` (from 0) of the run; where the gradient is not finite, leave the weights as they are.

@@ -1,325 +1,156 @@
-"""Proximal policy optimisation on a language model (Schulman et al. 2017; Ziegler et al. 2019).
+"""Proximal policy optimization on a language model (Schulman et al. 2017; Ziegler et al. 2019).
 
     each cycle
       phase 1  sample completions, score them, value every token, turn both into advantages     tether.train.rollout
       phase 2  epochs × minibatches of the clipped objective                                    tether.train.update
 
-The loop below is all of it. What a run needs besides (models, data, the run directory, signals, checkpoints) is set up
-before the loop and put away after it.
+The loop below is all of it. What a run needs besides (models, data, the run directory) is set up before the loop.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tether.config.sections import PPOConfig, check
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
-from tether.errors import Interrupted, RewardError, TrainingError
 from tether.math import next_kl_coef
 from tether.models.export import save_model
 from tether.models.loading import context_length, model_config, resolve_device
-from tether.models.policy import Policy, Reference, build_policy
-from tether.rewards import RewardSet, build_reward, function_file
-from tether.runs import Run, RunDirectory, hash_files
-from tether.runs.bounds import SAMPLER_GAP
-from tether.samplers.local import LocalSampler
-from tether.train import checkpoint
+from tether.models.policy import build_policy
+from tether.rewards import build_reward, function_file
+from tether.runs import Run, hash_files
+from tether.samplers.build import build_sampler
 from tether.train.best import keep_best
 from tether.train.card import ppo_card
-from tether.train.columns import rollout_columns
+from tether.train.columns import Record
 from tether.train.contexts import check_contexts
-from tether.train.deterministic import deterministic
 from tether.train.held_out import load_prompt_sets, record_prompt_sets
-from tether.train.log import Logger, say
+from tether.train.log import Logger
 from tether.train.optim import PROMPTS, Steps, build_optimizer, permutation
-from tether.train.rollout import Experience, collect
-from tether.train.signals import Signals, StopRequested
+from tether.train.preamble import check_parts, open_run
+from tether.train.rollout import Experience, Metrics, collect
+from tether.train.state import TrainingState
 from tether.train.update import update
-from tether.train.weights import restore_weights, save_weights
-from tether.types import EVALUATE, TRAIN, Prompt, Sampling
+from tether.types import EVALUATE, TRAIN, LogSink, Prompt, Reward, Sampler, Sampling
 
 
-def ppo(config: PPOConfig, *, reward: Callable[..., Any] | None = None, fresh: bool = False) -> Run:
+def ppo(
+    config: PPOConfig, *, reward: Callable[..., Any] | Reward | None = None, sampler: Sampler | None = None,
+    sinks: Sequence[LogSink] = (), fresh: bool = False,
+) -> Run:  # fmt: skip
     """Train a policy with PPO; returns the finished run.
 
-    config: everything, see PPOConfig. reward: a reward function as one more source, in the signature
-    f(prompts, completions, completion_ids, **columns) -> list[float | None]. fresh: move a run that is there aside.
+    config   everything, see PPOConfig.
+    reward   one more source: a function f(prompts, completions, completion_ids, **columns) -> list[float | None], or
+             an object with the methods of `tether.types.Reward`.
+    sampler  draws the responses instead of `sampling.engine`; see `tether.types.Sampler`.
+    sinks    get every cycle's metrics; see `tether.types.LogSink`.
+    fresh    move a run that is there aside.
 
     The same call continues a run that was stopped or killed, bit for bit. Raises TetherError's children; Interrupted
     after a signal, with everything saved.
     """
     check(config, reward_given=reward is not None)
-    with (
-        Signals() as signals,
-        deterministic(config.deterministic),
-        RunDirectory.open(config, command="ppo", fresh=fresh, inputs=input_hashes(config)) as run,
-    ):
+    check_parts(reward, sampler, sinks)
+    m, s, p, device = config.model, config.sampling, config.ppo, resolve_device(config.device)
+    with open_run(config, command="ppo", fresh=fresh, inputs=input_hashes(config)) as (run, signals):
         if run.finished:
-            say(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
             return Run.open(run.path)
-        job = prepare(config, reward)
-        state = job.restore(run)
-        with Logger(run, config.log, total=config.ppo.cycles) as log:
-            for note in run.notes:
-                log.note(note)
-            record_prompt_sets(run, job.prompts, job.held_out)
-            for note in job.notes:
-                run.event("fallback", what=note)
-                log.note(note)
-            if state.cycle == 0:
-                try:
-                    with signals.droppable():
-                        job.evaluate(run, state, log)
-                except StopRequested:
-                    raise Interrupted("stopped before cycle 1; the same command begins again") from None
+        # Cheap things first: most mistakes are found before a model is loaded.
+        tokenizer = load_tokenizer(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
+        architecture = model_config(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
+        check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
+        sets = load_prompt_sets(config, tokenizer, context_length(architecture))
+        check_contexts(config, sets.train + sets.held_out, tokenizer)
+        policy, reference, notes = build_policy(m, device=device, seed=config.seed)
+        stop_ids = stop_token_ids(tokenizer, policy.model.plain.generation_config, s.stop_token_ids)
+        rewards = build_reward(config.reward, config.reward_shaping, tokenizer, stop_ids, device, reward)
+        rewards.check(sets.train + sets.held_out)
+        engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(policy.model, s)
+        optimizer = build_optimizer(
+            config.optim, policy.policy_parameters(), policy.critic_parameters(),
+            lora=m.lora is not None, critic_is_head=policy.critic is None,
+        )  # fmt: skip
+        steps = Steps(optimizer, config.optim, p.cycles * p.epochs * p.batch // p.minibatch)
+        state = TrainingState(run, policy.parts(), steps, tokenizer, kl_coef=p.kl.coef)
+        state.restore()
+        engine.load_weights(policy.model, version=state.done)
+        parts = engine, rewards, policy, reference
+        limits = s.temperature, s.top_k, s.top_p, s.max_new_tokens, stop_ids
+        train = Sampling(*limits, p.responses_per_prompt, config.seed, TRAIN)
+        test = Sampling(*limits, config.evaluate.samples, config.seed, EVALUATE)
+        record = Record(run, config, tokenizer, stop_ids)
 
-            while state.cycle < config.ppo.cycles:
-                cycle = state.cycle + 1
-                try:
-                    with signals.droppable():
-                        experience = job.collect(cycle, state.kl_coef, log)
-                except RewardError:
-                    job.save(run, state)
-                    raise
-                except StopRequested:
-                    job.save(run, state)
-                    raise Interrupted(f"stopped in cycle {cycle}; the same command continues from its start") from None
+        def evaluate() -> Metrics:
+            """On the held-out prompts, with the same draws every time: what differs is the policy."""
+            if not config.evaluate.every or (state.done % config.evaluate.every and state.done != p.cycles):
+                return {}
+            experience = collect(sets.held_out, *parts, test, p, kl_coef=state.kl_coef, cycle=0,
+                                 progress=lambda phase: log.phase(f"evaluating, {phase}"))  # fmt: skip
+            record.evaluation(experience, state.done)
+            return experience.evaluation_metrics()
 
-                done = job.update(run, experience, cycle, state.kl_coef, log)
-                state = state.advance(config, experience)
-                job.sampler.load_weights(job.policy.model)
-                job.record(run, experience, cycle, done.new_logprobs)
-                metrics = {**experience.metrics, **done.metrics, "memory/peak_mb": _peak_mb(job.device)}
-                stop: RewardError | Interrupted | None = None
-                try:
-                    metrics |= job.evaluate(run, state, log)
-                except RewardError as error:  # the cycle itself is done, and kept
-                    stop = error
-                keep_best(run, config, cycle, metrics, job.write_model)
-                log.write(cycle, metrics)
-                if signals.requested and cycle < config.ppo.cycles:
-                    stop = stop or Interrupted(f"stopped after cycle {cycle}; the same command continues")
-                if stop or cycle % config.checkpoint.every == 0 or cycle == config.ppo.cycles:
-                    job.save(run, state)
-                if stop:
-                    raise stop
-            job.finish(run)
+        def write_model(directory: Path, card: str, add: Callable[[Path], None] = lambda directory: None) -> None:
+            """A plain Hugging Face directory with the critic beside it. add: writes what else belongs there."""
+
+            def beside(directory: Path) -> None:
+                policy.save_critic(directory / "critic")
+                add(directory)
+
+            save_model(policy.model, tokenizer, directory, card=card, temperature=s.temperature,
+                       max_new_tokens=s.max_new_tokens, stop_ids=stop_ids, add=beside)  # fmt: skip
+
+        record_prompt_sets(run, sets.train, sets.held_out)
+        with Logger(run, config.log, total=p.cycles, sinks=sinks) as log, state.saved_when_stopped():
+            for text in [*notes, *([sets.note] if sets.note else []), *fallbacks]:
+                log.fallback(text)
+            if state.done == 0:
+                with signals.droppable():
+                    evaluate()
+
+            while state.done < p.cycles:
+                cycle, beta = state.done + 1, state.kl_coef
+                asked = _prompts_of(cycle, sets.train, config)
+                with signals.droppable():
+                    experience = collect(asked, *parts, train, p, kl_coef=beta, cycle=cycle, progress=log.phase)
+                log.alarms(cycle, experience.alarms)
+                with record.left_behind(experience, cycle):
+                    done = update(policy, steps, experience.rollout, p, cycle=cycle, kl_coef=beta,
+                                  temperature=s.temperature, seed=config.seed, progress=log.phase)  # fmt: skip
+                log.alarms(cycle, done.alarms)
+                state.done, state.kl_coef = cycle, _next_kl_coef(experience, config, cycle)
+                engine.load_weights(policy.model, version=cycle)
+                record.rollouts(experience, cycle, done.new_logprobs)
+                with log.writing(cycle, {**experience.metrics, **done.metrics}) as metrics:
+                    metrics |= evaluate()
+                    keep_best(run, config, cycle, metrics, write_model)
+                state.save_if_due(p.cycles)
+
+            ended = Run(run.path)
+            card = ppo_card(run.path.name, ended.metrics, config, "the last one", ended.best)
+            write_model(run.path / "final", card)
             log.note(f"done: {run.path / 'final'} is the policy of the last cycle")
     return Run.open(run.path)
 
 
-@dataclass(frozen=True, slots=True)
-class State:
-    """What a cycle hands to the next, beside weights and moments. Every draw is counted, so there is no more."""
-
-    cycle: int  # the last that is done
-    kl_coef: float
-
-    def advance(self, config: PPOConfig, experience: Experience) -> State:
-        kl, coef = config.ppo.kl, self.kl_coef
-        moves = self.cycle >= config.ppo.value_warmup_cycles  # until then the KL is 0, whatever β is
-        if kl.target is not None and moves:
-            measured = experience.metrics["kl/ref_mean"]
-            assert measured is not None
-            coef = next_kl_coef(coef, measured, target=kl.target, horizon=kl.horizon, responses=config.ppo.batch)
-        return State(self.cycle + 1, coef)
+def _next_kl_coef(experience: Experience, config: PPOConfig, cycle: int) -> float:
+    """β for the cycle after `cycle`."""
+    kl, coef, measured = config.ppo.kl, experience.metrics["kl/coef"], experience.metrics["kl/ref_mean"]
+    assert coef is not None
+    assert measured is not None
+    if kl.target is None or cycle <= config.ppo.value_warmup_cycles:  # there the KL is 0, whatever β is
+        return coef
+    return next_kl_coef(coef, measured, target=kl.target, horizon=kl.horizon, responses=config.ppo.batch)
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A PPO run's loaded parts, and the verbs of its loop."""
-
-    config: PPOConfig
-    device: torch.device
-    tokenizer: Any
-    policy: Policy
-    reference: Reference
-    sampler: LocalSampler
-    reward: RewardSet
-    steps: Steps
-    prompts: list[Prompt]  # to train on
-    held_out: list[Prompt]  # to evaluate on
-    stop_ids: tuple[int, ...]
-    notes: list[str]
-
-    # ------------------------------------------------ the loop's verbs
-
-    def collect(self, cycle: int, kl_coef: float, log: Logger) -> Experience:
-        """Phase 1 on this cycle's prompts."""
-        c = self.config
-        return collect(
-            self._prompts_of(cycle), self.sampler, self.reward, self.policy, self.reference,
-            self.sampling(c.ppo.responses_per_prompt, TRAIN), c.ppo, kl_coef=kl_coef, cycle=cycle,
-            progress=lambda what: log.phase(f"cycle {cycle}: {what}", cycle, c.ppo.cycles),
-        )  # fmt: skip
-
-    def update(self, run: RunDirectory, experience: Experience, cycle: int, kl_coef: float, log: Logger) -> Any:
-        """Phase 2. A run that breaks here leaves the cycle's rollout behind, to look at."""
-        c = self.config
-        log.phase(f"cycle {cycle}: updating", cycle, c.ppo.cycles)
-        gap = experience.metrics["check/sampler_gap"] or 0.0
-        bound = SAMPLER_GAP["float32" if self.policy.model.dtype == torch.float32 else "bfloat16"]
-        if gap > bound:
-            run.event("alarm", cycle=cycle, what=f"sampler gap {gap:.2g} nats a token, above {bound}")
-        try:
-            done = update(
-                self.policy, self.steps, experience.rollout, c.ppo,
-                cycle=cycle, kl_coef=kl_coef, temperature=c.sampling.temperature, seed=c.seed,
-            )  # fmt: skip
-        except TrainingError:
-            self._write(run, experience, cycle, None)
-            raise
-        for alarm in done.alarms:
-            run.event("alarm", cycle=cycle, what=alarm)
-            log.note(f"cycle {cycle}: {alarm}")
-        return done
-
-    def evaluate(self, run: RunDirectory, state: State, log: Logger) -> dict[str, float | None]:
-        """Metrics eval/* on the held-out prompts, with the same draws every time: what differs is the policy."""
-        c, cycle = self.config, state.cycle
-        if not c.evaluate.every or (cycle % c.evaluate.every and cycle != c.ppo.cycles):
-            return {}
-        log.phase(f"cycle {cycle}: evaluating", cycle, c.ppo.cycles)
-        experience = collect(
-            self.held_out, self.sampler, self.reward, self.policy, self.reference,
-            self.sampling(c.evaluate.samples, EVALUATE), c.ppo, kl_coef=state.kl_coef, cycle=0,
-        )  # fmt: skip
-        columns = rollout_columns(
-            experience, self.tokenizer, self.stop_ids, c.ppo, cycle=cycle, responses_per_prompt=c.evaluate.samples
-        )
-        run.write_evaluation(cycle, columns)
-        m = experience.metrics
-        sums = ("score_mean", "score_std", "score_min", "score_max", "total_mean")
-        sources = [f"reward/{name}_mean" for name in experience.scored.parts]  # one may be called `length`
-        return (
-            {f"eval/{name}": m[f"reward/{name}"] for name in sums}
-            | {f"eval/{name}": m[name] for name in sources}
-            | {
-                "eval/kl_ref_mean": m["kl/ref_mean"],
-                "eval/length_mean": m["response/length_mean"],
-                "eval/truncated_fraction": m["response/truncated_fraction"],
-                "eval/explained_variance": m["value/explained_variance"],
-            }
-        )
-
-    def record(self, run: RunDirectory, experience: Experience, cycle: int, new_logprobs: torch.Tensor) -> None:
-        """The cycle's rollout file, when the config asks for one."""
-        every = self.config.log.rollouts_every
-        if every and (cycle % every == 0 or cycle == 1):
-            self._write(run, experience, cycle, new_logprobs)
-
-    def save(self, run: RunDirectory, state: State) -> None:
-        """A checkpoint of everything that the next cycle depends on."""
-
-        def write(directory: Path) -> None:
-            save_weights(self.policy.lm, directory / "policy")
-            self.tokenizer.save_pretrained(directory / "policy")
-            self.policy.save_critic(directory / "critic")
-            checkpoint.save_optimizer(
-                self.steps.optimizer, self._named_parameters(), directory / "optimizer.safetensors"
-            )
-
-        state_dict = {"cycle": state.cycle, "kl_coef": state.kl_coef, "skipped": self.steps.skipped}
-        checkpoint.save(run.path, f"cycle-{state.cycle:06d}", state_dict, write, keep=self.config.checkpoint.keep)
-
-    def restore(self, run: RunDirectory) -> State:
-        """Put back the newest intact checkpoint; the start of the run where there is none."""
-
-        def passed_over(text: str) -> None:
-            run.event("checkpoint_damaged", what=text)
-            say(text)
-
-        found = checkpoint.latest(run.path, passed_over)
-        if found is None:
-            run.truncate_after(0)
-            return State(0, self.config.ppo.kl.coef)
-        directory, state = found
-        restore_weights(self.policy.lm, directory / "policy")
-        self.policy.load_critic(directory / "critic")
-        self.steps.skipped = state["skipped"]
-        checkpoint.load_optimizer(self.steps.optimizer, self._named_parameters(), directory / "optimizer.safetensors")
-        self.sampler.load_weights(self.policy.model)
-        run.truncate_after(state["cycle"])
-        return State(state["cycle"], state["kl_coef"])
-
-    def finish(self, run: RunDirectory) -> None:
-        """final/: the last policy."""
-        done = Run(run.path)
-        self.write_model(
-            run.path / "final", ppo_card(run.path.name, done.metrics, self.config, "the last one", done.best)
-        )
-
-    def write_model(self, directory: Path, card: str, add: Callable[[Path], None] = lambda directory: None) -> None:
-        """The policy as a plain Hugging Face directory, its critic beside it. add: writes what else belongs there."""
-
-        def beside(directory: Path) -> None:
-            self.policy.save_critic(directory / "critic")
-            add(directory)
-
-        s = self.config.sampling
-        save_model(
-            self.policy.model, self.tokenizer, directory, card=card, temperature=s.temperature,
-            max_new_tokens=s.max_new_tokens, stop_ids=self.stop_ids, add=beside,
-        )  # fmt: skip
-
-    # ------------------------------------------------ details
-
-    def sampling(self, responses_per_prompt: int, stream: int) -> Sampling:
-        s, seed = self.config.sampling, self.config.seed
-        return Sampling(
-            s.temperature, s.top_k, s.top_p, s.max_new_tokens, self.stop_ids, responses_per_prompt, seed, stream
-        )
-
-    def _prompts_of(self, cycle: int) -> list[Prompt]:
-        """The cycle's prompts: shuffled passes over the data set, one after the other, without a cursor to save."""
-        count, size = self.config.ppo.batch // self.config.ppo.responses_per_prompt, len(self.prompts)
-        positions = range((cycle - 1) * count, cycle * count)
-        return [self.prompts[_pass(i // size, size, self.config.seed)[i % size]] for i in positions]
-
-    def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return self.policy.policy_parameters() + self.policy.critic_parameters()
-
-    def _write(self, run: RunDirectory, experience: Experience, cycle: int, new_logprobs: torch.Tensor | None) -> None:
-        ppo = self.config.ppo
-        columns = rollout_columns(
-            experience, self.tokenizer, self.stop_ids, ppo,
-            cycle=cycle, responses_per_prompt=ppo.responses_per_prompt, new_logprobs=new_logprobs,
-        )  # fmt: skip
-        run.write_rollouts(cycle, columns)
-
-
-def prepare(config: PPOConfig, reward: Callable[..., Any] | None = None) -> Job:
-    """Load and check all that a run needs, cheap things first: most mistakes are found before a model is loaded."""
-    m = config.model
-    device = resolve_device(config.device)
-    tokenizer = load_tokenizer(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
-    architecture = model_config(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
-    check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
-    sets = load_prompt_sets(config, tokenizer, context_length(architecture))
-    prompts, held_out, note = sets.train, sets.held_out, sets.note
-    check_contexts(config, prompts + held_out, tokenizer)
-    policy, reference, notes = build_policy(m, device=device, seed=config.seed)
-    notes += [note] if note else []
-    stop_ids = stop_token_ids(tokenizer, policy.model.plain.generation_config, config.sampling.stop_token_ids)
-    scorer = build_reward(config.reward, config.reward_shaping, tokenizer, stop_ids, device, reward)
-    scorer.check(prompts + held_out)
-    sampler = LocalSampler(policy.model, slots=config.sampling.slots)
-    notes += [sampler.note] if sampler.note else []
-    optimizer = build_optimizer(
-        config.optim, policy.policy_parameters(), policy.critic_parameters(),
-        lora=m.lora is not None, critic_is_head=policy.critic is None,
-    )  # fmt: skip
-    p = config.ppo
-    steps = Steps(optimizer, config.optim, p.cycles * p.epochs * p.batch // p.minibatch)
-    return Job(config, device, tokenizer, policy, reference, sampler, scorer, steps, prompts, held_out, stop_ids, notes)
+def _prompts_of(cycle: int, prompts: list[Prompt], config: PPOConfig) -> list[Prompt]:
+    """The cycle's prompts: shuffled passes over the data set, one after the other, without a cursor to save."""
+    count, size = config.ppo.batch // config.ppo.responses_per_prompt, len(prompts)
+    positions = range((cycle - 1) * count, cycle * count)
+    return [prompts[_pass(i // size, size, config.seed)[i % size]] for i in positions]
 
 
 @lru_cache(maxsize=2)  # a cycle may begin in one pass and end in the next
@@ -340,16 +171,3 @@ def input_hashes(config: PPOConfig) -> dict[str, str]:
     hashes = {key: hash_files(path) for key, path in paths.items() if path is not None}
     hashes |= {key: hash_files(path, kind="dataset") for key, path in data.items() if path is not None}
     return {"model.policy": hash_files(m.policy, m.revision)} | hashes
-
-
-def _peak_mb(device: torch.device) -> float:
-    """MiB: on a GPU what torch had allocated at most, on a CPU the largest resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")  # Linux: a process inherits ru_maxrss from the one that started it, but not this
-    if found := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "", re.MULTILINE):
-        return int(found[1]) / 2**10
-    import resource  # not on every system
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # there in bytes, elsewhere in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -6,11 +6,9 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tether.config.sections import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
@@ -18,7 +16,6 @@ from tether.data.pairs import Pair, load_pairs
 from tether.data.snapshot import pin_labels
 from tether.data.split import share_prompts, split_pairs
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
-from tether.errors import Interrupted
 from tether.math import bradley_terry_loss
 from tether.models.loading import (
     add_lora,
@@ -30,37 +27,32 @@ from tether.models.loading import (
     wants_checkpointing,
 )
 from tether.models.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
-from tether.runs import Run, RunDirectory, recorded_inputs
-from tether.train import checkpoint, sft
+from tether.runs import Run, recorded_inputs
+from tether.train import sft
 from tether.train.card import reward_card
-from tether.train.deterministic import deterministic
 from tether.train.log import Logger
 from tether.train.optim import SHUFFLE, Named, Steps, build_optimizer, permutation
+from tether.train.preamble import check_parts, open_run
 from tether.train.preference_report import PreferenceReport, judge
-from tether.train.sft import init_model, newest_checkpoint
-from tether.train.signals import Signals
-from tether.train.weights import restore_weights, save_weights
-from tether.types import microbatches
+from tether.train.sft import init_model
+from tether.train.state import TrainingState
+from tether.types import LogSink, microbatches
 
 
-def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
+def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False) -> Run:
     """Train, or continue the run in `config.run`; returns it, with the reward model in `.final`.
 
     Held-out accuracy with its interval, the length-only baseline and calibration are printed, and written to
     reward_report.json and calibration.html in the run directory.
 
-    fresh: move a run that is there aside and begin anew.
+    sinks: get every step's metrics; see `tether.types.LogSink`. fresh: move a run that is there aside first.
     """
     check(config)
+    check_parts(None, None, sinks)
     section, device = config.reward_model, resolve_device(config.device)
     inputs, pinned = input_hashes(config, fresh=fresh)
-    with (
-        Signals() as signals,
-        deterministic(config.deterministic),
-        RunDirectory.open(config, command="reward", fresh=fresh, inputs=inputs) as run,
-    ):
+    with open_run(config, command="reward", fresh=fresh, inputs=inputs) as (run, signals):
         if run.finished:
-            print(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
             return Run.open(run.path)
         model, adapter, tokenizer = load_model(config.model, device=device, seed=config.seed)
         stop_id = stop_token(config.model, tokenizer)
@@ -73,25 +65,14 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
         check_warmup(config.optim, len(plan))
         trunk, head = trained_parameters(model)
         optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
-        steps = Steps(optimizer, config.optim, len(plan))
-        done = _restore(run, model, adapter, steps)
-        with Logger(run, config.log, total=len(plan)) as log:
-            for note in run.notes:
-                log.note(note)
-            for step in range(done + 1, len(plan) + 1):
-                batch = [train[i] for i in plan[step - 1]]
-                began = time.perf_counter()
-                metrics = accumulate(model, batch, section.centre, section.microbatch_tokens)
-                metrics |= steps.take(step - 1)
-                metrics["time/update_s"] = time.perf_counter() - began
-                log.write(step, metrics)
-                if steps.skipped:
-                    run.event("alarm", step=step, what="optimiser step skipped: its gradient is not finite")
-                steps.stop_if_broken()
-                if step % config.checkpoint.every == 0 or step == len(plan) or signals.requested:
-                    _save(run, step, model, adapter, steps, keep=config.checkpoint.keep)
-                if signals.requested and step < len(plan):
-                    raise Interrupted(f"stopped after step {step} of {len(plan)}, saved; the same command continues.")
+        parts = {"policy": adapter or model.classifier, "head": model.head}  # an adapter does not hold the head
+        state = TrainingState(run, parts, Steps(optimizer, config.optim, len(plan)), tokenizer)
+        state.restore()
+        with Logger(run, config.log, total=len(plan), sinks=sinks) as log, state.saved_when_stopped():
+            while state.done < len(plan):
+                signals.stop_if_requested()
+                began, batch = time.perf_counter(), [train[i] for i in plan[state.done]]
+                state.finish_step(accumulate(model, batch, section.centre, section.microbatch_tokens), began, log)
         if adapter is not None:
             # In place: the classifier's own layers are whole again. In float32: bfloat16 would lose a small update.
             adapter.float().merge_and_unload()
@@ -114,7 +95,7 @@ def accumulate(
     """
     widths = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs]
     total, decided = sum(pair.weight for pair in pairs), sum(pair.probability != 0.5 for pair in pairs)
-    metrics: dict[str, float] = {}
+    found: list[dict[str, torch.Tensor]] = []
     for index in microbatches(widths, microbatch_tokens):
         part = [pairs[i] for i in index.tolist()]
         chosen, rejected = model(rows_of(part)).chunk(2)
@@ -123,9 +104,12 @@ def accumulate(
             chosen, rejected, targets, weights, centre=centre, denominator=total, decided=max(1, decided)
         )
         loss.backward()
-        for name, value in sums.items():
-            metrics[name] = metrics.get(name, 0.0) + value.item()
-    return {name: value if decided or name != "reward_model/accuracy" else None for name, value in metrics.items()}
+        found.append(sums)
+    columns = zip(*torch.stack([torch.stack(list(sums.values())) for sums in found]).tolist(), strict=True)
+    metrics: dict[str, float | None] = {name: sum(column) for name, column in zip(found[0], columns, strict=True)}
+    if not decided:  # of ties alone no accuracy is known
+        metrics["reward_model/accuracy"] = None
+    return metrics
 
 
 def rows_of(pairs: Sequence[Pair]) -> list[list[int]]:
@@ -212,36 +196,3 @@ def trained_parameters(model: RewardModel) -> tuple[Named, Named]:
         [item for item, head in zip(named, is_head, strict=True) if not head],
         [item for item, head in zip(named, is_head, strict=True) if head],
     )
-
-
-def _save(
-    run: RunDirectory,
-    step: int,
-    model: RewardModel,
-    adapter: Any | None,
-    steps: Steps,
-    *,
-    keep: int,
-) -> None:
-    trunk, head = trained_parameters(model)
-
-    def write(directory: Path) -> None:
-        save_weights(adapter or model.classifier, directory / "policy")
-        save_file(dict(model.head.state_dict()), directory / "head.safetensors")  # an adapter does not hold it
-        checkpoint.save_optimizer(steps.optimizer, [*trunk, *head], directory / "optimizer.safetensors")
-
-    checkpoint.save(run.path, f"step-{step:06d}", {"step": step, "skipped": steps.skipped}, write, keep=keep)
-
-
-def _restore(run: RunDirectory, model: RewardModel, adapter: Any | None, steps: Steps) -> int:
-    """Put model and optimiser back to the newest checkpoint; returns the steps that were done."""
-    found = newest_checkpoint(run)
-    if found is None:
-        return 0
-    directory, state = found
-    restore_weights(adapter or model.classifier, directory / "policy")
-    model.head.load_state_dict(load_file(directory / "head.safetensors"))
-    trunk, head = trained_parameters(model)
-    checkpoint.load_optimizer(steps.optimizer, [*trunk, *head], directory / "optimizer.safetensors")
-    steps.skipped = state["skipped"]
-    return int(state["step"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tether.config.sections import LamConfig, PPOSection
-from tether.errors import TrainingError
+from tether.errors import BatchError, TrainingError
 from tether.math import (
     distinct_pairs,
     explained_variance,
@@ -24,6 +24,7 @@ from tether.math import (
 )
 from tether.models.policy import Policy, Reference
 from tether.rewards import RewardSet, ScoredBatch
+from tether.runs.bounds import SAMPLER_GAP
 from tether.types import Completions, Prompt, Rollout, Sampler, Sampling, microbatches
 
 Metrics = dict[str, float | None]
@@ -39,6 +40,19 @@ class Experience:
     advantages: Tensor  # [B, R] reward units, before whitening
     entropy: Tensor  # [B, R] nats, of the policy as it was when the cycle began
     metrics: Metrics
+    alarms: list[str]  # self-checks out of bounds
+
+    def evaluation_metrics(self) -> Metrics:
+        """The metrics of an evaluation, eval/*."""
+        m = self.metrics
+        sums = ("score_mean", "score_std", "score_min", "score_max", "total_mean")
+        sources = [f"reward/{name}_mean" for name in self.scored.parts]  # one may be called `length`
+        own = ("kl/ref_mean", "response/length_mean", "response/truncated_fraction", "value/explained_variance")
+        return (
+            {f"eval/{name}": m[f"reward/{name}"] for name in sums}
+            | {f"eval/{name}": m[name] for name in sources}
+            | {f"eval/{name.replace('kl/', 'kl_').rpartition('/')[2]}": m[name] for name in own if name in m}
+        )
 
 
 def collect(
@@ -55,6 +69,11 @@ def collect(
     progress("sampling")
     completions = sampler.generate(prompts, sampling, cycle=cycle)
     clock.lap("time/rollout_s")
+    if [p.row for p in completions.prompts] != [p.row for p in prompts for _ in range(sampling.responses_per_prompt)]:
+        raise BatchError(
+            f"the sampler gave {len(completions)} responses to other prompts, or in another order, than the "
+            f"{len(prompts)} × {sampling.responses_per_prompt} that it was asked for: scores would go astray."
+        )
 
     progress("scoring")
     scored = reward.score(completions)
@@ -63,24 +82,24 @@ def collect(
     progress("valuing")
     rows = completions.rows().to(policy.model.device)
     mask = rows.response_mask
-    old, entropy, values, ref = (torch.zeros(mask.shape, device=mask.device) for _ in range(4))
+    old, entropy, ref = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
+    values = torch.zeros_like(old) if policy.has_critic else None
     for index in microbatches(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
         part = rows.select(index)
         width = part.response_mask.shape[1]
         with torch.no_grad():
             output = policy(part, temperature=sampling.temperature)
-        old[index, :width], entropy[index, :width], values[index, :width] = output
+        old[index, :width], entropy[index, :width] = output.logprobs, output.entropy
+        if values is not None:
+            values[index, :width] = output.values
         ref[index, :width] = reference.logprobs(part, temperature=sampling.temperature)
     clock.lap("time/forward_s")
 
     in_reward = kl_coef if ppo.kl.place == "reward" else 0.0
     scores = scored.scores.to(old)
     rewards = place_rewards(scores, old, ref, mask, kl_coef=in_reward)
-    _check_placement(rewards + in_reward * (old - ref), scores, rows.response_lengths)
-    lam = ppo.lam if isinstance(ppo.lam, LamConfig) else LamConfig(ppo.lam, ppo.lam)
-    advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.actor)
-    if lam.critic != lam.actor:
-        _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.critic)
+    _check_placement(rewards + in_reward * (old - ref), scores, rows.response_lengths.to(mask.device))
+    advantages, returns = estimate(rewards, values, mask, ppo)
     rollout = Rollout(rows, old, ref, values, rewards, whiten(advantages, mask) if ppo.whiten else advantages, returns)
 
     log_ratio_sums = ((old - ref) * mask).sum(1)
@@ -106,7 +125,7 @@ def collect(
         "kl/ref_per_token": float(masked_mean(old - ref, mask)),
         "kl/coef": kl_coef,
         "policy/optimality_gap": gap,
-        "value/explained_variance": explained_variance(values, returns, mask),
+        **_of_the_critic(values, returns, mask),
         "advantage/mean": float(masked_mean(advantages, mask)),
         "advantage/std": float(masked_var(advantages, mask).sqrt()),
         "response/length_mean": float(lengths.mean()),
@@ -121,7 +140,30 @@ def collect(
         "tokens_per_s/rollout": float(lengths.sum()) / max(clock.laps["time/rollout_s"], 1e-9),
         **clock.laps,
     }
-    return Experience(completions, scored, rollout, advantages, entropy, metrics)
+    return Experience(completions, scored, rollout, advantages, entropy, metrics, _check_sampler(metrics, policy))
+
+
+def estimate(rewards: Tensor, values: Tensor | None, mask: Tensor, ppo: PPOSection) -> tuple[Tensor, Tensor | None]:
+    """(advantages [B, R] in reward units, not whitened; the critic's returns [B, R], None where there is no critic)."""
+    assert values is not None  # no config makes a policy without a critic
+    lam = ppo.lam if isinstance(ppo.lam, LamConfig) else LamConfig(ppo.lam, ppo.lam)
+    advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.actor)
+    if lam.critic != lam.actor:
+        _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.critic)
+    return advantages, returns
+
+
+def _of_the_critic(values: Tensor | None, returns: Tensor | None, mask: Tensor) -> Metrics:
+    if values is None or returns is None:
+        return {}
+    return {"value/explained_variance": explained_variance(values, returns, mask)}
+
+
+def _check_sampler(metrics: Metrics, policy: Policy) -> list[str]:
+    """The engine and the trainer must give the same tokens the same log-probs, up to rounding."""
+    gap = metrics["check/sampler_gap"] or 0.0
+    bound = SAMPLER_GAP["float32" if policy.model.dtype == torch.float32 else "bfloat16"]
+    return [f"sampler gap {gap:.2g} nats per token, above {bound}"] if gap > bound else []
 
 
 def _check_placement(without_kl: Tensor, scores: Tensor, lengths: Tensor) -> None:

@@ -11,17 +11,16 @@ import bisect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.config.sections import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig, check, check_warmup
 from tether.data.examples import Example, load_examples
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
-from tether.errors import ConfigError, Interrupted
+from tether.errors import ConfigError
 from tether.math import nll_loss
 from tether.models.export import save_model
 from tether.models.loading import (
@@ -36,70 +35,47 @@ from tether.models.loading import (
     wants_checkpointing,
 )
 from tether.models.policy import LanguageModel
-from tether.runs import Run, RunDirectory, hash_files
-from tether.train import checkpoint
+from tether.runs import Run, hash_files
 from tether.train.card import sft_card
-from tether.train.deterministic import deterministic
 from tether.train.log import Logger
-from tether.train.optim import SHUFFLE, Named, Steps, build_optimizer, permutation
-from tether.train.signals import Signals
-from tether.train.weights import restore_weights, save_weights
-from tether.types import microbatches
+from tether.train.optim import SHUFFLE, Steps, build_optimizer, permutation
+from tether.train.preamble import check_parts, open_run
+from tether.train.state import TrainingState
+from tether.types import LogSink, microbatches
 
 Row = list[Example]  # what stands in one row of tokens: one example, or several when packed
 
 
-def sft(config: SFTConfig, *, fresh: bool = False) -> Run:
+def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False) -> Run:
     """Train, or continue the run in `config.run`; returns it, with the trained model in `.final`.
 
-    fresh: move a run that is there aside and begin anew.
+    sinks: get every step's metrics; see `tether.types.LogSink`. fresh: move a run that is there aside first.
     """
     check(config)
-    device = resolve_device(config.device)
+    check_parts(None, None, sinks)
     inputs = input_hashes(config.model, config.data)
-    with (
-        Signals() as signals,
-        deterministic(config.deterministic),
-        RunDirectory.open(config, command="sft", fresh=fresh, inputs=inputs) as run,
-    ):
+    with open_run(config, command="sft", fresh=fresh, inputs=inputs) as (run, signals):
         if run.finished:
-            print(f"{run.path} is finished: nothing to do. --fresh moves it aside and begins anew.")
             return Run.open(run.path)
-        model, tokenizer, notes = load_model(config.model, device=device, seed=config.seed)
+        model, tokenizer, notes = load_model(config.model, device=resolve_device(config.device), seed=config.seed)
         stop_ids = stop_token_ids(tokenizer, model.plain.generation_config, None)
-        examples = load_examples(
-            config.data,
-            tokenizer,
-            stop_id=stop_ids[0] if stop_ids else None,
-            train_on=config.sft.train_on,
-            context=context_length(model.config),
-        )
+        stop_id, context = next(iter(stop_ids), None), context_length(model.config)
+        examples = load_examples(config.data, tokenizer, stop_id=stop_id, train_on=config.sft.train_on, context=context)
         if config.sft.packing:
             check_packing(model)
         plan = plan_steps([len(e.ids) for e in examples], config)
         check_warmup(config.optim, len(plan))
         named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
         optimizer = build_optimizer(config.optim, named, lora=config.model.lora is not None)
-        steps = Steps(optimizer, config.optim, len(plan))
-        done = _restore(run, model, steps, named)
-        with Logger(run, config.log, total=len(plan)) as log:
-            for note in [*run.notes, *notes]:
-                log.note(note)
-            for step in range(done + 1, len(plan) + 1):
-                rows = [[examples[i] for i in row] for row in plan[step - 1]]
-                began = time.perf_counter()
-                metrics = accumulate(model, rows, config.sft.microbatch_tokens)
-                metrics |= steps.take(step - 1)
-                metrics["time/update_s"] = time.perf_counter() - began
-                metrics["tokens_per_s/update"] = metrics["tokens/trained"] / metrics["time/update_s"]
-                log.write(step, metrics)
-                if steps.skipped:
-                    run.event("alarm", step=step, what="optimiser step skipped: its gradient is not finite")
-                steps.stop_if_broken()
-                if step % config.checkpoint.every == 0 or step == len(plan) or signals.requested:
-                    _save(run, step, model, steps, named, keep=config.checkpoint.keep)
-                if signals.requested and step < len(plan):
-                    raise Interrupted(f"stopped after step {step} of {len(plan)}, saved; the same command continues.")
+        state = TrainingState(run, {"policy": model.lm}, Steps(optimizer, config.optim, len(plan)), tokenizer)
+        state.restore()
+        with Logger(run, config.log, total=len(plan), sinks=sinks) as log, state.saved_when_stopped():
+            for note in notes:
+                log.fallback(note)
+            while state.done < len(plan):
+                signals.stop_if_requested()
+                began, rows = time.perf_counter(), [[examples[i] for i in row] for row in plan[state.done]]
+                state.finish_step(accumulate(model, rows, config.sft.microbatch_tokens), began, log)
         save_model(model, tokenizer, run.path / "final", card=sft_card(Run(run.path), config), stop_ids=stop_ids)
     return Run.open(run.path)
 
@@ -112,14 +88,14 @@ def accumulate(model: LanguageModel, rows: Sequence[Row], microbatch_tokens: int
     Returns the step's metrics: loss in nats a token, trained tokens.
     """
     total = sum(sum(example.trained) for row in rows for example in row)
-    loss_sum = 0.0
+    losses: list[Tensor] = []
     for index in microbatches([sum(len(e.ids) for e in row) for row in rows], microbatch_tokens):
         batch = Batch.of([rows[i] for i in index.tolist()], model.device)
         logprobs, _, _ = model.logprobs(batch.tokens, batch.before, batch.targets, **batch.positions)
         loss = nll_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator=total)
         loss.backward()
-        loss_sum += loss.item()
-    return {"loss": loss_sum, "tokens/trained": total}
+        losses.append(loss.detach())
+    return {"loss": sum(torch.stack(losses).tolist()), "tokens/trained": total}
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +190,8 @@ def load_model(
     where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if isinstance(config.policy, InitModelConfig):
         tokenizer = load_tokenizer(config.policy.tokenizer, **where)
-        lm = init_model(config.policy, tokenizer, seed=seed).to(device)
+        lm: Any = init_model(config.policy, tokenizer, seed=seed)
+        lm.to(device)
         dtype = resolve_dtype(config.dtype, device, lm.config.get_text_config().hidden_size)
     else:
         tokenizer = load_tokenizer(config.policy, **where)
@@ -233,14 +210,15 @@ def load_model(
     return model, tokenizer, [note] if note else []
 
 
-def init_model(config: InitModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Any:
+def init_model(config: InitModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
     """A causal language model with random weights, made for `tokenizer`: its vocabulary, its special ids."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     vocab_size = max(tokenizer.get_vocab().values()) + 1
-    return init_causal_lm(config.init, vocab_size=vocab_size, special=special, seed=seed)
+    model: PreTrainedModel = init_causal_lm(config.init, vocab_size=vocab_size, special=special, seed=seed)
+    return model
 
 
-def init_architecture(config: InitModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+def init_architecture(config: InitModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The transformers config that `init_model` builds, without a weight; raises what building it would."""
     with torch.device("meta"):
         return init_model(config, tokenizer, seed=0).config
@@ -253,35 +231,3 @@ def input_hashes(model: SFTModelConfig, data: DataConfig) -> dict[str, str]:
     else:
         hashes = {"model.policy": hash_files(model.policy, model.revision)}
     return hashes | {"data.path": hash_files(data.path, kind="dataset")}
-
-
-def _save(run: RunDirectory, step: int, model: LanguageModel, steps: Steps, named: Named, *, keep: int) -> None:
-    def write(directory: Path) -> None:
-        save_weights(model.lm, directory / "policy")
-        checkpoint.save_optimizer(steps.optimizer, named, directory / "optimizer.safetensors")
-
-    checkpoint.save(run.path, f"step-{step:06d}", {"step": step, "skipped": steps.skipped}, write, keep=keep)
-
-
-def _restore(run: RunDirectory, model: LanguageModel, steps: Steps, named: Named) -> int:
-    """Put model and optimiser back to the newest checkpoint; returns the steps that were done."""
-    found = newest_checkpoint(run)
-    if found is None:
-        return 0
-    directory, state = found
-    restore_weights(model.lm, directory / "policy")
-    checkpoint.load_optimizer(steps.optimizer, named, directory / "optimizer.safetensors")
-    steps.skipped = state["skipped"]
-    return int(state["step"])
-
-
-def newest_checkpoint(run: RunDirectory) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint, the run's files cut back to it; None, cut back to nothing, if there is none."""
-
-    def say(what: str) -> None:
-        run.event("checkpoint_damaged", what=what)
-        print(what, flush=True)
-
-    found = checkpoint.latest(run.path, say)
-    run.truncate_after(found[1]["step"] if found else 0)
-    return found

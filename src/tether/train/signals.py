@@ -5,8 +5,7 @@
             with signals.droppable():      # phase 1: a signal here raises StopRequested at once
                 …
             …                              # phase 2: a signal here waits
-            if signals.requested:
-                save, and raise Interrupted
+        signals.stop_if_requested()        # StopRequested, before the next phase
 
 A second signal kills the process without saving, whatever it is doing.
 """
@@ -58,15 +57,16 @@ class Signals:
     @contextmanager
     def droppable(self) -> Iterator[None]:
         """A block that may be left at any instruction: a signal, now or before, raises StopRequested."""
-        self._stop_if_requested()
+        self.stop_if_requested()
         self._droppable = True
         try:
             yield
         finally:
             self._droppable = False
-        self._stop_if_requested()  # someone inside may have swallowed it
+        self.stop_if_requested()  # someone inside may have swallowed it
 
-    def _stop_if_requested(self) -> None:
+    def stop_if_requested(self) -> None:
+        """Raise StopRequested if a signal has arrived."""
         if self.requested:
             raise StopRequested
 

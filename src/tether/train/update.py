@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from tether.errors import TrainingError
 from tether.math import clipped_policy_loss, entropy_mean, kl_loss, value_loss
 from tether.models.policy import Policy
 from tether.runs.bounds import FIRST_RATIO_MAX_FLOAT32, FIRST_RATIO_MEAN, FIRST_RATIO_STOP
+from tether.train.memory import peak_mb
 from tether.train.optim import RESTART_HINT, SHUFFLE, Steps, permutation
 from tether.train.rollout import Metrics
 from tether.types import Rollout, microbatches
@@ -31,6 +32,7 @@ class Update:
 def update(
     policy: Policy, steps: Steps, rollout: Rollout, ppo: PPOSection,
     *, cycle: int, kl_coef: float, temperature: float, seed: int,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Update:  # fmt: skip
     """Maximise the clipped objective over the cycle's rollout; changes `policy` and the optimiser in place.
 
@@ -48,10 +50,11 @@ def update(
     policy.critic_only = cycle <= ppo.value_warmup_cycles
 
     for epoch in range(ppo.epochs):
+        progress(f"updating, epoch {epoch + 1} of {ppo.epochs}")
         order = permutation(len(rollout.rows), seed=seed, stream=SHUFFLE, counter=(cycle, epoch))
         for m in range(per_epoch):
             chosen = sorted(order[m * ppo.minibatch : (m + 1) * ppo.minibatch])
-            index = torch.tensor(chosen, device=rollout.values.device)
+            index = torch.tensor(chosen)
             minibatch = rollout.select(index)
             metrics, logprobs = accumulate(policy, minibatch, ppo, kl_coef=kl_coef, temperature=temperature)
             new_logprobs[index, : logprobs.shape[1]] = logprobs
@@ -76,6 +79,7 @@ def update(
             "optim/skipped_steps": sum(int(metrics["optim/skipped_steps"]) for metrics, _ in done),
             "time/update_s": seconds,
             "tokens_per_s/update": sum(tokens for _, tokens in done) / max(seconds, 1e-9),
+            "memory/peak_mb": peak_mb(policy.model.device),
         },
         new_logprobs,
         alarms,
@@ -87,7 +91,7 @@ def accumulate(
 ) -> tuple[dict[str, float], Tensor]:
     """Add one minibatch's gradients to the policy's, microbatch by microbatch; no step.
 
-        L = L_policy + c1·L_value - c2·entropy  [+ β·k2 when the KL is in the loss]
+        L = L_policy + c1·L_value - c2·entropy  [+ β·k2 when the KL is in the loss; without L_value where no critic is]
 
     Every sum is divided by the tokens of the whole minibatch, so how it is cut into microbatches changes nothing.
     Returns (the minibatch's metrics, new log-probs [B, R]).
@@ -95,29 +99,37 @@ def accumulate(
     rows = minibatch.rows
     denominator = float(rows.response_lengths.sum())
     clip = (ppo.clip[0], ppo.clip[-1]) if isinstance(ppo.clip, list) else ppo.clip
-    metrics: dict[str, float] = {}
+    names: list[str] = []
+    values: list[Tensor] = []  # of each microbatch, one for each name
     new_logprobs = torch.zeros_like(minibatch.old_logprobs)
     for index in microbatches(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
         part = minibatch.select(index)
         mask = part.rows.response_mask
         output = policy(part.rows, temperature=temperature)
-        loss_value, value_metrics = value_loss(
-            output.values, part.values, part.returns, mask, clip=ppo.value_clip, denominator=denominator
-        )
+        terms, value_metrics = [], dict[str, Tensor]()
+        if output.values is not None and part.values is not None and part.returns is not None:
+            loss_value, value_metrics = value_loss(
+                output.values, part.values, part.returns, mask, clip=ppo.value_clip, denominator=denominator
+            )
+            terms.append(ppo.value_coef * loss_value)
         loss_policy, policy_metrics = clipped_policy_loss(
             output.logprobs, part.old_logprobs, part.advantages, mask, clip=clip, denominator=denominator
         )
         entropy = entropy_mean(output.entropy, mask, denominator=denominator)
-        loss = ppo.value_coef * loss_value
         if not policy.critic_only:
-            loss = loss + loss_policy
+            terms.append(loss_policy)
             if ppo.entropy_coef:  # only then is its gradient worth the work
-                loss = loss - ppo.entropy_coef * entropy
+                terms.append(-ppo.entropy_coef * entropy)
             if ppo.kl.place == "loss":
-                loss = loss + kl_coef * kl_loss(output.logprobs, part.ref_logprobs, mask, denominator=denominator)
-        loss.backward()
-        _merge(metrics, {**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()})
+                terms.append(kl_coef * kl_loss(output.logprobs, part.ref_logprobs, mask, denominator=denominator))
+        sum(terms[1:], terms[0]).backward()
+        found = {**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()}
+        names = list(found)
+        values.append(torch.stack(list(found.values())))
         new_logprobs[index, : mask.shape[1]] = output.logprobs.detach()
+    metrics: dict[str, float] = {}
+    for row in torch.stack(values).tolist():  # at once: reading a number off a GPU waits for all that it has to do
+        _merge(metrics, dict(zip(names, row, strict=True)))
     return metrics, new_logprobs
 
 
@@ -129,10 +141,9 @@ def _means(minibatches: list[tuple[dict[str, float], float]]) -> dict[str, float
     return total
 
 
-def _merge(total: dict[str, float], part: Mapping[str, Tensor | float], *, weight: float = 1.0) -> None:
+def _merge(total: dict[str, float], part: Mapping[str, float], *, weight: float = 1.0) -> None:
     """Add `part` to `total`, weighted; extremes combine as extremes."""
-    for name, value in part.items():
-        x = float(value)
+    for name, x in part.items():
         if name.endswith(("_min", "_max")):
             total[name] = (min if name.endswith("_min") else max)(total.get(name, x), x)
         else:

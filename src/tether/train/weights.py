@@ -1,24 +1,34 @@
-"""A model's weights in and out of a checkpoint: a Hugging Face directory, under LoRA an adapter's."""
+"""Weights in and out of a checkpoint: a Hugging Face directory, under LoRA an adapter's; of a head a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tether.errors import ModelError, first_line
 from tether.models.loading import load_weights, quiet_transformers
 
 
 def save_weights(model: Any, directory: Path) -> None:
-    """Write a transformers model, or only the adapter of a peft model: its base is where the run began."""
+    """Write a transformers model, or only the adapter of a peft model: its base is where the run began.
+
+    Another module, a head, becomes one file, `directory` with the ending .safetensors.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if not hasattr(model, "save_pretrained"):
+        save_file(dict(model.state_dict()), directory.with_suffix(".safetensors"))
+        return
     with quiet_transformers():
         model.save_pretrained(directory)
 
 
 def restore_weights(model: Any, directory: Path) -> None:
     """Read back what `save_weights` wrote, in place and bit for bit."""
+    if not hasattr(model, "save_pretrained"):
+        model.load_state_dict(load_file(directory.with_suffix(".safetensors")))
+        return
     if not hasattr(model, "peft_config"):
         load_weights(model, directory)
         return

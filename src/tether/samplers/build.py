@@ -1,0 +1,14 @@
+"""From the config to the engine that it names."""
+
+from __future__ import annotations
+
+from tether.config.sections import SamplingConfig
+from tether.models.policy import LanguageModel
+from tether.samplers.local import LocalSampler
+from tether.types import Sampler
+
+
+def build_sampler(model: LanguageModel, config: SamplingConfig) -> tuple[Sampler, list[str]]:
+    """(the sampler of `sampling.engine`, ready to sample from `model`; notes on what fell back, for the log)."""
+    sampler = LocalSampler(model, slots=config.slots)  # the only engine so far
+    return sampler, [sampler.note] if sampler.note else []

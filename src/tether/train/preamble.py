@@ -1,0 +1,76 @@
+"""What stands around every trainer: signals, determinism, the run directory, its heartbeat, memory that runs out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from tether.config.sections import PPOConfig, RewardConfig, SFTConfig
+from tether.errors import ConfigError, RunError
+from tether.runs import RunDirectory
+from tether.train.deterministic import deterministic
+from tether.train.log import say
+from tether.train.memory import explaining_out_of_memory
+from tether.train.signals import Signals
+
+_BEAT_S = 5.0
+
+
+def check_parts(reward: object, sampler: object, sinks: Sequence[object]) -> None:
+    """Raise ConfigError where something that was passed from Python lacks a method that will be called."""
+    wanted = [(f"sinks[{i}]", sink, "write") for i, sink in enumerate(sinks)]
+    if sampler is not None:
+        wanted.append(("sampler", sampler, "generate load_weights"))
+    if reward is not None and not callable(reward):
+        wanted.append(("reward", reward, "check score"))
+    for name, part, methods in wanted:
+        for method in methods.split():
+            if not callable(getattr(part, method, None)):
+                raise ConfigError(
+                    f"{name} is {type(part).__name__}, which has no method `{method}`: the run could not use it. "
+                    "tether.types lists the methods."
+                )
+
+
+@contextmanager
+def open_run(
+    config: PPOConfig | SFTConfig | RewardConfig, *, command: str, fresh: bool, inputs: dict[str, str]
+) -> Iterator[tuple[RunDirectory, Signals]]:
+    """Create or continue the run in `config.run`. A run that is finished says so: the caller then has nothing to do.
+
+    inputs: hashes of what the run reads, by config key. fresh: move a run that is there aside first.
+    """
+    with (
+        Signals() as signals,
+        deterministic(config.deterministic),
+        RunDirectory.open(config, command=command, fresh=fresh, inputs=inputs) as run,
+        explaining_out_of_memory(run),
+    ):
+        if run.finished:
+            say(f"{run.path} is finished: nothing to do. --fresh moves it aside and starts over.")
+            yield run, signals
+            return
+        for note in run.notes:
+            say(note)
+        with _beating(run):
+            yield run, signals
+
+
+@contextmanager
+def _beating(run: RunDirectory) -> Iterator[None]:
+    """Inside, status.json has a heartbeat however long a phase takes."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(_BEAT_S):
+            with suppress(RunError):  # the trainer's own next write says what is wrong with the disk
+                run.heartbeat()
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

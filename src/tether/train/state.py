@@ -1,0 +1,107 @@
+"""Where a run stands: what a checkpoint holds, for every trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tether.config.sections import EvaluateConfig
+from tether.errors import Interrupted, RewardError
+from tether.runs import RunDirectory
+from tether.train import checkpoint
+from tether.train.log import Logger, say
+from tether.train.optim import Steps
+from tether.train.signals import StopRequested
+from tether.train.weights import restore_weights, save_weights
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """All that the next cycle (or step) depends on. Every draw is counted, so there is no more.
+
+    models   name in the checkpoint -> module: see `save_weights`. The policy's tokenizer is written beside it.
+    steps    the optimizer, and the steps in a row that it skipped.
+    done     cycles (or steps) that are done.
+    kl_coef  PPO's β; 0 elsewhere.
+    """
+
+    run: RunDirectory
+    models: Mapping[str, Any]
+    steps: Steps
+    tokenizer: PreTrainedTokenizerBase
+    done: int = 0
+    kl_coef: float = 0.0
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        assert not isinstance(self.run.config, EvaluateConfig)
+
+        def write(directory: Path) -> None:
+            for name, model in self.models.items():
+                save_weights(model, directory / name)
+            self.tokenizer.save_pretrained(directory / "policy")
+            checkpoint.save_optimizer(self.steps.optimizer, self.steps.named, directory / "optimizer.safetensors")
+
+        numbers = {self.run.unit: self.done, "kl_coef": self.kl_coef, "skipped": self.steps.skipped}
+        name, keep = f"{self.run.unit}-{self.done:06d}", self.run.config.checkpoint.keep
+        checkpoint.save(self.run.path, name, numbers, write, keep=keep)
+
+    def finish_step(self, metrics: Mapping[str, float | None], began: float, log: Logger) -> None:
+        """Step on the gradients that an optimizer step has added up, log its metrics, and save where that is due.
+
+        metrics: of the step so far. began: when it began, by time.perf_counter().
+        """
+        taken: dict[str, float | None] = {**metrics, **self.steps.take(self.done)}
+        seconds = taken["time/update_s"] = time.perf_counter() - began
+        if tokens := metrics.get("tokens/trained"):
+            taken["tokens_per_s/update"] = tokens / seconds
+        self.done += 1
+        log.write(self.done, taken)
+        if self.steps.skipped:
+            log.alarms(self.done, ["optimizer step skipped: its gradient is not finite"])
+        self.steps.stop_if_broken()
+        self.save_if_due(self.steps.total)
+
+    def save_if_due(self, total: int) -> None:
+        """Write a checkpoint where the config asks for one, and after the last of `total` cycles (or steps)."""
+        assert not isinstance(self.run.config, EvaluateConfig)
+        if self.done % self.run.config.checkpoint.every == 0 or self.done == total:
+            self.save()
+
+    def restore(self) -> None:
+        """Put back the newest intact checkpoint, and cut the run's files back to it; without one stay at the start."""
+
+        def passed_over(text: str) -> None:
+            self.run.event("checkpoint_damaged", what=text)
+            say(text)
+
+        if found := checkpoint.latest(self.run.path, passed_over):
+            directory, numbers = found
+            for name, model in self.models.items():
+                restore_weights(model, directory / name)
+            checkpoint.load_optimizer(self.steps.optimizer, self.steps.named, directory / "optimizer.safetensors")
+            self.done, self.kl_coef = numbers[self.run.unit], numbers["kl_coef"]
+            self.steps.skipped = numbers["skipped"]
+        self.run.truncate_after(self.done)
+
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Around a trainer's loop: a signal or a reward that failed stops it with everything saved that is done."""
+        try:
+            yield
+        except (RewardError, StopRequested) as stop:
+            unit = self.run.unit
+            if self.done:  # else there is nothing to keep: the same command starts over
+                self.save()
+            if isinstance(stop, RewardError):
+                raise
+            raise Interrupted(
+                f"stopped after {unit} {self.done}, saved; the same command continues" if self.done else
+                f"stopped before {unit} 1; the same command starts over"
+            ) from None  # fmt: skip
