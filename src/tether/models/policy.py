@@ -10,11 +10,13 @@ causal attention no token sees what comes after it (see `tether.types`).
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +42,8 @@ from tether.types import Rows
 _VALUE_HEAD = "value_head.safetensors"  # in a critic's directory, beside its trunk if it has one
 
 # ---------------------------------------------------------------- from hidden states to log-probs
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
 @dataclass
@@ -70,6 +74,22 @@ class LanguageModel:
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward pass in the compute precision."""
         return autocast(self.dtype, self.device)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model is in eval mode, without gradient checkpointing, and no other thread's `evaluating`.
+
+        Mode, attention implementation and (in `exactly`) precision are state of the model itself, which threads that
+        share it cannot have at once: they take turns. Threads with models of their own do not wait for each other.
+        """
+        with _locks.setdefault(self.plain, threading.RLock()):
+            training = [module for module in self.lm.modules() if module.training]
+            self.lm.eval()
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
 
     @contextmanager
     def exactly(self) -> Iterator[None]:

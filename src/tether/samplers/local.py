@@ -97,7 +97,7 @@ class LocalSampler:
         else:
             decoder = Recompute(self.model, slots=slots, width=width)
         batch = _Batch(self.model, decoder, asked, sampling, cycle, slots)
-        with self.model.autocast():
+        with self.model.evaluating(), self.model.autocast():
             while not batch.done:
                 batch.admit()
                 batch.draw()
@@ -139,7 +139,7 @@ def _why_not_cached(model: LanguageModel) -> str | None:
     if unknown:
         return f"{type(model.plain).__name__} has layers of {', '.join(unknown)}, which our cache does not know: {slow}"
     tokens = torch.arange(8, device=model.device)[None] * 7919 % model.config.vocab_size
-    with model.exactly():
+    with model.evaluating(), model.exactly():
         want = model.hidden(tokens)[0, 4:]
         try:
             cache = SlotCache(model, slots=1, width=8)
@@ -166,7 +166,7 @@ def _why_not_recorded(model: LanguageModel) -> str | None:
     zero = torch.zeros(1, dtype=torch.long, device=model.device)
     seen = []
     try:
-        with model.autocast():
+        with model.evaluating(), model.autocast():
             for recorded in (False, True):
                 cache = SlotCache(model, slots=1, width=4, recorded=recorded)
                 cache.admit(zero[:, None], zero + 1, 0, zero)

@@ -7,6 +7,7 @@ The model code stays as it is: projections, rotary positions, norms and MLPs are
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -160,21 +161,29 @@ def _minus_infinity_unless(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 # ---------------------------------------------------------------- the hook into transformers
 
-_active: list[SlotCache] = []  # the cache that attention writes to: a stack, for a sampler inside a sampler
+
+class _Active(threading.local):
+    """The cache that attention writes to, of each thread: transformers calls us without a way to pass it along."""
+
+    cache: SlotCache | None = None
+
+
+_active = _Active()
 
 
 @contextmanager
 def attending(cache: SlotCache) -> Iterator[None]:
-    """Inside, the model's attention goes through `cache`."""
-    config = cache.model.config
+    """Inside, this thread's calls of the model's attention go through `cache`.
+
+    Which attention a model uses stands in its config, and so holds for every thread: see `LanguageModel.evaluating`.
+    """
+    config, outer = cache.model.config, _active.cache
     before = config._attn_implementation
-    config._attn_implementation = _NAME
-    _active.append(cache)
+    config._attn_implementation, _active.cache = _NAME, cache
     try:
         yield
     finally:
-        _active.pop()
-        config._attn_implementation = before
+        config._attn_implementation, _active.cache = before, outer
 
 
 def _slot_attention(
@@ -185,8 +194,10 @@ def _slot_attention(
     if s_aux is not None:
         raise NotImplementedError("attention sinks")  # found by the sampler's probe, which then recomputes instead
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    cache, layer = _active[-1], module.layer_idx
-    attended = cache.attend(layer, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap)
+    assert _active.cache is not None
+    attended = _active.cache.attend(
+        module.layer_idx, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap
+    )
     return attended, None
 
 
