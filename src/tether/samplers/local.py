@@ -170,7 +170,8 @@ def _why_not_recorded(model: LanguageModel) -> str | None:
             for recorded in (False, True):
                 cache = SlotCache(model, slots=1, width=4, recorded=recorded)
                 cache.admit(zero[:, None], zero + 1, 0, zero)
-                seen.append(torch.cat([cache.step(zero + t).float() for t in range(3)]))
+                # Cloned: a replay returns its recording's memory, and `.float()` of float32 is the same memory.
+                seen.append(torch.cat([cache.step(zero + t).float().clone() for t in range(3)]))
         gap = ((seen[0] - seen[1]).abs().max() / seen[0].abs().max()).item()
         why = f"a replay is off by {gap:.2g}" if not gap <= 1e-2 else None
     except Exception as error:  # whatever another library's model may raise
