@@ -16,6 +16,7 @@ from tether.config.sections import InitModelConfig, PPOConfig, RewardConfig, SFT
 from tether.data.tokenizer import load_tokenizer
 from tether.diagnose.simulate import Shape, Step, simulate
 from tether.models.loading import model_config, resolve_device, resolve_dtype
+from tether.models.policy import freeze
 from tether.samplers.local import PREFILL_TOKENS, count_slots, slot_bytes
 from tether.train.sft import init_architecture
 
@@ -126,10 +127,9 @@ def _of_ppo(
     text = architecture.get_text_config()
     item, copied = dtype.itemsize, dtype != torch.float32 and config.model.lora is None
     parts = []
-    if config.model.reference is not None:
-        parts.append(Part("reference", _count(_read(config, config.model.reference)) * item))
-    elif config.model.lora is None:
-        parts.append(Part("reference", step.parameters * item))
+    if config.model.reference is not None or config.model.lora is None:
+        frozen = architecture if config.model.reference is None else _read(config, config.model.reference)
+        parts.append(Part("reference", _reference_bytes(frozen, dtype, narrow=config.model.lora is not None)))
     if copied:
         parts.append(Part("engine's copy of the policy", step.parameters * item))
     s, prompt = config.sampling, prompt_tokens or config.prompts.max_tokens
@@ -197,7 +197,17 @@ def _shape(config: TrainingConfig, tokens: int | None) -> Shape:
 
 def _count(architecture: Any) -> int:
     """Number of weights, counted on a model without data."""
+    return sum(p.numel() for p in _without_data(architecture).parameters())
+
+
+def _reference_bytes(architecture: Any, dtype: torch.dtype, *, narrow: bool) -> int:
+    """narrow: all of its weights are in `dtype`, as the policy's frozen base is."""
+    reference = freeze(_without_data(architecture), dtype, same_bits=not narrow)
+    return sum(p.numel() * p.element_size() for p in reference.parameters())
+
+
+def _without_data(architecture: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(architecture).parameters())
+        return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tether.models.policy import LanguageModel, copy_in
+from tether.models.policy import LanguageModel, frozen_copy
 from tether.samplers.draw import draw
 from tether.samplers.slots import SlotCache
 from tether.samplers.uniforms import uniforms
@@ -60,7 +60,7 @@ class LocalSampler:
         self._copied = model.dtype == torch.bfloat16 and model.plain.dtype == torch.float32
         self.model = model
         if self._copied:
-            self.model = LanguageModel(copy_in(model.dtype, model.lm), model.dtype, model.full)
+            self.model = LanguageModel(frozen_copy(model.lm, model.dtype), model.dtype, model.full)
         self.note = _why_not_cached(model)
         self.cached = self.note is None
         self.recorded = self.cached and model.device.type == "cuda"
