@@ -8,7 +8,7 @@ Left out: paging (a slot is as wide as the longest prompt plus the length limit)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,11 +81,20 @@ class LocalSampler:
             for ours, theirs in zip(self.model.lm.parameters(), model.lm.parameters(), strict=True):
                 ours.copy_(theirs)
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int) -> Completions:
         """Draw `responses_per_prompt` responses to each prompt, in the prompts' order.
 
         The uniform behind token t of response i = prompt × n + k is a function of (seed, stream, cycle, i, t) alone.
+        """
+        for batch in self.steps(prompts, sampling, cycle=cycle):  # noqa: B007
+            pass
+        return batch.completions()
+
+    @torch.no_grad()
+    def steps(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int) -> Iterator[Batch]:
+        """The batch of `generate` after every draw, with the hidden states that were drawn from.
+
+        For one thread: torch's modes are set until it is exhausted or closed.
         """
         asked = [p for p in prompts for _ in range(sampling.responses_per_prompt)]
         width = max(len(p.ids) for p in asked) + sampling.max_new_tokens
@@ -96,13 +105,13 @@ class LocalSampler:
             decoder = SlotCache(self.model, slots=slots, width=width, recorded=self.recorded)
         else:
             decoder = Recompute(self.model, slots=slots, width=width)
-        batch = _Batch(self.model, decoder, asked, sampling, cycle, slots)
+        batch = Batch(self.model, decoder, asked, sampling, cycle, slots)
         with self.model.evaluating(), self.model.autocast():
             while not batch.done:
                 batch.admit()
                 batch.draw()
+                yield batch
                 batch.step()
-        return batch.completions()
 
 
 def count_slots(slots: int | str, responses: int, config: Any, width: int, dtype: torch.dtype, device: str) -> int:
@@ -186,7 +195,7 @@ def _window(config: Any, layer: int) -> int | None:
     return getattr(config, "sliding_window", None) if slides else None
 
 
-class _Batch:
+class Batch:
     """The state of one `generate`: which response sits in which slot, and what has been drawn.
 
     Slots 0 … len(row)-1 are active. `row` maps a slot to its response, `drawn` counts its tokens so far.
