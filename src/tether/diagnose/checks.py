@@ -9,8 +9,9 @@ from tether.config.reading import to_yaml
 from tether.config.sections import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, check
 from tether.diagnose.inputs import Inputs, check_inputs
 from tether.diagnose.machine import machine, memory_of
-from tether.diagnose.memory import Memory, predict, size
+from tether.diagnose.memory import Memory, architecture_of, predict, size
 from tether.errors import ConfigError, RunError, TetherError
+from tether.models.export import vllm_note
 from tether.models.loading import resolve_device
 from tether.runs import Run
 from tether.runs.resume import config_changes
@@ -46,7 +47,10 @@ def doctor(config: Config | None = None) -> str:
         raise ConfigError("tether doctor checks runs that train: give it a config of tether ppo, sft or reward.")
     check(config)
     inputs = check_inputs(config)
-    return "\n\n".join([text, _data(inputs), f"plan\n  {inputs.plan}", _memory(config, inputs)])
+    plan = f"plan\n  {inputs.plan}"
+    if not isinstance(config, RewardConfig) and (note := vllm_note(architecture_of(config))):
+        plan += f"\n  {note}"
+    return "\n\n".join([text, _data(inputs), plan, _memory(config, inputs)])
 
 
 def _check_directory(config: PPOConfig | SFTConfig | RewardConfig, *, fresh: bool) -> None:

@@ -89,7 +89,7 @@ def predict(
     device: cpu or cuda to assume; None is where this config would run on this machine.
     """
     kind = device or resolve_device(config.device).type
-    architecture = architecture or _architecture(config)
+    architecture = architecture or architecture_of(config)
     text = architecture.get_text_config()
     dtype = _dtype(config, kind, text.hidden_size)
     shape = _shape(config, prompt_tokens)
@@ -150,10 +150,16 @@ def _of_ppo(
     return parts
 
 
+def _holds_scores(text: Any) -> bool:
+    """Whether some layer's attention to a prompt holds its scores, see `SlotCache.attend`."""
+    return bool(getattr(text, "sliding_window", None) or getattr(text, "attn_logit_softcapping", None))
+
+
 # ---------------------------------------------------------------- what the config says
 
 
-def _architecture(config: TrainingConfig) -> Any:
+def architecture_of(config: TrainingConfig) -> Any:
+    """The transformers config of the model that is trained."""
     policy = config.model.policy
     if isinstance(policy, InitModelConfig):
         m = config.model

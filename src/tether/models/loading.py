@@ -212,6 +212,11 @@ def context_length(config: Any) -> int | None:
     return int(length) if length else None
 
 
+def head_size(config: Any) -> int:
+    """Dimensions of an attention head; config: the text config."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 _loading = threading.RLock()
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tether.models.loading import head_size
 from tether.models.policy import LanguageModel, frozen_copy
 from tether.samplers.draw import draw
 from tether.samplers.slots import SlotCache
@@ -128,9 +129,8 @@ def count_slots(slots: int | str, responses: int, config: Any, width: int, dtype
 def slot_bytes(config: Any, width: int, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes of a slot's keys and values, bytes of its workspace when a token is drawn); config: the text config."""
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    cache = 2 * config.num_hidden_layers * kv_heads * head_dim * width * dtype.itemsize
+    cache = 2 * config.num_hidden_layers * kv_heads * head_size(config) * width * dtype.itemsize
     return cache, config.vocab_size * _DRAW_BYTES
 
 
