@@ -139,7 +139,7 @@ def _of_ppo(
     cache, drawing = slot_bytes(text, width, dtype)
     parts.append(Part("key-value cache", slots * cache, "sampling"))
     rows = max(1, min(slots, PREFILL_TOKENS // prompt))
-    scores = rows * text.num_attention_heads * prompt**2 * (8 + item)
+    scores = rows * text.num_attention_heads * prompt**2 * (8 + item) if _holds_scores(text) else 0
     parts.append(Part("sampler's workspace", max(scores, slots * drawing), "sampling"))
     for source in config.reward:
         if source.model is not None:

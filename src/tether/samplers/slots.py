@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from tether.models.policy import LanguageModel
@@ -111,6 +112,12 @@ class SlotCache:
         else:
             keys[self.first : self.first + n, :, :q] = key
             values[self.first : self.first + n, :, :q] = value
+            if softcap is None and (window is None or window >= q):
+                # Never holds the [P, P] scores, which take most of the time and memory of a long prompt.
+                attended = scaled_dot_product_attention(
+                    query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] > heads
+                )
+                return attended.transpose(1, 2)
             bias = _causal(q, window, query.dtype, key.device)
         # Query heads that share a key head become rows of one product; slots and heads its batch.
         query = query.reshape(n * heads, -1, q, dim)
