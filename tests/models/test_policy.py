@@ -77,6 +77,18 @@ def test_a_reference_of_its_own_is_loaded(tiny_model):
     assert not torch.allclose(reference.logprobs(rows, temperature=1.0), policy(rows, temperature=1.0).logprobs)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("how", ["copied", "named", "lora"])
+def test_in_bfloat16_the_first_log_ratios_are_exactly_zero(tiny_model, architecture, how):
+    directory = tiny_model(architecture, initializer_range=0.3)
+    settings = {"copied": {}, "named": {"reference": str(directory)}, "lora": {"lora": LoraConfig(rank=2)}}[how]
+    policy, reference = build(directory, dtype="bfloat16", **settings)
+    rows = ragged_rows()
+    with torch.no_grad():
+        ratios = policy(rows, temperature=0.7).logprobs - reference.logprobs(rows, temperature=0.7)
+    assert ratios.abs().max() == 0
+
+
 def test_a_reference_with_another_vocabulary_is_refused(tiny_model):
     with pytest.raises(ModelError, match=r"model\.reference=.* vocabulary of 300 tokens, the policy one of 258"):
         build(tiny_model(), reference=str(tiny_model(vocab_size=300)))
@@ -92,8 +104,9 @@ def test_what_is_trained_is_float32_and_what_is_frozen_is_in_the_compute_precisi
         policy, reference = build(tiny_model(), lora=lora, dtype=dtype, critic="separate")
         assert {p.dtype for _, p in policy.policy_parameters() + policy.critic_parameters()} == {torch.float32}
         frozen = [p for p in policy.lm.parameters() if not p.requires_grad]
-        if reference.frozen:
-            frozen += list(reference.frozen.lm.parameters())
+        if reference.frozen:  # its embeddings and norms are as the policy's: see the first log-ratios
+            embedding = reference.frozen.lm.get_input_embeddings().weight
+            frozen += [p for p in reference.frozen.lm.parameters() if p.ndim > 1 and p is not embedding]
         assert {p.dtype for p in frozen} == {compute}
         assert not any(p.requires_grad for p in (reference.frozen.lm.parameters() if reference.frozen else ()))
 

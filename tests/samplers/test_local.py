@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import ARCHITECTURES
 from tether.config.sections import LoraConfig
 from tether.errors import TrainingError
-from tether.models.loading import add_lora
+from tether.models.loading import add_lora, checkpoint_activations
 from tether.models.policy import LanguageModel, Policy
 from tether.samplers.cuda_graphs import RecordedSteps
 from tether.samplers.local import LocalSampler, _why_not_recorded, count_slots, slot_bytes
@@ -289,6 +289,24 @@ def test_sampling_leaves_no_trace_in_the_model_or_in_torchs_generator():
     assert all(p.requires_grad for p in model.lm.parameters())
 
 
+def test_sampling_does_not_checkpoint_activations_and_leaves_training_as_it_was():
+    model = language_model()
+    checkpoint_activations(model.lm)
+    model.lm.train()
+    model.plain.model.layers[1].eval()  # modes are put back module by module
+    calls = []
+    for layer in model.plain.model.layers:
+        layer._gradient_checkpointing_func = lambda f, *args, **kwargs: calls.append(1) or f(*args, **kwargs)
+    modes = [m.training for m in model.lm.modules()]
+    prompts, sampling = prompts_of([5, 3]), Sampling(max_new_tokens=4)
+    got = LocalSampler(model).generate(prompts, sampling, cycle=1)
+    assert calls == []
+    assert [m.training for m in model.lm.modules()] == modes
+    assert_same(got, one_by_one(language_model().lm, prompts, sampling, cycle=1))
+    model.hidden(torch.zeros(1, 4, dtype=torch.long))
+    assert calls == [1]  # in training it does
+
+
 def test_auto_takes_more_slots_while_they_are_small_and_never_fewer_than_64():
     # Qwen2.5-0.5B: 24 layers, 2 key heads of 64, vocabulary 151,936. A slot of 1,000 tokens in bfloat16 holds
     # 2·24·2·64·1,000·2 = 12,288,000 bytes; drawing a token takes 151,936·28 = 4,254,208 more.
@@ -352,6 +370,18 @@ def test_the_probe_finds_recorded_steps_that_are_wrong(monkeypatch):
     call = RecordedSteps.__call__
     monkeypatch.setattr(RecordedSteps, "__call__", lambda *args: call(*args) * 1.05)
     assert "a replay is off by 0.05" in (_why_not_recorded(SMALL) or "")
+
+
+def test_the_probe_compares_steps_that_a_recording_returns_in_one_buffer(monkeypatch):
+    call, buffers = RecordedSteps.__call__, {}
+
+    def replay(self, step, *args):  # as a graph does: every replay writes to the memory of the first
+        hidden = call(self, step, *args)
+        return buffers.setdefault(id(self), hidden.clone()).copy_(hidden)
+
+    monkeypatch.setattr(RecordedSteps, "__call__", replay)
+    assert _why_not_recorded(language_model()) is None
+    assert buffers
 
 
 def test_recordings_are_few_and_as_narrow_as_they_may_be():

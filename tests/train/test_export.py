@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tether.errors import ModelError
-from tether.models.export import check_reload
+from tether.models.export import check_reload, vllm_note
 
 
 @pytest.fixture
@@ -54,3 +54,12 @@ def test_the_reloaded_model_stays_on_the_cpu(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(type(plain), "to", lambda self, *args, **kwargs: moved.append(args) or self)
     check_reload(plain, tmp_path)
     assert moved == []
+
+
+@pytest.mark.parametrize(
+    ("size", "refused"), [(24, ["on a CPU"]), (32, []), (128, []), (60, ["on a CPU", "on a GPU"]), (512, ["on a GPU"])]
+)
+def test_a_head_size_that_vllm_refuses_is_told(size, refused):
+    note = vllm_note(AutoConfig.for_model("llama", hidden_size=4 * size, num_attention_heads=4)) or ""
+    assert [place for place in ("on a CPU", "on a GPU") if place in note] == refused
+    assert (f"heads have {size} dimensions" in note) == bool(refused)

@@ -8,8 +8,9 @@ from tether.config.reading import to_yaml
 from tether.config.sections import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, check
 from tether.diagnose.inputs import Inputs, check_evaluation, check_inputs, what_it_reads
 from tether.diagnose.machine import machine, memory_of
-from tether.diagnose.memory import Memory, predict, size
+from tether.diagnose.memory import Memory, architecture_of, predict, size
 from tether.errors import ConfigError, TetherError
+from tether.models.export import vllm_note
 from tether.models.loading import resolve_device
 from tether.runs.resume import check_place, check_writable, continuation, has_something_to_continue
 
@@ -57,7 +58,10 @@ def doctor(config: Config | None = None) -> str:
         raise ConfigError("tether doctor checks runs that train: give it a config of tether ppo, sft or reward.")
     check(config)
     inputs = check_inputs(config)
-    return "\n\n".join([text, _data(inputs), f"plan\n  {inputs.plan}", _memory(config, inputs)])
+    plan = f"plan\n  {inputs.plan}"
+    if not isinstance(config, RewardConfig) and (note := vllm_note(architecture_of(config))):
+        plan += f"\n  {note}"
+    return "\n\n".join([text, _data(inputs), plan, _memory(config, inputs)])
 
 
 _MASK = {

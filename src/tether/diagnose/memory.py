@@ -16,6 +16,7 @@ from tether.config.sections import InitModelConfig, PPOConfig, RewardConfig, SFT
 from tether.data.tokenizer import load_tokenizer
 from tether.diagnose.simulate import Shape, Step, simulate
 from tether.models.loading import model_config, resolve_device, resolve_dtype
+from tether.models.policy import freeze
 from tether.samplers.local import PREFILL_TOKENS, count_slots, slot_bytes
 from tether.train.sft import init_architecture
 
@@ -88,7 +89,7 @@ def predict(
     device: cpu or cuda to assume; None is where this config would run on this machine.
     """
     kind = device or resolve_device(config.device).type
-    architecture = architecture or _architecture(config)
+    architecture = architecture or architecture_of(config)
     text = architecture.get_text_config()
     dtype = _dtype(config, kind, text.hidden_size)
     shape = _shape(config, prompt_tokens)
@@ -126,10 +127,9 @@ def _of_ppo(
     text = architecture.get_text_config()
     item, copied = dtype.itemsize, dtype != torch.float32 and config.model.lora is None
     parts = []
-    if config.model.reference is not None:
-        parts.append(Part("reference", _count(_read(config, config.model.reference)) * item))
-    elif config.model.lora is None:
-        parts.append(Part("reference", step.parameters * item))
+    if config.model.reference is not None or config.model.lora is None:
+        frozen = architecture if config.model.reference is None else _read(config, config.model.reference)
+        parts.append(Part("reference", _reference_bytes(frozen, dtype, narrow=config.model.lora is not None)))
     if copied:
         parts.append(Part("engine's copy of the policy", step.parameters * item))
     s, prompt = config.sampling, prompt_tokens or config.prompts.max_tokens
@@ -139,7 +139,7 @@ def _of_ppo(
     cache, drawing = slot_bytes(text, width, dtype)
     parts.append(Part("key-value cache", slots * cache, "sampling"))
     rows = max(1, min(slots, PREFILL_TOKENS // prompt))
-    scores = rows * text.num_attention_heads * prompt**2 * (8 + item)
+    scores = rows * text.num_attention_heads * prompt**2 * (8 + item) if _holds_scores(text) else 0
     parts.append(Part("sampler's workspace", max(scores, slots * drawing), "sampling"))
     for source in config.reward:
         if source.model is not None:
@@ -150,10 +150,16 @@ def _of_ppo(
     return parts
 
 
+def _holds_scores(text: Any) -> bool:
+    """Whether some layer's attention to a prompt holds its scores, see `SlotCache.attend`."""
+    return bool(getattr(text, "sliding_window", None) or getattr(text, "attn_logit_softcapping", None))
+
+
 # ---------------------------------------------------------------- what the config says
 
 
-def _architecture(config: TrainingConfig) -> Any:
+def architecture_of(config: TrainingConfig) -> Any:
+    """The transformers config of the model that is trained."""
     policy = config.model.policy
     if isinstance(policy, InitModelConfig):
         m = config.model
@@ -197,7 +203,17 @@ def _shape(config: TrainingConfig, tokens: int | None) -> Shape:
 
 def _count(architecture: Any) -> int:
     """Number of weights, counted on a model without data."""
+    return sum(p.numel() for p in _without_data(architecture).parameters())
+
+
+def _reference_bytes(architecture: Any, dtype: torch.dtype, *, narrow: bool) -> int:
+    """narrow: all of its weights are in `dtype`, as the policy's frozen base is."""
+    reference = freeze(_without_data(architecture), dtype, same_bits=not narrow)
+    return sum(p.numel() * p.element_size() for p in reference.parameters())
+
+
+def _without_data(architecture: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(architecture).parameters())
+        return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from tether.errors import ModelError, RunError
-from tether.models.loading import without_dropout
+from tether.models.loading import head_size, without_dropout
 from tether.models.policy import LanguageModel
 from tether.runs import Run
 from tether.runs.files import SUMS, damage, replacing_directory, wrap_os_errors, write_sums
@@ -110,6 +111,28 @@ def export(run: str | Path | Run, to: str | Path, *, best: bool = False) -> Path
         unwanted = shutil.ignore_patterns("critic", "best.json", SUMS)
         shutil.copytree(source, partial, dirs_exist_ok=True, ignore=unwanted)
         if run.kind.final == "language model":
-            check_reload(without_dropout(AutoModelForCausalLM.from_pretrained(source)), partial)
+            model = without_dropout(AutoModelForCausalLM.from_pretrained(source))
+            check_reload(model, partial)
+            if note := vllm_note(model.config):
+                print(note, file=sys.stderr)
         write_sums(partial)
     return to
+
+
+# vLLM's list for attention on a CPU (512 in newer versions only): 0.32 refused heads of 24 there and served 32.
+# FlashAttention, its usual choice on GPUs, takes multiples of 8 up to 256.
+_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+def vllm_note(config: Any) -> str | None:
+    """What to know before serving a model of this transformers config with vLLM; None where its head size is served."""
+    size = head_size(config.get_text_config())
+    places = [] if size in _CPU_HEADS else ["on a CPU, where heads have " + ", ".join(map(str, _CPU_HEADS))]
+    if size % 8 or size > 256:
+        places.append("with FlashAttention on a GPU, where heads have a multiple of 8 up to 256")
+    if not places:
+        return None
+    return (
+        f"attention heads have {size} dimensions: vLLM refuses such a model {'; and '.join(places)}. transformers runs "
+        "it anywhere; to serve it with vLLM, begin with a model that has another head size."
+    )

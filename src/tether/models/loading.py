@@ -5,6 +5,7 @@ Model code is transformers': any architecture, by directory or hub id, from safe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -211,15 +212,27 @@ def context_length(config: Any) -> int | None:
     return int(length) if length else None
 
 
+def head_size(config: Any) -> int:
+    """Dimensions of an attention head; config: the text config."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+_loading = threading.RLock()
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Missing weights become our ModelError: transformers' table of them would only be noise beside it."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
+    """Missing weights become our ModelError: transformers' table of them would only be noise beside it.
+
+    One thread at a time: while it loads, transformers changes torch's default dtype and initializers for all of them.
+    """
+    with _loading:
+        before = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(before)
 
 
 def load_weights(model: PreTrainedModel, directory: Path) -> None:

@@ -10,11 +10,13 @@ causal attention no token sees what comes after it (see `tether.types`).
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +42,8 @@ from tether.types import Rows
 _VALUE_HEAD = "value_head.safetensors"  # in a critic's directory, beside its trunk if it has one
 
 # ---------------------------------------------------------------- from hidden states to log-probs
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
 @dataclass
@@ -70,6 +74,22 @@ class LanguageModel:
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward pass in the compute precision."""
         return autocast(self.dtype, self.device)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model is in eval mode, without gradient checkpointing, and no other thread's `evaluating`.
+
+        Mode, attention implementation and (in `exactly`) precision are state of the model itself, which threads that
+        share it cannot have at once: they take turns. Threads with models of their own do not wait for each other.
+        """
+        with _locks.setdefault(self.plain, threading.RLock()):
+            training = [module for module in self.lm.modules() if module.training]
+            self.lm.eval()
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
@@ -172,15 +192,16 @@ class LanguageModel:
         wide = torch.promote_types(output.weight.dtype, torch.float32)
         head = self.head()
         plain_head = Head(head["weight"], head["bias"], dtype=wide)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), self.autocast():
             hidden = self.hidden(tokens)[0, :-1].to(wide)
-            ours = token_logprobs(hidden, targets=rows.targets, entropy=False, **head)[0]
             hook = output.register_forward_hook(lambda _, given, __: plain_head.logits(given[0]))
             try:
                 logits = self.plain(input_ids=tokens, use_cache=False).logits[0, :-1]
             finally:
                 hook.remove()
-            theirs = full_logprobs(logits, rows.targets, entropy=False)[0]
+            with torch.autocast(self.device.type, enabled=False):
+                ours = token_logprobs(hidden, targets=rows.targets, entropy=False, **head)[0]
+                theirs = full_logprobs(logits, rows.targets, entropy=False)[0]
         gap = (ours - theirs).abs().max().item()
         if gap <= 1e-3:
             return None
@@ -305,7 +326,8 @@ class Reference:
 def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tuple[Policy, Reference, list[str]]:
     """Load policy, critic and reference as the config says. The third value: notes on what fell back, for the log.
 
-    Trained weights are float32; frozen ones (the reference, the base under LoRA) are in the compute precision.
+    Trained weights are float32; the frozen base under LoRA is in the compute precision, and so is the reference as far
+    as that changes none of its bits: it must agree with the policy before anything is learned.
     """
     where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     width = model_config(config.policy, **where).get_text_config().hidden_size
@@ -314,11 +336,13 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
 
     frozen = None
     if config.reference is not None:
-        other = load_causal_lm(config.reference, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
-        frozen = LanguageModel(other, dtype)
+        other: Any = load_causal_lm(
+            config.reference, dtype=lm.dtype, device=device, trust_remote_code=config.trust_remote_code
+        )
+        frozen = LanguageModel(freeze(other, dtype, same_bits=True), dtype)
         _check_same_vocabulary("model.reference", config.reference, frozen.lm, lm)
     elif not config.lora:
-        frozen = LanguageModel(copy_in(dtype, lm), dtype)
+        frozen = LanguageModel(frozen_copy(lm, dtype, same_bits=True), dtype)
 
     critic = None
     if config.critic != "shared":
@@ -339,15 +363,23 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
     return policy, Reference(policy, frozen), notes
 
 
-def copy_in(dtype: torch.dtype, lm: Any) -> Any:
-    """A frozen copy of `lm` with its weights in `dtype`.
+def frozen_copy(lm: Any, dtype: torch.dtype, *, same_bits: bool = False) -> Any:
+    """A frozen copy of `lm` with its weights in `dtype`; see `freeze`."""
+    return freeze(copy.deepcopy(lm), dtype, same_bits=same_bits)
 
-    Its buffers stay as they are: rotary frequencies in bfloat16 would drift from the trained model's by position.
+
+def freeze(lm: Any, dtype: torch.dtype, *, same_bits: bool = False) -> Any:
+    """`lm` itself, frozen, with its weights in `dtype`.
+
+    same_bits: only the matrices, which autocast to `dtype` rounds at every use anyway. Embeddings and norms stay as
+    they are, and with them the sums over layers: the model then computes what it did before, to the bit.
+    Buffers always stay: rotary frequencies in bfloat16 would drift from the trained model's by position.
     """
-    copied = copy.deepcopy(lm).requires_grad_(False)
-    for parameter in copied.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return copied
+    looked_up = {id(p) for m in lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    for p in lm.requires_grad_(False).parameters():
+        if not same_bits or (p.ndim > 1 and id(p) not in looked_up):
+            p.data = p.data.to(dtype)
+    return lm
 
 
 def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> SeparateCritic:

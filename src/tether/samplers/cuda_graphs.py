@@ -68,7 +68,8 @@ class RecordedSteps:
             with torch.cuda.stream(aside):
                 step(tokens, at, reach)
             torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(graph):
+            # Other threads may allocate meanwhile: torch's default would break off the capture for it.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 hidden = step(tokens, at, reach)
         finally:
             torch.set_autocast_cache_enabled(caching)

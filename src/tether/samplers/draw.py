@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,9 @@ def truncate(probs: Tensor, *, top_k: int, top_p: float) -> Tensor:
     return probs
 
 
+_mode_lock = threading.Lock()  # torch's mode is one for all threads
+
+
 def _cumsum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The cumulative sum of each row of `x` [B, V]; on a GPU in a fixed order too, when torch is asked for one.
 
@@ -67,9 +71,10 @@ def _cumsum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
         return x.cumsum(-1, dtype=dtype)
     rows = len(x)
-    mode = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("default")
-    try:
-        return x.expand(max(rows, 2), -1).cumsum(-1, dtype=dtype)[:rows]
-    finally:
-        torch.set_deterministic_debug_mode(mode)
+    with _mode_lock:
+        mode = torch.get_deterministic_debug_mode()
+        torch.set_deterministic_debug_mode("default")
+        try:
+            return x.expand(max(rows, 2), -1).cumsum(-1, dtype=dtype)[:rows]
+        finally:
+            torch.set_deterministic_debug_mode(mode)

@@ -8,14 +8,15 @@ Left out: paging (a slot is as wide as the longest prompt plus the length limit)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tether.models.policy import LanguageModel, copy_in
+from tether.models.loading import head_size
+from tether.models.policy import LanguageModel, frozen_copy
 from tether.samplers.draw import draw
 from tether.samplers.slots import SlotCache
 from tether.samplers.uniforms import uniforms
@@ -60,7 +61,7 @@ class LocalSampler:
         self._copied = model.dtype == torch.bfloat16 and model.plain.dtype == torch.float32
         self.model = model
         if self._copied:
-            self.model = LanguageModel(copy_in(model.dtype, model.lm), model.dtype, model.full)
+            self.model = LanguageModel(frozen_copy(model.lm, model.dtype), model.dtype, model.full)
         self.note = _why_not_cached(model)
         self.cached = self.note is None
         self.recorded = self.cached and model.device.type == "cuda"
@@ -81,12 +82,21 @@ class LocalSampler:
             for ours, theirs in zip(self.model.lm.parameters(), weights.lm.parameters(), strict=True):
                 ours.copy_(theirs)
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0) -> Completions:
         """Draw `responses_per_prompt` responses to each prompt, in the prompts' order.
 
         The uniform behind token t of response i = first + prompt × n + k is a function of (seed, stream, cycle, i, t)
         alone.
+        """
+        for batch in self.steps(prompts, sampling, cycle=cycle, first=first):  # noqa: B007
+            pass
+        return batch.completions()
+
+    @torch.no_grad()
+    def steps(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0) -> Iterator[Batch]:
+        """The batch of `generate` after every draw, with the hidden states that were drawn from.
+
+        For one thread: torch's modes are set until it is exhausted or closed.
         """
         asked = [p for p in prompts for _ in range(sampling.responses_per_prompt)]
         width = max(len(p.ids) for p in asked) + sampling.max_new_tokens
@@ -97,13 +107,13 @@ class LocalSampler:
             decoder = SlotCache(self.model, slots=slots, width=width, recorded=self.recorded)
         else:
             decoder = Recompute(self.model, slots=slots, width=width)
-        batch = _Batch(self.model, decoder, asked, sampling, cycle, slots, first)
-        with self.model.autocast():
+        batch = Batch(self.model, decoder, asked, sampling, cycle, slots, first)
+        with self.model.evaluating(), self.model.autocast():
             while not batch.done:
                 batch.admit()
                 batch.draw()
+                yield batch
                 batch.step()
-        return batch.completions()
 
 
 def count_slots(slots: int | str, responses: int, config: Any, width: int, dtype: torch.dtype, device: str) -> int:
@@ -120,9 +130,8 @@ def count_slots(slots: int | str, responses: int, config: Any, width: int, dtype
 def slot_bytes(config: Any, width: int, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes of a slot's keys and values, bytes of its workspace when a token is drawn); config: the text config."""
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    cache = 2 * config.num_hidden_layers * kv_heads * head_dim * width * dtype.itemsize
+    cache = 2 * config.num_hidden_layers * kv_heads * head_size(config) * width * dtype.itemsize
     return cache, config.vocab_size * _DRAW_BYTES
 
 
@@ -140,7 +149,7 @@ def _why_not_cached(model: LanguageModel) -> str | None:
     if unknown:
         return f"{type(model.plain).__name__} has layers of {', '.join(unknown)}, which our cache does not know: {slow}"
     tokens = torch.arange(8, device=model.device)[None] * 7919 % model.config.vocab_size
-    with model.exactly():
+    with model.evaluating(), model.exactly():
         want = model.hidden(tokens)[0, 4:]
         try:
             cache = SlotCache(model, slots=1, width=8)
@@ -167,11 +176,12 @@ def _why_not_recorded(model: LanguageModel) -> str | None:
     zero = torch.zeros(1, dtype=torch.long, device=model.device)
     seen = []
     try:
-        with model.autocast():
+        with model.evaluating(), model.autocast():
             for recorded in (False, True):
                 cache = SlotCache(model, slots=1, width=4, recorded=recorded)
                 cache.admit(zero[:, None], zero + 1, 0, zero)
-                seen.append(torch.cat([cache.step(zero + t).float() for t in range(3)]))
+                # Cloned: a replay returns its recording's memory, and `.float()` of float32 is the same memory.
+                seen.append(torch.cat([cache.step(zero + t).float().clone() for t in range(3)]))
         gap = ((seen[0] - seen[1]).abs().max() / seen[0].abs().max()).item()
         why = f"a replay is off by {gap:.2g}" if not gap <= 1e-2 else None
     except Exception as error:  # whatever another library's model may raise
@@ -186,7 +196,7 @@ def _window(config: Any, layer: int) -> int | None:
     return getattr(config, "sliding_window", None) if slides else None
 
 
-class _Batch:
+class Batch:
     """The state of one `generate`: which response sits in which slot, and what has been drawn.
 
     Slots 0 … len(row)-1 are active. `row` maps a slot to its response, `drawn` counts its tokens so far.

@@ -7,12 +7,14 @@ The model code stays as it is: projections, rotary positions, norms and MLPs are
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from tether.models.policy import LanguageModel
@@ -110,6 +112,12 @@ class SlotCache:
         else:
             keys[self.first : self.first + n, :, :q] = key
             values[self.first : self.first + n, :, :q] = value
+            if softcap is None and (window is None or window >= q):
+                # Never holds the [P, P] scores, which take most of the time and memory of a long prompt.
+                attended = scaled_dot_product_attention(
+                    query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] > heads
+                )
+                return attended.transpose(1, 2)
             bias = _causal(q, window, query.dtype, key.device)
         # Query heads that share a key head become rows of one product; slots and heads its batch.
         query = query.reshape(n * heads, -1, q, dim)
@@ -160,21 +168,29 @@ def _minus_infinity_unless(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 # ---------------------------------------------------------------- the hook into transformers
 
-_active: list[SlotCache] = []  # the cache that attention writes to: a stack, for a sampler inside a sampler
+
+class _Active(threading.local):
+    """The cache that attention writes to, of each thread: transformers calls us without a way to pass it along."""
+
+    cache: SlotCache | None = None
+
+
+_active = _Active()
 
 
 @contextmanager
 def attending(cache: SlotCache) -> Iterator[None]:
-    """Inside, the model's attention goes through `cache`."""
-    config = cache.model.config
+    """Inside, this thread's calls of the model's attention go through `cache`.
+
+    Which attention a model uses stands in its config, and so holds for every thread: see `LanguageModel.evaluating`.
+    """
+    config, outer = cache.model.config, _active.cache
     before = config._attn_implementation
-    config._attn_implementation = _NAME
-    _active.append(cache)
+    config._attn_implementation, _active.cache = _NAME, cache
     try:
         yield
     finally:
-        _active.pop()
-        config._attn_implementation = before
+        config._attn_implementation, _active.cache = before, outer
 
 
 def _slot_attention(
@@ -185,8 +201,10 @@ def _slot_attention(
     if s_aux is not None:
         raise NotImplementedError("attention sinks")  # found by the sampler's probe, which then recomputes instead
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    cache, layer = _active[-1], module.layer_idx
-    attended = cache.attend(layer, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap)
+    assert _active.cache is not None
+    attended = _active.cache.attend(
+        module.layer_idx, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap
+    )
     return attended, None
 
 

@@ -193,9 +193,9 @@ class Models:
     config: PPOConfig
     tokenizer: Any
     policy: Any  # Policy, the last one
-    start: Any  # LanguageModel
+    samplers: dict[str, Any]  # side -> LocalSampler
+    stops: dict[str, tuple[int, ...]]  # side -> the tokens that end its answers
     rewards: Any  # RewardSet, or None
-    cached: bool  # whether they decode through the slot cache
 
     def write(self, side: str, prompt: str, seed: int) -> Iterator[dict[str, Any]]:
         """See `write`."""
@@ -204,45 +204,25 @@ class Models:
         from tether.data.prompts import prompts_of
         from tether.data.table import Table
         from tether.data.text import completion_text
-        from tether.data.tokenizer import stop_token_ids
         from tether.models.loading import context_length
-        from tether.samplers.draw import draw
-        from tether.samplers.local import Recompute
-        from tether.samplers.slots import SlotCache
-        from tether.samplers.uniforms import uniforms
-        from tether.types import GENERATE, Completions
+        from tether.types import GENERATE, Sampling
 
-        sampling, tokenizer = self.config.sampling, self.tokenizer
-        limit = min(sampling.max_new_tokens, _MOST_TOKENS)
+        s, tokenizer, sampler = self.config.sampling, self.tokenizer, self.samplers[side]
+        limit = min(s.max_new_tokens, _MOST_TOKENS)
         asked: Any = [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt
         anywhere = PromptsConfig("the prompt", max_tokens=10**9)
-        table, context = Table("the prompt", [{"prompt": asked}]), context_length(self.start.plain.config)
+        table, context = Table("the prompt", [{"prompt": asked}]), context_length(sampler.model.config)
         (encoded,) = prompts_of(table, anywhere, tokenizer, max_new_tokens=limit, context=context)
-        model = self.policy.model if side == "after" else self.start
-        stops = stop_token_ids(tokenizer, model.plain.generation_config, sampling.stop_token_ids)
-        kind = SlotCache if self.cached else Recompute
-        chance = torch.from_numpy(uniforms(seed, GENERATE, 0, 0, limit))
-        ids: list[int] = []
-        text = ""
-        with torch.inference_mode(), model.autocast():
-            decoder = kind(model, slots=1, width=len(encoded.ids) + limit)
-            one = torch.zeros(1, dtype=torch.long, device=model.device)
-            hidden = decoder.admit(torch.tensor([encoded.ids], device=model.device), one + len(encoded.ids), 0, one)
-            for t in range(limit):
-                logits = hidden if model.full else model.output_head().logits(hidden)
-                value = self._value(hidden, encoded.ids, ids) if side == "after" else None
-                drawn = draw(logits, chance[t : t + 1].to(model.device), temperature=sampling.temperature,
-                             top_k=sampling.top_k, top_p=sampling.top_p)  # fmt: skip
-                ids.append(int(drawn.tokens[0]))
-                text = completion_text(tokenizer, ids, stops)
-                yield {"side": side, "text": visible(text), "value": value, "score": None, "done": False}
-                if ids[-1] in stops or t == limit - 1:
-                    break
-                hidden = decoder.step(drawn.tokens)
-            reason = "stop" if ids[-1] in stops else "length"
-            done = Completions([encoded], [ids], [[0.0] * len(ids)], [[0.0] * len(ids)], [reason])
-            score = float(self.rewards.score(done).scores[0]) if self.rewards else None
-        yield {"side": side, "text": visible(text), "value": None, "score": score, "done": True}
+        stops = self.stops[side]
+        sampling = Sampling(s.temperature, s.top_k, s.top_p, limit, stops, 1, seed, GENERATE)
+        with torch.no_grad():
+            for count, batch in enumerate(sampler.steps([encoded], sampling, cycle=0), start=1):
+                ids = batch.ids[0, :count].tolist()
+                value = self._value(batch.hidden, encoded.ids, ids[:-1]) if side == "after" else None
+                text = visible(completion_text(tokenizer, ids, stops))
+                yield {"side": side, "text": text, "value": value, "score": None, "done": False}
+            score = float(self.rewards.score(batch.completions()).scores[0]) if self.rewards else None
+        yield {"side": side, "text": text, "value": None, "score": score, "done": True}
 
     def _value(self, hidden: Any, prompt: tuple[int, ...], ids: list[int]) -> float | None:
         """V before the next token: off the policy's own hidden state, or by a critic of its own, off the whole text."""
@@ -286,12 +266,17 @@ def _load(run: Run, device_name: str) -> Models:
     )
     before.check_head()
     tokenizer = load_tokenizer(str(run.final), trust_remote_code=config.model.trust_remote_code)
-    stops = stop_token_ids(tokenizer, policy.model.plain.generation_config, config.sampling.stop_token_ids)
+    models = {"before": before, "after": policy.eval().requires_grad_(False).model}
+    stops = {
+        side: stop_token_ids(tokenizer, model.plain.generation_config, config.sampling.stop_token_ids)
+        for side, model in models.items()
+    }
+    samplers = {side: LocalSampler(model, slots=1) for side, model in models.items()}
     sources: list[RewardSourceConfig] = [
         replace(s, model=_placed(s.model, home)) for s in config.reward if s.model is not None
     ]
-    rewards = build_reward(sources, config.reward_shaping, tokenizer, stops, device) if sources else None
-    return Models(config, tokenizer, policy.eval().requires_grad_(False), before, rewards, LocalSampler(before).cached)
+    rewards = build_reward(sources, config.reward_shaping, tokenizer, stops["after"], device) if sources else None
+    return Models(config, tokenizer, policy, samplers, stops, rewards)
 
 
 def _placed(path: str, home: Path) -> str:
