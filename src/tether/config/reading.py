@@ -264,6 +264,11 @@ def _unknown(key: str, kind: str) -> ConfigError:
     }
     for match in difflib.get_close_matches(leaf, beside, n=1, cutoff=0.79):  # misspelt
         return ConfigError(f"unknown key {key} for tether {kind}: did you mean {beside[match]}?")
+    words = sorted(re.split(r"[._]", key))
+    if swapped := [k.name for k in keys(KINDS[kind].config) if sorted(re.split(r"[._]", k.name)) == words]:
+        return ConfigError(f"unknown key {key} for tether {kind}: did you mean {' or '.join(swapped)}?")
+    if section and hint_at(KINDS[kind].config, section) is not None and not beside:  # below a key that has none below
+        return ConfigError(f"unknown key {key} for tether {kind}: did you mean {section}?")
     if elsewhere := endings.get(_squash(leaf)):  # right, in the wrong section
         near = sorted(elsewhere, key=lambda name: -difflib.SequenceMatcher(None, name, key).ratio())[:3]
         return ConfigError(f"unknown key {key} for tether {kind}: did you mean {' or '.join(near)}?")

@@ -202,16 +202,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class LamConfig:
-    """λ of GAE apart for actor and critic (VC-PPO, arXiv:2503.01491)."""
-
-    actor: float = 0.95
-    """λ of the advantages."""
-    critic: float = 1.0
-    """λ of the returns; 1 is Monte Carlo: no bias from a critic that is still wrong."""
-
-
-@dataclass(frozen=True)
 class KLConfig:
     """The leash to the reference."""
 
@@ -243,12 +233,17 @@ class PPOSection:
     """Padded tokens in memory at once; never changes the result, only memory and speed."""
     gamma: float = 1.0
     """Discount γ a token; 1: a response is short and its score is what counts."""
-    lam: float | LamConfig = 0.95
-    """λ of GAE, or {actor: 0.95, critic: 1.0}."""
+    lam: float = 0.95
+    """λ of GAE."""
+    critic_lam: float | None = None
+    """λ of the returns that the critic learns (VC-PPO, arXiv:2503.01491); null: lam. 1 is Monte Carlo: no bias from a
+    critic that is still wrong."""
     whiten: bool = True
     """Bring a cycle's advantages to mean 0 and variance 1."""
-    clip: float | list[float] = 0.2
-    """ε of the ratio's clip, or [low, high]; [0.2, 0.28] lets unlikely tokens rise faster (DAPO)."""
+    clip: float = 0.2
+    """ε of the ratio's clip: the ratio stays above 1 - ε, and below 1 + ε unless clip_high is set."""
+    clip_high: float | None = None
+    """ε of the upper side alone; null: clip. 0.28 beside a clip of 0.2 lets unlikely tokens rise faster (DAPO)."""
     value_clip: float | None = 0.2
     """Values move at most this far from the old ones before the loss stops rewarding it; null: no clip."""
     value_coef: float = 0.1
@@ -260,6 +255,16 @@ class PPOSection:
     """Leave a cycle's epochs when KL(old‖new), nats a token, passes this; null: never."""
     value_warmup_cycles: int = 0
     """First cycles in which only the critic learns and a shared trunk is frozen."""
+
+    @property
+    def clips(self) -> tuple[float, float]:
+        """ε below and above 1."""
+        return self.clip, self.clip if self.clip_high is None else self.clip_high
+
+    @property
+    def lams(self) -> tuple[float, float]:
+        """λ of the advantages and of the returns."""
+        return self.lam, self.lam if self.critic_lam is None else self.critic_lam
 
 
 @dataclass(frozen=True)
@@ -408,7 +413,7 @@ class RewardModelSection:
     """Pairs an optimiser step."""
     microbatch_tokens: int = 8192
     """Padded tokens in memory at once; never changes the result."""
-    centre: float = 0.0
+    center: float = 0.0
     """Weight of (r_chosen + r_rejected)², which keeps scores near 0."""
     test_fraction: float = 0.1
     """Share of the pairs held out for the reported accuracy; pairs with a prompt or group in common stay together."""
@@ -570,22 +575,16 @@ def _check_ppo(config: PPOConfig, reward_given: bool) -> None:
             f"get fewer responses than the others. Set it to a divisor of {p.batch}."
         )
     _unit("ppo.gamma", p.gamma, "future rewards would grow with distance")
-    lams = [("ppo.lam", p.lam)] if not isinstance(p.lam, LamConfig) else [
-        ("ppo.lam.actor", p.lam.actor), ("ppo.lam.critic", p.lam.critic)]  # fmt: skip
-    for key, lam in lams:
-        assert not isinstance(lam, LamConfig)
-        _unit(key, lam, "GAE weights the k-step advantages by λ^k, which would grow without bound")
-    clips = p.clip if isinstance(p.clip, list) else [p.clip]
-    if len(clips) not in (1, 2):
+    for key, lam in (("ppo.lam", p.lam), ("ppo.critic_lam", p.critic_lam)):
+        if lam is not None:
+            _unit(key, lam, "GAE weights the k-step advantages by λ^k, which would grow without bound")
+    for key, eps in (("ppo.clip", p.clip), ("ppo.clip_high", p.clip_high)):
+        if eps is not None:
+            _above_zero(key, eps, "every ratio would be clipped and nothing learned")
+    if p.clip >= 1:
         raise ConfigError(
-            f"ppo.clip={p.clip} has {len(clips)} numbers: it is ε or [low, high]. Write e.g. [0.2, 0.28]."
-        )
-    for eps in clips:
-        _above_zero("ppo.clip", eps, "every ratio would be clipped and nothing learned")
-    if clips[0] >= 1:
-        raise ConfigError(
-            f"ppo.clip={p.clip}: the lower ratio bound 1 - {clips[0]} is not above 0, so it would never bind. "
-            "Set the (lower) clip below 1."
+            f"ppo.clip={p.clip}: the lower ratio bound 1 - {p.clip} is not above 0, so it would never bind. Set "
+            "ppo.clip below 1; ppo.clip_high may be larger."
         )
     if p.value_clip is not None:
         _above_zero("ppo.value_clip", p.value_clip, "values could never move; null turns the clip off")
@@ -636,7 +635,7 @@ def _check_reward(config: RewardConfig) -> None:
     _at_least("reward_model.epochs", section.epochs, 1, "nothing would be trained")
     _at_least("reward_model.batch", section.batch, 1, "an optimiser step would have no pairs")
     _at_least("reward_model.microbatch_tokens", section.microbatch_tokens, 1, "not one token would fit in memory")
-    _at_least("reward_model.centre", section.centre, 0, "scores would be driven apart without bound")
+    _at_least("reward_model.center", section.center, 0, "scores would be driven apart without bound")
     if not 0 < section.test_fraction < 1:
         raise ConfigError(
             f"reward_model.test_fraction={section.test_fraction} is not between 0 and 1: without held-out pairs no "

@@ -595,7 +595,7 @@ def margins_exploding(view: View) -> Iterator[Alarm]:
             f"Chosen and rejected answers are {median(held.levels):.3g} apart on average: the model is sure beyond "
             "all reason, and its scores are dominated by a few extremes.",
             "A learning rate that is too high, too many epochs, or pairs that one word gives away.",
-            "Lower optim.lr or reward_model.epochs, or set reward_model.centre to 0.01.",
+            "Lower optim.lr or reward_model.epochs, or set reward_model.center to 0.01.",
         )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def table(
     if new_logprobs is None:
         return columns | {name: [[None] * n for n in lengths] for name in ("new_logprob", "ratio", "clipped")}
     ratio = (new_logprobs - rollout.old_logprobs).exp()
-    low, high = (ppo.clip[0], ppo.clip[-1]) if isinstance(ppo.clip, list) else (ppo.clip, ppo.clip)
+    low, high = ppo.clips
     a = rollout.advantages
     return columns | {
         "new_logprob": ragged(new_logprobs),

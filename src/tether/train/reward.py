@@ -77,7 +77,7 @@ def reward_model(config: RewardConfig, *, fresh: bool = False) -> Run:
             for step in range(done + 1, len(plan) + 1):
                 batch = [train[i] for i in plan[step - 1]]
                 began = time.perf_counter()
-                metrics = accumulate(model, batch, section.centre, section.microbatch_tokens)
+                metrics = accumulate(model, batch, section.center, section.microbatch_tokens)
                 metrics |= steps.take(step - 1)
                 metrics["time/update_s"] = time.perf_counter() - began
                 log.write(step, metrics)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tether.config.sections import LamConfig, PPOSection
+from tether.config.sections import PPOSection
 from tether.errors import TrainingError
 from tether.math import explained_variance, gae, masked_mean, masked_var, optimality_gap, place_rewards, whiten
 from tether.models.policy import Policy, Reference
@@ -67,10 +67,10 @@ def collect(
     scores = scored.scores.to(old)
     rewards = place_rewards(scores, old, ref, mask, kl_coef=in_reward)
     _check_placement(rewards + in_reward * (old - ref), scores, rows.response_lengths)
-    lam = ppo.lam if isinstance(ppo.lam, LamConfig) else LamConfig(ppo.lam, ppo.lam)
-    advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.actor)
-    if lam.critic != lam.actor:
-        _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.critic)
+    lam, critic_lam = ppo.lams
+    advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam)
+    if critic_lam != lam:
+        _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=critic_lam)
     rollout = Rollout(rows, old, ref, values, rewards, whiten(advantages, mask) if ppo.whiten else advantages, returns)
 
     log_ratio_sums = ((old - ref) * mask).sum(1)

@@ -94,7 +94,6 @@ def accumulate(
     """
     rows = minibatch.rows
     denominator = float(rows.response_lengths.sum())
-    clip = (ppo.clip[0], ppo.clip[-1]) if isinstance(ppo.clip, list) else ppo.clip
     metrics: dict[str, float] = {}
     new_logprobs = torch.zeros_like(minibatch.old_logprobs)
     for index in microbatches(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
@@ -105,7 +104,7 @@ def accumulate(
             output.values, part.values, part.returns, mask, clip=ppo.value_clip, denominator=denominator
         )
         loss_policy, policy_metrics = clipped_policy_loss(
-            output.logprobs, part.old_logprobs, part.advantages, mask, clip=clip, denominator=denominator
+            output.logprobs, part.old_logprobs, part.advantages, mask, clip=ppo.clips, denominator=denominator
         )
         entropy = entropy_mean(output.entropy, mask, denominator=denominator)
         loss = ppo.value_coef * loss_value
