@@ -27,7 +27,7 @@ import torch
 
 from peer import Peer
 from shapes import build, build_reward, matmul_weights, prompts, words
-from tether.config.sections import (
+from tether.config import (
     HeldOutConfig,
     ModelConfig,
     OptimConfig,

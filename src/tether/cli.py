@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tether
+from tether.config import EvaluateConfig, TrainingConfig
 from tether.config.kinds import KINDS, resolve
-from tether.config.sections import EvaluateConfig
 from tether.errors import ConfigError, Interrupted, RunError, TetherError
 
 
@@ -83,7 +83,7 @@ def _train(kind: str, argv: list[str]) -> None:
     elif options.dry_run:
         from tether.diagnose import dry_run
 
-        assert not isinstance(config, EvaluateConfig)  # `kind` is that of a trainer
+        assert isinstance(config, TrainingConfig)  # `kind` is that of a trainer
         print(dry_run(config, fresh=options.fresh))
     else:
         resolve(KINDS[kind].run)(config, fresh=options.fresh)

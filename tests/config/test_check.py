@@ -3,8 +3,8 @@
 import pytest
 
 import tether
+from tether.config import check
 from tether.config.reading import parse_args
-from tether.config.sections import check
 from tether.errors import ConfigError
 
 LEAST = {

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
+from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.config.keys import keys
 from tether.config.kinds import KINDS
 from tether.config.reading import load_config, to_yaml
-from tether.config.sections import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 
 PPO = """
 run: r

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.config.reading import load_config
-from tether.config.sections import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.errors import ConfigError
 
 HEAD = "run: r\nmodel: {policy: m}\n"
@@ -65,7 +65,7 @@ def test_numbers_are_numbers_however_they_are_written(tmp_path, text, value):
     assert type(lr) is float
 
 
-@pytest.mark.parametrize("word", ["no", "on", "yes", "12:30:45", "2020-01-01", "0x1f", "010", "1_0.5"])
+@pytest.mark.parametrize("word", ["no", "on", "yes", "12:30:45", "2020-01-01", "2020-01-01T10:00"])
 def test_words_that_only_yaml_1_1_takes_for_something_else_are_text(tmp_path, word):
     assert load(tmp_path, PPO.replace("run: r", f"run: {word}"), "ppo").run == word
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tether.config import LoraConfig, RewardSourceConfig
 from tether.config.reading import Options, parse_args
-from tether.config.sections import LoraConfig, RewardSourceConfig
 from tether.errors import ConfigError
 
 FILE = """

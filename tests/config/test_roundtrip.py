@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.config.reading import load_config, to_yaml
-from tether.config.sections import (
+from tether.config import (
     Config,
     DataConfig,
     EvaluateConfig,
@@ -29,6 +28,7 @@ from tether.config.sections import (
     SFTModelConfig,
     WandbConfig,
 )
+from tether.config.reading import load_config, to_yaml
 
 text = st.one_of(
     st.text(st.characters(codec="utf-8"), min_size=1),

@@ -18,8 +18,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tether.config import DataConfig, SFTConfig, SFTModelConfig
 from tether.config.reading import to_yaml
-from tether.config.sections import DataConfig, SFTConfig, SFTModelConfig
 from tether.errors import Interrupted, RewardError, RunError
 from tether.runs import Run, RunDirectory, hash_files
 

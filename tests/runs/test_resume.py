@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tether.config.sections import (
+from tether.config import (
     CheckpointConfig,
     DataConfig,
     HeldOutConfig,

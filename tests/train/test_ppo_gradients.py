@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tether.config.sections import KLConfig, LoraConfig, PPOSection
+from tether.config import KLConfig, LoraConfig, PPOSection
 from tether.models.loading import add_lora, checkpoint_activations
 from tether.models.policy import LanguageModel, Policy, SeparateCritic
 from tether.train.update import accumulate

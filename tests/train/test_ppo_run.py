@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tether
-from tether.config.sections import KLConfig, MissingEosConfig, RewardSourceConfig
+from tether.config import KLConfig, MissingEosConfig, RewardSourceConfig
 from tether.runs import Run
 from tiny_ppo import PROMPTS, STOPS, id_score, tiny_config
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from tether.config import Config, PPOConfig, RewardConfig, TrainingConfig
 from tether.config.kinds import KINDS, Kind
-from tether.config.sections import Config, PPOConfig, RewardConfig, SFTConfig
 from tether.diagnose.series import Curve, Series, correlation, median
 from tether.runs.bounds import FIRST_RATIO_MEAN, FIRST_RATIO_STOP, SAMPLER_GAP, Precision
 
@@ -525,7 +525,7 @@ def loss_rising(view: View) -> Iterator[Alarm]:
 def gradient_norm(view: View) -> Iterator[Alarm]:
     """Ten times the median of the first quarter and above optim.max_grad_norm, for 15 steps: every step is then cut to
     its direction alone, and the loss has become steep. Single spikes are single odd examples."""
-    assert isinstance(view.config, SFTConfig | RewardConfig)
+    assert isinstance(view.config, TrainingConfig)
     norm, most = view.curve("optim/grad_norm"), view.config.optim.max_grad_norm
     usual = median(norm.levels[: max(_PERSIST, len(norm) // 4)])
     held = norm.held(lambda g: g > max(10 * usual, most), least=_PERSIST)

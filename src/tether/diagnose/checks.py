@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tether.config import Config, PPOConfig, RewardConfig, SFTConfig, TrainingConfig, check
 from tether.config.kinds import command_of
 from tether.config.reading import to_yaml
-from tether.config.sections import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, check
 from tether.diagnose.inputs import Inputs, check_inputs
 from tether.diagnose.machine import machine, memory_of
 from tether.diagnose.memory import Memory, predict, size
@@ -17,7 +17,7 @@ from tether.runs import Run
 from tether.runs.resume import config_changes
 
 
-def dry_run(config: PPOConfig | SFTConfig | RewardConfig, *, fresh: bool = False) -> str:
+def dry_run(config: TrainingConfig, *, fresh: bool = False) -> str:
     """The resolved config, the data check, one rendered row with its mask, the plan and peak memory by part.
 
     Trains nothing, loads no weights and writes no file. Raises what the run would raise about its config, directory,
@@ -43,14 +43,14 @@ def doctor(config: Config | None = None) -> str:
     text = f"machine\n{_indented(machine())}"
     if config is None:
         return text
-    if isinstance(config, EvaluateConfig):
+    if not isinstance(config, TrainingConfig):
         raise ConfigError("tether doctor checks runs that train: give it a config of tether ppo, sft or reward.")
     check(config)
     inputs = check_inputs(config)
     return "\n\n".join([text, _data(inputs), f"plan\n  {inputs.plan}", _memory(config, inputs)])
 
 
-def _check_directory(config: PPOConfig | SFTConfig | RewardConfig, *, fresh: bool) -> None:
+def _check_directory(config: TrainingConfig, *, fresh: bool) -> None:
     """Raise where the run could not be begun or continued in its directory; make nothing."""
     path = Path(config.run)
     there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
@@ -82,7 +82,7 @@ def _data(inputs: Inputs) -> str:
     return "data\n" + _indented("\n".join(inputs.facts))
 
 
-def _memory(config: PPOConfig | SFTConfig | RewardConfig, inputs: Inputs) -> str:
+def _memory(config: TrainingConfig, inputs: Inputs) -> str:
     try:
         memory = predict(config, prompt_tokens=inputs.longest)
     except TetherError:

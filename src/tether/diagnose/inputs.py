@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from tether.config.sections import (
+from tether.config import (
     DataConfig,
     InitModelConfig,
     LabelsConfig,
@@ -18,6 +18,7 @@ from tether.config.sections import (
     PromptsConfig,
     RewardConfig,
     SFTConfig,
+    TrainingConfig,
     check_warmup,
     source_name,
 )
@@ -52,7 +53,7 @@ class Inputs:
     """One row, token by token, with its mask."""
 
 
-def check_inputs(config: PPOConfig | SFTConfig | RewardConfig) -> Inputs:
+def check_inputs(config: TrainingConfig) -> Inputs:
     """Read the data as the run would; raises what the run would raise."""
     policy = config.model.policy
     where: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
@@ -157,7 +158,7 @@ def _sources(
     return facts
 
 
-def _generation_config(config: PPOConfig | SFTConfig | RewardConfig) -> Any:
+def _generation_config(config: TrainingConfig) -> Any:
     if isinstance(config.model.policy, str):
         with suppress(OSError):  # it has none: the tokenizer's eos then
             return GenerationConfig.from_pretrained(config.model.policy, revision=config.model.revision or "main")

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tether.config.sections import PPOConfig
+from tether.config import PPOConfig
 from tether.reports.text import visible
 
 Row = Mapping[str, Any]

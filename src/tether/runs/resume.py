@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tether.config.sections import Config
+from tether.config import Config
 from tether.errors import RunError
 
 Change = tuple[str, Any, Any]  # dotted key, value when the run began, value now

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tether.config.sections import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.runs import Run
 
 

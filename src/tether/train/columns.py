@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import PPOSection
+from tether.config import PPOSection
 from tether.data.text import completion_text, fragments
 from tether.rewards import ScoredBatch
 from tether.train.rollout import Experience

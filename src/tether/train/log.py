@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from tether.config.sections import LogConfig
+from tether.config import LogConfig
 from tether.errors import ConfigError
 from tether.runs import Run, RunDirectory, to_plain
 

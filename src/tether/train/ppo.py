@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tether.config.sections import PPOConfig, check
+from tether.config import PPOConfig, check
 from tether.data.prompts import load_prompts
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import Interrupted, RewardError, TrainingError

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from tether.config.sections import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
+from tether.config import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
 from tether.data.pairs import load_pairs
 from tether.data.snapshot import pin_labels
 from tether.data.split import Pair, split_pairs

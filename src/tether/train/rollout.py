@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tether.config.sections import PPOSection
+from tether.config import PPOSection
 from tether.errors import TrainingError
 from tether.math import explained_variance, gae, masked_mean, masked_var, optimality_gap, place_rewards, whiten
 from tether.models.policy import Policy, Reference

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tether.config.sections import PPOSection
+from tether.config import PPOSection
 from tether.errors import TrainingError
 from tether.math import clipped_policy_loss, entropy_mean, kl_loss, value_loss
 from tether.models.policy import Policy
