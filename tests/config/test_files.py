@@ -104,6 +104,20 @@ def test_a_file_that_is_no_config_is_named_with_its_line(tmp_path, text, message
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ['"\\ud800"', "[" * 300 + "]" * 300])
+def test_a_text_or_a_list_that_no_json_holds_is_one_message(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"^the config for tether ppo cannot be read") as caught:
+        load(tmp_path, PPO.replace("{path: p}", f"{{path: p, chat_template_kwargs: {{x: {text}}}}}"), "ppo")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["0x1f", "010", "1_0.5", "1e5"])
+def test_a_number_where_text_belongs_is_told_to_be_quoted(tmp_path, word):
+    with pytest.raises(ConfigError, match=r"^run=.*: expected text\. Put it in quotes\."):
+        load(tmp_path, PPO.replace("run: r", f"run: {word}"), "ppo")
+    assert load(tmp_path, PPO.replace("run: r", f"run: '{word}'"), "ppo").run == word
+
+
 def test_missing_files_and_directories_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist.*relative to"):
         load_config(tmp_path / "nowhere.yaml")

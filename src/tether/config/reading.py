@@ -74,7 +74,7 @@ def parse_args(kind: str | None, argv: Sequence[str]) -> tuple[Config, Options]:
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML: every key, defaults and nulls included. It loads back equal."""
     text = io.StringIO()
-    _yaml().dump(json.loads(json.dumps(asdict(config))), text)  # tuples are lists
+    _yaml().dump(asdict(config), text)
     return text.getvalue()
 
 
@@ -204,6 +204,10 @@ def _fill(tree: dict[str, Any], cls: type) -> None:
 
 def _first(errors: Sequence[Any], tree: dict[str, Any], kind: str) -> ConfigError:
     """The one of pydantic's complaints to tell: an unknown key, else a wrong value, else all keys that are missing."""
+    if errors[0]["type"] == "json_invalid":  # half a character (\\ud800), or hundreds of brackets
+        return ConfigError(
+            f"the config for tether {kind} cannot be read ({errors[0]['msg']}). Check its texts and lists."
+        )
     found = [(_locate(error["loc"], tree), error["type"]) for error in errors]
     if unknown := [key for (key, _), what in found if what == "unexpected_keyword_argument"]:
         return _unknown(unknown[0], kind)
