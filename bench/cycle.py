@@ -28,7 +28,7 @@ import torch
 from peer import Peer
 from shapes import build, matmul_weights, prompts, words
 from shapes import build_reward as build_reward_model
-from tether.config.sections import (
+from tether.config import (
     HeldOutConfig,
     ModelConfig,
     OptimConfig,

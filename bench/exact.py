@@ -35,7 +35,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import tether
 from chart import Line, draw
-from tether.config.sections import (  # fmt: skip
+from tether.config import (  # fmt: skip
     CheckpointConfig,
     HeldOutConfig,
     KLConfig,

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tether.config.sections import OptimConfig, PPOSection
+from tether.config import OptimConfig, PPOSection
 from tether.models.policy import LanguageModel, Policy
 from tether.train.optim import Steps, build_optimizer
 from tether.train.update import update

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tether.config.sections import (
+from tether.config import (
     HeldOutConfig,
     LoraConfig,
     ModelConfig,

@@ -29,7 +29,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import tether
-from tether.config.sections import (
+from tether.config import (
     CheckpointConfig,
     EvaluateConfig,
     HeldOutConfig,

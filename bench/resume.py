@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import tether
-from tether.config.sections import (
+from tether.config import (
     CheckpointConfig,
     HeldOutConfig,
     KLConfig,

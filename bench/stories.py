@@ -24,7 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import tether
 from chart import Line, draw
-from tether.config.sections import PPOConfig
+from tether.config import PPOConfig
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "stories"
 N, KEPT = 8, 256  # samples an opening; samples whose variety is measured

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import Qwen2Config
 
-from tether.config.sections import (
+from tether.config import (
     LoraConfig,
     ModelConfig,
     PPOConfig,

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tether.config.sections import (
+from tether.config import (
     CheckpointConfig,
     HeldOutConfig,
     LogConfig,

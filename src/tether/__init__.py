@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
     from tether.config.reading import load_config
-    from tether.config.sections import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
     from tether.errors import (
         BatchError,
         ConfigError,
@@ -44,7 +44,7 @@ _HOME = {
     "report": "tether.reports.page",
     "load_config": "tether.config.reading",
     "Run": "tether.runs",
-    **dict.fromkeys(("PPOConfig", "SFTConfig", "RewardConfig", "EvaluateConfig"), "tether.config.sections"),
+    **dict.fromkeys(("PPOConfig", "SFTConfig", "RewardConfig", "EvaluateConfig"), "tether.config"),
     **dict.fromkeys(
         ("TetherError", "ConfigError", "DataError", "ModelError", "RewardError", "RunError", "StoreError",
          "LabelError", "BatchError", "TrainingError", "Interrupted"),

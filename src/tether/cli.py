@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tether
+from tether.config import EvaluateConfig
 from tether.config.kinds import KINDS, resolve
-from tether.config.sections import EvaluateConfig
 from tether.errors import ConfigError, Interrupted, RunError, TetherError
 
 

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
+from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.config.keys import keys
 from tether.config.kinds import KINDS
 from tether.config.reading import load_config, to_yaml
-from tether.config.sections import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 
 PPO = """
 run: r
@@ -29,8 +29,10 @@ ppo:
   microbatch_tokens: 8192
   gamma: 1.0
   lam: 0.95
+  critic_lam: null
   whiten: true
   clip: 0.2
+  clip_high: null
   value_clip: 0.2
   value_coef: 0.1
   entropy_coef: 0.0
@@ -63,7 +65,7 @@ REWARD = (
     .replace("*", "{annotators: null, since: null, until: null, guideline: null}")
     .replace(
         "sft: {epochs: 1, batch: 32, microbatch_tokens: 8192, packing: false, train_on: completion}",
-        "reward_model: {epochs: 1, batch: 32, microbatch_tokens: 8192, centre: 0.0, test_fraction: 0.1}",
+        "reward_model: {epochs: 1, batch: 32, microbatch_tokens: 8192, center: 0.0, test_fraction: 0.1}",
     )
 )
 
@@ -102,10 +104,10 @@ def test_the_least_config_has_exactly_the_promised_keys_and_defaults(tmp_path, k
 
 def test_defaults_inside_optional_parts(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text(LEAST["ppo"].replace("policy: m", "policy: m, lora: {}").replace("ppo: {}", "ppo: {lam: {}}"))
+    path.write_text(LEAST["ppo"].replace("policy: m", "policy: m, lora: {}"))
     config = load_config(path)
     assert (config.model.lora.rank, config.model.lora.alpha, config.model.lora.targets) == (16, 32.0, "all-linear")
-    assert (config.ppo.lam.actor, config.ppo.lam.critic) == (0.95, 1.0)
+    assert (config.ppo.lams, config.ppo.clips) == ((0.95, 0.95), (0.2, 0.2))
 
 
 @pytest.mark.parametrize("cls", [PPOConfig, SFTConfig, RewardConfig, EvaluateConfig])

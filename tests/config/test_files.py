@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.config.reading import load_config
-from tether.config.sections import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.errors import ConfigError
 
 HEAD = "run: r\nmodel: {policy: m}\n"
@@ -65,7 +65,7 @@ def test_numbers_are_numbers_however_they_are_written(tmp_path, text, value):
     assert type(lr) is float
 
 
-@pytest.mark.parametrize("word", ["no", "on", "yes", "12:30:45", "2020-01-01", "0x1f", "010", "1_0.5"])
+@pytest.mark.parametrize("word", ["no", "on", "yes", "12:30:45", "2020-01-01", "2020-01-01T10:00"])
 def test_words_that_only_yaml_1_1_takes_for_something_else_are_text(tmp_path, word):
     assert load(tmp_path, PPO.replace("run: r", f"run: {word}"), "ppo").run == word
 
@@ -102,6 +102,20 @@ def test_a_file_that_is_no_config_is_named_with_its_line(tmp_path, text, message
     with pytest.raises(ConfigError, match=message) as caught:
         load(tmp_path, text, "ppo")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', "[" * 300 + "]" * 300])
+def test_a_text_or_a_list_that_no_json_holds_is_one_message(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"^the config for tether ppo cannot be read") as caught:
+        load(tmp_path, PPO.replace("{path: p}", f"{{path: p, chat_template_kwargs: {{x: {text}}}}}"), "ppo")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["0x1f", "010", "1_0.5", "1e5"])
+def test_a_number_where_text_belongs_is_told_to_be_quoted(tmp_path, word):
+    with pytest.raises(ConfigError, match=r"^run=.*: expected text\. Put it in quotes\."):
+        load(tmp_path, PPO.replace("run: r", f"run: {word}"), "ppo")
+    assert load(tmp_path, PPO.replace("run: r", f"run: '{word}'"), "ppo").run == word
 
 
 def test_missing_files_and_directories_are_named(tmp_path):

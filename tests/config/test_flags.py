@@ -2,8 +2,8 @@
 
 import pytest
 
+from tether.config import LoraConfig, RewardSourceConfig
 from tether.config.reading import Options, parse_args
-from tether.config.sections import LamConfig, LoraConfig, RewardSourceConfig
 from tether.errors import ConfigError
 
 FILE = """
@@ -36,9 +36,9 @@ def test_overrides_win_before_and_after_the_file(file):
 
 def test_a_key_below_a_value_of_the_file_takes_its_place(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text(FILE.replace("policy: m", "policy: m, lora: null").replace("kl:", "lam: 0.9, kl:"))
-    config = ppo(str(path), "--ppo.lam.actor", "0.5", "--model.lora.rank", "8")
-    assert (config.ppo.lam, config.model.lora) == (LamConfig(actor=0.5), LoraConfig(rank=8))
+    path.write_text(FILE.replace("policy: m", "policy: m, lora: null"))
+    config = ppo(str(path), "--model.lora.rank", "8")
+    assert config.model.lora == LoraConfig(rank=8)
 
 
 def test_the_last_of_two_flags_wins(file):
@@ -63,9 +63,9 @@ def test_a_file_is_not_needed():
         ("model.lora", "{rank: 8}", LoraConfig(rank=8)),
         ("model.lora", "null", None),
         ("ppo.lam", "0.9", 0.9),
-        ("ppo.lam", "{actor: 0.9}", LamConfig(actor=0.9)),
-        ("ppo.lam.actor", "0.9", 0.9),
-        ("ppo.clip", "[0.2, 0.28]", [0.2, 0.28]),
+        ("ppo.critic_lam", "1", 1.0),
+        ("ppo.critic_lam", "null", None),
+        ("ppo.clip_high", "0.28", 0.28),
         ("ppo.value_clip", "null", None),
         ("optim.betas", "[0.8, 0.9]", (0.8, 0.9)),
         ("optim.lr", "1e-5", 1e-5),
@@ -130,7 +130,9 @@ def test_options_are_no_keys(file):
         ("PPO.Cycles", "ppo.cycles"),
         ("cycles", "ppo.cycles"),
         ("model.lora.rnk", "model.lora.rank"),
-        ("ppo.lam.actr", "ppo.lam.actor"),
+        ("ppo.lam.critic", "ppo.critic_lam"),  # the same words in another order
+        ("ppo.lam.actor", "ppo.lam"),
+        ("ppo.clip.high", "ppo.clip_high"),
         ("sampling.temprature", "sampling.temperature"),
         ("promts.path", "prompts.path"),
         ("ppo.cycles.x", "ppo.cycles"),
@@ -226,9 +228,10 @@ def test_unknown_keys_in_the_file_at_any_depth(tmp_path, text, meant):
         ("ppo.whiten", "1", "ppo.whiten=1: expected true or false."),
         ("ppo.whiten", "yes", "ppo.whiten='yes': expected true or false."),
         ("ppo.kl.place", "both", "ppo.kl.place='both': expected reward or loss."),
-        ("ppo.lam", "high", "ppo.lam='high': expected a number or a mapping {actor, critic}."),
-        ("ppo.lam.actor", "high", "ppo.lam.actor='high': expected a number."),
-        ("ppo.clip", "[0.2, a]", "ppo.clip[1]='a': expected a number."),
+        ("ppo.lam", "high", "ppo.lam='high': expected a number."),
+        ("ppo.critic_lam", "high", "ppo.critic_lam='high': expected a number or null."),
+        ("ppo.clip", "[0.2, 0.28]", "ppo.clip=[0.2, 0.28]: expected a number."),
+        ("optim.betas", "[0.9, a]", "optim.betas[1]='a': expected a number."),
         ("optim.betas", "[0.9]", "optim.betas=[0.9]: expected a list of 2 (a number each)."),
         ("optim.lr", "fast", "optim.lr='fast': expected a number or null."),
         ("model.lora.rank", "x", "model.lora.rank='x': expected a whole number."),

@@ -8,9 +8,9 @@ import pytest
 
 import tether
 from tether.cli import main
+from tether.config import DataConfig, Section, SFTModelConfig, TrainingConfig
 from tether.config.kinds import KINDS, Kind, command_of, resolve
 from tether.config.reading import load_config, parse_args, to_yaml
-from tether.config.sections import DataConfig, SFTConfig, SFTModelConfig
 from tether.diagnose import examine
 from tether.runs import Run, RunDirectory
 from tether.studio.index import Runs
@@ -19,7 +19,7 @@ SOURCE = Path(tether.__file__).parent
 
 
 @dataclass(frozen=True)
-class HumSection:
+class HumSection(Section):
     """Humming."""
 
     tunes: int = 3
@@ -27,9 +27,10 @@ class HumSection:
 
 
 @dataclass(frozen=True)
-class HumConfig(SFTConfig):
+class HumConfig(TrainingConfig):
     """Everything of a humming run."""
 
+    data: DataConfig
     hum: HumSection = field(default_factory=HumSection)
 
 

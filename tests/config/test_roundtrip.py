@@ -7,14 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.config.reading import load_config, to_yaml
-from tether.config.sections import (
+from tether.config import (
     Config,
     DataConfig,
     EvaluateConfig,
     InitModelConfig,
     KLConfig,
-    LamConfig,
     LogConfig,
     LoraConfig,
     MissingEosConfig,
@@ -30,6 +28,7 @@ from tether.config.sections import (
     SFTModelConfig,
     WandbConfig,
 )
+from tether.config.reading import load_config, to_yaml
 
 text = st.one_of(
     st.text(st.characters(codec="utf-8"), min_size=1),
@@ -74,8 +73,8 @@ ppo_configs = st.builds(
     seed=st.integers(0, 2**32),
     sampling=st.builds(SamplingConfig, stop_token_ids=maybe(st.lists(st.integers(0, 10**6), max_size=3)),
                        slots=st.just("auto") | st.integers(1, 99)),
-    ppo=st.builds(PPOSection, lam=st.floats(0, 1) | st.builds(LamConfig, actor=st.floats(0, 1)),
-                  clip=st.floats(0.01, 0.99) | st.lists(st.floats(0.01, 0.99), min_size=2, max_size=2),
+    ppo=st.builds(PPOSection, lam=st.floats(0, 1), critic_lam=maybe(st.floats(0, 1)),
+                  clip=st.floats(0.01, 0.99), clip_high=maybe(above_zero),
                   kl=st.builds(KLConfig, coef=above_zero, target=maybe(above_zero)), value_clip=maybe(above_zero)),
     optim=optim,
     log=st.builds(LogConfig, wandb=maybe(st.builds(WandbConfig, project=text))),

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tether.config.sections import DataConfig, PromptsConfig
+from tether.config import DataConfig, PromptsConfig
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
 from tether.data.prompts import load_prompts

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.config.sections import DataConfig
+from tether.config import DataConfig
 from tether.data.chat import _Splitter, encode_completion, encode_conversations, encode_prompt
 from tether.data.examples import Example, load_examples
 from tether.errors import DataError, ModelError

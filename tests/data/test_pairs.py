@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.config.sections import DataConfig
+from tether.config import DataConfig
 from tether.data.chat import encode_completion, encode_prompt
 from tether.data.pairs import Pair, load_pairs, split_transcripts
 from tether.data.split import share_prompts, split_pairs

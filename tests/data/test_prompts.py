@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tether.config.sections import PromptsConfig
+from tether.config import PromptsConfig
 from tether.data.prompts import load_prompts
 from tether.errors import ConfigError, DataError
 from tether.types import Prompt

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.config.sections import DataConfig, PromptsConfig
+from tether.config import DataConfig, PromptsConfig
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
 from tether.data.prompts import load_prompts

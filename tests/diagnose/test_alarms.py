@@ -15,9 +15,7 @@ import pytest
 
 import tether
 from tether.cli import main
-from tether.config.keys import keys
-from tether.config.kinds import KINDS
-from tether.config.sections import (
+from tether.config import (
     DataConfig,
     KLConfig,
     ModelConfig,
@@ -30,6 +28,8 @@ from tether.config.sections import (
     SFTConfig,
     SFTModelConfig,
 )
+from tether.config.keys import keys
+from tether.config.kinds import KINDS
 from tether.diagnose import examine
 from tether.diagnose.advice import ADVICE, guide_table
 from tether.diagnose.alarms import alarms

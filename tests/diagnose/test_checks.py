@@ -8,8 +8,7 @@ import pytest
 
 import tether
 from tether.cli import main
-from tether.config.reading import to_yaml
-from tether.config.sections import (
+from tether.config import (
     DataConfig,
     EvaluateConfig,
     HeldOutConfig,
@@ -27,6 +26,7 @@ from tether.config.sections import (
     SFTModelConfig,
     SFTSection,
 )
+from tether.config.reading import to_yaml
 from tether.diagnose import Memory, Part, doctor, dry_run
 from tether.diagnose.checks import verdict
 from tether.runs import RunDirectory

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tether.config.sections import (
+from tether.config import (
     DataConfig,
     HeldOutConfig,
     InitModelConfig,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tether.config.sections import LoraConfig
+from tether.config import LoraConfig
 from tether.diagnose.simulate import Shape, _Meter, simulate
 from tether.models.loading import add_lora
 

@@ -6,8 +6,7 @@ import pytest
 
 import tether
 from labelled import pairs
-from tether.config.reading import load_config, to_yaml
-from tether.config.sections import (
+from tether.config import (
     DataConfig,
     LabelsConfig,
     LogConfig,
@@ -17,6 +16,7 @@ from tether.config.sections import (
     RewardModelSection,
     SFTModelConfig,
 )
+from tether.config.reading import load_config, to_yaml
 from tether.data.pairs import load_pairs
 from tether.data.snapshot import pin_labels
 from tether.data.table import read_rows
@@ -92,7 +92,7 @@ def test_filters_that_leave_nothing_or_mean_nothing_are_said(labelled, tiny_toke
     ],
 )
 def test_a_filter_that_cannot_be_meant_is_refused_before_anything_is_read(labels, complaint):
-    from tether.config.sections import check
+    from tether.config import check
 
     with pytest.raises(ConfigError, match=complaint):
         check(RewardConfig("r", SFTModelConfig("m"), PairsConfig("d", labels=LabelsConfig(**labels))))

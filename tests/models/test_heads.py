@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import ARCHITECTURES
-from tether.config.sections import LoraConfig
+from tether.config import LoraConfig
 from tether.models.loading import add_lora, without_dropout
 from tether.models.policy import LanguageModel
 from tether.types import Rows

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tether.config.sections import LoraConfig, ModelConfig
+from tether.config import LoraConfig, ModelConfig
 from tether.data.tokenizer import load_tokenizer
 from tether.errors import ConfigError, ModelError
 from tether.models.loading import (

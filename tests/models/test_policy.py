@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from conftest import ARCHITECTURES
-from tether.config.sections import LoraConfig, ModelConfig
+from tether.config import LoraConfig, ModelConfig
 from tether.errors import ModelError
 from tether.models.policy import build_policy
 from tether.models.reward_model import init_reward_model, save_reward_model

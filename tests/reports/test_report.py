@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tether.config.sections import (
+from tether.config import (
     DataConfig,
     HeldOutConfig,
     InitModelConfig,

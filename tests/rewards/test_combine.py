@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tether.config.sections import MissingEosConfig, RewardShapingConfig, RewardSourceConfig
+from tether.config import MissingEosConfig, RewardShapingConfig, RewardSourceConfig
 from tether.errors import ConfigError, RewardError
 from tether.rewards import RewardSet, build_reward, shape_scores
 from tether.types import Completions, Prompt

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
-from tether.config.sections import DataConfig, RewardShapingConfig, RewardSourceConfig
+from tether.config import DataConfig, RewardShapingConfig, RewardSourceConfig
 from tether.data.pairs import load_pairs
 from tether.data.tokenizer import load_tokenizer
 from tether.errors import RewardError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tether.config.sections import ModelConfig, PPOConfig, PromptsConfig, RewardSourceConfig
+from tether.config import ModelConfig, PPOConfig, PromptsConfig, RewardSourceConfig
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from huggingface_hub import HfApi, constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tether.config import DataConfig, PromptsConfig, SFTConfig, SFTModelConfig
 from tether.config.reading import to_yaml
-from tether.config.sections import DataConfig, PromptsConfig, SFTConfig, SFTModelConfig
 from tether.errors import Interrupted, RewardError, RunError
 from tether.runs import Run, RunDirectory, hash_files
 from tether.runs.files import write_sums

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tether.config import DataConfig, LogConfig, SFTConfig, SFTModelConfig, WandbConfig
 from tether.config.reading import to_yaml
-from tether.config.sections import DataConfig, LogConfig, SFTConfig, SFTModelConfig, WandbConfig
 from tether.errors import ConfigError, Interrupted
 from tether.runs import Run, RunDirectory
 from tether.train.log import Logger

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from tether.config.sections import (
+from tether.config import (
     CheckpointConfig,
     DataConfig,
     HeldOutConfig,
-    LamConfig,
     LogConfig,
     MissingEosConfig,
     PPOConfig,
@@ -79,7 +78,7 @@ MUST_NOT_CHANGE = {
     'model.policy was "models/some"': lambda c: change(c, "model", policy="models/other"),
     "ppo.kl.coef was 0.05": lambda c: change(c, "ppo", kl=replace(c.ppo.kl, coef=0.1)),
     "ppo.batch was 64": lambda c: change(c, "ppo", batch=128),
-    "ppo.lam was 0.95": lambda c: change(c, "ppo", lam=LamConfig()),
+    "ppo.critic_lam was null": lambda c: change(c, "ppo", critic_lam=1.0),
     "optim.betas[1] was 0.95": lambda c: change(c, "optim", betas=(0.9, 0.99)),
     "reward[0].weight was 1.0": lambda c: replace(c, reward=[replace(c.reward[0], weight=2.0)]),
     "reward[1].function was (absent)": lambda c: replace(c, reward=[*c.reward, RewardSourceConfig(function="b.py:g")]),

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import ARCHITECTURES
-from tether.config.sections import LoraConfig
+from tether.config import LoraConfig
 from tether.errors import TrainingError
 from tether.models.loading import add_lora, checkpoint_activations
 from tether.models.policy import LanguageModel, Policy

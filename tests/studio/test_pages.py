@@ -14,7 +14,7 @@ import pytest
 
 import tether
 from served import form_token, serve
-from tether.config.sections import EvaluateConfig, PromptsConfig, SamplingConfig
+from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig
 from tether.errors import StoreError
 from tether.feedback import agreement
 from tether.feedback.records import Answer, Item

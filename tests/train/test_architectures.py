@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tether
 from conftest import ARCHITECTURES
-from tether.config.sections import (
+from tether.config import (
     DataConfig,
     LogConfig,
     LoraConfig,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tether
-from tether.config.sections import (
+from tether.config import (
     EvaluateConfig,
     ModelConfig,
     RewardShapingConfig,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tether
-from tether.config.sections import DataConfig, LogConfig, RewardConfig, SFTConfig, SFTModelConfig
+from tether.config import DataConfig, LogConfig, RewardConfig, SFTConfig, SFTModelConfig
 from tether.train.deterministic import deterministic
 from tiny_ppo import id_score, tiny_config
 

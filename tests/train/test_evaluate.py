@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import tether
 from tether.cli import main
-from tether.config.sections import EvaluateConfig, PromptsConfig, SamplingConfig
+from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig
 from tether.errors import ConfigError, DataError, ModelError
 from tether.reports.text import visible
 from tether.runs import EvaluationDir

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import tether
-from tether.config.sections import LogConfig
+from tether.config import LogConfig
 from tether.errors import BatchError, ConfigError, RewardError
 from tether.samplers.local import LocalSampler
 from tether.types import Completions, LogSink, Reward, Sampler
@@ -144,7 +144,7 @@ def test_a_sampler_that_answers_other_prompts_than_it_was_asked_stops_the_run(ti
 
 
 def test_sft_and_reward_models_have_sinks_too(tiny_model, tmp_path):
-    from tether.config.sections import DataConfig, RewardConfig, SFTConfig, SFTModelConfig
+    from tether.config import DataConfig, RewardConfig, SFTConfig, SFTModelConfig
 
     (tmp_path / "text.jsonl").write_text('{"text": "once upon a time"}\n' * 4)
     (tmp_path / "pairs.jsonl").write_text(

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tether
-from tether.config.sections import PPOSection
+from tether.config import PPOSection
 from tether.errors import TrainingError
 from tether.models.policy import Policy
 from tether.samplers.local import LocalSampler

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tether.config.sections import KLConfig, LoraConfig, PPOSection
+from tether.config import KLConfig, LoraConfig, PPOSection
 from tether.models.loading import add_lora, checkpoint_activations
 from tether.models.policy import LanguageModel, Policy, SeparateCritic
 from tether.train.update import accumulate
@@ -67,7 +67,7 @@ KINDS = {
     "separate critic": ({"separate": True}, {}),
     "KL in the loss": ({}, {"kl": KLConfig(place="loss")}),
     "entropy bonus": ({}, {"entropy_coef": 0.2}),
-    "asymmetric clip, no value clip": ({}, {"clip": [0.1, 0.4], "value_clip": None}),
+    "asymmetric clip, no value clip": ({}, {"clip": 0.1, "clip_high": 0.4, "value_clip": None}),
     "adapters": ({"lora": True}, {"entropy_coef": 0.2, "kl": KLConfig(place="loss")}),
 }
 
@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_the_objective_written_out_token_by_token(kind):
     how, settings = KINDS[kind]
     policy, batch, ppo = build(**how), rollout(ragged_rows()), PPOSection(value_coef=0.1, **settings)
     rows = batch.rows
-    low, high = ppo.clip if isinstance(ppo.clip, list) else (ppo.clip, ppo.clip)
+    low, high = ppo.clip, ppo.clip if ppo.clip_high is None else ppo.clip_high
     loss, tokens = torch.zeros((), dtype=torch.float64), 0
     for i, (p, r) in enumerate(zip(rows.prompt_lengths.tolist(), rows.response_lengths.tolist(), strict=True)):
         ids = rows.tokens[i : i + 1, : p + r]

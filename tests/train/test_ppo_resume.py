@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 import tether
+from tether.config import KLConfig, LoraConfig, PPOConfig, RewardSourceConfig
 from tether.config.reading import to_yaml
-from tether.config.sections import KLConfig, LoraConfig, PPOConfig, RewardSourceConfig
 from tether.runs import Run
 from tether.runs.files import damage
 from tether.samplers.local import LocalSampler

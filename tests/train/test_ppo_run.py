@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tether
-from tether.config.sections import KLConfig, LamConfig, MissingEosConfig, RewardSourceConfig
+from tether.config import KLConfig, MissingEosConfig, RewardSourceConfig
 from tether.diagnose import examine
 from tether.runs import Run
 from tiny_ppo import PROMPTS, STOPS, id_score, tiny_config
@@ -38,7 +38,7 @@ def run(tiny_model, tmp_path_factory) -> Run:
     config = tiny_config(
         tmp_path_factory.mktemp("ppo") / "run",
         tiny_model(),
-        ppo={"kl": KLConfig(coef=BETA), "gamma": GAMMA, "lam": LamConfig(ACTOR, CRITIC), "clip": 0.01},
+        ppo={"kl": KLConfig(coef=BETA), "gamma": GAMMA, "lam": ACTOR, "critic_lam": CRITIC, "clip": 0.01},
         reward_shaping={"missing_eos": MissingEosConfig(set=-1.0)},
     )
     return tether.ppo(config, reward=id_score)

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tether
 from conftest import ARCHITECTURES
 from resume import launch, steady, wait_for_step
-from tether.config.reading import to_yaml
-from tether.config.sections import (
+from tether.config import (
     CheckpointConfig,
     DataConfig,
     LogConfig,
@@ -25,6 +24,7 @@ from tether.config.sections import (
     RewardModelSection,
     SFTModelConfig,
 )
+from tether.config.reading import to_yaml
 from tether.data.pairs import Pair
 from tether.diagnose import dry_run, examine
 from tether.errors import DataError, TrainingError

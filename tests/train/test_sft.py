@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tether
 from conftest import ARCHITECTURES
 from resume import launch, steady, wait_for_step
-from tether.config.reading import to_yaml
-from tether.config.sections import (
+from tether.config import (
     CheckpointConfig,
     DataConfig,
     InitModelConfig,
@@ -26,6 +25,7 @@ from tether.config.sections import (
     SFTModelConfig,
     SFTSection,
 )
+from tether.config.reading import to_yaml
 from tether.data.examples import Example
 from tether.errors import ConfigError, TrainingError
 from tether.models.loading import load_causal_lm

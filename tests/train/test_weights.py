@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tether.config.sections import LoraConfig
+from tether.config import LoraConfig
 from tether.errors import ModelError
 from tether.models.loading import add_lora
 from tether.train.weights import restore_weights, save_weights

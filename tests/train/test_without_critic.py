@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tether.config.sections import (
+from tether.config import (
     ModelConfig,
     OptimConfig,
     PPOConfig,

@@ -1,1 +1,67 @@
-"""What a run is made of: sections and their rules, and how YAML, flags and --help meet them. Loads no torch."""
+"""What a run is made of: sections, one file a command, the table of kinds, and how YAML, flags and --help meet them.
+
+Loads no torch, and pydantic and ruamel.yaml only with `reading`.
+"""
+
+from tether.config.evaluate import EvaluateConfig
+from tether.config.keys import Section
+from tether.config.ppo import HeldOutConfig, KLConfig, ModelConfig, PPOConfig, PPOSection
+from tether.config.reward import PairsConfig, RewardConfig, RewardModelSection
+from tether.config.sections import (
+    RESERVED_NAMES,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    InitModelConfig,
+    LabelsConfig,
+    LogConfig,
+    LoraConfig,
+    MissingEosConfig,
+    OptimConfig,
+    PromptsConfig,
+    RewardShapingConfig,
+    RewardSourceConfig,
+    SamplingConfig,
+    SFTModelConfig,
+    TrainingConfig,
+    WandbConfig,
+    check,
+    check_warmup,
+    source_name,
+)
+from tether.config.sft import SFTConfig, SFTSection
+
+__all__ = [
+    "RESERVED_NAMES",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "HeldOutConfig",
+    "InitModelConfig",
+    "KLConfig",
+    "LabelsConfig",
+    "LogConfig",
+    "LoraConfig",
+    "MissingEosConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PPOConfig",
+    "PPOSection",
+    "PairsConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "RewardModelSection",
+    "RewardShapingConfig",
+    "RewardSourceConfig",
+    "SFTConfig",
+    "SFTModelConfig",
+    "SFTSection",
+    "SamplingConfig",
+    "Section",
+    "TrainingConfig",
+    "WandbConfig",
+    "check",
+    "check_warmup",
+    "source_name",
+]

@@ -1,7 +1,7 @@
-"""The dotted keys of a config: type, default and help of each, read from the dataclasses.
+"""The dotted keys of a config: type, bound, default and help of each, read from the dataclasses.
 
-The command line, its help and the messages about wrong keys all speak of `ppo.kl.coef`; the dataclasses in
-`tether.config.sections` are the only place where such a key is written down. This module is the bridge.
+The command line, its help and the messages about wrong keys all speak of `ppo.kl.coef`; the dataclasses in sections and
+in each command's file are the only place where such a key is written down. This module is the bridge.
 """
 
 from __future__ import annotations
@@ -9,14 +9,58 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import math
+import re
 import reprlib
 import sys
 import types
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from itertools import pairwise
-from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a config: a frozen dataclass whose fields are its keys, the text under a field its help."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # noqa: RUF012  pydantic's name
+
+    def check(self, key: str) -> None:
+        """Raise ConfigError where keys of this section contradict each other. key: where the section stands."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The range of a number, or of each in a list; what would go wrong outside of it, and what to do."""
+
+    holds: Any  # a function of the number
+    outside: str  # "below 1"
+    why: str
+    remedy: str
+
+    def complaint(self, key: str, value: float) -> str | None:
+        """The message where the value is out of range; None where it is not."""
+        if self.holds(value):
+            return None
+        return f"{key}={value} is {self.outside}: {self.why}. {self.remedy.format(key=key)}"
+
+
+def at_least(low: float, why: str) -> Bound:
+    return Bound(lambda v: v >= low, f"below {low:g}", why, f"Set {{key}} to {low:g} or more.")
+
+
+def positive(why: str) -> Bound:
+    return Bound(lambda v: v > 0, "not above 0", why, "Set {key} to a positive number.")
+
+
+def within(low: float, high: float, why: str, remedy: str = "Set {key} between 0 and 1.", *, ends: str = "[]") -> Bound:
+    def holds(v: float) -> bool:
+        return (low < v or (ends[0] == "[" and v == low)) and (v < high or (ends[1] == "]" and v == high))
+
+    top = f"2^{math.log2(high):g}" if high > 1e6 else f"{high:g}"
+    return Bound(holds, f"outside {ends[0]}{low:g}, {top}{ends[1]}", why, remedy)
 
 
 @dataclass(frozen=True)
@@ -36,19 +80,35 @@ def keys(cls: type, prefix: str = "") -> Iterator[Key]:
         default = f.default if f.default_factory is MISSING else f.default_factory()
         yield Key(prefix + f.name, hint, default, _help_of(cls, f.name) or _summary(hint))
         for member in members(hint):
-            if is_section(member):
-                yield from keys(member, f"{prefix}{f.name}.")
-            elif get_origin(member) is list and is_section(get_args(member)[0]):
-                yield from keys(get_args(member)[0], f"{prefix}{f.name}[].")
+            below = get_args(member)[0] if get_origin(member) is list else member
+            if is_section(below):
+                yield from keys(below, f"{prefix}{f.name}{'' if below is member else '[]'}.")
+
+
+def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, Bound | None]]:
+    """(dotted key, value, bound) of every value; a section is a value too, and stands before those below it."""
+    yield prefix.removesuffix("."), section, None
+    cls: Any = type(section)
+    for f in fields(section):
+        key, value = prefix + f.name, getattr(section, f.name)
+        bound = next((b for b in _metadata(cls, f.name) if isinstance(b, Bound)), None)
+        items = [(f"{key}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list | tuple) else []
+        for name, item in items or [(key, value)]:
+            if isinstance(item, Section):
+                yield from leaves(item, f"{name}.")
+            else:
+                yield name, item, bound
 
 
 def hint_at(cls: type, name: str) -> Any | None:
     """Type of the dotted key `name`; None where there is no such key. Below a free mapping any key is right."""
     hint: Any = cls
-    for part in name.split("."):
+    for part in re.findall(r"\[\d*\]|[^.\[\]]+", name):
         found = None
         for member in members(hint):
-            if is_section(member):
+            if part[0] == "[":
+                found = get_args(member)[0] if get_origin(member) in (list, tuple) else found
+            elif is_section(member):
                 found = hints(member).get(part, found)
             elif member is Any or get_origin(member) is dict:
                 found = Any
@@ -58,20 +118,9 @@ def hint_at(cls: type, name: str) -> Any | None:
     return hint
 
 
-def required(cls: type, prefix: str = "") -> list[str]:
-    """Dotted keys below `cls` that have no default."""
-    names = []
-    for f in fields(cls):
-        if f.default is MISSING and f.default_factory is MISSING:
-            hint = hints(cls)[f.name]
-            name = prefix + f.name
-            names += required(hint, f"{name}.") if is_section(hint) else [name]
-    return names
-
-
-def is_section(hint: Any) -> TypeGuard[type]:
-    """Whether a type is one of the config's dataclasses."""
-    return isinstance(hint, type) and is_dataclass(hint)
+def is_section(hint: Any) -> bool:
+    """Whether a type is a part of a config."""
+    return isinstance(hint, type) and issubclass(hint, Section)
 
 
 def members(hint: Any) -> tuple[Any, ...]:
@@ -80,9 +129,15 @@ def members(hint: Any) -> tuple[Any, ...]:
 
 
 @cache
-def hints(cls: type) -> dict[str, Any]:
-    """Resolved types of a dataclass's fields."""
+def hints(cls: Any) -> dict[str, Any]:
+    """Resolved types of a dataclass's fields, without their bounds."""
     return get_type_hints(cls)
+
+
+@cache
+def _metadata(cls: Any, name: str) -> tuple[Any, ...]:
+    hint = get_type_hints(cls, include_extras=True)[name]
+    return hint.__metadata__ if get_origin(hint) is Annotated else ()
 
 
 def _help_of(cls: type, name: str) -> str | None:
@@ -112,20 +167,15 @@ def describe(hint: Any) -> str:
 
 def _describe_one(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
-    if hint is type(None):
-        return "null"
     if origin is Literal:
         return " or ".join(str(value) for value in args)
-    if origin is list:
-        return f"a list ({describe(args[0])} each)"
-    if origin is tuple:
-        return f"a list of {len(args)} ({describe(args[0])} each)"
+    if origin in (list, tuple):
+        return f"a list{f' of {len(args)}' if origin is tuple else ''} ({describe(args[0])} each)"
     if is_section(hint):
-        names = [f.name for f in fields(hint)]
+        names = list(hints(hint))
         return "a mapping {" + ", ".join(names[:4] + ["…"] * (len(names) > 4)) + "}"
-    if origin is dict:
-        return "a mapping"
-    return {str: "text", bool: "true or false", int: "a whole number", float: "a number"}[hint]
+    words = {type(None): "null", str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+    return words.get(hint, "a mapping")
 
 
 def in_yaml(value: Any) -> str:

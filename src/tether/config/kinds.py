@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-from tether.config.sections import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.config.evaluate import EvaluateConfig
+from tether.config.ppo import PPOConfig
+from tether.config.reward import RewardConfig
+from tether.config.sections import Config
+from tether.config.sft import SFTConfig
 
 _OF_ANY_RUN = ("not_finite", "skipped_steps", "gradient_norm", "stale", "recorded")
 

@@ -1,28 +1,36 @@
 """From a YAML file and dotted flags to a config; and back, as YAML that loads equal.
 
     file ──read_yaml──┐
-                      ├── one tree of plain values ── _convert ── dataclasses ── check
+                      ├── one tree of plain values ── pydantic ── dataclasses ── check
     flags ──_assign───┘
 
-The YAML is that of YAML 1.2: `1e-5` is a number, `no` and `12:30` are text, and a key given twice is an error. What is
-wrong is said in one line that names the key, the value and what is expected.
+The YAML is that of YAML 1.2, as ruamel.yaml reads it: `1e-5` is a number, `no` and `12:30` are text, and a key given
+twice is an error. What is wrong is said in one line that names the key, the value and what is expected.
 """
 
 from __future__ import annotations
 
 import difflib
+import io
+import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_origin
 
-import yaml
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.emitter import Emitter
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode
+from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.representer import SafeRepresenter
 
-from tether.config.keys import describe, hint_at, hints, in_yaml, is_section, keys, members, required
+from tether.config.keys import describe, hint_at, hints, in_yaml, is_section, keys, members
 from tether.config.kinds import KINDS
-from tether.config.sections import RESERVED_NAMES, Config, check
+from tether.config.sections import RESERVED_NAMES, Config, check, not_finite
 from tether.errors import ConfigError
 
 # ---------------------------------------------------------------- the two doors and the way back
@@ -65,7 +73,9 @@ def parse_args(kind: str | None, argv: Sequence[str]) -> tuple[Config, Options]:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML: every key, defaults and nulls included. It loads back equal."""
-    return _dump(asdict(config))
+    text = io.StringIO()
+    _yaml().dump(asdict(config), text)
+    return text.getvalue()
 
 
 # ---------------------------------------------------------------- flags
@@ -82,14 +92,12 @@ def _scan(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], Optio
             options[word[2:].replace("-", "_")] = True
         elif meant := _near_option(word):
             raise ConfigError(f"unknown flag {word}: did you mean {meant}?")
-        elif word.startswith("--") and "=" in word:
-            key, _, text = word[2:].partition("=")
-            flags.append((key, text))
         elif word.startswith("--"):
-            text = next(words, "--")
-            if text.startswith("--"):
+            key, given, text = word[2:].partition("=")
+            text = text if given else next(words, "--")
+            if not given and text.startswith("--"):
                 raise ConfigError(f"{word} has no value: nothing would be set. Write {word} VALUE.")
-            flags.append((word[2:], text))
+            flags.append((key, text))
         elif word.startswith("-") and len(word) > 1:
             raise ConfigError(f"unknown flag {word}: keys are given as --section.key VALUE. See --help.")
         else:
@@ -119,30 +127,28 @@ def _assign(tree: dict[str, Any], key: str, text: str, kind: str) -> None:
 
     The text is read as YAML; where that is nothing for a key that takes text, it is text after all: --run 7 is "7".
     """
+    cls = KINDS[kind].config
     names = re.sub(r"\[\d*\]", "", key).split(".")
     for depth in range(1, len(names)):
         around = ".".join(names[:depth])
-        if any(get_origin(member) is list for member in members(hint_at(KINDS[kind].config, around))):
+        if any(get_origin(member) is list for member in members(hint_at(cls, around))):
             raise ConfigError(f"{key} is inside a list, and flags set lists whole. Write --{around} '[…, …]'.")
-    hint = hint_at(KINDS[kind].config, key)
-    if hint is None:
+    hint = hint_at(cls, key)
+    if hint is None or "[" in key:
         raise _unknown(key, kind)
-    value = _parse_yaml(text)
-    if str in members(hint) and not any(_fits(value, member) for member in members(hint)):
+    try:
+        value = _yaml().load(text)
+    except (YAMLError, ValueError, RecursionError):
+        value = text  # no YAML: text, which its key takes or refuses
+    shapes = {dict if is_section(member) else get_origin(member) or member for member in members(hint)}
+    if str in shapes and type(value) not in shapes:
         value = text
-    *parents, last = key.split(".")
+    *parents, last = names
     for parent in parents:
         if not isinstance(tree.get(parent), dict):
             tree[parent] = {}
         tree = tree[parent]
     tree[last] = value
-
-
-def _parse_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return text  # no YAML: text, which its key takes or refuses
 
 
 # ---------------------------------------------------------------- a tree of plain values → dataclasses
@@ -160,74 +166,79 @@ def _kind_of(tree: dict[str, Any], where: str | Path) -> str:
 
 
 def _build(tree: dict[str, Any], kind: str, *, reward_given: bool = False) -> Config:
+    from pydantic import ValidationError  # here, for help needs no parser: it takes a quarter of a second
+
     if kind not in KINDS:
         raise ConfigError(f"kind={kind!r} is not a kind of config. Set it to one of {', '.join(KINDS)}.")
-    config: Config = _convert("", tree, KINDS[kind].config, kind)
+    cls: Any = KINDS[kind].config
+    _fill(tree, cls)
+    try:  # as JSON, whose lists may become tuples and mappings dataclasses under strict types
+        config: Config = _adapter(cls).validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise _first(error.errors(include_url=False, include_input=False), tree, kind) from None
     check(config, reward_given=reward_given)
     return config
 
 
-def _convert(key: str, value: Any, hint: Any, kind: str) -> Any:
-    """`value` as YAML gave it, turned into what `hint` says; ConfigError where it does not fit."""
-    if value is None and is_section(hint):
-        value = {}  # a section whose lines are all commented out
-    member = next((m for m in members(hint) if _fits(value, m)), None)
-    if member is None:
-        raise _misfit(key, value, hint)
-    if is_section(member):
-        return _convert_section(key, value, member, kind)
-    origin, args = get_origin(member), get_args(member)
-    if origin is list:
-        return [_convert(f"{key}[{i}]", item, args[0], kind) for i, item in enumerate(value)]
-    if origin is tuple:
-        return tuple(
-            _convert(f"{key}[{i}]", item, arg, kind) for i, (item, arg) in enumerate(zip(value, args, strict=True))
-        )
-    return float(value) if member is float else value
+@cache
+def _adapter(cls: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
 
 
-def _convert_section(key: str, tree: dict[str, Any], cls: type, kind: str) -> Any:
-    prefix = f"{key}." if key else ""
-    types = hints(cls)
-    for name in tree:
-        if name not in types:
-            raise _unknown(f"{prefix}{name}", kind)
-    given = {name: _convert(prefix + name, value, types[name], kind) for name, value in tree.items()}
-    missing = [
-        name
-        for f in fields(cls)
-        if f.name not in given and f.default is MISSING and f.default_factory is MISSING
-        for name in (required(types[f.name], f"{prefix}{f.name}.") if is_section(types[f.name]) else [prefix + f.name])
-    ]
-    if missing:
-        raise ConfigError(
-            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, and no default would be right. "
-            f"Add to the YAML file, or give {' '.join(f'--{name} …' for name in missing)}."
-        )
-    return cls(**given)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether the value has the shape of this one type; what a list or mapping holds is looked at later."""
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if is_section(hint) or origin is dict:
-        return isinstance(value, dict)
-    if origin is list:
-        return isinstance(value, list)
-    if origin is tuple:
-        return isinstance(value, list) and len(value) == len(args)
-    if origin is Literal:
-        return isinstance(value, str) and value in args
-    if hint in (int, float) and isinstance(value, bool):
-        return False  # Python's bool is an int; a config's is not
-    if hint is float and isinstance(value, int):
-        return abs(value) <= sys.float_info.max
-    return isinstance(value, hint)
+def _fill(tree: dict[str, Any], cls: type) -> None:
+    """Write out what an absent section holds where it has keys that are required, and one with no line left."""
+    for f in fields(cls):
+        if is_section(section := hints(cls)[f.name]):
+            if (f.name not in tree and f.default is MISSING and f.default_factory is MISSING) or (
+                f.name in tree and tree[f.name] is None
+            ):
+                tree[f.name] = {}
+            if isinstance(tree.get(f.name), dict):
+                _fill(tree[f.name], section)
 
 
 # ---------------------------------------------------------------- messages
+
+
+def _first(errors: Sequence[Any], tree: dict[str, Any], kind: str) -> ConfigError:
+    """The one of pydantic's complaints to tell: an unknown key, else a wrong value, else all keys that are missing."""
+    if errors[0]["type"] == "json_invalid":  # half a character (\\ud800), or hundreds of brackets
+        return ConfigError(
+            f"the config for tether {kind} cannot be read ({errors[0]['msg']}). Check its texts and lists."
+        )
+    found = [(_locate(error["loc"], tree), error["type"]) for error in errors]
+    if unknown := [key for (key, _), what in found if what == "unexpected_keyword_argument"]:
+        return _unknown(unknown[0], kind)
+    missing = [key for (key, value), what in found if what == "missing" and value is MISSING]
+    wrong = [(at, what) for at, what in found if at[0] not in missing]
+    for (key, value), what in wrong:
+        if any(other.startswith(f"{key}{mark}") for other in [*missing, *(k for (k, _), _ in wrong)] for mark in ".["):
+            continue  # the other type that it might be is the one that was meant
+        return (
+            not_finite(key, value)
+            if what == "finite_number" and isinstance(value, float)
+            else _misfit(key, value, hint_at(KINDS[kind].config, key))
+        )
+    return ConfigError(
+        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, and no default would be right. "
+        f"Add to the YAML file, or give {' '.join(f'--{name} …' for name in missing)}."
+    )
+
+
+def _locate(loc: Sequence[str | int], tree: Any) -> tuple[str, Any]:
+    """The dotted key and the value in the tree of what pydantic complains of; MISSING where it is not there."""
+    key, node = "", tree
+    for part in loc:
+        if isinstance(node, list) and isinstance(part, int) and part < len(node):
+            key, node = f"{key}[{part}]", node[part]
+        elif isinstance(node, dict) and part in node:
+            key, node = f"{key}.{part}", node[part]
+        elif isinstance(node, dict) and part == loc[-1]:
+            key, node = f"{key}.{part}", MISSING
+        # else: the name that pydantic gives the member of a union
+    return key.removeprefix("."), node
 
 
 def _misfit(key: str, value: Any, hint: Any) -> ConfigError:
@@ -235,15 +246,11 @@ def _misfit(key: str, value: Any, hint: Any) -> ConfigError:
     if str in members(hint) and isinstance(value, (int, float)):
         advice = " Put it in quotes."
     if key == "reward" and isinstance(value, str):
-        advice = f" Write reward: [{_as_source(value)}]; as a flag, --reward '[{_as_source(value)}]'."
+        name = value.rpartition(":")[2] if ":" in value else ""
+        named = f", name: my_{name}" if name in RESERVED_NAMES else ""
+        source = f"{{function: {value}{named}}}" if name else f"{{model: {value}}}"
+        advice = f" Write reward: [{source}]; as a flag, --reward '[{source}]'."
     return ConfigError(f"{key}={in_yaml(value)}: expected {describe(hint)}.{advice}")
-
-
-def _as_source(text: str) -> str:
-    """An entry of `reward` for what was given in place of the list."""
-    name = text.rpartition(":")[2] if ":" in text else ""
-    named = f", name: my_{name}" if name in RESERVED_NAMES else ""
-    return f"{{function: {text}{named}}}" if name else f"{{model: {text}}}"
 
 
 def _unknown(key: str, kind: str) -> ConfigError:
@@ -253,27 +260,36 @@ def _unknown(key: str, kind: str) -> ConfigError:
             return ConfigError(
                 f"unknown key {key} for tether {kind}: it is one of tether {other.command}. Drop it, or run that."
             )
-    endings: dict[str, list[str]] = {}  # "pppklcoef", "klcoef" and "coef" all mean ppo.kl.coef
-    for known in keys(KINDS[kind].config):
-        parts = known.name.split(".")
-        for i in range(len(parts)):
-            endings.setdefault(_squash(".".join(parts[i:])), []).append(known.name)
-    section, _, leaf = key.rpartition(".")
-    beside = {
-        k.name.rpartition(".")[2]: k.name for k in keys(KINDS[kind].config) if k.name.rpartition(".")[0] == section
-    }
-    for match in difflib.get_close_matches(leaf, beside, n=1, cutoff=0.79):  # misspelt
-        return ConfigError(f"unknown key {key} for tether {kind}: did you mean {beside[match]}?")
-    if elsewhere := endings.get(_squash(leaf)):  # right, in the wrong section
-        near = sorted(elsewhere, key=lambda name: -difflib.SequenceMatcher(None, name, key).ratio())[:3]
-        return ConfigError(f"unknown key {key} for tether {kind}: did you mean {' or '.join(near)}?")
-    for attempt in (key, leaf):
-        for match in difflib.get_close_matches(_squash(attempt), endings, n=1, cutoff=0.79):
-            meant = [name for name in endings[match] if _squash(name) == match] or endings[match][:3]
-            return ConfigError(f"unknown key {key} for tether {kind}: did you mean {' or '.join(meant)}?")
+    meant = " or ".join(_meant(key, [k.name for k in keys(KINDS[kind].config)]))
+    if meant:
+        return ConfigError(f"unknown key {key} for tether {kind}: did you mean {meant}?")
     return ConfigError(
         f"unknown key {key} for tether {kind}: nothing would read it. tether {kind} --help lists all keys."
     )
+
+
+def _meant(key: str, known: Sequence[str]) -> list[str]:
+    """The known keys that an unknown one may stand for, the surest rule first."""
+    section, _, leaf = key.rpartition(".")
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    if near := difflib.get_close_matches(leaf, beside, n=1, cutoff=0.79):  # misspelt
+        return [beside[near[0]]]
+    words = sorted(re.split(r"[._]", key))
+    if turned := [name for name in known if sorted(re.split(r"[._]", name)) == words]:  # ppo.lam.critic
+        return turned
+    if section in known and not beside:  # below a key that has none below it
+        return [section]
+    endings: dict[str, list[str]] = {}  # "pppklcoef", "klcoef" and "coef" all mean ppo.kl.coef
+    for name in known:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            endings.setdefault(_squash(".".join(parts[i:])), []).append(name)
+    if elsewhere := endings.get(_squash(leaf)):  # right, in the wrong section
+        return sorted(elsewhere, key=lambda name: -difflib.SequenceMatcher(None, name, key).ratio())[:3]
+    for attempt in (key, leaf):
+        for match in difflib.get_close_matches(_squash(attempt), endings, n=1, cutoff=0.79):
+            return [name for name in endings[match] if _squash(name) == match] or endings[match][:3]
+    return []
 
 
 def _squash(key: str) -> str:
@@ -302,13 +318,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
     try:
-        tree = yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
+        tree = _yaml().load(text)
+    except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}, line {mark.line + 1}" if mark else f"{path}"
         problem = "a tab indents here; use spaces" if "\\t" in str(error.problem) else error.problem
         raise ConfigError(f"{where}: not YAML: {problem}.") from None
-    except yaml.reader.ReaderError as error:
+    except ReaderError as error:
         at = text[: error.position].count("\n") + 1
         raise ConfigError(f"{path}, line {at}: not YAML: character #x{error.character:04x} is not allowed.") from None
     except (RecursionError, ValueError) as error:  # a thousand brackets, a number of a thousand digits
@@ -322,59 +338,54 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-_PLAIN = (  # which unquoted words are not text: YAML 1.2's core schema, with _ allowed inside whole numbers
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
-    (
-        "tag:yaml.org,2002:float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-    ("tag:yaml.org,2002:merge", r"<<", ["<"]),
-)
+class _Constructor(SafeConstructor):
+    """Keys are plain words, each given once."""
 
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1 (1e-5 is text, no is false) and lets a second key win silently; this one does neither."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key.start_mark)
+            if not isinstance(key, ScalarNode):
+                raise MarkedYAMLError(problem="a key must be a plain word", problem_mark=key.start_mark)
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value} is given twice", problem_mark=key.start_mark)
+                raise MarkedYAMLError(problem=f"key {key.value} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
             key.tag = "tag:yaml.org,2002:str"  # 1, true and null are names here
-        return super().construct_mapping(node, deep)
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read back as text."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+class _Emitter(Emitter):
+    """Quotes a text with the line break of YAML 1.1, which would be read as a space."""
 
     def analyze_scalar(self, scalar: str) -> Any:
         analysis = super().analyze_scalar(scalar)
-        if any(separator in scalar for separator in "\x85\u2028\u2029"):
-            # YAML's other line breaks: unescaped, a reader folds them into a space. Double quotes escape them.
+        if "\x85" in scalar:
             analysis.allow_flow_plain = analysis.allow_block_plain = False
             analysis.allow_single_quoted = analysis.allow_block = False
         return analysis
 
 
-for _tag, _pattern, _first in _PLAIN:
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _first)
+class _Representer(SafeRepresenter):
+    """Writes no anchors, and 1.0e-05 for 1e-05, which readers of YAML 1.1 would take for text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_float(self, data: float) -> ScalarNode:
+        node = super().represent_float(data)
+        if "." not in node.value:
+            node.value = node.value.replace("e", ".0e")
+        return node
 
 
-def _dump(tree: dict[str, Any]) -> str:
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)  # a date is text
+_Representer.add_representer(float, _Representer.represent_float)
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor, yaml.Representer, yaml.Emitter = _Constructor, _Representer, _Emitter
+    yaml.default_flow_style, yaml.width = False, 120
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml

@@ -7,7 +7,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import DataConfig
+from tether.config import DataConfig
 from tether.data.cells import as_answer, as_messages, as_prompt, as_text
 from tether.data.chat import encode_conversations, encode_texts
 from tether.data.columns import encode_answers, encode_prompt_column, read_cut, stopped, without_stop

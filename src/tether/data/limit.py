@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import DataConfig, PromptsConfig
+from tether.config import DataConfig, PromptsConfig
 from tether.data.table import Table
 from tether.errors import ConfigError, DataError
 

@@ -11,7 +11,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import DataConfig
+from tether.config import DataConfig
 from tether.data.cells import as_answer, as_prompt, as_text_or_messages
 from tether.data.columns import encode_answers, encode_prompt_column, read_cut
 from tether.data.limit import Limit, keep_right

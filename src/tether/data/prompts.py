@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import PromptsConfig
+from tether.config import PromptsConfig
 from tether.data.cells import as_prompt
 from tether.data.columns import encode_prompt_column
 from tether.data.limit import Limit, keep_right

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tether.config.sections import DataConfig, LabelsConfig, PairsConfig
+from tether.config import DataConfig, LabelsConfig, PairsConfig
 from tether.data.table import Table, read_table
 from tether.errors import ConfigError, DataError
 from tether.feedback.records import Filters, Preferences

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tether.config.sections import (
+from tether.config import (
     CheckpointConfig,
     DataConfig,
     HeldOutConfig,

@@ -184,7 +184,7 @@ ADVICE: dict[str, Advice] = {
     "margins-exploding": Advice(
         "reward_model/margin", "reward: a mean margin above 20, sure beyond reason",
         "A learning rate that is too high, too many epochs, or pairs that one word gives away.",
-        "Lower optim.lr or reward_model.epochs, or set reward_model.centre to 0.01.",
+        "Lower optim.lr or reward_model.epochs, or set reward_model.center to 0.01.",
     ),
     "stale": Advice(
         None, "the run says that it is running, without a sign of life for ten minutes",

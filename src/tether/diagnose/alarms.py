@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from tether.config import Config
 from tether.config.kinds import KINDS
-from tether.config.sections import Config
 from tether.diagnose.rules import RULES
 from tether.diagnose.series import Series
 from tether.diagnose.view import Alarm, View

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tether.config import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, TrainingConfig, check
 from tether.config.reading import to_yaml
-from tether.config.sections import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, check
 from tether.diagnose.inputs import Inputs, check_evaluation, check_inputs, what_it_reads
 from tether.diagnose.machine import machine, memory_of
 from tether.diagnose.memory import Memory, architecture_of, predict, size
@@ -25,6 +25,7 @@ def dry_run(config: Config, *, fresh: bool = False) -> str:
     resolve_device(config.device)
     if isinstance(config, EvaluateConfig):
         return _dry_evaluation(config)
+    assert isinstance(config, TrainingConfig)
     check_place(Path(config.run))
     pinned = None
     if not fresh and has_something_to_continue(Path(config.run)):  # hashing takes a second a gigabyte
@@ -54,7 +55,7 @@ def doctor(config: Config | None = None) -> str:
     text = f"machine\n{_indented(machine())}"
     if config is None:
         return text
-    if isinstance(config, EvaluateConfig):
+    if not isinstance(config, TrainingConfig):
         raise ConfigError("tether doctor checks runs that train: give it a config of tether ppo, sft or reward.")
     check(config)
     inputs = check_inputs(config)
@@ -75,7 +76,7 @@ def _data(inputs: Inputs) -> str:
     return "data\n" + _indented("\n".join(inputs.facts))
 
 
-def _memory(config: PPOConfig | SFTConfig | RewardConfig, inputs: Inputs) -> str:
+def _memory(config: TrainingConfig, inputs: Inputs) -> str:
     try:
         memory = predict(config, prompt_tokens=inputs.longest)
     except TetherError:

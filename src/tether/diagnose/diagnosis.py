@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tether.config import PPOConfig
 from tether.config.kinds import Kind
-from tether.config.sections import PPOConfig
 from tether.diagnose.alarms import alarms
 from tether.diagnose.state import patience_s, silence_s, state
 from tether.diagnose.view import Alarm

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from tether.config.sections import (
+from tether.config import (
     DataConfig,
     EvaluateConfig,
     InitModelConfig,
@@ -19,6 +19,7 @@ from tether.config.sections import (
     PromptsConfig,
     RewardConfig,
     SFTConfig,
+    TrainingConfig,
     check_warmup,
     source_name,
 )
@@ -57,17 +58,18 @@ class Inputs:
     """One row, token by token, with its mask."""
 
 
-def what_it_reads(config: PPOConfig | SFTConfig | RewardConfig) -> tuple[str, dict[str, str], str | None]:
+def what_it_reads(config: TrainingConfig) -> tuple[str, dict[str, str], str | None]:
     """(the command, the hashes of its inputs, what it reads of a store of labels) of a run that goes on."""
     if isinstance(config, PPOConfig):
         return "ppo", ppo_hashes(config), None
     if isinstance(config, SFTConfig):
         return "sft", sft_hashes(config.model, config.data), None
+    assert isinstance(config, RewardConfig)
     hashes, pinned = reward_hashes(config, fresh=False)
     return "reward", hashes, pinned
 
 
-def check_inputs(config: PPOConfig | SFTConfig | RewardConfig, pinned: str | None = None) -> Inputs:
+def check_inputs(config: TrainingConfig, pinned: str | None = None) -> Inputs:
     """Read the data as the run would; raises what the run would raise. pinned: see `what_it_reads`."""
     policy = config.model.policy
     where: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
@@ -87,6 +89,7 @@ def check_inputs(config: PPOConfig | SFTConfig | RewardConfig, pinned: str | Non
     stop = stops[0] if stops else None
     if isinstance(config, SFTConfig):
         return _sft(config, tokenizer, context, stop, facts)
+    assert isinstance(config, RewardConfig)
     return _reward(config, tokenizer, context, stop, facts, pinned)
 
 

@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 
-from tether.config.sections import InitModelConfig, PPOConfig, RewardConfig, SFTConfig, source_name
+from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig, TrainingConfig, source_name
 from tether.data.tokenizer import load_tokenizer
 from tether.diagnose.simulate import Shape, Step, simulate
 from tether.models.loading import model_config, resolve_device, resolve_dtype
 from tether.models.policy import freeze
 from tether.samplers.local import PREFILL_TOKENS, count_slots, slot_bytes
 from tether.train.sft import init_architecture
-
-TrainingConfig = PPOConfig | SFTConfig | RewardConfig
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -193,6 +191,7 @@ def _shape(config: TrainingConfig, tokens: int | None) -> Shape:
         width = (tokens or config.prompts.max_tokens) + new
         rows = min(config.ppo.minibatch, max(1, config.ppo.microbatch_tokens // width))
         return Shape(rows, width, new)
+    assert isinstance(config, SFTConfig | RewardConfig)
     width = tokens or config.data.max_tokens
     if isinstance(config, SFTConfig):
         rows = min(config.sft.batch, max(1, config.sft.microbatch_tokens // width))

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tether.config.sections import Config, PPOConfig, RewardConfig, SFTConfig
+from tether.config import Config, PPOConfig, RewardConfig, TrainingConfig
 from tether.diagnose.series import Curve, correlation, median
 from tether.diagnose.state import RECENT, patience_s, silence_s, state
 from tether.diagnose.view import Alarm, Severity, View, alarm
@@ -416,7 +416,7 @@ def loss_rising(view: View) -> Iterator[Alarm]:
 def gradient_norm(view: View) -> Iterator[Alarm]:
     """Ten times the median of the first quarter and above optim.max_grad_norm, for 15 steps: every step is then cut to
     its direction alone, and the loss has become steep. Single spikes are single odd examples."""
-    assert isinstance(view.config, SFTConfig | RewardConfig)
+    assert isinstance(view.config, TrainingConfig)
     norm, most = view.curve("optim/grad_norm"), view.config.optim.max_grad_norm
     usual = median(norm.levels[: max(_PERSIST, len(norm) // 4)])
     held = norm.held(lambda g: g > max(10 * usual, most), least=_PERSIST)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from tether.config.sections import LoraConfig
+from tether.config import LoraConfig
 from tether.math import logprobs
 from tether.models.loading import add_lora, checkpoint_activations, quiet_transformers, without_dropout
 from tether.models.policy import LanguageModel

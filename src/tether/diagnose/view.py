@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
+from tether.config import Config
 from tether.config.kinds import Kind
-from tether.config.sections import Config
 from tether.diagnose.advice import ADVICE
 from tether.diagnose.series import Curve, Held, Series
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tether.config.sections import LoraConfig
+from tether.config import LoraConfig
 from tether.data.tokenizer import looks_local
 from tether.errors import ConfigError, ModelError, did_you_mean_final, did_you_mean_path, first_line
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tether.config.sections import ModelConfig
+from tether.config import ModelConfig
 from tether.errors import ModelError
 from tether.math import Head, full_logprobs, token_logprobs
 from tether.models.loading import (

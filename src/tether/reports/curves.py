@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tether.config import Config, PPOConfig
 from tether.config.kinds import KINDS, resolve
-from tether.config.sections import Config, PPOConfig
 from tether.diagnose.advice import notes_on
 from tether.reports.plots import Plot, line
 

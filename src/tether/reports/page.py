@@ -15,9 +15,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.config.kinds import Kind, resolve
 from tether.config.reading import to_yaml
-from tether.config.sections import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.diagnose.alarms import alarms
 from tether.diagnose.diagnosis import reward_report
 from tether.errors import RunError

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tether.config.sections import PPOConfig
+from tether.config import PPOConfig
 from tether.reports.text import visible
 
 Row = Mapping[str, Any]
@@ -119,9 +119,7 @@ class Knobs:
 def knobs_of(config: PPOConfig, row: Row) -> Knobs:
     """The knobs behind a row."""
     p = config.ppo
-    lam = (p.lam, p.lam) if isinstance(p.lam, float | int) else (p.lam.actor, p.lam.critic)
-    clip = (p.clip[0], p.clip[-1]) if isinstance(p.clip, list) else (p.clip, p.clip)
-    return Knobs(p.gamma, lam, clip, _beta(row, p.kl.coef) if p.kl.place == "reward" else None)
+    return Knobs(p.gamma, p.lams, p.clips, _beta(row, p.kl.coef) if p.kl.place == "reward" else None)
 
 
 def _beta(row: Row, otherwise: float) -> float:

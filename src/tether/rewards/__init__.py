@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import RESERVED_NAMES, RewardShapingConfig, RewardSourceConfig, source_name
+from tether.config import RESERVED_NAMES, RewardShapingConfig, RewardSourceConfig, source_name
 from tether.errors import ConfigError
 from tether.rewards.combine import RewardSet, ScoredBatch, shape_scores
 from tether.rewards.function import FunctionReward, ObjectReward, function_file, load_function

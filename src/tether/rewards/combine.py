@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tether.config.sections import RewardShapingConfig
+from tether.config import RewardShapingConfig
 from tether.errors import RewardError
 from tether.rewards.function import describe_row
 from tether.types import Completions, Prompt, Reward

@@ -16,9 +16,9 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
+from tether.config import Config
 from tether.config.kinds import KINDS
 from tether.config.reading import to_yaml
-from tether.config.sections import Config
 from tether.errors import Interrupted, RunError, TetherError
 from tether.runs.environment import describe_environment, environment_changes
 from tether.runs.files import (

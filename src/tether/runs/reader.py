@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tether.config import Config
 from tether.config.kinds import KINDS, Kind
 from tether.config.reading import load_config
-from tether.config.sections import Config
 from tether.errors import RunError
 from tether.runs.files import read_environment, read_json, read_lines, read_status, read_table
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tether.config import Config
 from tether.config.reading import load_config
-from tether.config.sections import Config
 from tether.errors import RunError
 from tether.runs.files import SCHEMA, damage, read_environment, read_lines, read_status
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tether.config.sections import SamplingConfig
+from tether.config import SamplingConfig
 from tether.models.policy import LanguageModel
 from tether.samplers.local import LocalSampler
 from tether.types import Sampler

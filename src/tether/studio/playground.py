@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
 
-from tether.config.sections import ModelConfig, PPOConfig, PromptsConfig, RewardSourceConfig
+from tether.config import ModelConfig, PPOConfig, PromptsConfig, RewardSourceConfig
 from tether.errors import DataError, RunError, TetherError, first_line
 from tether.reports.text import visible
 from tether.runs import Run

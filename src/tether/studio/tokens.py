@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse
 from markupsafe import Markup
 
-from tether.config.sections import PPOConfig
+from tether.config import PPOConfig
 from tether.errors import RunError
 from tether.reports.signals import SIGNALS, Row, Scale, knobs_of, signals_of, surprise, tokens_of, value_curve
 from tether.reports.text import prompt_text

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tether.config.sections import PPOConfig
+from tether.config import PPOConfig
 from tether.runs import Run, RunDirectory
 from tether.train.card import ppo_card
 

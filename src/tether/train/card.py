@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tether.config.sections import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.runs import Run
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import PPOConfig, PPOSection
+from tether.config import PPOConfig, PPOSection
 from tether.data.text import completion_text, fragments
 from tether.errors import TrainingError
 from tether.rewards import ScoredBatch
@@ -77,7 +77,7 @@ def rollout_columns(
     if new_logprobs is None:
         return columns | {name: [[None] * n for n in lengths] for name in ("new_logprob", "ratio", "clipped")}
     ratio = (new_logprobs - rollout.old_logprobs).exp()
-    low, high = (ppo.clip[0], ppo.clip[-1]) if isinstance(ppo.clip, list) else (ppo.clip, ppo.clip)
+    low, high = ppo.clips
     a = rollout.advantages
     return columns | {
         "new_logprob": ragged(new_logprobs),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import EvaluateConfig, PPOConfig, source_name
+from tether.config import EvaluateConfig, PPOConfig, source_name
 from tether.data.chat import encode_prompts, encode_texts
 from tether.data.tokenizer import load_tokenizer
 from tether.errors import ConfigError, DataError

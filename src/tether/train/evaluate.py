@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import EvaluateConfig, PromptsConfig, SamplingConfig, check
+from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig, check
 from tether.data.prompts import load_prompts, prompts_of
 from tether.data.table import Table
 from tether.data.text import completion_text

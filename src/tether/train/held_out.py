@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import PPOConfig
+from tether.config import PPOConfig
 from tether.data.prompts import load_prompts
 from tether.errors import DataError
 from tether.runs import RunDirectory

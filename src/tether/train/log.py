@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from tether.config.sections import LogConfig
+from tether.config import LogConfig
 from tether.runs import RunDirectory, to_plain
 from tether.runs.durations import format_duration
 from tether.train.sinks import TensorBoard, WeightsAndBiases

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tether.config.sections import PPOConfig, RewardConfig, SFTConfig
+from tether.config import PPOConfig, RewardConfig, SFTConfig
 from tether.errors import TrainingError
 from tether.runs import RunDirectory
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tether.config.sections import OptimConfig
+from tether.config import OptimConfig
 from tether.errors import TrainingError
 
 Named = Sequence[tuple[str, nn.Parameter]]

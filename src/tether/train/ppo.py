@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tether.config.sections import PPOConfig, check
+from tether.config import PPOConfig, check
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.math import next_kl_coef
 from tether.models.export import save_model

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from tether.config.sections import PPOConfig, RewardConfig, SFTConfig
+from tether.config import PPOConfig, RewardConfig, SFTConfig
 from tether.errors import ConfigError, RunError
 from tether.runs import RunDirectory
 from tether.train.deterministic import deterministic
@@ -51,8 +51,6 @@ def open_run(
             say(f"{run.path} is finished: nothing to do. --fresh moves it aside and starts over.")
             yield run, signals
             return
-        for note in run.notes:
-            say(note)
         with _beating(run):
             yield run, signals
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from tether.config.sections import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
+from tether.config import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
 from tether.data.pairs import Pair, load_pairs
 from tether.data.snapshot import pin_labels
 from tether.data.split import share_prompts, split_pairs
@@ -72,7 +72,7 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
             while state.done < len(plan):
                 signals.stop_if_requested()
                 began, batch = time.perf_counter(), [train[i] for i in plan[state.done]]
-                state.finish_step(accumulate(model, batch, section.centre, section.microbatch_tokens), began, log)
+                state.finish_step(accumulate(model, batch, section.center, section.microbatch_tokens), began, log)
         if adapter is not None:
             # In place: the classifier's own layers are whole again. In float32: bfloat16 would lose a small update.
             adapter.float().merge_and_unload()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tether.config.sections import LamConfig, PPOSection
+from tether.config import PPOSection
 from tether.errors import BatchError, TrainingError
 from tether.math import (
     distinct_pairs,
@@ -146,10 +146,10 @@ def collect(
 def estimate(rewards: Tensor, values: Tensor | None, mask: Tensor, ppo: PPOSection) -> tuple[Tensor, Tensor | None]:
     """(advantages [B, R] in reward units, not whitened; the critic's returns [B, R], None where there is no critic)."""
     assert values is not None  # no config makes a policy without a critic
-    lam = ppo.lam if isinstance(ppo.lam, LamConfig) else LamConfig(ppo.lam, ppo.lam)
-    advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.actor)
-    if lam.critic != lam.actor:
-        _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam.critic)
+    lam, critic_lam = ppo.lams
+    advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam)
+    if critic_lam != lam:
+        _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=critic_lam)
     return advantages, returns
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.config.sections import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig, check, check_warmup
+from tether.config import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig, check, check_warmup
 from tether.data.examples import Example, load_examples
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ConfigError

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import asdict
 from typing import Any
 
-from tether.config.sections import WandbConfig
+from tether.config import WandbConfig
 from tether.errors import ConfigError
 from tether.runs import Run, RunDirectory
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.config.sections import EvaluateConfig
+from tether.config import TrainingConfig
 from tether.errors import Interrupted, RewardError
 from tether.runs import RunDirectory
 from tether.train import checkpoint
@@ -40,7 +40,7 @@ class TrainingState:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        assert not isinstance(self.run.config, EvaluateConfig)
+        assert isinstance(self.run.config, TrainingConfig)
 
         def write(directory: Path) -> None:
             for name, model in self.models.items():
@@ -70,7 +70,7 @@ class TrainingState:
 
     def save_if_due(self, total: int) -> None:
         """Write a checkpoint where the config asks for one, and after the last of `total` cycles (or steps)."""
-        assert not isinstance(self.run.config, EvaluateConfig)
+        assert isinstance(self.run.config, TrainingConfig)
         if self.done % self.run.config.checkpoint.every == 0 or self.done == total:
             self.save()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tether.config.sections import PPOSection
+from tether.config import PPOSection
 from tether.errors import TrainingError
 from tether.math import clipped_policy_loss, entropy_mean, kl_loss, value_loss
 from tether.models.policy import Policy
@@ -98,7 +98,6 @@ def accumulate(
     """
     rows = minibatch.rows
     denominator = float(rows.response_lengths.sum())
-    clip = (ppo.clip[0], ppo.clip[-1]) if isinstance(ppo.clip, list) else ppo.clip
     names: list[str] = []
     values: list[Tensor] = []  # of each microbatch, one for each name
     new_logprobs = torch.zeros_like(minibatch.old_logprobs)
@@ -113,7 +112,7 @@ def accumulate(
             )
             terms.append(ppo.value_coef * loss_value)
         loss_policy, policy_metrics = clipped_policy_loss(
-            output.logprobs, part.old_logprobs, part.advantages, mask, clip=clip, denominator=denominator
+            output.logprobs, part.old_logprobs, part.advantages, mask, clip=ppo.clips, denominator=denominator
         )
         entropy = entropy_mean(output.entropy, mask, denominator=denominator)
         if not policy.critic_only:

@@ -1,0 +1,171 @@
+"""What `tether ppo` takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from tether.config.keys import Section, at_least, positive, within
+from tether.config.sections import (
+    MicrobatchTokens,
+    PromptsConfig,
+    RewardShapingConfig,
+    RewardSourceConfig,
+    SamplingConfig,
+    SFTModelConfig,
+    TrainingConfig,
+    check_names,
+    check_warmup,
+)
+from tether.errors import ConfigError
+
+_LAM = within(0, 1, "GAE weights the k-step advantages by λ^k, which would grow without bound")
+_CLIP = positive("every ratio would be clipped and nothing learned")
+
+
+@dataclass(frozen=True)
+class ModelConfig(SFTModelConfig):
+    """Which model learns, in which precision."""
+
+    policy: str
+    """Directory or hub id of the causal language model that learns."""
+    critic: str = "shared"
+    """shared: a value head on the policy's trunk (one forward pass for both). separate: a trunk of its own, copied from
+    the policy. A directory: a trunk of its own from there; a reward model's head comes along."""
+    reference: str | None = None
+    """Directory of the frozen model that the KL is measured to; null: the policy as it is when the run begins."""
+
+
+@dataclass(frozen=True)
+class KLConfig(Section):
+    """The leash to the reference."""
+
+    coef: Annotated[float, at_least(0, "the policy would be paid for leaving the reference")] = 0.05
+    """β: reward units a nat. With a target, only the start."""
+    target: Annotated[float | None, positive("a KL of 0 is the untrained model")] = None
+    """KL to hold, in nats a response, by adapting β; null keeps β."""
+    horizon: Annotated[float, positive("β would jump by any amount")] = 10000.0
+    """Responses over which β can change by 20 % (Ziegler et al. 2019)."""
+    place: Literal["reward", "loss"] = "reward"
+    """reward: k1 in every token's reward, the one with the right optimum. loss: k2 in the loss."""
+
+    def check(self, key: str) -> None:
+        if self.target is not None and self.coef == 0:
+            raise ConfigError(
+                f"{key}.coef={self.coef} is not above 0: an adaptive β moves by factors and would stay 0. Set "
+                f"{key}.coef to a positive number."
+            )
+
+
+@dataclass(frozen=True)
+class PPOSection(Section):
+    """The algorithm."""
+
+    cycles: Annotated[int, at_least(1, "nothing would be trained")] = 200
+    """Cycles of rollout and update."""
+    batch: Annotated[int, at_least(1, "a cycle would have no responses")] = 64
+    """Responses a cycle."""
+    responses_per_prompt: Annotated[int, at_least(1, "no prompt would be answered")] = 1
+    """Responses to each prompt; 2 or more let the optimality gap be measured."""
+    epochs: Annotated[int, at_least(1, "nothing would be learned from a cycle")] = 4
+    """Passes over a cycle's responses."""
+    minibatch: Annotated[int, at_least(1, "an optimiser step would have no responses")] = 16
+    """Responses an optimiser step; divides batch."""
+    microbatch_tokens: MicrobatchTokens = 8192
+    """Padded tokens in memory at once; never changes the result, only memory and speed."""
+    gamma: Annotated[float, within(0, 1, "future rewards would grow with distance")] = 1.0
+    """Discount γ a token; 1: a response is short and its score is what counts."""
+    lam: Annotated[float, _LAM] = 0.95
+    """λ of GAE."""
+    critic_lam: Annotated[float | None, _LAM] = None
+    """λ of the returns that the critic learns (VC-PPO, arXiv:2503.01491); null: lam. 1 is Monte Carlo: no bias from a
+    critic that is still wrong."""
+    whiten: bool = True
+    """Bring a cycle's advantages to mean 0 and variance 1."""
+    clip: Annotated[float, _CLIP] = 0.2
+    """ε of the ratio's clip: the ratio stays above 1 - ε, and below 1 + ε unless clip_high is set."""
+    clip_high: Annotated[float | None, _CLIP] = None
+    """ε of the upper side alone; null: clip. 0.28 beside a clip of 0.2 lets unlikely tokens rise faster (DAPO)."""
+    value_clip: Annotated[float | None, positive("values could never move; null turns the clip off")] = 0.2
+    """Values move at most this far from the old ones before the loss stops rewarding it; null: no clip."""
+    value_coef: Annotated[float, at_least(0, "the critic would be driven away from the returns")] = 0.1
+    """c1: weight of the value loss."""
+    entropy_coef: Annotated[float, at_least(0, "entropy would be minimised")] = 0.0
+    """c2: weight of the entropy bonus."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    stop_epoch_at_kl: Annotated[float | None, positive("every cycle would stop at once; null turns it off")] = None
+    """Leave a cycle's epochs when KL(old‖new), nats a token, passes this; null: never."""
+    value_warmup_cycles: Annotated[int, at_least(0, "a count of cycles cannot be negative")] = 0
+    """First cycles in which only the critic learns and a shared trunk is frozen."""
+
+    @property
+    def clips(self) -> tuple[float, float]:
+        """ε below and above 1."""
+        return self.clip, self.clip if self.clip_high is None else self.clip_high
+
+    @property
+    def lams(self) -> tuple[float, float]:
+        """λ of the advantages and of the returns."""
+        return self.lam, self.lam if self.critic_lam is None else self.critic_lam
+
+    def check(self, key: str) -> None:
+        if self.batch % self.minibatch:
+            raise ConfigError(
+                f"{key}.minibatch={self.minibatch} does not divide {key}.batch={self.batch}: the last "
+                f"{self.batch % self.minibatch} responses of every cycle would never be trained on. Set "
+                f"{key}.minibatch to a divisor of {self.batch}."
+            )
+        if self.batch % self.responses_per_prompt:
+            raise ConfigError(
+                f"{key}.responses_per_prompt={self.responses_per_prompt} does not divide {key}.batch={self.batch}: one "
+                f"prompt would get fewer responses than the others. Set it to a divisor of {self.batch}."
+            )
+        if self.clip >= 1:
+            raise ConfigError(
+                f"{key}.clip={self.clip}: the lower ratio bound 1 - {self.clip} is not above 0, so it would never "
+                f"bind. Set {key}.clip below 1; {key}.clip_high may be larger."
+            )
+        if self.kl.target is not None and self.batch >= 5 * self.kl.horizon:
+            raise ConfigError(
+                f"{key}.kl.horizon={self.kl.horizon:g} is too short for {key}.batch={self.batch}: β changes by up to "
+                f"20 % a horizon, so one cycle could make it zero or negative. Set {key}.kl.horizon above "
+                f"{self.batch / 5:g}, better above {self.batch}."
+            )
+        if self.value_warmup_cycles >= self.cycles:
+            raise ConfigError(
+                f"{key}.value_warmup_cycles={self.value_warmup_cycles} is not below {key}.cycles={self.cycles}: the "
+                "policy would never learn. Set fewer warm-up cycles or more cycles."
+            )
+
+
+@dataclass(frozen=True)
+class HeldOutConfig(Section):
+    """Evaluation during training."""
+
+    every: Annotated[int, at_least(0, "0 already means never")] = 10
+    """Cycles between evaluations; 0: none."""
+    prompts: str | None = None
+    """File of prompts, none of which is trained on; null: `count` prompts held out of `prompts`."""
+    count: Annotated[int, at_least(1, "there would be nothing to evaluate; evaluate.every 0 turns it off")] = 16
+    """Prompts, the same through the whole run so that one sees them learn."""
+    samples: Annotated[int, at_least(1, "there would be nothing to evaluate; evaluate.every 0 turns it off")] = 4
+    """Responses to each."""
+
+
+@dataclass(frozen=True)
+class PPOConfig(TrainingConfig):
+    """Everything of a PPO run."""
+
+    model: ModelConfig
+    prompts: PromptsConfig
+    reward: list[RewardSourceConfig] = field(default_factory=list)
+    """Sources of the score, summed by weight; may be empty only when tether.ppo gets reward=fn."""
+    reward_shaping: RewardShapingConfig = field(default_factory=RewardShapingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    ppo: PPOSection = field(default_factory=PPOSection)
+    evaluate: HeldOutConfig = field(default_factory=HeldOutConfig)
+
+    def check(self, key: str) -> None:
+        super().check(key)
+        check_names(self.reward)
+        check_warmup(self.optim, self.ppo.cycles * self.ppo.epochs * (self.ppo.batch // self.ppo.minibatch))
