@@ -75,6 +75,8 @@ class Logger:
         run.phase = "training"
 
     def __enter__(self) -> Logger:
+        for text in self.run.notes:
+            self.note(text)
         return self
 
     def __exit__(
