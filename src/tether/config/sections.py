@@ -63,14 +63,14 @@ def check(config: Config, *, reward_given: bool = False) -> None:
             complaint = bound.complaint(re.sub(r"\[\d+\]$", "", key), value)
             if complaint:
                 raise ConfigError(complaint)
+    for key, value, _ in leaves(config):
+        if isinstance(value, Section):
+            value.check(key)
     if not reward_given and getattr(config, "reward", None) == []:
         raise ConfigError(
             "reward is empty: nothing would score the responses. Add {function: FILE.py:NAME} or {model: DIR}, "
             "or pass reward=fn from Python."
         )
-    for key, value, _ in leaves(config):
-        if isinstance(value, Section):
-            value.check(key)
 
 
 def not_finite(key: str, value: float) -> ConfigError:
