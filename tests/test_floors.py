@@ -1,6 +1,7 @@
 """The house stands: imports go down a floor, or sideways without a circle, wherever in a file they are written."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,3 +148,15 @@ def test_public_names_are_typed_and_listed():
 
     listed = set(tether._HOME) | {"__version__"}
     assert set(tether.__all__) == listed == set(dir(tether))
+
+
+def test_the_architecture_page_names_every_file_and_no_other():
+    page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `([a-z_/]+\.py)` \|", page, re.M))
+    files = {path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py") if path.name != "__init__.py"}
+    assert listed == files
+    floors = {
+        int(n): set(re.findall(r"`([a-z_/]+?)(?:/|\.py)`", rooms))
+        for n, rooms in re.findall(r"^\| (\d) \| (.*?) \|", page, re.M)
+    }
+    assert floors == {n: {room.replace(".", "/") for room in rooms} for n, rooms in enumerate(FLOORS)}
