@@ -61,8 +61,8 @@ def reward_config(to: Path, seed: int) -> RewardConfig:
         seed=seed,
         model=SFTModelConfig(policy=str(to / "sft" / "final")),
         data=PairsConfig(path=str(to / "pairs.jsonl")),
-        # The habits of an answer are learned in some 300 steps, what is true in 500 to 850 (docs/evidence.md). Two
-        # passes, 660 steps, end in the middle of that, where rounding decides how much was learned.
+        # Habits of an answer are learned in some 300 steps, what is true in 300 to 850 (docs/evidence.md). Two passes
+        # (660 steps) end in the middle of that, where rounding decides how much was learned.
         reward_model=RewardModelSection(epochs=4, batch=32, microbatch_tokens=1024),
         optim=OptimConfig(lr=1e-3, critic_lr=1e-3, warmup=20),
         checkpoint=CheckpointConfig(every=100),
