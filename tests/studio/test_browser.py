@@ -68,8 +68,10 @@ def test_twenty_pairs_are_labelled_by_keyboard_alone_undone_and_exported(page, s
         page.click("text=Preferences as JSONL")
     rows = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
     assert rows == json.loads(json.dumps(store.preference_rows()))
+    ties = [row for row in rows if row.get("probability") == 0.5]
     decided = [label for label in store.labels() if label.choice in ("a", "b")]
-    assert len(rows) == len(decided)
+    assert len(ties) == sum(label.choice in ("both_good", "both_bad") for label in store.labels())
+    assert len(rows) == len(decided) + len(ties)
 
 
 def test_what_is_recorded_is_the_side_that_was_shown(page, studio):
