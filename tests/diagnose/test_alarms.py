@@ -454,7 +454,9 @@ def every_alarm():
     yield from found(healthy("reward", reward_model__accuracy=0.5, reward_model__margin=99.0), "reward")
     yield from found(healthy("reward"), "reward", reward_report=report(train_accuracy=0.97))
     yield from found(
-        healthy("reward", reward_model__accuracy=lambda x: 0.5 + 0.3 * x**2), "reward", reward_report=report()
+        healthy("reward", reward_model__accuracy=lambda x: 0.5 + 0.3 * x**2),
+        "reward",
+        reward_report=report(train_accuracy=0.71),
     )
     yield from found(healthy(), status={"state": "running"}, now=NOW)
     yield from found(healthy(), events=[told(1, "odd")])

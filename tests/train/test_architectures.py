@@ -57,9 +57,15 @@ def test_every_architecture_goes_the_whole_way(
         )
     )  # fmt: skip
 
-    jobs = []
-    prepare = ppo_module.prepare
-    monkeypatch.setattr(ppo_module, "prepare", lambda *a: jobs.append(prepare(*a)) or jobs[-1])
+    policies = []
+    build = ppo_module.build_policy
+
+    def kept(*args, **kwargs):
+        built = build(*args, **kwargs)
+        policies.append(built[0])
+        return built
+
+    monkeypatch.setattr(ppo_module, "build_policy", kept)
     config = tiny_config(
         tmp_path / "ppo", imitated.final, ppo={"cycles": 1}, evaluate={"every": 0}, optim={"lr": 1e-2},
         model={"policy": str(imitated.final), "lora": lora},
@@ -69,12 +75,12 @@ def test_every_architecture_goes_the_whole_way(
     record_property("sampler gap", run.metrics[0]["check/sampler_gap"])
     assert run.metrics[0]["check/first_ratio_error"] <= 1e-5
     assert run.metrics[0]["check/sampler_gap"] <= 1e-4
-    assert jobs[0].notes == []  # nothing fell back: the head is ours, and the cache holds
+    assert not [e for e in run.events if e["event"] == "fallback"]  # the head is ours, and the cache holds
 
     tether.export(run, tmp_path / "exported")
     tokens = torch.arange(20)[None] * 7 % 258  # longer than the sliding windows
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
-    trained = jobs[0].policy.eval()
+    trained = policies[0].eval()
     with torch.no_grad():
         want = trained.lm(input_ids=tokens).logits
         assert_close(exported(input_ids=tokens).logits, want, atol=1e-4, rtol=1e-4)

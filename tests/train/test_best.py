@@ -20,16 +20,22 @@ def run(tiny_model, tmp_path_factory) -> tether.Run:
     trained = {}
 
     with pytest.MonkeyPatch.context() as patch:
-        real = ppo_module.Job.evaluate
+        real, build, policies = ppo_module.keep_best, ppo_module.build_policy, []
+        next(scores)  # of the start, which is never kept
 
-        def evaluate(job, run, state, log):
-            metrics = real(job, run, state, log)
-            score = next(scores)
-            if state.cycle == 2:
-                trained.update({k: v.clone() for k, v in job.policy.model.plain.state_dict().items()})
-            return metrics | {"eval/score_mean": score}
+        def kept(*args, **kwargs):
+            built = build(*args, **kwargs)
+            policies.append(built[0])
+            return built
 
-        patch.setattr(ppo_module.Job, "evaluate", evaluate)
+        def keep_best(run, config, cycle, metrics, write_model):
+            metrics["eval/score_mean"] = next(scores)
+            if cycle == 2:
+                trained.update({k: v.clone() for k, v in policies[0].model.plain.state_dict().items()})
+            real(run, config, cycle, metrics, write_model)
+
+        patch.setattr(ppo_module, "build_policy", kept)
+        patch.setattr(ppo_module, "keep_best", keep_best)
         folder = tmp_path_factory.mktemp("best")
         config = tiny_config(
             folder / "run", tiny_model(), ppo={"cycles": 6}, evaluate={"every": 1, "count": 3, "samples": 1},
@@ -61,9 +67,9 @@ def test_card_report_and_alarm_send_nobody_where_nothing_is(run):
     falling = [{"cycle": c, "reward/score_mean": s, "reward/score_std": 0.1} for c, s in enumerate(there_and_back(), 1)]
     for events, said in ((run.events, "best/ holds the policy of cycle 2"), ([], "with evaluate.every above 0")):
         found = alarms("ppo", run.config, falling, events, run.status, now=None, reward_report=None)
-        knob = next(alarm.knob for alarm in found if alarm.rule == "score-falling")
-        assert said in knob
-        assert "checkpoint" not in knob
+        remedy = next(alarm.remedy for alarm in found if alarm.rule == "score-falling")
+        assert said in remedy
+        assert "checkpoint" not in remedy
 
 
 def there_and_back() -> list[float]:

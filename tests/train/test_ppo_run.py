@@ -369,7 +369,8 @@ METRICS = """
     kl/ref_mean kl/ref_per_token kl/coef policy/loss policy/kl_old_new policy/clip_fraction policy/ratio_min
     policy/ratio_max policy/ratio_mean policy/entropy policy/optimality_gap value/loss value/clip_fraction
     value/explained_variance advantage/mean advantage/std response/length_mean response/length_min response/length_max
-    response/truncated_fraction check/sampler_gap check/truncated_mass check/first_ratio_error optim/lr optim/grad_norm
+    response/truncated_fraction response/distinct_2 response/shared_phrase check/sampler_gap check/truncated_mass
+    check/first_ratio_error optim/lr optim/grad_norm
     optim/skipped_steps time/rollout_s time/score_s time/forward_s time/update_s tokens/generated tokens_per_s/rollout
     tokens_per_s/update memory/peak_mb
 """

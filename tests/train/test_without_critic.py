@@ -21,7 +21,7 @@ from tether.reports.signals import knobs_of, signals_of, surprise, tokens_of, va
 from tether.rewards import build_reward
 from tether.samplers.local import LocalSampler
 from tether.train import rollout as phase_1
-from tether.train.columns import table
+from tether.train.columns import rollout_columns
 from tether.train.optim import Steps, build_optimizer
 from tether.train.update import accumulate, update
 from tether.types import Rollout, Sampling
@@ -84,7 +84,7 @@ def test_phase_1_leaves_out_the_critics_metric_and_columns(experience, tiny_toke
     assert not [name for name in experience.metrics if name.startswith("value/")]
     assert "eval/explained_variance" not in experience.evaluation_metrics()
     assert "eval/kl_ref_mean" in experience.evaluation_metrics()
-    columns = table(experience, tiny_tokenizer, (), CONFIG.ppo, cycle=1, responses_per_prompt=2)
+    columns = rollout_columns(experience, tiny_tokenizer, (), CONFIG.ppo, cycle=1, responses_per_prompt=2)
     assert not {"value", "delta", "return"} & set(columns)
     assert columns["advantage"][0] == pytest.approx([sum(columns["reward"][0])] * columns["length"][0], abs=1e-5)
 
@@ -114,7 +114,9 @@ def test_its_gradient_is_that_of_a_critic_whose_loss_counts_nothing(policy, expe
 
 def test_pages_show_what_such_a_response_has(experience, tiny_tokenizer):
     new = experience.rollout.old_logprobs
-    columns = table(experience, tiny_tokenizer, (), CONFIG.ppo, cycle=1, responses_per_prompt=2, new_logprobs=new)
+    columns = rollout_columns(
+        experience, tiny_tokenizer, (), CONFIG.ppo, cycle=1, responses_per_prompt=2, new_logprobs=new
+    )
     row = {name: values[0] for name, values in columns.items()}
     signals = signals_of(row)
     assert list(signals) == ["advantage", "ratio", "kl", "entropy", "reward"]

@@ -116,6 +116,7 @@ def render(run: Run) -> str:
         autoescape=True, loader=jinja2.FileSystemLoader(here), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else visible(value),
     )  # fmt: skip
+    environment.filters["number"] = _number
     return environment.get_template("page.html.j2").render(
         name=run.path.resolve().name,
         page=page,
@@ -389,9 +390,9 @@ def _change(first: float | None, last: float | None) -> str:
     return f"{_number(first)} → {_number(last)}"
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, form: str = ".3g") -> str:
     """A metric in few digits; what was not finite is null in the run."""
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.3g}"
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:{form}}"
 
 
 def _json(value: Any) -> Markup:

@@ -29,9 +29,8 @@ def keep_best(
     if best is not None and best["cycle"] != cycle and not score > best["score"]:
         return
     record = json.dumps({"cycle": cycle, "score": float(score)}) + "\n"
-    card = ppo_card(
-        run.path.name, [*run.metrics(), {"cycle": cycle, **metrics}], config, "the best on held-out prompts"
-    )
+    which = f"cycle {cycle}, the best on held-out prompts"
+    card = ppo_card(run.path.name, [*run.metrics(), {"cycle": cycle, **metrics}], config, which)
     write_model(run.path / "best", card, lambda directory: _write(directory / "best.json", record))
     run.event("best", cycle=cycle, score=score)
 

@@ -14,7 +14,8 @@ def ppo_card(
 ) -> str:
     """A model card: what was trained, on what, how far it moved, and which evaluated cycle was the best.
 
-    name: of the run. metrics: up to the cycle that the model is of. which: why this one. best: what `Run.best` says.
+    name: of the run. metrics: up to the cycle that the model is of. which: whose policy it is.
+    best: what `Run.best` says.
     """
     first, last = metrics[0], metrics[-1]
     evaluated = [m for m in metrics if m.get("eval/score_mean") is not None]
@@ -28,7 +29,7 @@ def ppo_card(
         f"# {name}",
         "",
         f"Trained with PPO by Tether from `{config.model.policy}`.",
-        f"This is the policy of cycle {last['cycle']}, {which}.",
+        f"This is the policy of {which}.",
         "",
         f"| | cycle {first['cycle']} | cycle {last['cycle']} |",
         "|---|---|---|",

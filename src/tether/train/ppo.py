@@ -84,14 +84,18 @@ def ppo(
         test = Sampling(*limits, config.evaluate.samples, config.seed, EVALUATE)
         record = Record(run, config, tokenizer, stop_ids)
 
-        def evaluate() -> Metrics:
-            """On the held-out prompts, with the same draws every time: what differs is the policy."""
+        def evaluate(metrics: Metrics) -> Metrics:
+            """`metrics` of the cycle, and those on the held-out prompts where it is to be evaluated. The draws are the
+            same every time: what differs is the policy."""
             if not config.evaluate.every or (state.done % config.evaluate.every and state.done != p.cycles):
-                return {}
+                return metrics
             experience = collect(sets.held_out, *parts, test, p, kl_coef=state.kl_coef, cycle=0,
                                  progress=lambda phase: log.phase(f"evaluating, {phase}"))  # fmt: skip
             record.evaluation(experience, state.done)
-            return experience.evaluation_metrics()
+            metrics = metrics | experience.evaluation_metrics()
+            if state.done:
+                keep_best(run, config, state.done, metrics, write_model)
+            return metrics
 
         def write_model(directory: Path, card: str, add: Callable[[Path], None] = lambda directory: None) -> None:
             """A plain Hugging Face directory with the critic beside it. add: writes what else belongs there."""
@@ -109,7 +113,7 @@ def ppo(
                 log.fallback(text)
             if state.done == 0:
                 with signals.droppable():
-                    evaluate()
+                    evaluate({})
 
             while state.done < p.cycles:
                 cycle, beta = state.done + 1, state.kl_coef
@@ -125,12 +129,11 @@ def ppo(
                 engine.load_weights(policy.model, version=cycle)
                 record.rollouts(experience, cycle, done.new_logprobs)
                 with log.writing(cycle, {**experience.metrics, **done.metrics}) as metrics:
-                    metrics |= evaluate()
-                    keep_best(run, config, cycle, metrics, write_model)
+                    metrics |= evaluate(metrics)
                 state.save_if_due(p.cycles)
 
             ended = Run(run.path)
-            card = ppo_card(run.path.name, ended.metrics, config, "the last one", ended.best)
+            card = ppo_card(run.path.name, ended.metrics, config, f"the last cycle, {p.cycles}", ended.best)
             write_model(run.path / "final", card)
             log.note(f"done: {run.path / 'final'} is the policy of the last cycle")
     return Run.open(run.path)
