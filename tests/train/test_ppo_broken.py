@@ -169,3 +169,16 @@ def test_prompts_that_leave_no_room_to_answer_are_an_error(tiny_model, tmp_path)
             tiny_config(tmp_path / "run", tiny_model(), sampling={"max_new_tokens": 128, "stop_token_ids": None}),
             reward=id_score,
         )
+
+
+def test_a_penalty_of_thousands_is_not_taken_for_a_misplaced_score():
+    # β = 2,000 and log-ratios of 10 nats: float32 keeps 7 digits of 20,000, so the score is known to about 0.002
+    old, ref = torch.full((2, 3), -1.0), torch.full((2, 3), -11.003)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    scores, lengths = torch.tensor([0.5, -0.25]), torch.tensor([3, 2])
+    penalties = torch.where(mask, -2000.0 * (old - ref), 0.0)
+    rewards = experience.place_rewards(scores, old, ref, mask, kl_coef=2000.0)
+    experience._check_placement(rewards, penalties, scores, lengths)
+    small = experience.place_rewards(scores, old, ref, mask, kl_coef=0.1)
+    with pytest.raises(TrainingError, match="not on the last token"):
+        experience._check_placement(small.roll(1, dims=1), penalties * 0.1 / 2000, scores, lengths)

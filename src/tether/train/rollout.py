@@ -98,7 +98,7 @@ def collect(
     in_reward = kl_coef if ppo.kl.place == "reward" else 0.0
     scores = scored.scores.to(old)
     rewards = place_rewards(scores, old, ref, mask, kl_coef=in_reward)
-    _check_placement(rewards + in_reward * (old - ref), scores, rows.response_lengths.to(mask.device))
+    _check_placement(rewards, -in_reward * (old - ref), scores, rows.response_lengths.to(mask.device))
     advantages, returns = estimate(rewards, values, mask, ppo)
     rollout = Rollout(rows, old, ref, values, rewards, whiten(advantages, mask) if ppo.whiten else advantages, returns)
 
@@ -166,17 +166,19 @@ def _check_sampler(metrics: Metrics, policy: Policy) -> list[str]:
     return [f"sampler gap {gap:.2g} nats per token, above {bound}"] if gap > bound else []
 
 
-def _check_placement(without_kl: Tensor, scores: Tensor, lengths: Tensor) -> None:
-    """Before anything is learned from them: a row's rewards [B, R] are its score, on its last token, and nothing else.
+def _check_placement(rewards: Tensor, penalties: Tensor, scores: Tensor, lengths: Tensor) -> None:
+    """Before anything is learned from them: a row's rewards [B, R] are the KL's penalties [B, R] and, on its last
+    token, its score.
 
-    One past the stop token, where some implementations put it, the score would be masked and lost.
+    One past the stop token, where some implementations put it, the score would be masked and lost. Sums are compared,
+    not differences: of a penalty of thousands the rounding alone would look like a score.
     """
-    want = torch.zeros_like(without_kl).scatter(1, lengths[:, None] - 1, scores[:, None])
-    wrong = ~torch.isclose(without_kl, want, rtol=1e-3, atol=1e-3, equal_nan=True)
+    want = penalties.scatter_add(1, lengths[:, None] - 1, scores[:, None])
+    wrong = ~torch.isclose(rewards, want, rtol=1e-5, atol=1e-3, equal_nan=True)
     if wrong.any():
         row, t = wrong.nonzero()[0].tolist()
         raise TrainingError(
-            f"the reward of token {t} of response {row} is off by {float((without_kl - want)[row, t]):.3g}: the score "
+            f"the reward of token {t} of response {row} is off by {float((rewards - want)[row, t]):.3g}: the score "
             "is not on the last token, and the policy would learn something else. Please report it."
         )
 
