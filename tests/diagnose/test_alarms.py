@@ -333,6 +333,9 @@ def test_a_reward_model_is_judged_by_its_held_out_pairs():
     (alarm,) = found(rows, "reward", reward_report=chance)
     assert (alarm.rule, alarm.severity) == ("at-chance", "serious")
     assert found(rows, "reward", reward_report=chance | {"test_pairs": 2}) == []  # too few to say so
+    none = report(learned=None, accuracy=None, train_accuracy=0.5, loss=None, test_pairs=0)  # test_fraction: 0
+    (alarm,) = found(healthy("reward", reward_model__accuracy=0.5), "reward", reward_report=none)
+    assert (alarm.rule, alarm.severity) == ("at-chance", "warning")
 
 
 def test_a_reward_model_that_was_still_rising_and_knows_no_pair_by_heart_could_have_learned_more():

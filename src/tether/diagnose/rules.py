@@ -433,8 +433,8 @@ def at_chance(view: View) -> Iterator[Alarm]:
     training accuracy is within two standard errors of 0.5."""
     assert isinstance(view.config, RewardConfig)
     report, accuracy = view.reward_report, view.curve("reward_model/accuracy")
-    if report is not None:
-        if report["learned"] is False and report["test_pairs"] >= 50:
+    if report is not None and report["test_pairs"] >= 50:
+        if report["learned"] is False:
             found = report["accuracy"]
             yield alarm(
                 "at-chance", (view.series.done, view.series.done), "serious",

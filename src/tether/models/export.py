@@ -97,8 +97,12 @@ def export(run: str | Path | Run, to: str | Path, *, best: bool = False) -> Path
     if not source.is_dir():
         state = run.status["state"]
         raise RunError(
-            f"{run.path} is {state} and has no {source.name}/ model: there is nothing to export. Run the same command "
-            "again to finish it, or point at a checkpoint's policy directory."
+            f"{run.path} is {state} and has no {source.name}/ model: there is nothing to export. "
+            + (
+                "tether ppo writes best/ where evaluate.every is above 0: leave out --best."
+                if best
+                else "Run the same command again to finish it, or point at a checkpoint's policy directory."
+            )
         )
     if damaged := damage(source):
         raise RunError(
