@@ -194,7 +194,7 @@ class LanguageModel:
         plain_head = Head(head["weight"], head["bias"], dtype=wide)
         with torch.no_grad(), self.autocast():
             hidden = self.hidden(tokens)[0, :-1].to(wide)
-            hook = output.register_forward_hook(lambda _, given, __: plain_head.logits(given[0]))
+            hook = output.register_forward_hook(lambda _, given, __: plain_head.logits(given[0][0])[None])
             try:
                 logits = self.plain(input_ids=tokens, use_cache=False).logits[0, :-1]
             finally:
