@@ -2,18 +2,31 @@
 
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+# Shapes are checked at every call while tests run (tests/test_shapes.py). Production never imports what they are
+# written with: the modules name it under TYPE_CHECKING, which is true while these two are loaded, so that the checker
+# finds the names. What they import, or what checks them, is loaded before, as it is for everybody.
+for _name in ("beartype", "tether.errors"):
+    import_module(_name)
+_checker = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # an int is a float, as for mypy
+with install_import_hook(["tether.types", "tether.math"], _checker), patch("typing.TYPE_CHECKING", True):
+    for _name in ("tether.types", "tether.math"):
+        import_module(_name)
 
 SHARED = Path(os.environ.get("TETHER_SHARED", Path(__file__).parents[2] / "shared"))
 

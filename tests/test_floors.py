@@ -20,6 +20,7 @@ FLOORS = [
     {"train", "diagnose", "feedback.items"},
     {"studio", "reports", "demo", "cli", "__main__"},
 ]
+WITH_SHAPES = ("torch", "jaxtyping")  # jaxtyping for annotations only: production does not load it (test_shapes.py)
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -71,10 +72,10 @@ def complaints(source: Path) -> list[str]:
                     *sys.stdlib_module_names,
                     "pydantic",
                     "ruamel",
-                    *(["torch"] if room == "types" else []),
+                    *(WITH_SHAPES if room == "types" else []),
                 }:
                     found.append(f"{name} imports {target}: floor 0 is pydantic, ruamel.yaml and the standard library")
-                if floor == 1 and top not in {*sys.stdlib_module_names, "torch"}:
+                if floor == 1 and top not in {*sys.stdlib_module_names, *WITH_SHAPES}:
                     found.append(f"{name} imports {target}: floor 1 is torch and the standard library")
             elif not rest:
                 if floor < 5:

@@ -4,19 +4,23 @@ Ids travel as Python lists, ragged, because responses are ragged; tensors are bu
 padded on the right, prompt and response in one piece: under causal attention no token sees what comes after it, so
 padding needs no attention mask, cannot change a number, and costs nothing but its own arithmetic.
 
-Shape letters: `B` rows, `P` prompt positions, `R` response positions, `T` longest prompt + response, `V` vocabulary.
+Shape letters: `B` rows, `P` prompt positions, `R` response positions, `T` longest prompt + response, `V` vocabulary,
+`N` tokens, `K` chosen rows. Annotations with shapes are checked while the tests run and cost nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tether.errors import BatchError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Int64
 
 Text = str | list[dict[str, Any]]  # plain text, or chat messages: [{"role": …, "content": …}, …]
 
@@ -83,9 +87,9 @@ class Rows:
     The lengths stay on the CPU, wherever the tokens are: to read one off a GPU is to wait for all that it has to do.
     """
 
-    tokens: Tensor  # [B, T] int64
-    prompt_lengths: Tensor  # [B] int64, at least 1; on the CPU
-    response_lengths: Tensor  # [B] int64; on the CPU
+    tokens: Int64[Tensor, "B T"]
+    prompt_lengths: Int64[Tensor, " B"]  # at least 1; on the CPU
+    response_lengths: Int64[Tensor, " B"]  # on the CPU
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2:
@@ -107,31 +111,31 @@ class Rows:
         return self.tokens.shape[0]
 
     @property
-    def response_mask(self) -> Tensor:
-        """[B, R] bool, True for every response token, the stop token included; from lengths, never from ids."""
+    def response_mask(self) -> Bool[Tensor, "B R"]:
+        """True for every response token, the stop token included; from lengths, never from ids."""
         return self._mask().to(self.tokens.device)
 
     @property
-    def targets(self) -> Tensor:
-        """[N] int64: the response tokens, row after row; N = the mask's sum."""
+    def targets(self) -> Int64[Tensor, " N"]:
+        """The response tokens, row after row; N = the mask's sum."""
         return self.tokens[self._response_positions()]
 
     @property
-    def before_targets(self) -> tuple[Tensor, Tensor]:
-        """([N], [N]) row and column of the position *before* each response token: whose hidden state predicts it."""
+    def before_targets(self) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
+        """Row and column of the position *before* each response token: whose hidden state predicts it."""
         row, column = self._response_positions()
         return row, column - 1
 
-    def _mask(self) -> Tensor:
+    def _mask(self) -> Bool[Tensor, "B R"]:
         return torch.arange(int(self.response_lengths.max())) < self.response_lengths[:, None]
 
-    def _response_positions(self) -> tuple[Tensor, Tensor]:
+    def _response_positions(self) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
         row, t = self._mask().nonzero(as_tuple=True)
         device = self.tokens.device
         return row.to(device), (self.prompt_lengths[row] + t).to(device)
 
-    def select(self, index: Tensor) -> Rows:
-        """Rows `index` [K], on the CPU, cut to their own longest."""
+    def select(self, index: Int64[Tensor, " K"]) -> Rows:
+        """Rows `index`, on the CPU, cut to their own longest."""
         prompt_lengths, response_lengths = self.prompt_lengths[index], self.response_lengths[index]
         width = int((prompt_lengths + response_lengths).max())
         return Rows(self.tokens[index, :width], prompt_lengths, response_lengths)
@@ -148,12 +152,12 @@ class Rollout:
     """B scored responses, ready for phase 2. Positions outside the mask hold 0."""
 
     rows: Rows
-    old_logprobs: Tensor  # [B, R] nats: the policy as it was when the cycle began
-    ref_logprobs: Tensor  # [B, R] nats: the frozen reference
-    values: Tensor | None  # [B, R] reward units: V(prompt + response[:t]), before token t is chosen; None: no critic
-    rewards: Tensor  # [B, R] reward units: -β·KL everywhere, + score on the last token
-    advantages: Tensor  # [B, R] reward units, whitened if the config says so
-    returns: Tensor | None  # [B, R] reward units: advantage before whitening + value; None: no critic
+    old_logprobs: Float[Tensor, "B R"]  # nats: the policy as it was when the cycle began
+    ref_logprobs: Float[Tensor, "B R"]  # nats: the frozen reference
+    values: Float[Tensor, "B R"] | None  # reward units: V(prompt + response[:t]), before token t; None: no critic
+    rewards: Float[Tensor, "B R"]  # reward units: -β·KL everywhere, + score on the last token
+    advantages: Float[Tensor, "B R"]  # reward units, whitened if the config says so
+    returns: Float[Tensor, "B R"] | None  # reward units: advantage before whitening + value; None: no critic
 
     def __post_init__(self) -> None:
         want = list(self.rows.response_mask.shape)
@@ -164,8 +168,8 @@ class Rollout:
         if (self.values is None) != (self.returns is None):
             raise BatchError("values and returns belong together: a critic has both, a rollout without one neither")
 
-    def select(self, index: Tensor) -> Rollout:
-        """Rows `index` [K], cut to their own longest response."""
+    def select(self, index: Int64[Tensor, " K"]) -> Rollout:
+        """Rows `index`, cut to their own longest response."""
         rows = self.rows.select(index)
         width = int(rows.response_lengths.max())
         tensors = {name: getattr(self, name) for name in _PER_TOKEN}
@@ -173,10 +177,10 @@ class Rollout:
         return Rollout(rows, **cut)
 
 
-def microbatches(lengths: Tensor | Sequence[int], max_tokens: int) -> list[Tensor]:
+def microbatches(lengths: Int[Tensor, " B"] | Sequence[int], max_tokens: int) -> list[Int64[Tensor, " _"]]:
     """Split rows into groups of similar length, none above `max_tokens` padded tokens unless it is a single row.
 
-    lengths: [B] tokens of each row. Returns index tensors that partition 0 … B-1. Longest first: if memory does not
+    lengths: tokens of each row. Returns index tensors that partition 0 … B-1. Longest first: if memory does not
     suffice, one learns it at once.
     """
     lengths = torch.as_tensor(lengths)

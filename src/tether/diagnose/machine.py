@@ -37,8 +37,8 @@ def machine() -> str:
 def memory_of(device: str) -> int:
     """Bytes that a run could have: free RAM, or the whole of the first GPU."""
     if device == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return psutil.virtual_memory().available
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(psutil.virtual_memory().available)
 
 
 def _gpus() -> list[str]:

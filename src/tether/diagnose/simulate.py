@@ -137,7 +137,7 @@ class _Meter(TorchDispatchMode):
     """Adds up the storages that operations make, for as long as they live."""
 
     def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._sizes = {t.untyped_storage()._cdata: 0 for t in known}  # counted elsewhere
 

@@ -19,7 +19,7 @@ def state(
     """The run's state; stale where it says `running`, and its last heartbeat is older than `patience_s`."""
     recorded = status.get("state")
     if recorded != "running":
-        return recorded if recorded in ("finished", "stopped", "failed") else "stale"  # type: ignore[return-value]
+        return recorded if recorded in ("finished", "stopped", "failed") else "stale"
     age = silence_s(status, now)
     return "running" if age is not None and age <= patience_s else "stale"
 
@@ -35,5 +35,7 @@ def silence_s(status: dict[str, Any], now: datetime) -> float | None:
 
 def patience_s(metrics: Sequence[dict[str, Any]]) -> float:
     """How long a run may be silent: three times the longest phase of its last cycles, and ten minutes at least."""
-    phases = [v for m in metrics[-RECENT:] for name, v in m.items() if name.startswith("time/") and v is not None]
+    phases: list[float] = [
+        v for m in metrics[-RECENT:] for name, v in m.items() if name.startswith("time/") and v is not None
+    ]
     return max([PATIENCE_S, *(3 * p for p in phases)])

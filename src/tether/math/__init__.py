@@ -8,7 +8,8 @@
     diagnostics  how good the critic is, and how far the policy is from the optimum
     bootstrap    how sure a mean is
 
-Shape letters: `B` rows, `R` response positions, `N` tokens, `D` hidden width, `V` vocabulary; `[]` is a scalar.
+Shape letters: `B` rows, `R` response positions, `N` tokens, `D` hidden width, `V` vocabulary; `*S` is any
+shape, `""` a scalar. These annotations are checked while the tests run and cost nothing else.
 In a mask, True means *counts*, and a response's mask is True from its first token to its last: a prefix of each row.
 Positions that do not count may hold anything, NaN included. Log-probabilities and KL are in nats.
 """

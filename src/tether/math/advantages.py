@@ -1,15 +1,27 @@
 """From one score a response to one advantage a token."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from tether.math.kl import kl_k1
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
 
 def place_rewards(
-    scores: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float
-) -> Tensor:
+    scores: Float[Tensor, " B"],
+    old_logprobs: Float[Tensor, "B R"],
+    ref_logprobs: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    *,
+    kl_coef: float,
+) -> Float[Tensor, "B R"]:
     """The reward of each token: the KL penalty everywhere, the score on the last counted token.
 
         r_t = -β · (old_t - ref_t) + [t is the last counted token] · score
@@ -19,21 +31,23 @@ def place_rewards(
     token or where the response was cut, not one past it.
     Source: Ziegler et al. 2019, eq. 2 (arXiv:1909.08593); arXiv:2403.17031.
 
-    Shapes:
-        scores        [B] reward units.
-        old_logprobs  [B, R] nats: the policy that sampled.
-        ref_logprobs  [B, R] nats.
-        mask          [B, R] bool, a prefix of each row.
+    Arguments:
+        scores        reward units.
+        old_logprobs  nats: the policy that sampled.
+        ref_logprobs  nats.
+        mask          a prefix of each row.
         kl_coef       β ≥ 0, reward units a nat; 0 when the KL is in the loss.
 
-    Returns rewards [B, R], 0 where nothing counts.
+    Returns rewards, 0 where nothing counts.
     """
     penalty = torch.where(mask, kl_coef * kl_k1(old_logprobs, ref_logprobs), 0.0)
     is_last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
     return torch.where(is_last, scores[:, None].to(penalty.dtype), 0.0) - penalty
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Float[Tensor, "B R"], values: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, gamma: float, lam: float
+) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
     """Generalised advantage estimation, and the returns that the critic learns.
 
         δ_t = r_t + γ·V_{t+1} - V_t
@@ -47,14 +61,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     Actor and critic may differ in λ (arXiv:2503.01491): call twice, take the advantages of one and the returns of the
     other.
 
-    Shapes: every tensor is [B, R].
+    Arguments:
         rewards  reward units.
         values   reward units; values[t] = V(prompt + response[:t]), before token t is chosen.
-        mask     bool, a prefix of each row.
+        mask     a prefix of each row.
         gamma    discount a token, in [0, 1].
         lam      λ in [0, 1]: how far credit travels past the critic.
 
-    Returns (advantages, returns), [B, R] each, before any whitening; 0 where nothing counts.
+    Returns (advantages, returns), before any whitening; 0 where nothing counts.
     """
     rewards = torch.where(mask, rewards, 0.0)
     values = torch.where(mask, values, 0.0)  # this also makes V = 0 after the last counted token

@@ -1,9 +1,14 @@
 """How sure a mean is, from the sample alone."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _AT_ONCE = 2**20  # drawn values in memory
 
@@ -16,8 +21,10 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap_mean(values: Tensor, *, seed: int = 0, draws: int = 2000, level: float = 0.95) -> Interval:
-    """The mean of `values` [P] with its percentile-bootstrap interval: P values drawn with replacement, `draws` times.
+def bootstrap_mean(
+    values: Float[Tensor, " prompts"], *, seed: int = 0, draws: int = 2000, level: float = 0.95
+) -> Interval:
+    """The mean of `values` with its percentile-bootstrap interval: as many drawn with replacement, `draws` times.
 
     One value a *prompt*: the responses to one prompt are not independent, so it is prompts that are drawn. A single
     value says nothing of its own spread: low = mean = high. The same seed gives the same interval.

@@ -1,29 +1,36 @@
 """Numbers that say whether training is well: of the critic, and of the policy."""
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tether.math.masked import masked_var
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+
+def explained_variance(values: Float[Tensor, "B R"], returns: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> float:
     """How much of the returns' spread the critic foresaw.
 
         1 - Var(returns - values) / Var(returns)
 
-    1: all of it; 0: no better than a constant; below 0: worse than one. Shapes [B, R].
-    NaN if the returns are all equal.
+    1: all of it; 0: no better than a constant; below 0: worse than one. NaN if the returns are all equal.
     """
     spread = float(masked_var(returns, mask))
     return 1 - float(masked_var(returns - values, mask)) / spread if spread > 0 else math.nan
 
 
-def optimality_gap(scores: Tensor, log_ratio_sums: Tensor, *, responses_per_prompt: int, kl_coef: float) -> float:
+def optimality_gap(
+    scores: Float[Tensor, " B"], log_ratio_sums: Float[Tensor, " B"], *, responses_per_prompt: int, kl_coef: float
+) -> float:
     """KL(π‖π*), nats a response, estimated from the sampled responses alone: how far PPO still has to go.
 
         g = score - β · Σ_t log(π/ref);     gap = mean over prompts of Var(g) / 2β²
@@ -37,8 +44,8 @@ def optimality_gap(scores: Tensor, log_ratio_sums: Tensor, *, responses_per_prom
     It cannot see what π no longer samples: a collapsed policy reads as optimal, so read it beside the entropy.
     Derivation: docs/algorithm.md.
 
-    scores                [B] reward units; the responses to a prompt are neighbours.
-    log_ratio_sums        [B] nats: Σ (old - ref) over a response's tokens.
+    scores                reward units; the responses to a prompt are neighbours.
+    log_ratio_sums        nats: Σ (old - ref) over a response's tokens.
     responses_per_prompt  ≥ 2; divides B.
     kl_coef               β > 0.
     """
@@ -46,12 +53,12 @@ def optimality_gap(scores: Tensor, log_ratio_sums: Tensor, *, responses_per_prom
     return float(g.var(dim=1, correction=1).mean()) / (2 * kl_coef**2)
 
 
-def optimality_gap_logmeanexp(g: Tensor, kl_coef: float) -> float:
+def optimality_gap_logmeanexp(g: Float[Tensor, "*prompts n"], kl_coef: float) -> float:
     """KL(π‖π*), nats a response, exactly but for sampling noise: log mean e^(g/β) - mean(g)/β.
 
     Needs thousands of responses to one prompt: below that it is biased towards 0. See `optimality_gap`.
 
-    g is [n], or [prompts, n] and then averaged over prompts; reward units.
+    g: reward units; of several prompts, the mean.
     """
     x = g.double() / kl_coef
     log_mean_exp = torch.logsumexp(x, dim=-1) - math.log(x.shape[-1])

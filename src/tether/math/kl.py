@@ -16,21 +16,28 @@ Which one may be *optimised* is another question than which one estimates well, 
                     token; k3's is that of KL(ref‖π), whose optimum is not π*.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k1 = d = log π - log ref, nats, for each token. Any shape, and returns it."""
+
+def kl_k1(logprobs: Float[Tensor, "*S"], ref_logprobs: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """k1 = d = log π - log ref, nats, for each token."""
     return logprobs - ref_logprobs
 
 
-def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k2 = d²/2, nats, for each token. Any shape, and returns it."""
+def kl_k2(logprobs: Float[Tensor, "*S"], ref_logprobs: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """k2 = d²/2, nats, for each token."""
     return (logprobs - ref_logprobs) ** 2 / 2
 
 
-def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = e^(-d) - 1 + d, nats, for each token. Any shape, and returns it."""
+def kl_k3(logprobs: Float[Tensor, "*S"], ref_logprobs: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """k3 = e^(-d) - 1 + d, nats, for each token."""
     d = logprobs - ref_logprobs
     return (-d).expm1() + d  # expm1: for a d near 0 the result, d²/2, would drown in the rounding of e^(-d) - 1
 

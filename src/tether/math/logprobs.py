@@ -6,11 +6,16 @@ keeps the results, and computes each chunk's logits a second time in the backwar
 small are they kept, which saves that.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
 
 _CHUNK_BYTES = 8 * 2**20  # of fp32 logits at once, on a CPU: near its caches; about six such buffers are alive
 _CHUNK_BYTES_ACCELERATOR = 256 * 2**20  # there, a matmul needs hundreds of rows to be worth reading the head for
@@ -20,17 +25,17 @@ _SUMS_IN_FP32 = hasattr(torch.ops.aten.mm, "dtype")  # CUDA's product of bfloat1
 
 
 def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int64[Tensor, " N"],
     *,
-    bias: Tensor | None = None,
+    bias: Float[Tensor, " V"] | None = None,
     temperature: float = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
     entropy: bool = True,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Log-probability of each target token, and entropy of the distribution that it was chosen from.
 
         z = softcap · tanh(scale · (h·Wᵀ + b) / softcap) / temperature
@@ -42,19 +47,18 @@ def token_logprobs(
         ∂logprob/∂z_v = [v = target] - p_v
         ∂entropy/∂z_v = -p_v·(z_v - Σ_u p_u·z_u)
 
-    Shapes and units:
-        hidden       [N, D]: the hidden state *before* each target. To its dtype (or autocast's) the matmul's factors
-                     are rounded.
-        weight       [V, D], bias [V] or None: the output head, see `Head`. Logits and softmax are fp32 in any case,
-                     and so is the sum of the weight's gradient over chunks.
-        targets      [N] int64.
+    Arguments:
+        hidden       the hidden state *before* each target. To its dtype (or autocast's) the matmul's factors are
+                     rounded.
+        weight, bias the output head, see `Head`. Logits and softmax are fp32 in any case, and so is the sum of the
+                     weight's gradient over chunks.
         temperature  > 0, divides the logits.
         scale        multiplies the logits, as Granite and Cohere do.
         softcap      soft limit of the logits, as in Gemma 2; None: no limit.
         entropy      False saves the work and returns zeros.
         chunk        rows at a time: memory and speed, never the result; None: by the size of the vocabulary.
 
-    Returns (logprobs [N], entropy [N]), nats, fp32 (fp64 if hidden is).
+    Returns (logprobs, entropy), nats, fp32 (fp64 if hidden is).
     """
     if chunk is None:
         budget = _CHUNK_BYTES if hidden.device.type == "cpu" else _CHUNK_BYTES_ACCELERATOR
@@ -67,12 +71,12 @@ def token_logprobs(
 
 
 def full_logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = True
-) -> tuple[Tensor, Tensor]:
+    logits: Float[Tensor, "N V"], targets: Int64[Tensor, " N"], *, temperature: float = 1.0, entropy: bool = True
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """The same pair from logits that are in memory already: for heads that `token_logprobs` cannot reproduce.
 
-    logits [N, V] are the model's own, after its scaling and soft-cap; targets [N] int64. A logit may be -inf.
-    Returns (logprobs [N], entropy [N]), nats, fp32 (fp64 if logits are); entropy is zeros if not asked for.
+    logits are the model's own, after its scaling and soft-cap. A logit may be -inf.
+    Returns (logprobs, entropy), nats, fp32 (fp64 if logits are); entropy is zeros if not asked for.
     """
     log_p = torch.log_softmax(_at_least_fp32(logits) / temperature, dim=-1)
     logprobs = log_p.gather(-1, targets[:, None]).squeeze(-1)
@@ -83,7 +87,7 @@ def full_logprobs(
 
 
 class Head:
-    """An output head: hidden states [N, D] in, logits [N, V] out; sampler and trainer both take theirs from here.
+    """An output head: hidden states in, logits out; sampler and trainer both take theirs from here.
 
         z = softcap · tanh(scale · (h·Wᵀ + b) / softcap)
 
@@ -92,20 +96,20 @@ class Head:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, *, scale: float = 1.0, softcap: float | None = None,
-        dtype: torch.dtype,
+        self, weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"] | None = None, *, scale: float = 1.0,
+        softcap: float | None = None, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.dtype, self.scale, self.softcap = dtype, scale, softcap
         self.weight = self.factor(weight)
         self.bias = None if bias is None else bias.to(torch.promote_types(dtype, torch.float32))
 
-    def factor(self, x: Tensor) -> Tensor:
+    def factor(self, x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """`x` rounded to the matmul's dtype; held in fp32 where the device cannot sum a bfloat16 product in fp32."""
         x = x.to(self.dtype)
         return x if x.is_cuda and _SUMS_IN_FP32 else _at_least_fp32(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """z [N, V], at least fp32, in memory of its own."""
+    def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """z, at least fp32, in memory of its own."""
         h = self.factor(hidden)
         with torch.autocast(h.device.type, enabled=False):  # `dtype` has settled it
             if h.dtype in (torch.bfloat16, torch.float16):
@@ -117,7 +121,9 @@ class Head:
             return z if self.scale == 1.0 else z.mul_(self.scale)
         return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
 
-    def backward_(self, grad: Tensor, divided: Tensor | None, temperature: float) -> Tensor:
+    def backward_(
+        self, grad: Float[Tensor, "N V"], divided: Float[Tensor, "N V"] | None, temperature: float
+    ) -> Float[Tensor, "N V"]:
         """Turn ∂L/∂(z/T) into ∂L/∂(h·Wᵀ + b), in place; `divided` is z/T, needed under a soft-cap, and is used up."""
         grad = grad.mul_(self.scale / temperature)
         if self.softcap is None:
@@ -133,16 +139,16 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
+        hidden: Float[Tensor, "N D"],
+        weight: Float[Tensor, "V D"],
+        bias: Float[Tensor, " V"] | None,
+        targets: Int64[Tensor, " N"],
         kind: dict[str, Any],
         temperature: float,
         entropy: bool,
         chunk: int,
         keep: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         head = Head(weight, bias, **kind)
         logprobs = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(head.dtype, torch.float32))
         entropies = torch.zeros_like(logprobs)
@@ -201,16 +207,16 @@ def _chunks(n: int, chunk: int) -> list[slice]:
     return [slice(start, start + chunk) for start in range(0, n, chunk)]
 
 
-def _divide_(x: Tensor, temperature: float) -> Tensor:
+def _divide_(x: Float[Tensor, "*S"], temperature: float) -> Float[Tensor, "*S"]:
     """x / temperature in place, as the sampler divides."""
     return x if temperature == 1.0 else x.div_(temperature)
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
+def _at_least_fp32(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+def _matmul_dtype(hidden: Float[Tensor, "N D"]) -> torch.dtype:
     """What a linear layer would multiply in here: autocast's dtype, which leaves fp64 alone, or the input's own."""
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)

@@ -6,6 +6,10 @@ losses, gradients and metrics of the microbatches add up to those of the step. T
 `policy/ratio_min` and `policy/ratio_max` combine by min and max.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -13,16 +17,19 @@ from torch.nn.functional import logsigmoid
 from tether.math.kl import kl_k2, kl_k3
 from tether.math.masked import masked_sum
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
 
 def clipped_policy_loss(
-    new_logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
+    new_logprobs: Float[Tensor, "B R"],
+    old_logprobs: Float[Tensor, "B R"],
+    advantages: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
     *,
     clip: float | tuple[float, float],
     denominator: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """PPO's clipped surrogate, negated so that it is minimised.
 
         L = Σ mask · max(-A·ρ, -A·clip(ρ, 1-ε_low, 1+ε_high)) / denominator,   ρ = exp(new - old)
@@ -31,15 +38,15 @@ def clipped_policy_loss(
     it never is when the ratio has moved the wrong way. At ρ = 1 the gradient is REINFORCE's, -A·∇log π.
     Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347); apart for low and high: DAPO (arXiv:2503.14476).
 
-    Shapes: every tensor is [B, R].
+    Arguments:
         new_logprobs  nats; carries the gradient.
         old_logprobs  nats; detached. The policy as it was when the cycle began, not the reference.
         advantages    reward units, whitened or not; detached.
-        mask          bool. Positions that do not count may hold anything, NaN included.
+        mask          positions that do not count may hold anything, NaN included.
         clip          ε > 0, no unit, 0.2 in the paper; or (ε_low, ε_high).
         denominator   response tokens in the whole optimiser step.
 
-    Returns (loss [], metrics []): policy/loss, policy/kl_old_new (k3, nats a token), policy/clip_fraction (tokens whose
+    Returns (loss, metrics): policy/loss, policy/kl_old_new (k3, nats a token), policy/clip_fraction (tokens whose
     gradient is cut), policy/ratio_mean, policy/ratio_min, policy/ratio_max.
     """
     low, high = (clip, clip) if isinstance(clip, (int, float)) else clip
@@ -61,8 +68,14 @@ def clipped_policy_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None, denominator: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+    values: Float[Tensor, "B R"],
+    old_values: Float[Tensor, "B R"],
+    returns: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    *,
+    clip: float | None,
+    denominator: float,
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Squared error of the critic, pessimistic about moves further than ε from the old value.
 
         L = ½ · Σ mask · max((v - R)², (clip(v, v_old - ε, v_old + ε) - R)²) / denominator
@@ -70,15 +83,14 @@ def value_loss(
     Once a value has moved by ε towards its return, the clipped branch is the larger one and has no gradient.
     Source: the code of Schulman et al. 2017; Ziegler et al. 2019.
 
-    Shapes: every tensor is [B, R].
+    Arguments:
         values       reward units; carries the gradient.
         old_values   reward units; detached. What the critic said when the cycle began.
         returns      reward units; detached. From `gae`, never whitened.
-        mask         bool.
         clip         ε > 0 in reward units: it depends on the scale of the scores. None: plain squared error.
         denominator  response tokens in the whole optimiser step.
 
-    Returns (loss [], metrics []): value/loss, value/clip_fraction (tokens whose gradient is cut).
+    Returns (loss, metrics): value/loss, value/clip_fraction (tokens whose gradient is cut).
     """
     errors = torch.where(mask, values - returns, 0.0) ** 2
     clipped_errors = errors
@@ -90,32 +102,44 @@ def value_loss(
     return loss, {"value/loss": loss.detach(), "value/clip_fraction": masked_sum(cut, mask) / denominator}
 
 
-def entropy_mean(entropy: Tensor, mask: Tensor, *, denominator: float) -> Tensor:
+def entropy_mean(entropy: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, denominator: float) -> Float[Tensor, ""]:
     """Mean entropy of the next-token distribution, nats a token: *subtract* c2 times it from the loss.
 
-    `entropy` [B, R] is exact, logsumexp(z) - Σ p·z over the vocabulary (`token_logprobs` gives it): -log p of the
-    sampled token has the same mean, but its gradient, averaged, is 0. Returns [].
+    `entropy` is exact, logsumexp(z) - Σ p·z over the vocabulary (`token_logprobs` gives it): -log p of the
+    sampled token has the same mean, but its gradient, averaged, is 0.
     """
     return masked_sum(entropy, mask) / denominator
 
 
-def kl_loss(new_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, denominator: float) -> Tensor:
+def kl_loss(
+    new_logprobs: Float[Tensor, "B R"],
+    ref_logprobs: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    *,
+    denominator: float,
+) -> Float[Tensor, ""]:
     """KL to the reference as a loss: the mean of k2 = (new - ref)²/2, nats a token.
 
     On tokens of π its gradient is E[(log π - log ref)·∇log π] = ∇KL(π‖ref), token by token; k1 would have none and k3
     that of KL(ref‖π). What it misses is how a token changes the KL of the tokens after it: only the reward sees that.
     Source: Schulman 2020; checked by enumeration in tests/math.
 
-    Shapes: every tensor is [B, R]. new_logprobs carries the gradient. Returns [].
+    new_logprobs carries the gradient.
     """
     new_logprobs, ref_logprobs = (torch.where(mask, x, 0.0) for x in (new_logprobs, ref_logprobs))
     return kl_k2(new_logprobs, ref_logprobs).sum() / denominator
 
 
 def bradley_terry_loss(
-    chosen: Tensor, rejected: Tensor, targets: Tensor, weights: Tensor,
-    *, centre: float, denominator: float, decided: float,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    chosen: Float[Tensor, " B"],
+    rejected: Float[Tensor, " B"],
+    targets: Float[Tensor, " B"],
+    weights: Float[Tensor, " B"],
+    *,
+    centre: float,
+    denominator: float,
+    decided: float,
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Negative log-likelihood of which response wins, for training a reward model.
 
         L = Σ w · [-T·log σ(r_w - r_l) - (1 - T)·log σ(r_l - r_w) + centre · (r_w + r_l)²] / denominator
@@ -125,7 +149,7 @@ def bradley_terry_loss(
     Source: Bradley & Terry 1952; Ouyang et al. 2022, eq. 1 (arXiv:2203.02155); centring: Eisenstein et al. 2023
     (arXiv:2312.09244).
 
-    Shapes: every tensor is [B].
+    Arguments:
         chosen, rejected  scores in reward units; carry the gradient.
         targets           T: probability in [0, 1] that the chosen one is preferred.
         weights           w > 0: a pair of weight 2 counts as two pairs.
@@ -133,7 +157,7 @@ def bradley_terry_loss(
         denominator       sum of the weights in the whole optimiser step.
         decided           pairs with T ≠ 0.5 in the whole optimiser step; at least 1.
 
-    Returns (loss [], metrics []): reward_model/loss (without centring, so that log 2 ≈ 0.693 means knowing nothing),
+    Returns (loss, metrics): reward_model/loss (without centring, so that log 2 ≈ 0.693 means knowing nothing),
     reward_model/accuracy (of decided pairs; strictly greater: a constant model scores 0), reward_model/margin (mean of
     r_w - r_l).
     """
@@ -148,9 +172,9 @@ def bradley_terry_loss(
     return loss, metrics
 
 
-def nll_loss(logprobs: Tensor, mask: Tensor, *, denominator: float) -> Tensor:
+def nll_loss(logprobs: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"], *, denominator: float) -> Float[Tensor, ""]:
     """Negative log-likelihood, nats a token, for supervised fine-tuning: -Σ mask · log π / denominator.
 
-    logprobs and mask have one shape, any; denominator counts trained tokens of the whole optimiser step. Returns [].
+    denominator counts trained tokens of the whole optimiser step.
     """
     return -masked_sum(logprobs, mask) / denominator

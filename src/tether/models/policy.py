@@ -56,7 +56,8 @@ class LanguageModel:
 
     @property
     def trunk(self) -> nn.Module:
-        return self.plain.base_model
+        trunk: nn.Module = self.plain.base_model
+        return trunk
 
     @property
     def plain(self) -> Any:
@@ -69,7 +70,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.plain.parameters()).device
+        device: torch.device = next(self.plain.parameters()).device
+        return device
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward pass in the compute precision."""
@@ -125,7 +127,8 @@ class LanguageModel:
 
     def hidden(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """[B, T, D] hidden states after the last norm, for tokens [B, T]."""
-        return self.trunk(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
+        hidden: Tensor = self.trunk(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
+        return hidden
 
     def head(self) -> dict[str, Any]:
         """What stands between the trunk and the logits, for `token_logprobs`: weight, bias, scale and soft-cap."""
@@ -194,7 +197,7 @@ class LanguageModel:
         plain_head = Head(head["weight"], head["bias"], dtype=wide)
         with torch.no_grad(), self.autocast():
             hidden = self.hidden(tokens)[0, :-1].to(wide)
-            hook = output.register_forward_hook(lambda _, given, __: plain_head.logits(given[0]))
+            hook = output.register_forward_hook(lambda _, given, __: plain_head.logits(given[0][0])[None])
             try:
                 logits = self.plain(input_ids=tokens, use_cache=False).logits[0, :-1]
             finally:
@@ -421,7 +424,8 @@ def _zero_head(width: int, device: torch.device) -> nn.Linear:
 def read_values(head: nn.Linear, hidden: Tensor) -> Tensor:
     """[N] values of hidden states [N, D], in the head's float32: bfloat16 is too coarse to sum the whole width in."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return head(hidden.to(head.weight.dtype)).squeeze(-1)
+        values: Tensor = head(hidden.to(head.weight.dtype))
+        return values.squeeze(-1)
 
 
 def _fill(values: Tensor, mask: Tensor) -> Tensor:

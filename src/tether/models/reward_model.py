@@ -42,13 +42,15 @@ class RewardModel(nn.Module):
     @property
     def trunk(self) -> PreTrainedModel:
         """The transformer without its head: tokens in, hidden states out."""
-        trunk: Any = self.classifier.base_model
+        trunk = self.classifier.base_model
+        assert isinstance(trunk, PreTrainedModel)
         return trunk
 
     @property
     def head(self) -> nn.Linear:
         """The linear layer from width to one number."""
-        head: Any = self.classifier.score
+        head = self.classifier.score
+        assert isinstance(head, nn.Linear)
         return head
 
     @property
@@ -243,7 +245,8 @@ def choose_pad_id(tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, vo
     """
     special = sorted(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
     ends = {stop_id, tokenizer.eos_token_id}
-    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, *special):
+    candidates: list[int | None] = [tokenizer.pad_token_id, tokenizer.unk_token_id, *special]
+    for candidate in candidates:
         if candidate is not None and candidate not in ends and candidate < vocab_size:
             return candidate
     return None

@@ -87,7 +87,7 @@ def calibration(bins: Sequence[dict[str, Any]]) -> Plot:
 
 
 def _plot(
-    traces: list[dict[str, Any]], *, x_title: str, y_range: tuple[float, float] | None, shapes: list[dict]
+    traces: list[dict[str, Any]], *, x_title: str, y_range: tuple[float, float] | None, shapes: list[dict[str, Any]]
 ) -> Plot:
     axis = {"gridcolor": "--line", "linecolor": "--line", "zeroline": False, "automargin": True, "fixedrange": True}
     layout = {

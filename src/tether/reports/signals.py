@@ -196,7 +196,8 @@ def tokens_of(row: Row, steps: Sequence[int], knobs: Knobs) -> list[dict[str, An
 
 def surprise(row: Row) -> float:
     """Mean |A| over the tokens: how far the critic was from what came."""
-    return sum(abs(a) for a in row["advantage"]) / max(1, len(row["advantage"]))
+    advantages: list[float] = row["advantage"]
+    return sum(abs(a) for a in advantages) / max(1, len(advantages))
 
 
 # ---------------------------------------------------------------- the curve

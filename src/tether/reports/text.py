@@ -20,10 +20,10 @@ def visible(text: Any) -> str:
 
     The result can be encoded in UTF-8 and holds no control but newline and tab.
     """
-    text = str(text)
-    if text.replace("\n", "").replace("\t", "").isprintable():  # nearly always, and a hundred times as fast
-        return text
-    return "".join(_shown(c) for c in text)
+    plain = str(text)
+    if plain.replace("\n", "").replace("\t", "").isprintable():  # nearly always, and a hundred times as fast
+        return plain
+    return "".join(_shown(c) for c in plain)
 
 
 def _shown(c: str) -> str:

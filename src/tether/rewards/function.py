@@ -233,7 +233,7 @@ def load_function(spec: str) -> RewardFunction:
     """The function that `FILE.py:NAME` or `package.module:NAME` names; it can import the modules beside its file."""
     source, _, name = spec.rpartition(":")
     module = _load_file(Path(source), spec) if source.endswith(".py") else _load_module(source, spec)
-    function = getattr(module, name, None)
+    function: Callable[..., Any] | None = getattr(module, name, None)
     if callable(function):
         return function
     names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]

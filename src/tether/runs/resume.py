@@ -105,7 +105,7 @@ def has_something_to_continue(path: Path) -> bool:
         return False
     if read_lines(path / "metrics.jsonl") or _has_checkpoint(path):
         return True
-    return read_status(path)["state"] == "finished"
+    return bool(read_status(path)["state"] == "finished")
 
 
 def _has_checkpoint(path: Path) -> bool:
