@@ -127,7 +127,7 @@ def response_logprobs(model: LanguageModel, prompt: int, responses: Sequence[Ids
     """[n] log-probability of every response, float64: plain log-softmax of the model's own logits."""
     rows = Rows.of([(prompt,)] * len(responses), responses)
     with torch.no_grad():
-        logits = model.plain(input_ids=rows.tokens, use_cache=False).logits.double()
+        logits = model.hf_model(input_ids=rows.tokens, use_cache=False).logits.double()
     logprobs = logits.log_softmax(-1)[:, :-1].gather(-1, rows.tokens[:, 1:, None]).squeeze(-1)
     return (logprobs * rows.response_mask).sum(1)
 

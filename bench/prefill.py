@@ -24,7 +24,7 @@ def seconds(model: LanguageModel, tokens: torch.Tensor) -> float:
     rows, width = tokens.shape
     cache = SlotCache(model, slots=rows, width=width)
     began = time.perf_counter()
-    cache.admit(tokens, torch.full((rows,), width), 0, torch.arange(rows))
+    cache.prefill(tokens, torch.full((rows,), width), 0, torch.arange(rows))
     return time.perf_counter() - began
 
 

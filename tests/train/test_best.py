@@ -26,7 +26,7 @@ def run(tiny_model, tmp_path_factory) -> tether.Run:
             metrics = real(job, run, state, log)
             score = next(scores)
             if state.cycle == 2:
-                trained.update({k: v.clone() for k, v in job.policy.model.plain.state_dict().items()})
+                trained.update({k: v.clone() for k, v in job.policy.model.hf_model.state_dict().items()})
             return metrics | {"eval/score_mean": score}
 
         patch.setattr(ppo_module.Job, "evaluate", evaluate)

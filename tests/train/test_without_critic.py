@@ -21,8 +21,8 @@ from tether.reports.signals import knobs_of, signals_of, surprise, tokens_of, va
 from tether.rewards import build_reward
 from tether.samplers.local import LocalSampler
 from tether.train import rollout as phase_1
-from tether.train.columns import table
-from tether.train.optim import Steps, build_optimizer
+from tether.train.columns import rollout_columns
+from tether.train.optim import ScheduledOptimizer, build_optimizer
 from tether.train.update import accumulate, update
 from tether.types import Rollout, Sampling
 from tiny import language_model, prompts_of, ragged_rows
@@ -84,7 +84,7 @@ def test_phase_1_leaves_out_the_critics_metric_and_columns(experience, tiny_toke
     assert not [name for name in experience.metrics if name.startswith("value/")]
     assert "eval/explained_variance" not in experience.evaluation_metrics()
     assert "eval/kl_ref_mean" in experience.evaluation_metrics()
-    columns = table(experience, tiny_tokenizer, (), CONFIG.ppo, cycle=1, responses_per_prompt=2)
+    columns = rollout_columns(experience, tiny_tokenizer, (), CONFIG.ppo, cycle=1, responses_per_prompt=2)
     assert not {"value", "delta", "return"} & set(columns)
     assert columns["advantage"][0] == pytest.approx([sum(columns["reward"][0])] * columns["length"][0], abs=1e-5)
 
@@ -95,7 +95,7 @@ def test_phase_2_learns_from_the_policys_loss_alone(policy, experience):
     )
     before = [p.detach().clone() for _, p in policy.policy_parameters()]
     done = update(
-        policy, Steps(optimizer, OptimConfig(), 8), experience.rollout, CONFIG.ppo,
+        policy, ScheduledOptimizer(optimizer, OptimConfig(), 8), experience.rollout, CONFIG.ppo,
         cycle=1, kl_coef=0.1, temperature=1.0, seed=0,
     )  # fmt: skip
     assert not [name for name in done.metrics if name.startswith("value/")]
@@ -114,7 +114,9 @@ def test_its_gradient_is_that_of_a_critic_whose_loss_counts_nothing(policy, expe
 
 def test_pages_show_what_such_a_response_has(experience, tiny_tokenizer):
     new = experience.rollout.old_logprobs
-    columns = table(experience, tiny_tokenizer, (), CONFIG.ppo, cycle=1, responses_per_prompt=2, new_logprobs=new)
+    columns = rollout_columns(
+        experience, tiny_tokenizer, (), CONFIG.ppo, cycle=1, responses_per_prompt=2, new_logprobs=new
+    )
     row = {name: values[0] for name, values in columns.items()}
     signals = signals_of(row)
     assert list(signals) == ["advantage", "ratio", "kl", "entropy", "reward"]

@@ -52,24 +52,24 @@ class LanguageModel:
 
     lm: Any  # the model that `transformers` would run, adapters included
     dtype: torch.dtype  # compute precision
-    full: bool = False  # read log-probs off the model's own logits: for heads that ours does not know
+    use_full_logits: bool = False  # read log-probs off the model's own logits: for heads that ours does not know
 
     @property
     def trunk(self) -> nn.Module:
-        return self.plain.base_model
+        return self.hf_model.base_model
 
     @property
-    def plain(self) -> Any:
+    def hf_model(self) -> Any:
         """The transformers model itself, adapters injected but unwrapped."""
         return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
 
     @property
     def config(self) -> Any:
-        return self.plain.config.get_text_config()
+        return self.hf_model.config.get_text_config()
 
     @property
     def device(self) -> torch.device:
-        return next(self.plain.parameters()).device
+        return next(self.hf_model.parameters()).device
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward pass in the compute precision."""
@@ -79,10 +79,10 @@ class LanguageModel:
     def evaluating(self) -> Iterator[None]:
         """Inside, the model is in eval mode, without gradient checkpointing, and no other thread's `evaluating`.
 
-        Mode, attention implementation and (in `exactly`) precision are state of the model itself, which threads that
-        share it cannot have at once: they take turns. Threads with models of their own do not wait for each other.
+        Mode, attention implementation and (in `full_precision`) precision are state of the model itself, which threads
+        that share it cannot have at once: they take turns. Threads with models of their own do not wait for each other.
         """
-        with _locks.setdefault(self.plain, threading.RLock()):
+        with _locks.setdefault(self.hf_model, threading.RLock()):
             training = [module for module in self.lm.modules() if module.training]
             self.lm.eval()
             try:
@@ -92,7 +92,7 @@ class LanguageModel:
                     module.training = True
 
     @contextmanager
-    def exactly(self) -> Iterator[None]:
+    def full_precision(self) -> Iterator[None]:
         """Inside, the trunk computes in float32 (or float64): for probes, which rounding to bfloat16 would blunt.
 
         Weights that are kept in bfloat16 are widened a layer at a time, while it runs: the model need not fit twice.
@@ -129,7 +129,7 @@ class LanguageModel:
 
     def head(self) -> dict[str, Any]:
         """What stands between the trunk and the logits, for `token_logprobs`: weight, bias, scale and soft-cap."""
-        output = self.plain.get_output_embeddings()
+        output = self.hf_model.get_output_embeddings()
         scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere multiplies
         scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite divides
         return {
@@ -168,8 +168,8 @@ class LanguageModel:
         kwargs: for the trunk, such as position_ids.
         """
         with self.autocast():
-            if self.full:
-                output = self.plain(input_ids=tokens, use_cache=False, output_hidden_states=True, **kwargs)
+            if self.use_full_logits:
+                output = self.hf_model(input_ids=tokens, use_cache=False, output_hidden_states=True, **kwargs)
                 hidden, logits = output.hidden_states[-1][before], output.logits[before]
                 return *full_logprobs(logits, targets, temperature=temperature, entropy=entropy), hidden
             hidden = self.hidden(tokens, **kwargs)[before]
@@ -182,9 +182,9 @@ class LanguageModel:
         Some architectures scale, cap or otherwise change logits after the head in ways that no config key names. Both
         sides are in float32 from the head on, whatever the compute precision: rounding would hide a small change.
         """
-        output = self.plain.get_output_embeddings()
+        output = self.hf_model.get_output_embeddings()
         if not hasattr(output, "weight") or type(output).__module__.startswith("peft"):
-            self.full = True
+            self.use_full_logits = True
             return "the head is not a plain linear layer: log-probs come from full logits, which takes more memory"
         vocabulary = self.config.vocab_size
         tokens = (torch.arange(12, device=self.device) * 7919 % vocabulary)[None]
@@ -196,7 +196,7 @@ class LanguageModel:
             hidden = self.hidden(tokens)[0, :-1].to(wide)
             hook = output.register_forward_hook(lambda _, given, __: plain_head.logits(given[0]))
             try:
-                logits = self.plain(input_ids=tokens, use_cache=False).logits[0, :-1]
+                logits = self.hf_model(input_ids=tokens, use_cache=False).logits[0, :-1]
             finally:
                 hook.remove()
             with torch.autocast(self.device.type, enabled=False):
@@ -205,9 +205,9 @@ class LanguageModel:
         gap = (ours - theirs).abs().max().item()
         if gap <= 1e-3:
             return None
-        self.full = True
+        self.use_full_logits = True
         return (
-            f"chunked log-probs differ from {type(self.plain).__name__}'s own by {gap:.2g} nats: "
+            f"chunked log-probs differ from {type(self.hf_model).__name__}'s own by {gap:.2g} nats: "
             "log-probs come from full logits, which takes more memory"
         )
 

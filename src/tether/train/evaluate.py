@@ -333,7 +333,7 @@ class Source:
         return model
 
     def stop_ids(self, model: LanguageModel) -> tuple[int, ...]:
-        return stop_token_ids(self.tokenizer, model.plain.generation_config, self.sampling.stop_token_ids)
+        return stop_token_ids(self.tokenizer, model.hf_model.generation_config, self.sampling.stop_token_ids)
 
     def sample(
         self, model: LanguageModel, prompts: Sequence[Prompt], samples: int, *, seed: int, stream: int

@@ -31,9 +31,9 @@ from tether.runs import Run, recorded_inputs
 from tether.train import sft
 from tether.train.card import reward_card
 from tether.train.log import Logger
-from tether.train.optim import SHUFFLE, Named, Steps, build_optimizer, permutation
+from tether.train.optim import SHUFFLE, Named, ScheduledOptimizer, build_optimizer, permutation
 from tether.train.preamble import check_parts, open_run
-from tether.train.preference_report import PreferenceReport, judge
+from tether.train.preference_report import PreferenceReport, build_report
 from tether.train.sft import init_model
 from tether.train.state import TrainingState
 from tether.types import LogSink, microbatches
@@ -66,7 +66,7 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         trunk, head = trained_parameters(model)
         optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
         parts = {"policy": adapter or model.classifier, "head": model.head}  # an adapter does not hold the head
-        state = TrainingState(run, parts, Steps(optimizer, config.optim, len(plan)), tokenizer)
+        state = TrainingState(run, parts, ScheduledOptimizer(optimizer, config.optim, len(plan)), tokenizer)
         state.restore()
         with Logger(run, config.log, total=len(plan), sinks=sinks) as log, state.saved_when_stopped():
             while state.done < len(plan):
@@ -135,7 +135,7 @@ def finish(model: RewardModel, train: Sequence[Pair], test: Sequence[Pair]) -> P
     model.mean, model.std = 0.0, 1.0
     raw = model.score(rows_of(train)).double()
     held_out = model.score(rows_of(test)).double()
-    report = judge(train, raw, test, held_out)
+    report = build_report(train, raw, test, held_out)
     model.mean, model.std = report.mean, report.std
     return report
 

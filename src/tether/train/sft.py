@@ -38,7 +38,7 @@ from tether.models.policy import LanguageModel
 from tether.runs import Run, hash_files
 from tether.train.card import sft_card
 from tether.train.log import Logger
-from tether.train.optim import SHUFFLE, Steps, build_optimizer, permutation
+from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation
 from tether.train.preamble import check_parts, open_run
 from tether.train.state import TrainingState
 from tether.types import LogSink, microbatches
@@ -58,7 +58,7 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
         if run.finished:
             return Run.open(run.path)
         model, tokenizer, notes = load_model(config.model, device=resolve_device(config.device), seed=config.seed)
-        stop_ids = stop_token_ids(tokenizer, model.plain.generation_config, None)
+        stop_ids = stop_token_ids(tokenizer, model.hf_model.generation_config, None)
         stop_id, context = next(iter(stop_ids), None), context_length(model.config)
         examples = load_examples(config.data, tokenizer, stop_id=stop_id, train_on=config.sft.train_on, context=context)
         if config.sft.packing:
@@ -67,7 +67,9 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
         check_warmup(config.optim, len(plan))
         named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
         optimizer = build_optimizer(config.optim, named, lora=config.model.lora is not None)
-        state = TrainingState(run, {"policy": model.lm}, Steps(optimizer, config.optim, len(plan)), tokenizer)
+        state = TrainingState(
+            run, {"policy": model.lm}, ScheduledOptimizer(optimizer, config.optim, len(plan)), tokenizer
+        )
         state.restore()
         with Logger(run, config.log, total=len(plan), sinks=sinks) as log, state.saved_when_stopped():
             for note in notes:
@@ -170,12 +172,12 @@ def check_packing(model: LanguageModel) -> None:
     ids = [i * 7919 % model.config.vocab_size for i in range(12)]
     row = [Example(ids[:5], [False] * 5, 0), Example(ids[5:], [False] * 7, 1)]
     batch = Batch.of([row], model.device)
-    with model.exactly():
+    with model.full_precision():
         packed = model.hidden(batch.tokens, **batch.positions)[0, 5:]
         alone = model.hidden(batch.tokens[:, 5:])[0]
     if (packed - alone).abs().max() > 1e-3 * alone.abs().max():
         raise ConfigError(
-            f"sft.packing=true, but {type(model.plain).__name__} lets examples in one row see each other: it would "
+            f"sft.packing=true, but {type(model.hf_model).__name__} lets examples in one row see each other: it would "
             "learn from borders that do not exist. Set sft.packing to false."
         )
 
