@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tether.config import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
 from tether.data.pairs import Pair, load_pairs
 from tether.data.snapshot import pin_labels
 from tether.data.split import share_prompts, split_pairs
-from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
+from tether.data.tokenizer import check_vocabulary, load_generation_config, load_tokenizer, stop_token_ids
 from tether.math import bradley_terry_loss
 from tether.models.loading import (
     add_lora,
@@ -153,11 +152,8 @@ def input_hashes(config: RewardConfig, *, fresh: bool) -> tuple[dict[str, str], 
 
 
 def stop_token(config: SFTModelConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that a policy grown from this model would end answers with; a classifier has no generation config."""
-    generation = None
-    if isinstance(config.policy, str):
-        with suppress(OSError):  # it has none: the tokenizer's eos then
-            generation = GenerationConfig.from_pretrained(config.policy, revision=config.revision or "main")
+    """The token that a policy grown from this model would end answers with."""
+    generation = load_generation_config(config.policy, config.revision) if isinstance(config.policy, str) else None
     return next(iter(stop_token_ids(tokenizer, generation, None)), None)
 
 
