@@ -48,8 +48,9 @@ from tether.config import (  # fmt: skip
     SamplingConfig,
 )
 from tether.math import optimality_gap_logmeanexp
+from tether.models.language_model import LanguageModel
 from tether.models.loading import load_causal_lm
-from tether.models.policy import LanguageModel, Policy
+from tether.models.policy import Policy
 from tether.samplers.local import LocalSampler
 from tether.types import GENERATE, Prompt, Rows, Sampling
 

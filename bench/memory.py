@@ -22,7 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tether.config import OptimConfig, PPOSection
-from tether.models.policy import LanguageModel, Policy
+from tether.models.language_model import LanguageModel
+from tether.models.policy import Policy
 from tether.train.optim import ScheduledOptimizer, build_optimizer
 from tether.train.update import update
 from tether.types import Rollout, Rows

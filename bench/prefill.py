@@ -14,7 +14,7 @@ import time
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tether.models.policy import LanguageModel
+from tether.models.language_model import LanguageModel
 from tether.samplers import slots
 from tether.samplers.slots import SlotCache
 

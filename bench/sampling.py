@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from peer import Peer
 from shapes import build, matmul_weights, prompts
+from tether.models.language_model import LanguageModel
 from tether.models.loading import resolve_dtype
-from tether.models.policy import LanguageModel
 from tether.samplers.local import LocalSampler
 from tether.types import TRAIN, Prompt, Sampling
 

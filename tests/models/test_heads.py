@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import ARCHITECTURES
 from tether.config import LoraConfig
+from tether.models.language_model import LanguageModel
 from tether.models.loading import add_lora, without_dropout
-from tether.models.policy import LanguageModel
 from tether.types import Rows
 from tiny import language_model, policy_of, ragged_rows
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tether.models.export import save_model
-from tether.models.policy import LanguageModel
+from tether.models.language_model import LanguageModel
 from tether.models.reward_model import init_reward_model, save_reward_model
 from tether.runs import RunDirectory
 from tether.runs.files import replacing_directory, write_atomically, write_sums, write_table

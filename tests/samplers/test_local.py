@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import ARCHITECTURES
 from tether.config import LoraConfig
 from tether.errors import TrainingError
+from tether.models.language_model import LanguageModel
 from tether.models.loading import add_lora, checkpoint_activations
-from tether.models.policy import LanguageModel, Policy
+from tether.models.policy import Policy
 from tether.samplers.cuda_graphs import CudaGraphRunner
 from tether.samplers.local import LocalSampler, _why_not_recorded, count_slots, slot_bytes
 from tether.samplers.slots import SlotCache

@@ -9,8 +9,9 @@ import torch
 from torch.testing import assert_close
 
 from tether.config import KLConfig, LoraConfig, PPOSection
+from tether.models.language_model import LanguageModel
 from tether.models.loading import add_lora, checkpoint_activations
-from tether.models.policy import LanguageModel, Policy, SeparateCritic
+from tether.models.policy import Policy, SeparateCritic
 from tether.train.update import accumulate
 from tether.types import Rollout, Rows
 from tiny import VOCABULARY, ragged_rows, randomise, transformer

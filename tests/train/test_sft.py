@@ -28,8 +28,8 @@ from tether.config import (
 from tether.config.reading import to_yaml
 from tether.data.examples import Example
 from tether.errors import ConfigError, TrainingError
+from tether.models.language_model import LanguageModel
 from tether.models.loading import load_causal_lm
-from tether.models.policy import LanguageModel
 from tether.train.sft import accumulate, check_packing, pack, plan_steps, sft
 
 CPU = torch.device("cpu")

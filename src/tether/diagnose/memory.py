@@ -15,8 +15,8 @@ import torch
 from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig, TrainingConfig, source_name
 from tether.data.tokenizer import load_tokenizer
 from tether.diagnose.simulate import Shape, Step, simulate
+from tether.models.language_model import freeze
 from tether.models.loading import model_config, resolve_device, resolve_dtype
-from tether.models.policy import freeze
 from tether.samplers.local import PREFILL_TOKENS, count_slots, slot_bytes
 from tether.train.sft import init_architecture
 

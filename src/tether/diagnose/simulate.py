@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from tether.config import LoraConfig
+from tether.models.language_model import LanguageModel
 from tether.models.loading import add_lora, checkpoint_activations, quiet_transformers, without_dropout
-from tether.models.policy import LanguageModel
 
 
 @dataclass(frozen=True, slots=True)

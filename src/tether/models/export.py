@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from tether.errors import ModelError, RunError
+from tether.models.language_model import LanguageModel
 from tether.models.loading import head_size, without_dropout
-from tether.models.policy import LanguageModel
 from tether.runs import Run
 from tether.runs.files import SUMS, damage, replacing_directory, wrap_os_errors, write_sums
 

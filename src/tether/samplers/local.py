@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tether.models.language_model import LanguageModel, frozen_copy
 from tether.models.loading import head_size
-from tether.models.policy import LanguageModel, frozen_copy
 from tether.samplers.draw import draw
 from tether.samplers.slots import SlotCache
 from tether.samplers.uniforms import uniforms

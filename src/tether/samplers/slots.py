@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from tether.models.policy import LanguageModel
+from tether.models.language_model import LanguageModel
 from tether.samplers.cuda_graphs import CudaGraphRunner
 
 _NAME = "tether_slots"

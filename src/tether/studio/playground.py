@@ -237,8 +237,9 @@ class Models:
 
 def _load(run: Run, device_name: str) -> Models:
     from tether.data.tokenizer import load_tokenizer, stop_token_ids
+    from tether.models.language_model import LanguageModel
     from tether.models.loading import load_causal_lm, resolve_device
-    from tether.models.policy import LanguageModel, build_policy
+    from tether.models.policy import build_policy
     from tether.rewards import build_reward
     from tether.samplers.local import LocalSampler
 

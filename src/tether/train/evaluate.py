@@ -21,8 +21,8 @@ from tether.data.text import completion_text
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ConfigError, DataError, RunError
 from tether.math import Interval, bootstrap_mean
+from tether.models.language_model import LanguageModel
 from tether.models.loading import context_length, load_causal_lm, model_config, resolve_device, resolve_dtype
-from tether.models.policy import LanguageModel
 from tether.rewards import build_reward
 from tether.runs import EvaluationDir, aside, short_name
 from tether.runs.files import write_atomically, write_table

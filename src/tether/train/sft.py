@@ -23,6 +23,7 @@ from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_i
 from tether.errors import ConfigError
 from tether.math import nll_loss
 from tether.models.export import save_model
+from tether.models.language_model import LanguageModel
 from tether.models.loading import (
     add_lora,
     checkpoint_activations,
@@ -34,7 +35,6 @@ from tether.models.loading import (
     resolve_dtype,
     wants_checkpointing,
 )
-from tether.models.policy import LanguageModel
 from tether.runs import Run, hash_files
 from tether.train.card import sft_card
 from tether.train.log import Logger
