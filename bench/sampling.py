@@ -120,7 +120,7 @@ def show(line: str, times: dict[str, list[float]], text: str) -> None:
 
 def measure(name: str, folder: Path, rounds: int, lines: str, peers: Path) -> None:
     path = build(name, folder)
-    dtype = resolve_dtype("auto", torch.device("cpu"), AutoModelForCausalLM.from_pretrained(path).config.hidden_size)
+    dtype = resolve_dtype("auto", torch.device("cpu"), AutoModelForCausalLM.from_pretrained(path).config)
     lm = AutoModelForCausalLM.from_pretrained(path).eval()
     model = LanguageModel(lm, dtype)
     vocabulary = lm.config.vocab_size

@@ -27,8 +27,8 @@ from tether.data.pairs import load_pairs
 from tether.data.split import share_prompts, split_pairs
 from tether.data.table import read_rows
 from tether.data.tokenizer import check_vocabulary, load_generation_config, load_tokenizer, stop_token_ids
-from tether.errors import ModelError
 from tether.models.loading import context_length, model_config
+from tether.models.reward_model import check_one_label
 from tether.rewards import FunctionReward, load_function
 from tether.train.contexts import check_contexts
 from tether.train.evaluate import load_inputs
@@ -183,12 +183,7 @@ def _sources(
             facts.append(f"reward {name}: {source.function}, weight {source.weight:g}")
             continue
         assert source.model is not None
-        labels = model_config(source.model).num_labels
-        if labels != 1:
-            raise ModelError(
-                f"{source.model} has {labels} labels: a reward model has one number to give. Name a sequence "
-                "classifier with num_labels=1, such as `tether reward` writes."
-            )
+        check_one_label(source.model, model_config(source.model))
         facts.append(f"reward {name}: model {source.model}, weight {source.weight:g}")
     return facts
 

@@ -19,12 +19,11 @@ from tether.models.language_model import LanguageModel, freeze, frozen_copy
 from tether.models.loading import (
     add_lora,
     autocast,
-    checkpoint_activations,
     load_causal_lm,
     load_weights,
     model_config,
     resolve_dtype,
-    wants_checkpointing,
+    set_checkpointing,
 )
 from tether.models.reward_model import load_reward_model
 from tether.types import Rows
@@ -147,8 +146,7 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
     as that changes none of its bits: it must agree with the policy before anything is learned.
     """
     where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    width = model_config(config.policy, **where).get_text_config().hidden_size
-    dtype = resolve_dtype(config.dtype, device, width)
+    dtype = resolve_dtype(config.dtype, device, model_config(config.policy, **where))
     lm: Any = load_causal_lm(config.policy, dtype=dtype if config.lora else torch.float32, device=device, **where)
 
     frozen = None
@@ -166,9 +164,7 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
         critic = _load_critic(config, lm, dtype, device)
     if config.lora:
         lm = add_lora(lm, config.lora, seed=seed)
-    if wants_checkpointing(config.gradient_checkpointing, lm, device):
-        for module in [lm] + ([critic.trunk] if critic else []):
-            checkpoint_activations(module)
+    set_checkpointing(config.gradient_checkpointing, device, lm, *([critic.trunk] if critic else []))
 
     policy = Policy(LanguageModel(lm, dtype), critic).to(device)
     notes = [note for model in (policy.model, frozen) if model and (note := model.check_head())]

@@ -325,7 +325,7 @@ class Source:
         return {"context": context_length(self.config), "max_new_tokens": self.sampling.max_new_tokens}
 
     def load(self, device: torch.device, dtype: str) -> LanguageModel:
-        resolved = resolve_dtype(dtype, device, self.config.get_text_config().hidden_size)
+        resolved = resolve_dtype(dtype, device, self.config)
         lm = load_causal_lm(self.path, dtype=resolved, device=device, trust_remote_code=self.trust_remote_code)
         model = LanguageModel(lm.eval().requires_grad_(False), resolved)
         _say(model.check_head())

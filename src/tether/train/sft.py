@@ -26,14 +26,13 @@ from tether.models.export import save_model
 from tether.models.language_model import LanguageModel
 from tether.models.loading import (
     add_lora,
-    checkpoint_activations,
     context_length,
     init_causal_lm,
     load_causal_lm,
     model_config,
     resolve_device,
     resolve_dtype,
-    wants_checkpointing,
+    set_checkpointing,
 )
 from tether.runs import Run, hash_files
 from tether.train.card import sft_card
@@ -189,27 +188,31 @@ def load_model(
     config: SFTModelConfig, *, device: torch.device, seed: int
 ) -> tuple[LanguageModel, PreTrainedTokenizerBase, list[str]]:
     """(model ready to train, its tokenizer, notes for the log). Trained weights are float32."""
-    where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    if isinstance(config.policy, InitModelConfig):
-        tokenizer = load_tokenizer(config.policy.tokenizer, **where)
-        lm: Any = init_model(config.policy, tokenizer, seed=seed)
-        lm.to(device)
-        dtype = resolve_dtype(config.dtype, device, lm.config.get_text_config().hidden_size)
-    else:
-        tokenizer = load_tokenizer(config.policy, **where)
-        width = model_config(config.policy, **where).get_text_config().hidden_size
-        dtype = resolve_dtype(config.dtype, device, width)
-        weights = dtype if config.lora else torch.float32
-        lm = load_causal_lm(config.policy, dtype=weights, device=device, **where)
+    tokenizer, initial, dtype, where = resolve_start(config, device=device, seed=seed)
+    lm: Any = initial
+    lm = lm.to(device) if lm else load_causal_lm(dtype=dtype if config.lora else torch.float32, **where)
     check_vocabulary(tokenizer, lm.get_input_embeddings().weight.shape[0])
     if config.lora:
         lm = add_lora(lm, config.lora, seed=seed)
-    if wants_checkpointing(config.gradient_checkpointing, lm, device):
-        checkpoint_activations(lm)
+    set_checkpointing(config.gradient_checkpointing, device, lm)
     model = LanguageModel(lm, dtype)
     note = model.check_head()
     lm.train()
     return model, tokenizer, [note] if note else []
+
+
+def resolve_start(
+    config: SFTModelConfig, *, device: torch.device, seed: int
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel | None, torch.dtype, dict[str, Any]]:
+    """(tokenizer, the random model where `policy` is an init, compute precision, else arguments of what loads it)."""
+    where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if isinstance(config.policy, InitModelConfig):
+        tokenizer = load_tokenizer(config.policy.tokenizer, **where)
+        initial = init_model(config.policy, tokenizer, seed=seed)
+        return tokenizer, initial, resolve_dtype(config.dtype, device, initial.config), {}
+    tokenizer = load_tokenizer(config.policy, **where)
+    dtype = resolve_dtype(config.dtype, device, model_config(config.policy, **where))
+    return tokenizer, None, dtype, {"path": config.policy, "device": device, **where}
 
 
 def init_model(config: InitModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
