@@ -44,7 +44,7 @@ from tether.models.loading import resolve_device
 from tether.models.policy import build_policy
 from tether.rewards import build_reward
 from tether.samplers.local import LocalSampler
-from tether.train.optim import Steps, build_optimizer
+from tether.train.optim import ScheduledOptimizer, build_optimizer
 from tether.train.rollout import Experience, collect
 from tether.train.update import update
 from tether.types import Sampling
@@ -79,7 +79,7 @@ class Cycles:
             c.optim, self.policy.policy_parameters(), self.policy.critic_parameters(),
             lora=False, critic_is_head=self.policy.critic is None,
         )  # fmt: skip
-        self.steps = Steps(optimizer, c.optim, 1000 * epochs * MINIBATCHES)
+        self.steps = ScheduledOptimizer(optimizer, c.optim, 1000 * epochs * MINIBATCHES)
         self.cycle = 0
 
     def run(self) -> int:

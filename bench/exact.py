@@ -48,8 +48,9 @@ from tether.config import (  # fmt: skip
     SamplingConfig,
 )
 from tether.math import optimality_gap_logmeanexp
+from tether.models.language_model import LanguageModel
 from tether.models.loading import load_causal_lm
-from tether.models.policy import LanguageModel, Policy
+from tether.models.policy import Policy
 from tether.samplers.local import LocalSampler
 from tether.types import GENERATE, Prompt, Rows, Sampling
 
@@ -127,7 +128,7 @@ def response_logprobs(model: LanguageModel, prompt: int, responses: Sequence[Ids
     """[n] log-probability of every response, float64: plain log-softmax of the model's own logits."""
     rows = Rows.of([(prompt,)] * len(responses), responses)
     with torch.no_grad():
-        logits = model.plain(input_ids=rows.tokens, use_cache=False).logits.double()
+        logits = model.hf_model(input_ids=rows.tokens, use_cache=False).logits.double()
     logprobs = logits.log_softmax(-1)[:, :-1].gather(-1, rows.tokens[:, 1:, None]).squeeze(-1)
     return (logprobs * rows.response_mask).sum(1)
 

@@ -22,8 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tether.config import OptimConfig, PPOSection
-from tether.models.policy import LanguageModel, Policy
-from tether.train.optim import Steps, build_optimizer
+from tether.models.language_model import LanguageModel
+from tether.models.policy import Policy
+from tether.train.optim import ScheduledOptimizer, build_optimizer
 from tether.train.update import update
 from tether.types import Rollout, Rows
 
@@ -35,7 +36,7 @@ def measure() -> dict[str, float]:
     torch.manual_seed(0)
     policy = small_policy()
     optimizer = build_optimizer(OptimConfig(), policy.policy_parameters(), policy.critic_parameters(), lora=False)
-    steps = Steps(optimizer, OptimConfig(), total=2)
+    steps = ScheduledOptimizer(optimizer, OptimConfig(), total=2)
     run_update(policy, steps, rollout(policy, rows=1, tokens=8))  # libraries, and the optimiser's moments
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -68,7 +69,7 @@ def rollout(policy: Policy, *, rows: int, tokens: int) -> Rollout:
     return Rollout(batch, old, old, torch.zeros_like(old), noise, noise, noise)
 
 
-def run_update(policy: Policy, steps: Steps, batch: Rollout) -> None:
+def run_update(policy: Policy, steps: ScheduledOptimizer, batch: Rollout) -> None:
     ppo = PPOSection(cycles=1, epochs=1, batch=len(batch.rows), minibatch=len(batch.rows), microbatch_tokens=8192)
     update(policy, steps, batch, ppo, cycle=1, kl_coef=0.0, temperature=1.0, seed=0)
 

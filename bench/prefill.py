@@ -14,7 +14,7 @@ import time
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tether.models.policy import LanguageModel
+from tether.models.language_model import LanguageModel
 from tether.samplers import slots
 from tether.samplers.slots import SlotCache
 
@@ -24,7 +24,7 @@ def seconds(model: LanguageModel, tokens: torch.Tensor) -> float:
     rows, width = tokens.shape
     cache = SlotCache(model, slots=rows, width=width)
     began = time.perf_counter()
-    cache.admit(tokens, torch.full((rows,), width), 0, torch.arange(rows))
+    cache.prefill(tokens, torch.full((rows,), width), 0, torch.arange(rows))
     return time.perf_counter() - began
 
 

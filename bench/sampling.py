@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from peer import Peer
 from shapes import build, matmul_weights, prompts
+from tether.models.language_model import LanguageModel
 from tether.models.loading import resolve_dtype
-from tether.models.policy import LanguageModel
 from tether.samplers.local import LocalSampler
 from tether.types import TRAIN, Prompt, Sampling
 
@@ -120,7 +120,7 @@ def show(line: str, times: dict[str, list[float]], text: str) -> None:
 
 def measure(name: str, folder: Path, rounds: int, lines: str, peers: Path) -> None:
     path = build(name, folder)
-    dtype = resolve_dtype("auto", torch.device("cpu"), AutoModelForCausalLM.from_pretrained(path).config.hidden_size)
+    dtype = resolve_dtype("auto", torch.device("cpu"), AutoModelForCausalLM.from_pretrained(path).config)
     lm = AutoModelForCausalLM.from_pretrained(path).eval()
     model = LanguageModel(lm, dtype)
     vocabulary = lm.config.vocab_size

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import ARCHITECTURES
+from tether.models.language_model import LanguageModel
 from tether.models.loading import without_dropout
-from tether.models.policy import LanguageModel, Policy
+from tether.models.policy import Policy
 from tether.types import Prompt, Rows
 
 VOCABULARY = 40

@@ -210,7 +210,8 @@ class Sampler(Protocol):
     def load_weights(self, weights: Any, version: int) -> None:
         """Sample from `weights` as they are now; called before the first `generate`, and after every cycle.
 
-        weights: the policy, a `tether.models.policy.LanguageModel`; `weights.lm` is the transformers (or peft) model.
+        weights: the policy, a `tether.models.language_model.LanguageModel`; its `lm` is the transformers (or peft)
+            model.
         version: cycles that they have learned from.
         """
 

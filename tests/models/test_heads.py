@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import ARCHITECTURES
 from tether.config import LoraConfig
+from tether.models.language_model import LanguageModel
 from tether.models.loading import add_lora, without_dropout
-from tether.models.policy import LanguageModel
 from tether.types import Rows
 from tiny import language_model, policy_of, ragged_rows
 
@@ -34,7 +34,7 @@ def response_logprobs(model: LanguageModel, rows: Rows) -> torch.Tensor:
 def test_every_architectures_log_probs_are_those_of_its_own_logits_without_the_fallback(architecture):
     model, rows = language_model(architecture), ragged_rows()
     assert model.check_head() is None
-    assert not model.full
+    assert not model.use_full_logits
     assert_close(response_logprobs(model, rows), logprobs_of_own_logits(model.lm, rows), atol=1e-5, rtol=0)
 
 
@@ -72,7 +72,7 @@ def test_full_logits_give_the_same_results_and_gradients_as_chunks(architecture)
     rows, results = ragged_rows(), []
     for full in (False, True):
         policy = policy_of(language_model(architecture))
-        policy.model.full = full
+        policy.model.use_full_logits = full
         out = policy(rows, temperature=TEMPERATURE)
         weights = torch.linspace(-1, 1, out.values.numel()).view_as(out.values)
         ((out.logprobs + 0.3 * out.entropy + 0.2 * out.values) * weights).sum().backward()
@@ -100,7 +100,7 @@ def test_a_head_that_ours_does_not_know_is_noticed_and_its_own_logits_are_used()
     model, rows = odd_model(), ragged_rows()
     assert not torch.allclose(response_logprobs(model, rows), logprobs_of_own_logits(model.lm, rows), atol=1e-2)
     assert "full logits" in (model.check_head() or "")
-    assert model.full
+    assert model.use_full_logits
     assert_close(response_logprobs(model, rows), logprobs_of_own_logits(model.lm, rows), atol=1e-5, rtol=0)
 
 

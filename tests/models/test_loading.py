@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from tether.config import LoraConfig, ModelConfig
 from tether.data.tokenizer import load_tokenizer
@@ -201,5 +202,6 @@ def test_a_run_directory_given_as_a_model_is_answered_with_the_model_in_it(tiny_
 
 
 def test_small_models_compute_in_float32_on_a_cpu():
-    assert resolve_dtype("auto", CPU, 64) == torch.float32
-    assert resolve_dtype("bfloat16", CPU, 64) == torch.bfloat16
+    narrow = AutoConfig.for_model("llama", hidden_size=64)
+    assert resolve_dtype("auto", CPU, narrow) == torch.float32
+    assert resolve_dtype("bfloat16", CPU, narrow) == torch.bfloat16

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tether.models.export import save_model
-from tether.models.policy import LanguageModel
+from tether.models.language_model import LanguageModel
 from tether.models.reward_model import init_reward_model, save_reward_model
 from tether.runs import RunDirectory
 from tether.runs.files import replacing_directory, write_atomically, write_sums, write_table
@@ -146,8 +146,8 @@ def test_a_rename_that_fails_puts_the_old_directory_back(tmp_path, monkeypatch):
 
 def test_saving_a_model_leaves_the_one_in_memory_as_it_was(tmp_path, tiny_model):
     model, tokenizer = a_model(tiny_model)
-    before = model.plain.generation_config.to_dict()
+    before = model.hf_model.generation_config.to_dict()
     save_model(model, tokenizer, tmp_path / "final", card="", temperature=0.5, max_new_tokens=7, stop_ids=(3, 4))
-    assert model.plain.generation_config.to_dict() == before
+    assert model.hf_model.generation_config.to_dict() == before
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "final").generation_config
     assert (again.temperature, again.eos_token_id) == (0.5, [3, 4])

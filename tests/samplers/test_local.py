@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import ARCHITECTURES
 from tether.config import LoraConfig
 from tether.errors import TrainingError
+from tether.models.language_model import LanguageModel
 from tether.models.loading import add_lora, checkpoint_activations
-from tether.models.policy import LanguageModel, Policy
-from tether.samplers.cuda_graphs import RecordedSteps
+from tether.models.policy import Policy
+from tether.samplers.cuda_graphs import CudaGraphRunner
 from tether.samplers.local import LocalSampler, _why_not_recorded, count_slots, slot_bytes
 from tether.samplers.slots import SlotCache
 from tether.types import EVALUATE, Prompt, Sampling
@@ -221,7 +222,7 @@ def test_a_head_that_is_not_ours_is_recomputed_and_right(lora):
     model = language_model(tie_word_embeddings=False)
     if lora:
         model.lm = add_lora(model.lm, LoraConfig(rank=2, targets=["lm_head"]), seed=0)
-        torch.nn.init.normal_(model.plain.lm_head.lora_B["default"].weight)
+        torch.nn.init.normal_(model.hf_model.lm_head.lora_B["default"].weight)
     else:
         model.lm.lm_head = torch.nn.Sequential(model.lm.lm_head, torch.nn.Tanh())
     assert model.check_head() is not None
@@ -293,9 +294,9 @@ def test_sampling_does_not_checkpoint_activations_and_leaves_training_as_it_was(
     model = language_model()
     checkpoint_activations(model.lm)
     model.lm.train()
-    model.plain.model.layers[1].eval()  # modes are put back module by module
+    model.hf_model.model.layers[1].eval()  # modes are put back module by module
     calls = []
-    for layer in model.plain.model.layers:
+    for layer in model.hf_model.model.layers:
         layer._gradient_checkpointing_func = lambda f, *args, **kwargs: calls.append(1) or f(*args, **kwargs)
     modes = [m.training for m in model.lm.modules()]
     prompts, sampling = prompts_of([5, 3]), Sampling(max_new_tokens=4)
@@ -350,7 +351,7 @@ def test_a_cache_is_gone_as_soon_as_nobody_holds_it(recorded):
     cache = SlotCache(SMALL, slots=2, width=8, recorded=recorded)
     ids = torch.zeros(2, 3, dtype=torch.long)
     with torch.no_grad():
-        cache.admit(ids, torch.full((2,), 3), 0, torch.arange(2))
+        cache.prefill(ids, torch.full((2,), 3), 0, torch.arange(2))
         cache.step(ids[:, 0])
     gone = weakref.ref(cache)
     gc.disable()
@@ -367,27 +368,27 @@ def test_the_probe_finds_recorded_steps_right(architecture):
 
 
 def test_the_probe_finds_recorded_steps_that_are_wrong(monkeypatch):
-    call = RecordedSteps.__call__
-    monkeypatch.setattr(RecordedSteps, "__call__", lambda *args: call(*args) * 1.05)
+    call = CudaGraphRunner.__call__
+    monkeypatch.setattr(CudaGraphRunner, "__call__", lambda *args: call(*args) * 1.05)
     assert "a replay is off by 0.05" in (_why_not_recorded(SMALL) or "")
 
 
 def test_the_probe_compares_steps_that_a_recording_returns_in_one_buffer(monkeypatch):
-    call, buffers = RecordedSteps.__call__, {}
+    call, buffers = CudaGraphRunner.__call__, {}
 
     def replay(self, step, *args):  # as a graph does: every replay writes to the memory of the first
         hidden = call(self, step, *args)
         return buffers.setdefault(id(self), hidden.clone()).copy_(hidden)
 
-    monkeypatch.setattr(RecordedSteps, "__call__", replay)
+    monkeypatch.setattr(CudaGraphRunner, "__call__", replay)
     assert _why_not_recorded(language_model()) is None
     assert buffers
 
 
 def test_recordings_are_few_and_as_narrow_as_they_may_be():
-    steps = RecordedSteps(slots=96, width=300, device=torch.device("cpu"))
+    runner = CudaGraphRunner(slots=96, width=300, device=torch.device("cpu"))
     asked = [(96, 1), (49, 128), (48, 129), (25, 256), (24, 257), (1, 300)]
-    assert [steps._rounded(*shape) for shape in asked] == [
+    assert [runner._rounded(*shape) for shape in asked] == [
         (96, 128), (96, 128), (48, 256), (48, 256), (24, 300), (1, 300),
     ]  # fmt: skip
 
@@ -398,7 +399,7 @@ def test_a_decode_step_compiles_without_leaving_the_graph_or_reading_the_device(
     cache = SlotCache(model, slots=4, width=32)
     ids = torch.arange(12).view(4, 3) % 40
     with torch.no_grad():
-        cache.admit(ids, torch.full((4,), 3), 0, torch.arange(4))
+        cache.prefill(ids, torch.full((4,), 3), 0, torch.arange(4))
         at = cache.lengths.clone()
         want = cache._run(ids[:, 0], at, 16)
         traced = torch.compile(cache._run, fullgraph=True, backend="aot_eager", dynamic=False)

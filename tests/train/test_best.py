@@ -31,7 +31,7 @@ def run(tiny_model, tmp_path_factory) -> tether.Run:
         def keep_best(run, config, cycle, metrics, write_model):
             metrics["eval/score_mean"] = next(scores)
             if cycle == 2:
-                trained.update({k: v.clone() for k, v in policies[0].model.plain.state_dict().items()})
+                trained.update({k: v.clone() for k, v in policies[0].model.hf_model.state_dict().items()})
             real(run, config, cycle, metrics, write_model)
 
         patch.setattr(ppo_module, "build_policy", kept)

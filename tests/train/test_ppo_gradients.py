@@ -9,8 +9,9 @@ import torch
 from torch.testing import assert_close
 
 from tether.config import KLConfig, LoraConfig, PPOSection
+from tether.models.language_model import LanguageModel
 from tether.models.loading import add_lora, checkpoint_activations
-from tether.models.policy import LanguageModel, Policy, SeparateCritic
+from tether.models.policy import Policy, SeparateCritic
 from tether.train.update import accumulate
 from tether.types import Rollout, Rows
 from tiny import VOCABULARY, ragged_rows, randomise, transformer
@@ -85,7 +86,7 @@ def test_the_gradient_is_that_of_the_objective_written_out_token_by_token(kind):
         trunk, head = (
             (policy.critic.trunk, policy.critic.head)
             if policy.critic
-            else (policy.model.plain.base_model, policy.value_head)
+            else (policy.model.hf_model.base_model, policy.value_head)
         )
         values = head(trunk(input_ids=ids).last_hidden_state[0]).squeeze(-1)
         for t in range(r):
@@ -139,7 +140,7 @@ def test_microbatches_padding_and_checkpointing_change_no_gradient(kind):
 
     for module in [policy.lm] + ([policy.critic.trunk] if policy.critic else []):
         checkpoint_activations(module)
-    passes = count_passes(policy.model.plain.base_model.layers[0].mlp)
+    passes = count_passes(policy.model.hf_model.base_model.layers[0].mlp)
     assert_equal(run(batch, 1000)[2], want)
     assert len(passes) == 2  # the second, in the backward pass, is what checkpointing is
 

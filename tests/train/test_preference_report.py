@@ -12,7 +12,7 @@ import torch
 
 from tether.data.pairs import Pair
 from tether.errors import RunError
-from tether.train.preference_report import calibrate, judge, share, wilson
+from tether.train.preference_report import build_report, calibrate, clustered_interval, wilson
 
 
 def pairs(lengths, group=None):
@@ -36,8 +36,8 @@ def test_the_interval_is_wilsons(successes, n, low, high):
 
 def test_pairs_that_succeed_and_fail_together_widen_the_interval():
     success = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0] * 10, dtype=torch.float64)
-    apart = share(success, [str(i) for i in range(80)])
-    twins = share(success, [str(i // 2) for i in range(80)])  # of 40 prompts, two pairs each, always alike
+    apart = clustered_interval(success, [str(i) for i in range(80)])
+    twins = clustered_interval(success, [str(i // 2) for i in range(80)])  # of 40 prompts, two pairs each, always alike
     assert apart == wilson(0.75, 80)
     want = wilson(0.75, 40)
     assert (twins.low, twins.high) == (pytest.approx(want.low), pytest.approx(want.high))
@@ -47,13 +47,13 @@ def test_the_interval_covers_the_truth_as_often_as_it_says_where_pairs_hang_toge
     # 60 prompts of 1 to 5 pairs; a prompt is easy (.95) or hard (.45), so its pairs are alike. Truth: their average.
     draw, hits = random.Random(0), 0
     for _ in range(400):
-        success, witnesses = [], []
+        success, clusters = [], []
         for prompt in range(60):
             p = draw.choice((0.95, 0.45))
             for _ in range(draw.randint(1, 5)):
                 success.append(float(draw.random() < p))
-                witnesses.append(str(prompt))
-        found = share(torch.tensor(success, dtype=torch.float64), witnesses)
+                clusters.append(str(prompt))
+        found = clustered_interval(torch.tensor(success, dtype=torch.float64), clusters)
         hits += found.low <= 0.7 <= found.high
     assert 0.92 <= hits / 400 <= 0.98
 
@@ -61,7 +61,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says_where_pairs_hang_toge
 def test_accuracy_loss_scale_and_length_baseline_by_hand():
     train = pairs([(3, 2), (4, 2), (1, 5)])  # the longer one wins two of three times
     test = pairs([(3, 2), (2, 4), (3, 3), (9, 1)])
-    report = judge(train, scores([1, 3, 5], [1, 1, 1]), test, scores([1, 0, 2, 0], [0, 1, 2, 1]))
+    report = build_report(train, scores([1, 3, 5], [1, 1, 1]), test, scores([1, 0, 2, 0], [0, 1, 2, 1]))
     assert report.accuracy.value == 0.25  # one right, two wrong, and a tie is no success
     assert report.train_accuracy == pytest.approx(2 / 3)
     log_odds = [1, -1, 0, -1]
@@ -76,8 +76,8 @@ def test_accuracy_loss_scale_and_length_baseline_by_hand():
 def test_ties_count_in_the_loss_and_nowhere_else():
     test = pairs([(3, 2), (2, 4)])
     tie = replace(pairs([(9, 1)])[0], probability=0.5)
-    without = judge(test, scores([1, 3], [0, 0]), test, scores([1, 0], [0, 1]))
-    report = judge([*test, tie], scores([1, 3, 5], [0, 0, 0]), [*test, tie], scores([1, 0, 2], [0, 1, 0]))
+    without = build_report(test, scores([1, 3], [0, 0]), test, scores([1, 0], [0, 1]))
+    report = build_report([*test, tie], scores([1, 3, 5], [0, 0, 0]), [*test, tie], scores([1, 0, 2], [0, 1, 0]))
     assert (report.test_pairs, report.test_ties) == (2, 1)
     for name in ("accuracy", "train_accuracy", "length_prefers", "length_accuracy", "calibration"):
         assert getattr(report, name) == getattr(without, name), name
@@ -86,7 +86,7 @@ def test_ties_count_in_the_loss_and_nowhere_else():
 
 
 def test_without_held_out_pairs_the_report_claims_nothing(tmp_path):
-    report = judge(pairs([(3, 2), (2, 4)]), scores([1, 3], [0, 0]), [], scores([], []))
+    report = build_report(pairs([(3, 2), (2, 4)]), scores([1, 3], [0, 0]), [], scores([], []))
     assert (report.accuracy, report.loss, report.length_accuracy, report.calibration_error) == (None,) * 4
     assert (report.learned, report.calibration, report.train_accuracy) == (None, [], 1.0)
     assert "No pairs were held out: nothing is known" in report.text()
@@ -99,17 +99,17 @@ def test_a_report_on_pairs_of_one_prompt_says_so_and_counts_each_pair():
     train, test = pairs([(3, 2)] * 20), pairs([(3, 2)] * 20)
     one = [replace(p, prompt_key="same") for p in train], [replace(p, prompt_key="same") for p in test]
     said = scores([1] * 20, [0] * 20)
-    report = judge(one[0], said, one[1], said)
+    report = build_report(one[0], said, one[1], said)
     assert report.same_prompts
     assert "held out by their answers" in report.text()
-    apart = judge([replace(p, prompt_key=f"q{p.row}") for p in train], said, test, said)
+    apart = build_report([replace(p, prompt_key=f"q{p.row}") for p in train], said, test, said)
     assert report.accuracy == apart.accuracy
     assert not apart.same_prompts
 
 
 def test_a_constant_model_is_not_accurate_and_has_no_scale():
     train, test = pairs([(2, 1)] * 50), pairs([(2, 1)] * 50)
-    report = judge(train, torch.full((100,), 3.0), test, torch.full((100,), 3.0))
+    report = build_report(train, torch.full((100,), 3.0), test, torch.full((100,), 3.0))
     assert report.accuracy.value == 0.0
     assert report.loss == pytest.approx(math.log(2))
     assert not report.learned
@@ -119,7 +119,7 @@ def test_a_constant_model_is_not_accurate_and_has_no_scale():
 
 def test_a_confidently_wrong_model_is_not_called_learned_however_often_it_is_right():
     test = pairs([(2, 1)] * 100)
-    report = judge(
+    report = build_report(
         test, scores([1.0] * 100, [0.0] * 100), test, scores([1.0] * 80 + [-9.0] * 20, [0.0] * 80 + [9.0] * 20)
     )
     assert report.accuracy.low > 0.7
@@ -130,7 +130,7 @@ def test_a_confidently_wrong_model_is_not_called_learned_however_often_it_is_rig
 def test_a_ruler_in_disguise_is_called_one():
     lengths = [(5, 1)] * 80 + [(1, 5)] * 20
     by_length = scores([c for c, _ in lengths], [r for _, r in lengths])
-    report = judge(pairs(lengths), by_length / 4, pairs(lengths), by_length / 4)
+    report = build_report(pairs(lengths), by_length / 4, pairs(lengths), by_length / 4)
     assert report.learned
     assert report.accuracy.value == report.length_accuracy.value == 0.8
     assert "cannot be told from a ruler" in report.text()
@@ -153,12 +153,14 @@ def test_only_a_model_whose_log_odds_are_true_is_calibrated(sharpness, calibrate
     first_wins = [draw.random() < 1 / (1 + math.exp(-t)) for t in truth]
     margin = [t if won else -t for t, won in zip(truth, first_wins, strict=True)]  # of the chosen over the other
     test, said = pairs([(1, 2)] * 20000), [sharpness * m for m in margin]
-    report = judge(test, scores(said, [0] * 20000), test, scores(said, [0] * 20000))
+    report = build_report(test, scores(said, [0] * 20000), test, scores(said, [0] * 20000))
     assert (report.calibration_error < 0.015) == calibrated
 
 
 def test_a_report_on_disk_is_the_old_one_or_the_new_one_never_half(tmp_path, monkeypatch):
-    report = judge(pairs([(2, 1)] * 4), scores([1, 2, 3, 4], [0] * 4), pairs([(1, 2)] * 2), scores([1, 2], [0, 0]))
+    report = build_report(
+        pairs([(2, 1)] * 4), scores([1, 2, 3, 4], [0] * 4), pairs([(1, 2)] * 2), scores([1, 2], [0, 0])
+    )
     report.write(tmp_path)
     whole = (tmp_path / "reward_report.json").read_text()
     write = Path.write_text

@@ -28,8 +28,8 @@ from tether.config import (
 from tether.config.reading import to_yaml
 from tether.data.examples import Example
 from tether.errors import ConfigError, TrainingError
+from tether.models.language_model import LanguageModel
 from tether.models.loading import load_causal_lm
-from tether.models.policy import LanguageModel
 from tether.train.sft import accumulate, check_packing, pack, plan_steps, sft
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def by_hand(model):
     model.lm.zero_grad()
     losses = []
     for example in EXAMPLES:
-        logprobs = model.plain(input_ids=torch.tensor([example.ids])).logits[0].log_softmax(-1)
+        logprobs = model.hf_model(input_ids=torch.tensor([example.ids])).logits[0].log_softmax(-1)
         losses += [-logprobs[t - 1, example.ids[t]] for t in range(len(example.ids)) if example.trained[t]]
     loss = torch.stack(losses).mean()
     loss.backward()

@@ -22,7 +22,7 @@ from tether.rewards import build_reward
 from tether.samplers.local import LocalSampler
 from tether.train import rollout as phase_1
 from tether.train.columns import rollout_columns
-from tether.train.optim import Steps, build_optimizer
+from tether.train.optim import ScheduledOptimizer, build_optimizer
 from tether.train.update import accumulate, update
 from tether.types import Rollout, Sampling
 from tiny import language_model, prompts_of, ragged_rows
@@ -95,7 +95,7 @@ def test_phase_2_learns_from_the_policys_loss_alone(policy, experience):
     )
     before = [p.detach().clone() for _, p in policy.policy_parameters()]
     done = update(
-        policy, Steps(optimizer, OptimConfig(), 8), experience.rollout, CONFIG.ppo,
+        policy, ScheduledOptimizer(optimizer, OptimConfig(), 8), experience.rollout, CONFIG.ppo,
         cycle=1, kl_coef=0.1, temperature=1.0, seed=0,
     )  # fmt: skip
     assert not [name for name in done.metrics if name.startswith("value/")]

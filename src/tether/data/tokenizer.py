@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from tether.errors import ConfigError, ModelError, did_you_mean_final, did_you_mean_path, first_line
 
@@ -53,6 +54,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
             f"{vocab_size - 1}: a text with that token has no meaning to the model. Use the tokenizer that the model "
             f"was trained with, or give the model {highest + 1} embeddings (model.resize_token_embeddings)."
         )
+
+
+def load_generation_config(path: str, revision: str | None = None) -> GenerationConfig | None:
+    """The generation config of a model directory or hub id; None where it has none, as a classifier."""
+    with suppress(OSError):
+        return GenerationConfig.from_pretrained(path, revision=revision or "main")
+    return None
 
 
 def stop_token_ids(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tether.config import (
     DataConfig,
@@ -27,9 +26,9 @@ from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
 from tether.data.split import share_prompts, split_pairs
 from tether.data.table import read_rows
-from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
-from tether.errors import ModelError
+from tether.data.tokenizer import check_vocabulary, load_generation_config, load_tokenizer, stop_token_ids
 from tether.models.loading import context_length, model_config
+from tether.models.reward_model import check_one_label
 from tether.rewards import FunctionReward, load_function
 from tether.train.contexts import check_contexts
 from tether.train.evaluate import load_inputs
@@ -75,13 +74,14 @@ def check_inputs(config: TrainingConfig, pinned: str | None = None) -> Inputs:
     where: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     if isinstance(policy, InitModelConfig):
         tokenizer = load_tokenizer(policy.tokenizer, **where)
-        architecture = init_architecture(policy, tokenizer)
+        architecture, generation = init_architecture(policy, tokenizer), None
     else:
         tokenizer, architecture = load_tokenizer(policy, **where), model_config(policy, **where)
+        generation = load_generation_config(policy, config.model.revision)
         check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
     context = context_length(architecture)
     override = config.sampling.stop_token_ids if isinstance(config, PPOConfig) else None
-    stops = stop_token_ids(tokenizer, _generation_config(policy, config.model.revision), override)
+    stops = stop_token_ids(tokenizer, generation, override)
     named = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in stops) or "none: only the length ends one"
     facts = [f"stop tokens: {named}", f"context: {context or 'not limited'} tokens"]
     if isinstance(config, PPOConfig):
@@ -100,7 +100,7 @@ def check_evaluation(config: EvaluateConfig) -> Inputs:
     asked, facts = prompts[baseline], []
     facts.append(_lengths(config.prompts, prompts=[len(p.ids) for p in asked]))
     for name, source in sources.items():
-        stops = stop_token_ids(source.tokenizer, _generation_config(name, None), config.sampling.stop_token_ids)
+        stops = stop_token_ids(source.tokenizer, load_generation_config(name), config.sampling.stop_token_ids)
         told = _sources(config, prompts[name], source.tokenizer, stops)
         facts += told if name == baseline else []
     plan = (
@@ -183,21 +183,9 @@ def _sources(
             facts.append(f"reward {name}: {source.function}, weight {source.weight:g}")
             continue
         assert source.model is not None
-        labels = model_config(source.model).num_labels
-        if labels != 1:
-            raise ModelError(
-                f"{source.model} has {labels} labels: a reward model has one number to give. Name a sequence "
-                "classifier with num_labels=1, such as `tether reward` writes."
-            )
+        check_one_label(source.model, model_config(source.model))
         facts.append(f"reward {name}: model {source.model}, weight {source.weight:g}")
     return facts
-
-
-def _generation_config(policy: str | InitModelConfig, revision: str | None) -> Any:
-    if isinstance(policy, str):
-        with suppress(OSError):  # it has none: the tokenizer's eos then
-            return GenerationConfig.from_pretrained(policy, revision=revision or "main")
-    return None
 
 
 def _lengths(data: PromptsConfig | DataConfig, **kept: list[int]) -> str:

@@ -15,8 +15,8 @@ import torch
 from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig, TrainingConfig, source_name
 from tether.data.tokenizer import load_tokenizer
 from tether.diagnose.simulate import Shape, Step, simulate
+from tether.models.language_model import freeze
 from tether.models.loading import model_config, resolve_device, resolve_dtype
-from tether.models.policy import freeze
 from tether.samplers.local import PREFILL_TOKENS, count_slots, slot_bytes
 from tether.train.sft import init_architecture
 
@@ -88,8 +88,7 @@ def predict(
     """
     kind = device or resolve_device(config.device).type
     architecture = architecture or architecture_of(config)
-    text = architecture.get_text_config()
-    dtype = _dtype(config, kind, text.hidden_size)
+    dtype = _dtype(config, kind, architecture)
     shape = _shape(config, prompt_tokens)
     critic = _critic(config, architecture)
     checkpointing = config.model.gradient_checkpointing
@@ -142,8 +141,7 @@ def _of_ppo(
     for source in config.reward:
         if source.model is not None:
             other = _read(config, source.model)
-            width = other.get_text_config().hidden_size
-            taken = resolve_dtype(source.dtype, torch.device("cpu"), width) if kind == "cpu" else dtype
+            taken = resolve_dtype(source.dtype, torch.device("cpu"), other) if kind == "cpu" else dtype
             parts.append(Part(f"reward model {source_name(source)}", _count(other) * taken.itemsize))
     return parts
 
@@ -178,10 +176,10 @@ def _critic(config: TrainingConfig, architecture: Any) -> Any:
     return architecture if config.model.critic == "separate" else _read(config, config.model.critic)
 
 
-def _dtype(config: TrainingConfig, kind: str, width: int) -> torch.dtype:
+def _dtype(config: TrainingConfig, kind: str, architecture: Any) -> torch.dtype:
     if kind == "cuda" and config.model.dtype == "auto":
         return torch.bfloat16  # as every GPU of the last years; asking torch would need one
-    return resolve_dtype(config.model.dtype, torch.device("cpu"), width)
+    return resolve_dtype(config.model.dtype, torch.device("cpu"), architecture)
 
 
 def _shape(config: TrainingConfig, tokens: int | None) -> Shape:

@@ -8,11 +8,8 @@ estimated by formula, no weight is loaded, and an 8B model takes seconds on a la
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +19,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from tether.config import LoraConfig
-from tether.math import logprobs
+from tether.models.language_model import LanguageModel
 from tether.models.loading import add_lora, checkpoint_activations, quiet_transformers, without_dropout
-from tether.models.policy import LanguageModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +32,16 @@ class Step:
     trained: int  # number of trained weights, the critic's left out
     critic: int  # number of weights of a separate critic
     activations: int  # peak of the forward and backward pass of one microbatch, gradients left out
+
+
+@dataclass
+class _SimulatedModel(LanguageModel):
+    """A model on a CPU's tensors without data, whose output head takes the memory that it would on `simulated`."""
+
+    simulated: str = "cpu"
+
+    def head(self) -> dict[str, Any]:
+        return {**super().head(), "device": self.simulated}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +81,8 @@ def simulate(
             p.grad = torch.zeros_like(p)  # gradients are a part of their own
         known = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         meter = _Meter([*known, *(p.grad for p in trained if p.grad is not None)])
-        with meter, _head_as_on(device):
-            _microbatch(LanguageModel(lm, dtype), trunk, shape).backward()
+        with meter:
+            _microbatch(_SimulatedModel(lm, dtype, simulated=device), trunk, shape).backward()
         critic_size = sum(p.numel() for p in trunk.parameters()) if trunk is not None else 0
         return Step(
             parameters=parameters,
@@ -116,21 +122,6 @@ def _microbatch(model: LanguageModel, critic: Any, shape: Shape) -> Tensor:
         with model.autocast():
             loss = loss + critic(input_ids=tokens, use_cache=False).last_hidden_state[before].float().sum()
     return loss
-
-
-@contextmanager
-def _head_as_on(device: str) -> Iterator[None]:
-    """Treat the output head as a GPU does: larger chunks of logits, and bfloat16 factors that stay bfloat16.
-
-    The tensors are a CPU's in any case: on a machine without a GPU torch turns autocast off for those of one.
-    """
-    if device == "cpu":
-        yield
-        return
-    chunks = patch.object(logprobs, "_CHUNK_BYTES", logprobs._CHUNK_BYTES_ACCELERATOR)
-    factors = patch.object(logprobs.Head, "factor", lambda head, x: x.to(head.dtype))
-    with chunks, factors:
-        yield
 
 
 class _Meter(TorchDispatchMode):

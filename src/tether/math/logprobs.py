@@ -35,6 +35,7 @@ def token_logprobs(
     softcap: float | None = None,
     entropy: bool = True,
     chunk: int | None = None,
+    device: str | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Log-probability of each target token, and entropy of the distribution that it was chosen from.
 
@@ -57,13 +58,14 @@ def token_logprobs(
         softcap      soft limit of the logits, as in Gemma 2; None: no limit.
         entropy      False saves the work and returns zeros.
         chunk        rows at a time: memory and speed, never the result; None: by the size of the vocabulary.
+        device       cpu or cuda: compute as there; None: where `hidden` is. For tensors without data, see `Head`.
 
     Returns (logprobs, entropy), nats, fp32 (fp64 if hidden is).
     """
     if chunk is None:
-        budget = _CHUNK_BYTES if hidden.device.type == "cpu" else _CHUNK_BYTES_ACCELERATOR
+        budget = _CHUNK_BYTES if (device or hidden.device.type) == "cpu" else _CHUNK_BYTES_ACCELERATOR
         chunk = max(_LEAST_ROWS, budget // (4 * weight.shape[0]))
-    kind = {"scale": scale, "softcap": softcap, "dtype": _matmul_dtype(hidden)}
+    kind = {"scale": scale, "softcap": softcap, "dtype": _matmul_dtype(hidden), "device": device}
     # Asked here: inside an autograd function grad mode is always off. A soft-cap's gradient needs logits besides.
     keep = torch.is_grad_enabled() and softcap is None and 4 * hidden.shape[0] * weight.shape[0] <= _KEPT_BYTES
     logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets, kind, temperature, entropy, chunk, keep)  # type: ignore[no-untyped-call]
@@ -93,20 +95,23 @@ class Head:
 
     Factors of the product are rounded to `dtype`, the matmul's. Its sums and all that follows are fp32 at least:
     rounding a logit of 20 to bfloat16 would move it by up to 0.06, and its token's probability by 6 %.
+
+    device: cpu or cuda, whose kinds of factors are used; None: the weight's own. A GPU's memory is simulated on a CPU's
+    tensors without data: without a GPU, torch turns off autocast for tensors of one.
     """
 
     def __init__(
         self, weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"] | None = None, *, scale: float = 1.0,
-        softcap: float | None = None, dtype: torch.dtype,
+        softcap: float | None = None, dtype: torch.dtype, device: str | None = None,
     ) -> None:  # fmt: skip
-        self.dtype, self.scale, self.softcap = dtype, scale, softcap
+        self.dtype, self.scale, self.softcap, self.device = dtype, scale, softcap, device or weight.device.type
         self.weight = self.factor(weight)
         self.bias = None if bias is None else bias.to(torch.promote_types(dtype, torch.float32))
 
     def factor(self, x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """`x` rounded to the matmul's dtype; held in fp32 where the device cannot sum a bfloat16 product in fp32."""
         x = x.to(self.dtype)
-        return x if x.is_cuda and _SUMS_IN_FP32 else _at_least_fp32(x)
+        return x if self.device == "cuda" and _SUMS_IN_FP32 else _at_least_fp32(x)
 
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """z, at least fp32, in memory of its own."""

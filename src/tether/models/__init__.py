@@ -1,1 +1,1 @@
-"""Models: loading, the language model's head, policy with critic and reference, reward model, export."""
+"""Models: loading, the language model as trunk and head, policy with critic and reference, reward model, export."""

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from tether.errors import ModelError, RunError
+from tether.models.language_model import LanguageModel
 from tether.models.loading import head_size, without_dropout
-from tether.models.policy import LanguageModel
 from tether.runs import Run
 from tether.runs.files import SUMS, damage, replacing_directory, wrap_os_errors, write_sums
 
@@ -56,7 +56,7 @@ def merged(model: LanguageModel) -> Any:
     A GPU that was large enough to train adapters may have no room for the whole model twice in float32.
     """
     if not hasattr(model.lm, "merge_and_unload"):
-        return model.plain
+        return model.hf_model
     copies: dict[int, Any] = {id(b): b.to("cpu", copy=True) for b in model.lm.buffers()}
     for p in model.lm.parameters():  # deepcopy takes these instead of copying where the weights are
         copies[id(p)] = torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True), requires_grad=False)

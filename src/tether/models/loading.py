@@ -48,17 +48,18 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def resolve_dtype(dtype: str, device: torch.device, hidden_size: int) -> torch.dtype:
+def resolve_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
     """`auto`: bfloat16 on a GPU, and on a CPU with bfloat16 arithmetic once matrices are large enough to gain from it.
 
-    Below a width of about 512, casting the weights costs more than the faster matmul gives back.
+    config: of transformers. Below a width of about 512, casting the weights costs more than the faster matmul gives
+    back.
     """
     if dtype != "auto":
         return torch.bfloat16 if dtype == "bfloat16" else torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast and hidden_size >= 512 else torch.float32
+    return torch.bfloat16 if fast and config.get_text_config().hidden_size >= 512 else torch.float32
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
@@ -133,13 +134,17 @@ def load_causal_lm(
             )
         except Exception as error:
             raise ModelError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
+    check_complete(path, model, sorted(info["missing_keys"]))
+    return without_dropout(model.to(device))
+
+
+def check_complete(path: str, model: PreTrainedModel, missing: list[str]) -> None:
+    """Raise ModelError if the directory of `model` did not have all its weights."""
     if missing:
         raise ModelError(
             f"{path} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} first: they would be random. "
-            "Name a directory that holds a whole causal language model."
+            "Name a directory that holds a whole model."
         )
-    return without_dropout(model.to(device))
 
 
 def init_causal_lm(settings: dict[str, Any], *, vocab_size: int, special: dict[str, int | None], seed: int) -> Any:
@@ -193,10 +198,12 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, task: str =
         raise ConfigError(f"model.lora.targets={targets!r} fits no layer: {first_line(error)}") from error
 
 
-def wants_checkpointing(setting: str | bool, model: nn.Module, device: torch.device) -> bool:
-    """Whether to recompute activations in the backward pass; auto: for models above 1B on a GPU."""
+def set_checkpointing(setting: str | bool, device: torch.device, model: Any, *others: Any) -> None:
+    """Recompute activations of all these in the backward pass if asked to; auto: for a `model` above 1B on a GPU."""
     big = sum(p.numel() for p in model.parameters()) > 1e9 and device.type == "cuda"
-    return setting is True or (setting == "auto" and big)
+    if setting is True or (setting == "auto" and big):
+        for module in (model, *others):
+            checkpoint_activations(module)
 
 
 def checkpoint_activations(model: Any) -> None:

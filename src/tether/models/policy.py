@@ -1,22 +1,12 @@
-"""The models of a PPO run: the policy with its critic, and the frozen reference.
-
-Model code is transformers': any causal language model, by directory or hub id. Ours is what surrounds it: reading
-log-probs off hidden states without ever holding [B, T, V], and a value head.
-
-Every forward pass here sees whole rows, prompt and response, padded on the right and without an attention mask: under
-causal attention no token sees what comes after it (see `tether.types`).
-"""
+"""The models of a PPO run: the policy with its critic, and the frozen reference."""
 
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,197 +15,20 @@ from transformers import PreTrainedModel
 
 from tether.config import ModelConfig
 from tether.errors import ModelError
-from tether.math import Head, full_logprobs, token_logprobs
+from tether.models.language_model import LanguageModel, freeze, frozen_copy
 from tether.models.loading import (
     add_lora,
     autocast,
-    checkpoint_activations,
     load_causal_lm,
     load_weights,
     model_config,
     resolve_dtype,
-    wants_checkpointing,
+    set_checkpointing,
 )
 from tether.models.reward_model import load_reward_model
 from tether.types import Rows
 
 _VALUE_HEAD = "value_head.safetensors"  # in a critic's directory, beside its trunk if it has one
-
-# ---------------------------------------------------------------- from hidden states to log-probs
-
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-
-
-@dataclass
-class LanguageModel:
-    """A causal LM seen as trunk and head: hidden states out of one, log-probs of chosen tokens out of the other."""
-
-    lm: Any  # the model that `transformers` would run, adapters included
-    dtype: torch.dtype  # compute precision
-    full: bool = False  # read log-probs off the model's own logits: for heads that ours does not know
-
-    @property
-    def trunk(self) -> nn.Module:
-        trunk: nn.Module = self.plain.base_model
-        return trunk
-
-    @property
-    def plain(self) -> Any:
-        """The transformers model itself, adapters injected but unwrapped."""
-        return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
-
-    @property
-    def config(self) -> Any:
-        return self.plain.config.get_text_config()
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = next(self.plain.parameters()).device
-        return device
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context of a forward pass in the compute precision."""
-        return autocast(self.dtype, self.device)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Inside, the model is in eval mode, without gradient checkpointing, and no other thread's `evaluating`.
-
-        Mode, attention implementation and (in `exactly`) precision are state of the model itself, which threads that
-        share it cannot have at once: they take turns. Threads with models of their own do not wait for each other.
-        """
-        with _locks.setdefault(self.plain, threading.RLock()):
-            training = [module for module in self.lm.modules() if module.training]
-            self.lm.eval()
-            try:
-                yield
-            finally:
-                for module in training:
-                    module.training = True
-
-    @contextmanager
-    def exactly(self) -> Iterator[None]:
-        """Inside, the trunk computes in float32 (or float64): for probes, which rounding to bfloat16 would blunt.
-
-        Weights that are kept in bfloat16 are widened a layer at a time, while it runs: the model need not fit twice.
-        """
-        narrow: dict[int, tuple[nn.Parameter, Tensor]] = {}
-
-        def widen(layer: nn.Module, _: Any) -> None:
-            for p in layer.parameters():
-                if p.dtype in (torch.bfloat16, torch.float16):
-                    narrow[id(p)] = p, p.data
-                    p.data = p.data.float()
-
-        def put_back(*_: Any) -> None:
-            for p, data in narrow.values():
-                p.data = data
-            narrow.clear()
-
-        hooks = []
-        for child in self.trunk.children():
-            for layer in child if isinstance(child, nn.ModuleList) else [child]:
-                hooks.append(layer.register_forward_pre_hook(widen))
-                hooks.append(layer.register_forward_hook(put_back, always_call=True))
-        try:
-            with torch.autocast(self.device.type, enabled=False):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            put_back()
-
-    def hidden(self, tokens: Tensor, **kwargs: Any) -> Tensor:
-        """[B, T, D] hidden states after the last norm, for tokens [B, T]."""
-        hidden: Tensor = self.trunk(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
-        return hidden
-
-    def head(self) -> dict[str, Any]:
-        """What stands between the trunk and the logits, for `token_logprobs`: weight, bias, scale and soft-cap."""
-        output = self.plain.get_output_embeddings()
-        scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere multiplies
-        scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite divides
-        return {
-            "weight": output.weight,
-            "bias": getattr(output, "bias", None),
-            "scale": scale,
-            "softcap": getattr(self.config, "final_logit_softcapping", None),  # Gemma
-        }
-
-    def output_head(self) -> Head:
-        """The head as a function, for many hidden states in a row: its weight is converted once."""
-        kind = self.head()
-        dtype = self.dtype if self.dtype == torch.bfloat16 else kind["weight"].dtype
-        return Head(**kind, dtype=dtype)
-
-    def response_logprobs(self, rows: Rows, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward pass; ([N] log-probs in nats, [N] entropies in nats, [N, D] hidden states) of N response tokens.
-
-        Position t's come from the hidden state before token t. Without `entropy`, entropies are zeros.
-        """
-        return self.logprobs(rows.tokens, rows.before_targets, rows.targets, temperature=temperature, entropy=entropy)
-
-    def logprobs(
-        self,
-        tokens: Tensor,
-        before: tuple[Tensor, Tensor],
-        targets: Tensor,
-        *,
-        temperature: float = 1.0,
-        entropy: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward pass over tokens [B, T]; what `response_logprobs` returns, of any N positions.
-
-        before: ([N], [N]) row and column of the position whose hidden state predicts each of targets [N].
-        kwargs: for the trunk, such as position_ids.
-        """
-        with self.autocast():
-            if self.full:
-                output = self.plain(input_ids=tokens, use_cache=False, output_hidden_states=True, **kwargs)
-                hidden, logits = output.hidden_states[-1][before], output.logits[before]
-                return *full_logprobs(logits, targets, temperature=temperature, entropy=entropy), hidden
-            hidden = self.hidden(tokens, **kwargs)[before]
-            return *token_logprobs(hidden, targets=targets, temperature=temperature, entropy=entropy,
-                                   **self.head()), hidden  # fmt: skip
-
-    def check_head(self) -> str | None:
-        """Compare our log-probs with the model's own logits on a probe; on a mismatch use those, and say so.
-
-        Some architectures scale, cap or otherwise change logits after the head in ways that no config key names. Both
-        sides are in float32 from the head on, whatever the compute precision: rounding would hide a small change.
-        """
-        output = self.plain.get_output_embeddings()
-        if not hasattr(output, "weight") or type(output).__module__.startswith("peft"):
-            self.full = True
-            return "the head is not a plain linear layer: log-probs come from full logits, which takes more memory"
-        vocabulary = self.config.vocab_size
-        tokens = (torch.arange(12, device=self.device) * 7919 % vocabulary)[None]
-        rows = Rows(tokens, torch.tensor([1]), torch.tensor([11]))
-        wide = torch.promote_types(output.weight.dtype, torch.float32)
-        head = self.head()
-        plain_head = Head(head["weight"], head["bias"], dtype=wide)
-        with torch.no_grad(), self.autocast():
-            hidden = self.hidden(tokens)[0, :-1].to(wide)
-            hook = output.register_forward_hook(lambda _, given, __: plain_head.logits(given[0][0])[None])
-            try:
-                logits = self.plain(input_ids=tokens, use_cache=False).logits[0, :-1]
-            finally:
-                hook.remove()
-            with torch.autocast(self.device.type, enabled=False):
-                ours = token_logprobs(hidden, targets=rows.targets, entropy=False, **head)[0]
-                theirs = full_logprobs(logits, rows.targets, entropy=False)[0]
-        gap = (ours - theirs).abs().max().item()
-        if gap <= 1e-3:
-            return None
-        self.full = True
-        return (
-            f"chunked log-probs differ from {type(self.plain).__name__}'s own by {gap:.2g} nats: "
-            "log-probs come from full logits, which takes more memory"
-        )
-
-
-# ---------------------------------------------------------------- policy, critic, reference
 
 
 class PolicyOutput(NamedTuple):
@@ -333,8 +146,7 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
     as that changes none of its bits: it must agree with the policy before anything is learned.
     """
     where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    width = model_config(config.policy, **where).get_text_config().hidden_size
-    dtype = resolve_dtype(config.dtype, device, width)
+    dtype = resolve_dtype(config.dtype, device, model_config(config.policy, **where))
     lm: Any = load_causal_lm(config.policy, dtype=dtype if config.lora else torch.float32, device=device, **where)
 
     frozen = None
@@ -352,9 +164,7 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
         critic = _load_critic(config, lm, dtype, device)
     if config.lora:
         lm = add_lora(lm, config.lora, seed=seed)
-    if wants_checkpointing(config.gradient_checkpointing, lm, device):
-        for module in [lm] + ([critic.trunk] if critic else []):
-            checkpoint_activations(module)
+    set_checkpointing(config.gradient_checkpointing, device, lm, *([critic.trunk] if critic else []))
 
     policy = Policy(LanguageModel(lm, dtype), critic).to(device)
     notes = [note for model in (policy.model, frozen) if model and (note := model.check_head())]
@@ -364,25 +174,6 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
         frozen.lm.eval().requires_grad_(False)
     policy.train()
     return policy, Reference(policy, frozen), notes
-
-
-def frozen_copy(lm: Any, dtype: torch.dtype, *, same_bits: bool = False) -> Any:
-    """A frozen copy of `lm` with its weights in `dtype`; see `freeze`."""
-    return freeze(copy.deepcopy(lm), dtype, same_bits=same_bits)
-
-
-def freeze(lm: Any, dtype: torch.dtype, *, same_bits: bool = False) -> Any:
-    """`lm` itself, frozen, with its weights in `dtype`.
-
-    same_bits: only the matrices, which autocast to `dtype` rounds at every use anyway. Embeddings and norms stay as
-    they are, and with them the sums over layers: the model then computes what it did before, to the bit.
-    Buffers always stay: rotary frequencies in bfloat16 would drift from the trained model's by position.
-    """
-    looked_up = {id(p) for m in lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    for p in lm.requires_grad_(False).parameters():
-        if not same_bits or (p.ndim > 1 and id(p) not in looked_up):
-            p.data = p.data.to(dtype)
-    return lm
 
 
 def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> SeparateCritic:

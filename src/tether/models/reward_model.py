@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from tether.errors import ModelError
-from tether.models.loading import autocast, model_config, quiet_transformers, without_dropout
+from tether.models.loading import autocast, check_complete, model_config, quiet_transformers, without_dropout
 from tether.runs.files import replacing_directory, wrap_os_errors, write_sums
 from tether.types import microbatches
 
@@ -106,11 +106,7 @@ def load_reward_model(
     """A trained reward model with its normalisation; weights in `dtype`, dropout 0."""
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = model_config(path, **where)
-    if config.num_labels != 1:
-        raise ModelError(
-            f"{path} has {config.num_labels} labels: a reward model has one number to give. Name a sequence "
-            "classifier with num_labels=1, such as `tether reward` writes."
-        )
+    check_one_label(path, config)
     classifier, missing = _load_classifier(path, config, dtype, **where)
     if missing:
         raise ModelError(
@@ -119,6 +115,15 @@ def load_reward_model(
         )
     mean, std = getattr(config, "tether_reward_mean", 0.0), getattr(config, "tether_reward_std", 1.0)
     return RewardModel(classifier.to(device), dtype=dtype, mean=mean, std=std)
+
+
+def check_one_label(path: str, config: PretrainedConfig) -> None:
+    """Raise ModelError unless a model of this transformers config gives one number."""
+    if config.num_labels != 1:
+        raise ModelError(
+            f"{path} has {config.num_labels} labels: a reward model has one number to give. Name a sequence "
+            "classifier with num_labels=1, such as `tether reward` writes."
+        )
 
 
 def init_reward_model(
@@ -137,15 +142,9 @@ def init_reward_model(
     """
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = model_config(path, **where)
-    if config.num_labels != 1:
-        config.num_labels = 1
+    config.num_labels = 1
     classifier, missing = _load_classifier(path, config, weights_dtype, **where)
-    lost = [name for name in missing if not name.startswith("score.")]
-    if lost:
-        raise ModelError(
-            f"{path} lacks {len(lost)} weights of {type(classifier).__name__}, {lost[0]} first: they would be random. "
-            "Name a directory that holds a whole model."
-        )
+    check_complete(path, classifier, [name for name in missing if not name.startswith("score.")])
     if missing:
         init_head(classifier, seed)
     return RewardModel(classifier.to(device), dtype=dtype)

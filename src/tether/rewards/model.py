@@ -51,8 +51,7 @@ class ModelReward:
         stop_ids: Sequence[int],
     ) -> ModelReward:
         """From a directory or hub id; tokenizer and stop_ids are the policy's."""
-        width = model_config(path).get_text_config().hidden_size
-        model = load_reward_model(path, dtype=resolve_dtype(dtype, device, width), device=device)
+        model = load_reward_model(path, dtype=resolve_dtype(dtype, device, model_config(path)), device=device)
         model.requires_grad_(False)
         return cls(model, load_tokenizer(path), name=name, tokenizer=tokenizer, stop_ids=stop_ids)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tether.config import SamplingConfig
-from tether.models.policy import LanguageModel
+from tether.models.language_model import LanguageModel
 from tether.samplers.local import LocalSampler
 from tether.types import Sampler
 

@@ -19,7 +19,7 @@ _REACH = 128  # keys: attention over up to 127 masked ones costs less than anoth
 Step = Callable[[Tensor, Tensor, int], Tensor]
 
 
-class RecordedSteps:
+class CudaGraphRunner:
     """A step, recorded for each shape it is called with.
 
         recorded(step, tokens, at, reach) == step(tokens, at, reach)

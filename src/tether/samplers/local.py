@@ -1,7 +1,7 @@
 """The local engine: prompts in, sampled responses out, in this process and with the policy's own weights.
 
 Continuous batching: up to `slots` rows decode together; a row that stops leaves at once and a waiting prompt takes its
-slot. Three verbs a step: admit, draw, step. Nothing in a step is done row by row in Python.
+slot. Three verbs a step: prefill, draw, step. Nothing in a step is done row by row in Python.
 
 Left out: paging (a slot is as wide as the longest prompt plus the length limit), sharing common prefixes, speculation.
 """
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tether.models.language_model import LanguageModel, frozen_copy
 from tether.models.loading import head_size
-from tether.models.policy import LanguageModel, frozen_copy
 from tether.samplers.draw import draw
 from tether.samplers.slots import SlotCache
 from tether.samplers.uniforms import uniforms
@@ -35,7 +35,7 @@ _DRAW_BYTES = 28  # a token of the vocabulary: logits, log-probs and probabiliti
 class Decoder(Protocol):
     """Turns tokens into hidden states, remembering each slot's past. The active slots are always 0 … n-1."""
 
-    def admit(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
+    def prefill(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
         """Encode prompts [m, P] (padded right), prompt copies[j] into slot first+j; [k, D] at their last tokens.
 
         copies: [k] rows of `tokens`, in order, each at least once: a prompt that is answered n times is encoded once.
@@ -58,10 +58,10 @@ class LocalSampler:
 
     def __init__(self, model: LanguageModel, *, slots: int | str = "auto") -> None:
         self.slots = slots
-        self._copied = model.dtype == torch.bfloat16 and model.plain.dtype == torch.float32
+        self._copied = model.dtype == torch.bfloat16 and model.hf_model.dtype == torch.float32
         self.model = model
         if self._copied:
-            self.model = LanguageModel(frozen_copy(model.lm, model.dtype), model.dtype, model.full)
+            self.model = LanguageModel(frozen_copy(model.lm, model.dtype), model.dtype, model.use_full_logits)
         self.note = _why_not_cached(model)
         self.cached = self.note is None
         self.recorded = self.cached and model.device.type == "cuda"
@@ -98,19 +98,19 @@ class LocalSampler:
 
         For one thread: torch's modes are set until it is exhausted or closed.
         """
-        asked = [p for p in prompts for _ in range(sampling.responses_per_prompt)]
-        width = max(len(p.ids) for p in asked) + sampling.max_new_tokens
+        requests = [p for p in prompts for _ in range(sampling.responses_per_prompt)]
+        width = max(len(p.ids) for p in requests) + sampling.max_new_tokens
         m, wish = self.model, self.slots if self.cached or self.slots != "auto" else _FEWEST_SLOTS
-        slots = count_slots(wish, len(asked), m.config, width, m.dtype, m.device.type)
+        slots = count_slots(wish, len(requests), m.config, width, m.dtype, m.device.type)
         decoder: Decoder
         if self.cached:
             decoder = SlotCache(self.model, slots=slots, width=width, recorded=self.recorded)
         else:
             decoder = Recompute(self.model, slots=slots, width=width)
-        batch = Batch(self.model, decoder, asked, sampling, cycle, slots, first)
+        batch = Batch(self.model, decoder, requests, sampling, cycle, slots, first)
         with self.model.evaluating(), self.model.autocast():
             while not batch.done:
-                batch.admit()
+                batch.prefill()
                 batch.draw()
                 yield batch
                 batch.step()
@@ -143,18 +143,19 @@ def _why_not_cached(model: LanguageModel) -> str | None:
     few tokens cannot show is read off the config: kinds of layers, and windows that the mask knows and we do not.
     """
     slow = "sampling recomputes every token, which is slow"
-    if model.full:
+    if model.use_full_logits:
         return f"the head is not ours to apply to a single token: {slow}"
     unknown = sorted(set(getattr(model.config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if unknown:
-        return f"{type(model.plain).__name__} has layers of {', '.join(unknown)}, which our cache does not know: {slow}"
+        name = type(model.hf_model).__name__
+        return f"{name} has layers of {', '.join(unknown)}, which our cache does not know: {slow}"
     tokens = torch.arange(8, device=model.device)[None] * 7919 % model.config.vocab_size
-    with model.evaluating(), model.exactly():
+    with model.evaluating(), model.full_precision():
         want = model.hidden(tokens)[0, 4:]
         try:
             cache = SlotCache(model, slots=1, width=8)
             one = torch.zeros(1, dtype=torch.long, device=model.device)
-            first = cache.admit(tokens[:, :5], one + 5, 0, one)
+            first = cache.prefill(tokens[:, :5], one + 5, 0, one)
             got = torch.cat([first, *[cache.step(tokens[:, t]) for t in range(5, 8)]])
             gap = ((got - want).abs().max() / want.abs().max()).item()
             why = f"off by {gap:.2g}"
@@ -164,7 +165,7 @@ def _why_not_cached(model: LanguageModel) -> str | None:
             gap, why = float("inf"), f"{type(error).__name__}: {error}"
     if gap <= 1e-4:
         return None
-    return f"{type(model.plain).__name__} does not decode through our cache ({why}): {slow}"
+    return f"{type(model.hf_model).__name__} does not decode through our cache ({why}): {slow}"
 
 
 @torch.no_grad()
@@ -179,7 +180,7 @@ def _why_not_recorded(model: LanguageModel) -> str | None:
         with model.evaluating(), model.autocast():
             for recorded in (False, True):
                 cache = SlotCache(model, slots=1, width=4, recorded=recorded)
-                cache.admit(zero[:, None], zero + 1, 0, zero)
+                cache.prefill(zero[:, None], zero + 1, 0, zero)
                 # Cloned: a replay returns its recording's memory, and `.float()` of float32 is the same memory.
                 seen.append(torch.cat([cache.step(zero + t).float().clone() for t in range(3)]))
         gap = ((seen[0] - seen[1]).abs().max() / seen[0].abs().max()).item()
@@ -203,14 +204,14 @@ class Batch:
     """
 
     def __init__(
-        self, model: LanguageModel, decoder: Decoder, asked: list[Prompt], sampling: Sampling, cycle: int, slots: int,
-        first_response: int,
+        self, model: LanguageModel, decoder: Decoder, requests: list[Prompt], sampling: Sampling, cycle: int,
+        slots: int, first_response: int,
     ) -> None:  # fmt: skip
-        self.model, self.decoder, self.asked = model, decoder, asked
-        self.head = None if model.full else model.output_head()  # where it is not ours the decoder gives logits
+        self.model, self.decoder, self.requests = model, decoder, requests
+        self.head = None if model.use_full_logits else model.output_head()  # None: the decoder gives logits
         self.sampling, self.cycle, self.slots, self.first_response = sampling, cycle, slots, first_response
         device, limit = model.device, sampling.max_new_tokens
-        self.waiting = 0  # the next response to admit
+        self.waiting = 0  # the next request to prefill
         self.row = torch.empty(0, dtype=torch.long, device=device)
         self.drawn = torch.empty(0, dtype=torch.long, device=device)
         self.tokens = torch.empty(0, dtype=torch.long, device=device)  # each slot's newest token
@@ -218,24 +219,24 @@ class Batch:
         precise = torch.float32 if device.type == "mps" else torch.float64
         self.uniforms = torch.zeros(slots, limit, dtype=precise, device=device)
         self.stops = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
-        self.ids = torch.zeros(len(asked), limit, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(len(asked), limit, device=device)
-        self.truncated = torch.zeros(len(asked), limit, device=device)
-        self.lengths = torch.zeros(len(asked), dtype=torch.long, device=device)
-        self.stopped = torch.zeros(len(asked), dtype=torch.bool, device=device)
+        self.ids = torch.zeros(len(requests), limit, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(len(requests), limit, device=device)
+        self.truncated = torch.zeros(len(requests), limit, device=device)
+        self.lengths = torch.zeros(len(requests), dtype=torch.long, device=device)
+        self.stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
 
     @property
     def done(self) -> bool:
-        return self.waiting == len(self.asked) and len(self.row) == 0
+        return self.waiting == len(self.requests) and len(self.row) == 0
 
-    def admit(self) -> None:
+    def prefill(self) -> None:
         """Let waiting responses into the free slots and encode their prompts."""
         s, device = self.sampling, self.model.device
-        while self.waiting < len(self.asked) and len(self.row) < self.slots:
+        while self.waiting < len(self.requests) and len(self.row) < self.slots:
             first, (rows, prompts, copies) = len(self.row), self._next_rows()
             batch = Rows.of([p.ids for p in prompts], [()] * len(prompts)).to(device)
             which = torch.tensor(copies, device=device)
-            hidden = self.decoder.admit(batch.tokens, batch.prompt_lengths.to(device), first, which)
+            hidden = self.decoder.prefill(batch.tokens, batch.prompt_lengths.to(device), first, which)
             counts = [self.first_response + i for i in rows]
             chance = np.stack([uniforms(s.seed, s.stream, self.cycle, i, s.max_new_tokens) for i in counts])
             self.uniforms[first : first + len(rows)] = torch.from_numpy(chance).to(self.uniforms)
@@ -253,8 +254,8 @@ class Batch:
         prompts: list[Prompt] = []
         copies: list[int] = []
         width = 0
-        for i in range(self.waiting, min(len(self.asked), self.waiting + self.slots - len(self.row))):
-            prompt = self.asked[i]
+        for i in range(self.waiting, min(len(self.requests), self.waiting + self.slots - len(self.row))):
+            prompt = self.requests[i]
             if not prompts or prompt is not prompts[-1]:
                 width = max(width, len(prompt.ids))
                 if prompts and width * (len(prompts) + 1) > PREFILL_TOKENS:
@@ -304,7 +305,7 @@ class Batch:
             return [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]
 
         return Completions(
-            prompts=self.asked,
+            prompts=self.requests,
             response_ids=ragged(self.ids),
             sampler_logprobs=ragged(self.logprobs),
             truncated_mass=ragged(self.truncated),
@@ -323,7 +324,7 @@ class Recompute:
         self.tokens = torch.zeros(slots, width, dtype=torch.long, device=model.device)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=model.device)
 
-    def admit(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
+    def prefill(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
         end = first + len(copies)
         self.tokens[first:end, : tokens.shape[1]] = tokens[copies]
         self.lengths[first:end] = lengths[copies]
@@ -342,7 +343,7 @@ class Recompute:
         lengths = self.lengths[first:end]
         tokens = self.tokens[first:end, : int(lengths.max())]
         at = torch.arange(end - first, device=tokens.device), lengths - 1
-        if self.model.full:
-            logits: Tensor = self.model.plain(input_ids=tokens, use_cache=False).logits[at]
+        if self.model.use_full_logits:
+            logits: Tensor = self.model.hf_model(input_ids=tokens, use_cache=False).logits[at]
             return logits.float()
         return self.model.hidden(tokens)[at]

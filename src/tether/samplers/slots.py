@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from tether.models.policy import LanguageModel
-from tether.samplers.cuda_graphs import RecordedSteps
+from tether.models.language_model import LanguageModel
+from tether.samplers.cuda_graphs import CudaGraphRunner
 
 _NAME = "tether_slots"
 
@@ -38,7 +38,7 @@ class SlotCache:
         self.first = 0  # prefill: the first slot that is written
         self.decoding = False
         # Handed our step at every call: to keep it would be a circle, and the cache would outlive its use.
-        self._recorded = RecordedSteps(slots=slots, width=width, device=model.device) if recorded else None
+        self._recorded = CudaGraphRunner(slots=slots, width=width, device=model.device) if recorded else None
         self._reach: int | None = None  # the most tokens an active slot holds; unknown after rows came or went
         # Of this decode step, made when the first layer of a kind asks:
         self._target: dict[int, Tensor] = {}  # key heads -> where keys and values go
@@ -46,7 +46,7 @@ class SlotCache:
 
     # ------------------------------------------------ what the engine calls
 
-    def admit(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
+    def prefill(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
         """Encode prompts [m, P] (padded right), prompt copies[j] into slot first+j; [k, D] at their last tokens."""
         self.first, self.decoding, self._reach = first, False, None
         m, width = tokens.shape

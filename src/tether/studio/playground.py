@@ -232,13 +232,14 @@ class Models:
         policy = self.policy
         if policy.critic is not None:
             return float(policy.critic(Rows.of([prompt], [[*ids, 0]]).to(policy.model.device))[-1])
-        return None if policy.model.full else float(read_values(policy.value_head, hidden)[0])
+        return None if policy.model.use_full_logits else float(read_values(policy.value_head, hidden)[0])
 
 
 def _load(run: Run, device_name: str) -> Models:
     from tether.data.tokenizer import load_tokenizer, stop_token_ids
+    from tether.models.language_model import LanguageModel
     from tether.models.loading import load_causal_lm, resolve_device
-    from tether.models.policy import LanguageModel, build_policy
+    from tether.models.policy import build_policy
     from tether.rewards import build_reward
     from tether.samplers.local import LocalSampler
 
@@ -268,7 +269,7 @@ def _load(run: Run, device_name: str) -> Models:
     tokenizer = load_tokenizer(str(run.final), trust_remote_code=config.model.trust_remote_code)
     models = {"before": before, "after": policy.eval().requires_grad_(False).model}
     stops = {
-        side: stop_token_ids(tokenizer, model.plain.generation_config, config.sampling.stop_token_ids)
+        side: stop_token_ids(tokenizer, model.hf_model.generation_config, config.sampling.stop_token_ids)
         for side, model in models.items()
     }
     samplers = {side: LocalSampler(model, slots=1) for side, model in models.items()}

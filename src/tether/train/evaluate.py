@@ -21,8 +21,8 @@ from tether.data.text import completion_text
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ConfigError, DataError, RunError
 from tether.math import Interval, bootstrap_mean
+from tether.models.language_model import LanguageModel
 from tether.models.loading import context_length, load_causal_lm, model_config, resolve_device, resolve_dtype
-from tether.models.policy import LanguageModel
 from tether.rewards import build_reward
 from tether.runs import EvaluationDir, aside, short_name
 from tether.runs.files import write_atomically, write_table
@@ -325,7 +325,7 @@ class Source:
         return {"context": context_length(self.config), "max_new_tokens": self.sampling.max_new_tokens}
 
     def load(self, device: torch.device, dtype: str) -> LanguageModel:
-        resolved = resolve_dtype(dtype, device, self.config.get_text_config().hidden_size)
+        resolved = resolve_dtype(dtype, device, self.config)
         lm = load_causal_lm(self.path, dtype=resolved, device=device, trust_remote_code=self.trust_remote_code)
         model = LanguageModel(lm.eval().requires_grad_(False), resolved)
         _say(model.check_head())
@@ -333,7 +333,7 @@ class Source:
         return model
 
     def stop_ids(self, model: LanguageModel) -> tuple[int, ...]:
-        return stop_token_ids(self.tokenizer, model.plain.generation_config, self.sampling.stop_token_ids)
+        return stop_token_ids(self.tokenizer, model.hf_model.generation_config, self.sampling.stop_token_ids)
 
     def sample(
         self, model: LanguageModel, prompts: Sequence[Prompt], samples: int, *, seed: int, stream: int

@@ -43,8 +43,8 @@ def build_optimizer(
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
 
 
-class Steps:
-    """The optimiser steps of a run: their learning rates, and what becomes of a gradient that is not finite.
+class ScheduledOptimizer:
+    """The optimizer of a run with its learning rates, and what becomes of a gradient that is not finite.
 
     optimizer  what steps.
     skipped    steps in a row whose gradient was not finite; a checkpoint keeps it.
@@ -59,7 +59,7 @@ class Steps:
         """The weights that are trained, by name."""
         return [item for g in self.optimizer.param_groups for item in zip(g["names"], g["params"], strict=True)]
 
-    def take(self, step: int) -> dict[str, float]:
+    def step(self, step: int) -> dict[str, float]:
         """Step `step` (from 0) of the run; where the gradient is not finite, leave the weights as they are.
 
         Returns its metrics: learning rate of the first group, gradient norm before clipping, whether it was skipped.

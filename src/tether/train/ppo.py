@@ -29,7 +29,7 @@ from tether.train.columns import Record
 from tether.train.contexts import check_contexts
 from tether.train.held_out import load_prompt_sets, record_prompt_sets
 from tether.train.log import Logger
-from tether.train.optim import PROMPTS, Steps, build_optimizer, permutation
+from tether.train.optim import PROMPTS, ScheduledOptimizer, build_optimizer, permutation
 from tether.train.preamble import check_parts, open_run
 from tether.train.rollout import Experience, Metrics, collect
 from tether.train.state import TrainingState
@@ -66,7 +66,7 @@ def ppo(
         sets = load_prompt_sets(config, tokenizer, context_length(architecture))
         check_contexts(config, sets.train + sets.held_out, tokenizer)
         policy, reference, notes = build_policy(m, device=device, seed=config.seed)
-        stop_ids = stop_token_ids(tokenizer, policy.model.plain.generation_config, s.stop_token_ids)
+        stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, s.stop_token_ids)
         rewards = build_reward(config.reward, config.reward_shaping, tokenizer, stop_ids, device, reward)
         rewards.check(sets.train + sets.held_out)
         engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(policy.model, s)
@@ -74,7 +74,7 @@ def ppo(
             config.optim, policy.policy_parameters(), policy.critic_parameters(),
             lora=m.lora is not None, critic_is_head=policy.critic is None,
         )  # fmt: skip
-        steps = Steps(optimizer, config.optim, p.cycles * p.epochs * p.batch // p.minibatch)
+        steps = ScheduledOptimizer(optimizer, config.optim, p.cycles * p.epochs * p.batch // p.minibatch)
         state = TrainingState(run, policy.parts(), steps, tokenizer, kl_coef=p.kl.coef)
         state.restore()
         engine.load_weights(policy.model, version=state.done)

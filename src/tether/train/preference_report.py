@@ -95,19 +95,21 @@ class PreferenceReport:
             write_atomically(run / "calibration.html", calibration_plot(self))
 
 
-def judge(train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], test_scores: Tensor) -> PreferenceReport:
+def build_report(
+    train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], test_scores: Tensor
+) -> PreferenceReport:
     """The report from raw scores: [2B] for B pairs, first of every chosen answer, then of every rejected one."""
     decided = _preferred(test) != 0
     margin = (_margin(test_scores) * _preferred(test))[decided]
     prefers = "longer" if (_length_sign(train) * _preferred(train)).sum() >= 0 else "shorter"
     by_length = ((_length_sign(test) * _preferred(test))[decided] * (1 if prefers == "longer" else -1) + 1) / 2
     same_prompts = share_prompts(train, test)
-    witnesses = [
+    clusters = [
         pair.group or (str(pair.row) if same_prompts else pair.prompt_key) for pair in test if pair.probability != 0.5
     ]
-    accuracy = share((margin > 0).double(), witnesses) if witnesses else None
+    accuracy = clustered_interval((margin > 0).double(), clusters) if clusters else None
     loss = _loss(test, test_scores) if test else None
-    bins = calibrate(margin, witnesses)
+    bins = calibrate(margin, clusters)
     trained = (_margin(train_scores) * _preferred(train))[_preferred(train) != 0]
     std = train_scores.std().item()
     return PreferenceReport(
@@ -119,7 +121,7 @@ def judge(train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], tes
         train_accuracy=(trained > 0).double().mean().item() if len(trained) else None,
         loss=loss,
         length_prefers=prefers,
-        length_accuracy=share(by_length, witnesses) if witnesses else None,
+        length_accuracy=clustered_interval(by_length, clusters) if clusters else None,
         calibration_error=sum(b.pairs * abs(b.confidence - b.accuracy.value) for b in bins) / len(margin)
         if bins
         else None,
@@ -130,16 +132,16 @@ def judge(train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], tes
     )
 
 
-def share(success: Tensor, witnesses: Sequence[str]) -> Share:
+def clustered_interval(success: Tensor, clusters: Sequence[str]) -> Share:
     """Mean of success [N] in [0, 1], with Wilson's 95 % interval.
 
-    Pairs of one witness (a prompt, a group) succeed and fail together, so they count as fewer: the number of pairs is
-    divided by the design effect, the variance of the mean over witnesses by that over independent pairs.
+    Pairs of one cluster (a prompt, a group) succeed and fail together, so they count as fewer: the number of pairs is
+    divided by the design effect, the variance of the mean over clusters by that over independent pairs.
     """
     n, p = len(success), success.mean().item()
     sums: dict[str, float] = {}
-    for witness, value in zip(witnesses, success.tolist(), strict=True):
-        sums[witness] = sums.get(witness, 0.0) + value - p
+    for cluster, value in zip(clusters, success.tolist(), strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value - p
     independent = p * (1 - p) * n
     effect = sum(s * s for s in sums.values()) / independent if independent > 0 else n / len(sums)
     return wilson(p, n / max(1.0, effect))
@@ -150,7 +152,7 @@ def wilson(p: float, n: float) -> Share:
     return Share(p, *wilson_interval(p, n))
 
 
-def calibrate(margin: Tensor, witnesses: Sequence[str], bins: int = 5) -> list[Bin]:
+def calibrate(margin: Tensor, clusters: Sequence[str], bins: int = 5) -> list[Bin]:
     """Pairs by how sure the model was, from σ(0) = 0.5 to 1 in equal steps; bins without pairs are left out."""
     confidence = torch.sigmoid(margin.abs())
     place = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
@@ -158,7 +160,7 @@ def calibrate(margin: Tensor, witnesses: Sequence[str], bins: int = 5) -> list[B
     for i in range(bins):
         inside = (place == i).nonzero().flatten().tolist()
         if inside:
-            right = share((margin[inside] > 0).double(), [witnesses[k] for k in inside])
+            right = clustered_interval((margin[inside] > 0).double(), [clusters[k] for k in inside])
             found.append(Bin(len(inside), confidence[inside].mean().item(), right))
     return found
 

@@ -5,36 +5,31 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from tether.config import InitModelConfig, RewardConfig, SFTModelConfig, check, check_warmup
+from tether.config import RewardConfig, SFTModelConfig, check, check_warmup
 from tether.data.pairs import Pair, load_pairs
 from tether.data.snapshot import pin_labels
 from tether.data.split import share_prompts, split_pairs
-from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
+from tether.data.tokenizer import check_vocabulary, load_generation_config, stop_token_ids
 from tether.math import bradley_terry_loss
 from tether.models.loading import (
     add_lora,
-    checkpoint_activations,
     context_length,
-    model_config,
     resolve_device,
-    resolve_dtype,
-    wants_checkpointing,
+    set_checkpointing,
 )
 from tether.models.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
 from tether.runs import Run, recorded_inputs
 from tether.train import sft
 from tether.train.card import reward_card
 from tether.train.log import Logger
-from tether.train.optim import SHUFFLE, Named, Steps, build_optimizer, permutation
+from tether.train.optim import SHUFFLE, Named, ScheduledOptimizer, build_optimizer, permutation
 from tether.train.preamble import check_parts, open_run
-from tether.train.preference_report import PreferenceReport, judge
-from tether.train.sft import init_model
+from tether.train.preference_report import PreferenceReport, build_report
 from tether.train.state import TrainingState
 from tether.types import LogSink, microbatches
 
@@ -66,7 +61,7 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         trunk, head = trained_parameters(model)
         optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
         parts = {"policy": adapter or model.classifier, "head": model.head}  # an adapter does not hold the head
-        state = TrainingState(run, parts, Steps(optimizer, config.optim, len(plan)), tokenizer)
+        state = TrainingState(run, parts, ScheduledOptimizer(optimizer, config.optim, len(plan)), tokenizer)
         state.restore()
         with Logger(run, config.log, total=len(plan), sinks=sinks) as log, state.saved_when_stopped():
             while state.done < len(plan):
@@ -135,7 +130,7 @@ def finish(model: RewardModel, train: Sequence[Pair], test: Sequence[Pair]) -> P
     model.mean, model.std = 0.0, 1.0
     raw = model.score(rows_of(train)).double()
     held_out = model.score(rows_of(test)).double()
-    report = judge(train, raw, test, held_out)
+    report = build_report(train, raw, test, held_out)
     model.mean, model.std = report.mean, report.std
     return report
 
@@ -153,11 +148,8 @@ def input_hashes(config: RewardConfig, *, fresh: bool) -> tuple[dict[str, str], 
 
 
 def stop_token(config: SFTModelConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that a policy grown from this model would end answers with; a classifier has no generation config."""
-    generation = None
-    if isinstance(config.policy, str):
-        with suppress(OSError):  # it has none: the tokenizer's eos then
-            generation = GenerationConfig.from_pretrained(config.policy, revision=config.revision or "main")
+    """The token that a policy grown from this model would end answers with."""
+    generation = load_generation_config(config.policy, config.revision) if isinstance(config.policy, str) else None
     return next(iter(stop_token_ids(tokenizer, generation, None)), None)
 
 
@@ -165,26 +157,19 @@ def load_model(
     config: SFTModelConfig, *, device: torch.device, seed: int
 ) -> tuple[RewardModel, Any | None, PreTrainedTokenizerBase]:
     """(model ready to train, its peft adapter under LoRA, its tokenizer). Trained weights are float32."""
-    where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    if isinstance(config.policy, InitModelConfig):
-        tokenizer = load_tokenizer(config.policy.tokenizer, **where)
-        lm = init_model(config.policy, tokenizer, seed=seed)
-        dtype = resolve_dtype(config.dtype, device, lm.config.get_text_config().hidden_size)
-        model = reward_model_from_config(lm.config, dtype=dtype, seed=seed).to(device)
+    tokenizer, initial, dtype, where = sft.resolve_start(config, device=device, seed=seed)
+    if initial is not None:
+        model = reward_model_from_config(initial.config, dtype=dtype, seed=seed).to(device)
     else:
-        tokenizer = load_tokenizer(config.policy, **where)
-        width = model_config(config.policy, **where).get_text_config().hidden_size
-        dtype = resolve_dtype(config.dtype, device, width)
         weights = dtype if config.lora else torch.float32
-        model = init_reward_model(config.policy, dtype=dtype, weights_dtype=weights, device=device, seed=seed, **where)
+        model = init_reward_model(dtype=dtype, weights_dtype=weights, seed=seed, **where)
     embeddings: Any = model.classifier.get_input_embeddings()
     check_vocabulary(tokenizer, embeddings.weight.shape[0])
     adapter = None
     if config.lora:
         adapter = add_lora(model.trunk, config.lora, seed=seed, task="FEATURE_EXTRACTION")
         model.head.float()
-    if wants_checkpointing(config.gradient_checkpointing, model, device):
-        checkpoint_activations(model.classifier)
+    set_checkpointing(config.gradient_checkpointing, device, model.classifier)
     return model.train(), adapter, tokenizer
 
 

@@ -23,22 +23,21 @@ from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_i
 from tether.errors import ConfigError
 from tether.math import nll_loss
 from tether.models.export import save_model
+from tether.models.language_model import LanguageModel
 from tether.models.loading import (
     add_lora,
-    checkpoint_activations,
     context_length,
     init_causal_lm,
     load_causal_lm,
     model_config,
     resolve_device,
     resolve_dtype,
-    wants_checkpointing,
+    set_checkpointing,
 )
-from tether.models.policy import LanguageModel
 from tether.runs import Run, hash_files
 from tether.train.card import sft_card
 from tether.train.log import Logger
-from tether.train.optim import SHUFFLE, Steps, build_optimizer, permutation
+from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation
 from tether.train.preamble import check_parts, open_run
 from tether.train.state import TrainingState
 from tether.types import LogSink, microbatches
@@ -58,7 +57,7 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
         if run.finished:
             return Run.open(run.path)
         model, tokenizer, notes = load_model(config.model, device=resolve_device(config.device), seed=config.seed)
-        stop_ids = stop_token_ids(tokenizer, model.plain.generation_config, None)
+        stop_ids = stop_token_ids(tokenizer, model.hf_model.generation_config, None)
         stop_id, context = next(iter(stop_ids), None), context_length(model.config)
         examples = load_examples(config.data, tokenizer, stop_id=stop_id, train_on=config.sft.train_on, context=context)
         if config.sft.packing:
@@ -67,7 +66,9 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
         check_warmup(config.optim, len(plan))
         named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
         optimizer = build_optimizer(config.optim, named, lora=config.model.lora is not None)
-        state = TrainingState(run, {"policy": model.lm}, Steps(optimizer, config.optim, len(plan)), tokenizer)
+        state = TrainingState(
+            run, {"policy": model.lm}, ScheduledOptimizer(optimizer, config.optim, len(plan)), tokenizer
+        )
         state.restore()
         with Logger(run, config.log, total=len(plan), sinks=sinks) as log, state.saved_when_stopped():
             for note in notes:
@@ -170,12 +171,12 @@ def check_packing(model: LanguageModel) -> None:
     ids = [i * 7919 % model.config.vocab_size for i in range(12)]
     row = [Example(ids[:5], [False] * 5, 0), Example(ids[5:], [False] * 7, 1)]
     batch = Batch.of([row], model.device)
-    with model.exactly():
+    with model.full_precision():
         packed = model.hidden(batch.tokens, **batch.positions)[0, 5:]
         alone = model.hidden(batch.tokens[:, 5:])[0]
     if (packed - alone).abs().max() > 1e-3 * alone.abs().max():
         raise ConfigError(
-            f"sft.packing=true, but {type(model.plain).__name__} lets examples in one row see each other: it would "
+            f"sft.packing=true, but {type(model.hf_model).__name__} lets examples in one row see each other: it would "
             "learn from borders that do not exist. Set sft.packing to false."
         )
 
@@ -187,27 +188,31 @@ def load_model(
     config: SFTModelConfig, *, device: torch.device, seed: int
 ) -> tuple[LanguageModel, PreTrainedTokenizerBase, list[str]]:
     """(model ready to train, its tokenizer, notes for the log). Trained weights are float32."""
-    where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    if isinstance(config.policy, InitModelConfig):
-        tokenizer = load_tokenizer(config.policy.tokenizer, **where)
-        lm: Any = init_model(config.policy, tokenizer, seed=seed)
-        lm.to(device)
-        dtype = resolve_dtype(config.dtype, device, lm.config.get_text_config().hidden_size)
-    else:
-        tokenizer = load_tokenizer(config.policy, **where)
-        width = model_config(config.policy, **where).get_text_config().hidden_size
-        dtype = resolve_dtype(config.dtype, device, width)
-        weights = dtype if config.lora else torch.float32
-        lm = load_causal_lm(config.policy, dtype=weights, device=device, **where)
+    tokenizer, initial, dtype, where = resolve_start(config, device=device, seed=seed)
+    lm: Any = initial
+    lm = lm.to(device) if lm else load_causal_lm(dtype=dtype if config.lora else torch.float32, **where)
     check_vocabulary(tokenizer, lm.get_input_embeddings().weight.shape[0])
     if config.lora:
         lm = add_lora(lm, config.lora, seed=seed)
-    if wants_checkpointing(config.gradient_checkpointing, lm, device):
-        checkpoint_activations(lm)
+    set_checkpointing(config.gradient_checkpointing, device, lm)
     model = LanguageModel(lm, dtype)
     note = model.check_head()
     lm.train()
     return model, tokenizer, [note] if note else []
+
+
+def resolve_start(
+    config: SFTModelConfig, *, device: torch.device, seed: int
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel | None, torch.dtype, dict[str, Any]]:
+    """(tokenizer, the random model where `policy` is an init, compute precision, else arguments of what loads it)."""
+    where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if isinstance(config.policy, InitModelConfig):
+        tokenizer = load_tokenizer(config.policy.tokenizer, **where)
+        initial = init_model(config.policy, tokenizer, seed=seed)
+        return tokenizer, initial, resolve_dtype(config.dtype, device, initial.config), {}
+    tokenizer = load_tokenizer(config.policy, **where)
+    dtype = resolve_dtype(config.dtype, device, model_config(config.policy, **where))
+    return tokenizer, None, dtype, {"path": config.policy, "device": device, **where}
 
 
 def init_model(config: InitModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:

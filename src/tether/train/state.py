@@ -16,7 +16,7 @@ from tether.errors import Interrupted, RewardError
 from tether.runs import RunDirectory
 from tether.train import checkpoint
 from tether.train.log import Logger, say
-from tether.train.optim import Steps
+from tether.train.optim import ScheduledOptimizer
 from tether.train.signals import StopRequested
 from tether.train.weights import restore_weights, save_weights
 
@@ -33,7 +33,7 @@ class TrainingState:
 
     run: RunDirectory
     models: Mapping[str, Any]
-    steps: Steps
+    steps: ScheduledOptimizer
     tokenizer: PreTrainedTokenizerBase
     done: int = 0
     kl_coef: float = 0.0
@@ -57,7 +57,7 @@ class TrainingState:
 
         metrics: of the step so far. began: when it began, by time.perf_counter().
         """
-        taken: dict[str, float | None] = {**metrics, **self.steps.take(self.done)}
+        taken: dict[str, float | None] = {**metrics, **self.steps.step(self.done)}
         seconds = taken["time/update_s"] = time.perf_counter() - began
         if tokens := metrics.get("tokens/trained"):
             taken["tokens_per_s/update"] = tokens / seconds

@@ -15,7 +15,7 @@ from tether.math import clipped_policy_loss, entropy_mean, kl_loss, value_loss
 from tether.models.policy import Policy
 from tether.runs.bounds import FIRST_RATIO_MAX_FLOAT32, FIRST_RATIO_MEAN, FIRST_RATIO_STOP
 from tether.train.memory import peak_mb
-from tether.train.optim import RESTART_HINT, SHUFFLE, Steps, permutation
+from tether.train.optim import RESTART_HINT, SHUFFLE, ScheduledOptimizer, permutation
 from tether.train.rollout import Metrics
 from tether.types import Rollout, microbatches
 
@@ -30,7 +30,7 @@ class Update:
 
 
 def update(
-    policy: Policy, steps: Steps, rollout: Rollout, ppo: PPOSection,
+    policy: Policy, steps: ScheduledOptimizer, rollout: Rollout, ppo: PPOSection,
     *, cycle: int, kl_coef: float, temperature: float, seed: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Update:  # fmt: skip
@@ -62,7 +62,7 @@ def update(
                 first_ratio_error = _check_first_ratio(logprobs, minibatch, policy, alarms)
 
             step = ((cycle - 1) * ppo.epochs + epoch) * per_epoch + m
-            metrics |= steps.take(step)
+            metrics |= steps.step(step)
             if steps.skipped:
                 alarms.append(f"optimiser step {step} skipped: its gradient is not finite")
             steps.stop_if_broken()
