@@ -186,6 +186,24 @@ def test_a_run_is_watched_while_it_trains_and_a_point_opens_its_cycle(browser, t
             page.wait_for_url("**/rollouts/30")
 
 
+def test_a_first_cycle_that_ends_between_the_page_and_its_curves_is_drawn(browser, trained, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(trained / "first", root / "first")
+    file = root / "first" / "metrics.jsonl"
+    lines = file.read_text()
+    file.write_text("")
+
+    def finish_a_cycle(route):
+        file.write_text(lines)
+        route.continue_()
+
+    for served in serve(root, tmp_path / "p.db"):
+        for page in opened(browser, served):
+            page.route("**/curves?*", finish_a_cycle)
+            page.click("a:text-is('first')")
+            until(page, "document.querySelector('.plot .scatterlayer')", seconds=20)
+
+
 def test_seven_tabs_of_live_runs_open_since_hidden_ones_hold_no_connection(browser, trained, tmp_path):
     # browsers open six connections to a host over HTTP/1.1: six live streams leave none for a seventh page
     root = tmp_path / "runs"

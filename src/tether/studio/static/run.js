@@ -51,6 +51,7 @@ async function load() {
   const query = overlaid.map((other) => `with=${encodeURIComponent(other)}`).join("&");
   const answer = await fetch(`/runs/${id}/curves?${query}`);
   const content = await answer.json();
+  if (!figures.size && Object.keys(content.plots).length) return location.reload(); // the first cycle came in between
   plots = content.plots;
   own = content.own;
   cursor = content.cursor;
