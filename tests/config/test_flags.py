@@ -230,7 +230,16 @@ def test_unknown_keys_in_the_file_at_any_depth(tmp_path, text, meant):
         ("ppo.kl.place", "both", "ppo.kl.place='both': expected reward or loss."),
         ("ppo.lam", "high", "ppo.lam='high': expected a number."),
         ("ppo.critic_lam", "high", "ppo.critic_lam='high': expected a number or null."),
-        ("ppo.clip", "[0.2, 0.28]", "ppo.clip=[0.2, 0.28]: expected a number."),
+        (
+            "ppo.clip",
+            "[0.2, 0.28]",
+            "ppo.clip=[0.2, 0.28]: expected a number. Write ppo.clip: 0.2 and ppo.clip_high: 0.28.",
+        ),
+        (
+            "ppo.lam",
+            "{actor: 0.9, critic: 1.0}",
+            "ppo.lam={'actor': 0.9, 'critic': 1.0}: expected a number. Write ppo.lam: 0.9 and ppo.critic_lam: 1.0.",
+        ),
         ("optim.betas", "[0.9, a]", "optim.betas[1]='a': expected a number."),
         ("optim.betas", "[0.9]", "optim.betas=[0.9]: expected a list of 2 (a number each)."),
         ("optim.lr", "fast", "optim.lr='fast': expected a number or null."),

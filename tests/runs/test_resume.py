@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -322,3 +323,15 @@ def test_another_thread_count_voids_bit_equality_and_an_event_says_so(config):
     event = next(e for e in Run.open(config.run).events if e["event"] == "environment_changed")
     assert event["key"] == "hardware.torch_threads"
     assert event["bit_equal"] is False
+
+
+def test_a_run_whose_config_this_version_does_not_read_names_the_file_and_fresh(config):
+    begin(config)
+    file = Path(config.run) / "config.yaml"
+    file.write_text(file.read_text().replace("  clip: 0.2\n", "  clip: [0.2, 0.28]\n"))
+    for use in (lambda: RunDirectory.open(config, command="ppo"), lambda: Run.open(config.run).config):
+        with pytest.raises(RunError) as told:
+            use()
+        assert str(file) in str(told.value)
+        assert "ppo.clip_high: 0.28" in str(told.value)
+        assert "--fresh" in str(told.value)

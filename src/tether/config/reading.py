@@ -241,10 +241,17 @@ def _locate(loc: Sequence[str | int], tree: Any) -> tuple[str, Any]:
     return key.removeprefix("."), node
 
 
+# Numbers that have a second one beside them, where a pair would be written otherwise.
+_ONE_SHAPE = {"ppo.clip": "ppo.clip_high", "ppo.lam": "ppo.critic_lam"}
+
+
 def _misfit(key: str, value: Any, hint: Any) -> ConfigError:
     advice = ""
     if str in members(hint) and isinstance(value, (int, float)):
         advice = " Put it in quotes."
+    if key in _ONE_SHAPE and isinstance(value, (list, dict)):
+        low, high = [*(value if isinstance(value, list) else value.values()), "…", "…"][:2]
+        advice = f" Write {key}: {low} and {_ONE_SHAPE[key]}: {high}."
     if key == "reward" and isinstance(value, str):
         name = value.rpartition(":")[2] if ":" in value else ""
         named = f", name: my_{name}" if name in RESERVED_NAMES else ""

@@ -9,11 +9,22 @@ from typing import TYPE_CHECKING, Any
 from tether.config import Config
 from tether.config.kinds import KINDS, Kind
 from tether.config.reading import load_config
-from tether.errors import RunError
+from tether.errors import ConfigError, RunError
 from tether.runs.files import read_environment, read_json, read_lines, read_status, read_table
 
 if TYPE_CHECKING:
     import pyarrow
+
+
+def recorded_config(path: Path, command: str) -> Config:
+    """The config that the run in `path` was made with; RunError where this version does not read it."""
+    try:
+        return load_config(path, command)
+    except ConfigError as error:
+        raise RunError(
+            f"{path / 'config.yaml'} is not read by this version of tether, so the run can neither be shown nor "
+            f"continued: {error} Change it in that file, or add --fresh to the command to move the run aside."
+        ) from error
 
 
 class Run:
@@ -38,7 +49,7 @@ class Run:
     @property
     def config(self) -> Config:
         """Its config, as the dataclass that it was written from."""
-        return load_config(self.path, self.kind.command)
+        return recorded_config(self.path, self.kind.command)
 
     @property
     def kind(self) -> Kind:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tether.config import Config
-from tether.config.reading import load_config
 from tether.errors import RunError
 from tether.runs.files import SCHEMA, damage, read_environment, read_lines, read_status
+from tether.runs.reader import recorded_config
 
 Change = tuple[str, Any, Any]  # dotted key, value when the run began, value now
 
@@ -85,7 +85,7 @@ def continuation(path: Path, command: str, config: Config, inputs: dict[str, str
             f"{path} holds a run of `tether {status['kind']}`, but this is `tether {command}`: their files would "
             "mix. Set run to another directory, or add --fresh to move the old run aside."
         )
-    changed = config_changes(path, load_config(path, command), config)
+    changed = config_changes(path, recorded_config(path, command), config)
     check_inputs(path, environment["inputs"], inputs)
     grew = any(key == "ppo.cycles" for key, _, _ in changed)
     ended, final = status["state"] == "finished", path / "final"
