@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]  # told apart by colour-blind readers too
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]  # told apart by color-blind readers too
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 360, 60, 150, 24, 44
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points in one colour; lines of one name share a colour and one entry in the legend."""
+    """Points in one color; lines of one name share a color and one entry in the legend."""
 
     name: str
     points: list[tuple[float, float]]
@@ -53,17 +53,17 @@ def draw(
         )
     names = list(dict.fromkeys(line.name for line in lines))
     for line in lines:
-        colour = COLOURS[names.index(line.name) % len(COLOURS)]
+        color = COLORS[names.index(line.name) % len(COLORS)]
         if line.dots:
-            out += [f'<circle cx="{across(a):.1f}" cy="{up(b):.1f}" r="3.5" fill="{colour}"/>' for a, b in line.points]
+            out += [f'<circle cx="{across(a):.1f}" cy="{up(b):.1f}" r="3.5" fill="{color}"/>' for a, b in line.points]
         else:
             points = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in line.points)
             out.append(
-                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-opacity=".75" stroke-width="1.5"/>'
+                f'<polyline points="{points}" fill="none" stroke="{color}" stroke-opacity=".75" stroke-width="1.5"/>'
             )
     for i, name in enumerate(names):
         out.append(
-            f'<text x="{WIDTH - RIGHT + 12}" y="{TOP + 14 + 20 * i}" fill="{COLOURS[i % len(COLOURS)]}">{name}</text>'
+            f'<text x="{WIDTH - RIGHT + 12}" y="{TOP + 14 + 20 * i}" fill="{COLORS[i % len(COLORS)]}">{name}</text>'
         )
     out.append(
         f'<text x="{(LEFT + across(right)) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle" fill="#444">{x}</text>'

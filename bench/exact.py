@@ -1,6 +1,6 @@
 """Does PPO reach the optimum that can be written down?
 
-For the KL-regularised objective the best policy is known: π*(y|x) ∝ ref(y|x)·e^(score(y)/β). With a small vocabulary
+For the KL-regularized objective the best policy is known: π*(y|x) ∝ ref(y|x)·e^(score(y)/β). With a small vocabulary
 and length every response can be enumerated, so KL(π‖π*), and the value V* of every prefix, are exact. Each task is
 trained by `tether.ppo` as a user would call it, on a two-layer transformer; nothing here knows how PPO works.
 

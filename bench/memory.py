@@ -2,7 +2,7 @@
 
 A vocabulary of 50,000 and 16 × 512 tokens on a small model (width 64, two layers): the float32 logits alone would be
 1.6 GB, their softmax and its gradient as much again. What is measured is the peak of the resident set during
-`tether.train.update.update`, over what the process holds before it: weights, gradients and the optimiser's moments.
+`tether.train.update.update`, over what the process holds before it: weights, gradients and the optimizer's moments.
 
     python bench/memory.py           a table
     python bench/memory.py --json    the same for a program
@@ -37,7 +37,7 @@ def measure() -> dict[str, float]:
     policy = small_policy()
     optimizer = build_optimizer(OptimConfig(), policy.policy_parameters(), policy.critic_parameters(), lora=False)
     steps = ScheduledOptimizer(optimizer, OptimConfig(), total=2)
-    run_update(policy, steps, rollout(policy, rows=1, tokens=8))  # libraries, and the optimiser's moments
+    run_update(policy, steps, rollout(policy, rows=1, tokens=8))  # libraries, and the optimizer's moments
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     batch = rollout(policy, rows=ROWS, tokens=TOKENS)

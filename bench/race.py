@@ -2,7 +2,7 @@
 
     python bench/race.py --model DIR [--seeds 0 1 2 3 4] [--against trl-ppo trl-rloo] [--choose] [--peers .peers]
 
-Everyone maximises score − β·KL(policy‖initial), β = 0.02 a nat: the objective that all three are given. Everyone trains
+Everyone maximizes score − β·KL(policy‖initial), β = 0.02 a nat: the objective that all three are given. Everyone trains
 on the same openings and keeps a copy of the policy now and then; afterwards one sampler draws 256 stories from every
 copy, for 16 openings that nobody trained on, and the copy's objective is measured on those. The finish line of a pair
 is 90 % of the weaker one's gain, so both cross it. A finish line in the score alone would be crossed first by whoever

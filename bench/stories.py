@@ -92,7 +92,7 @@ def _best_of(groups: list[list[float]], n: int) -> float:
 
 
 def distinct_2(texts: list[str], seed: int) -> float:
-    """Distinct pairs of neighbouring words over all pairs, in KEPT texts cut to an equal number of words."""
+    """Distinct pairs of neighboring words over all pairs, in KEPT texts cut to an equal number of words."""
     words = [t.split() for t in random.Random(seed).sample(texts, KEPT)]
     pairs = [pair for w in words for pair in itertools.pairwise(w[:30])]
     return len(set(pairs)) / len(pairs)

@@ -37,11 +37,11 @@ def policy_of(model: LanguageModel) -> Policy:
     """A policy whose value head says something."""
     policy = Policy(model)
     assert policy.value_head is not None
-    randomise(policy.value_head)
+    randomize(policy.value_head)
     return policy.train()
 
 
-def randomise(module: nn.Module, *, seed: int = 0, std: float = 0.5) -> None:
+def randomize(module: nn.Module, *, seed: int = 0, std: float = 0.5) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -272,7 +272,7 @@ def _label(argv: list[str]) -> None:
         help="of the answers that are drawn; a new store keeps it for order, sides and overlap (0)",
     )  # fmt: skip
     parser.add_argument("--export", metavar="DIR", help="write preferences.jsonl, events.jsonl and items.jsonl")
-    parser.add_argument("--status", action="store_true", help="how far the labelling is")
+    parser.add_argument("--status", action="store_true", help="how far the labeling is")
     args = parser.parse_args(argv)
     if (args.sample is None) != (args.prompts is None):
         raise ConfigError("--sample MODEL and --prompts FILE go together: one answers what the other asks. Give both.")

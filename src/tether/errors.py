@@ -7,7 +7,7 @@
     ├── RewardError        a reward source that raised, hung or answered something unusable
     ├── RunError           a run directory: locked, of another command, changed, corrupted
     ├── StoreError         the store of labels: missing, foreign, locked, damaged, on a full disk
-    │   └── LabelError     one judgement that cannot be recorded; the store is well
+    │   └── LabelError     one judgment that cannot be recorded; the store is well
     ├── BatchError         tensors of the wrong shape handed to a batch type
     ├── TrainingError      training itself broke: not-finite numbers, a self-check that failed
     └── Interrupted        a signal asked us to stop, and we stopped after saving
@@ -67,7 +67,7 @@ class StoreError(TetherError):
 
 
 class LabelError(StoreError):
-    """A judgement that cannot be recorded: not this annotator's item, not a choice it has, a key used before."""
+    """A judgment that cannot be recorded: not this annotator's item, not a choice it has, a key used before."""
 
 
 class BatchError(TetherError):

@@ -122,8 +122,8 @@ def test_options_are_no_keys(file):
         ("ppo.kl_coef", "ppo.kl.coef"),
         ("kl_coef", "ppo.kl.coef"),
         ("lr", "optim.lr"),
-        ("ppo.lr", "optim.lr"),  # the right name in the wrong section, though ppo.kl is spelt more alike
-        ("ppo.kl.targets", "ppo.kl.target"),  # not model.lora.targets: misspelt where it stands
+        ("ppo.lr", "optim.lr"),  # the right name in the wrong section, though ppo.kl is spelled more alike
+        ("ppo.kl.targets", "ppo.kl.target"),  # not model.lora.targets: misspelled where it stands
         ("modle.dtype", "model.dtype or reward[].dtype"),
         ("learning.rate", None),
         ("ppo.value-clip", "ppo.value_clip"),
@@ -158,7 +158,7 @@ def test_an_unknown_flag_is_told_what_was_meant(file, wrong, meant):
         ("--verison", "tether --version"),
     ],
 )
-def test_a_misspelt_option_is_told_what_was_meant_and_asked_for_no_value(file, wrong, meant):
+def test_a_misspelled_option_is_told_what_was_meant_and_asked_for_no_value(file, wrong, meant):
     for argv in ([wrong, file], [file, wrong]):
         with pytest.raises(ConfigError) as caught:
             ppo(*argv)

@@ -29,6 +29,7 @@ from tether.config import (
     WandbConfig,
 )
 from tether.config.reading import load_config, to_yaml
+from tether.config.sections import longest_name
 
 text = st.one_of(
     st.text(st.characters(codec="utf-8"), min_size=1),
@@ -36,7 +37,7 @@ text = st.one_of(
     st.sampled_from(
         ["null", "~", "true", "No", "1e-5", "1_000", "0o7", ".inf", "<<", "=", "2020-01-01", "- a", "a: b"]
     ),
-)
+).filter(lambda text: longest_name(text) <= 255)
 above_zero = st.floats(1e-30, 1e30)
 maybe = lambda strategy: st.none() | strategy  # noqa: E731
 plain = st.recursive(

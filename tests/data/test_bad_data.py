@@ -48,7 +48,7 @@ ZIPPED = gzip.compress(os.urandom(64).hex().encode() * 400)
 
 BAD = {
     # the file
-    "missing, with a neighbour": Bad(
+    "missing, with a neighbor": Bad(
         lambda path: path.with_name("date.jsonl").write_bytes(ROW),
         ["data.jsonl does not exist", "Did you mean 'date.jsonl'?", "working directory"],
     ),
@@ -108,7 +108,7 @@ BAD = {
     "a bare number": Bad(ROW + b"12\n", ["line 2 is the number 12"]),
     "a byte order mark in the middle": Bad(ROW + b"\xef\xbb\xbf" + ROW, ["data.jsonl, line 2 is not JSON"]),
     # the column
-    "misspelt column": Bad(
+    "misspelled column": Bad(
         [{"promt": "a", "n": 1}],
         ["line 1: there is no column 'prompt', only 'promt', 'n'", "Did you mean 'promt'?", 'Write {"prompt": "…"}'],
     ),

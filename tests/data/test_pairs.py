@@ -159,7 +159,7 @@ def test_pairs_that_the_cut_makes_alike_are_dropped_and_counted(write, tiny_toke
 
 
 def test_pairs_that_only_a_poor_tokenizer_confuses_are_named(write, spaced_tokenizer):
-    # its alphabet has bytes for anything, so take them away by a normaliser that forgets: every digit is an x
+    # its alphabet has bytes for anything, so take them away by a normalizer that forgets: every digit is an x
     from tokenizers import normalizers
 
     blind = type(spaced_tokenizer)(

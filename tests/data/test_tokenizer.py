@@ -18,7 +18,7 @@ def test_a_tokenizer_comes_back_from_its_directory(tiny_tokenizer, tmp_path):
     assert load_tokenizer(str(tmp_path)).get_vocab() == tiny_tokenizer.get_vocab()
 
 
-def test_a_missing_directory_names_its_neighbour(tmp_path):
+def test_a_missing_directory_names_its_neighbor(tmp_path):
     (tmp_path / "stories").mkdir()
     with pytest.raises(ModelError, match=r"does not exist.* Did you mean 'stories'"):
         load_tokenizer(str(tmp_path / "storys"))

@@ -61,7 +61,7 @@ def test_a_ppo_dry_run_says_everything_and_touches_nothing(ppo):
     assert "10 prompts, 4 to 4 tokens" in text
     assert "1 of 11 rows dropped" in text
     assert "8 prompts to train on, 2 to evaluate on" in text
-    assert "30 optimiser steps of 4" in text  # 5 cycles · 3 epochs · 8/4
+    assert "30 optimizer steps of 4" in text  # 5 cycles · 3 epochs · 8/4
     assert "stop tokens: 1 '<eos>'" in text
     assert "reward terse:" in text
     for part in ("Python and libraries", "peak", "fits: needs"):
@@ -88,7 +88,7 @@ def test_an_sft_dry_run_counts_what_is_trained_and_the_steps(tiny_model, tmp_pat
     text = dry_run(config)
     assert "7 examples, 5 to 5 tokens" in text  # two, two and the stop token
     assert "21 of 35 tokens are trained" in text
-    assert "6 optimiser steps" in text  # ⌈7/3⌉ an epoch
+    assert "6 optimizer steps" in text  # ⌈7/3⌉ an epoch
     masked = [line.split()[0] for line in text.partition("row 0")[2].splitlines()[1:6]]
     assert masked == ["0", "0", "1", "1", "1"]
 
@@ -102,7 +102,7 @@ def test_a_reward_dry_run_splits_the_pairs_and_marks_where_the_score_is_read(tin
     )  # fmt: skip
     text = dry_run(config)
     assert "15 pairs to train on, 5 held out" in text
-    assert "3 optimiser steps" in text
+    assert "3 optimizer steps" in text
     chosen = text.partition(", chosen")[2].partition(", rejected")[0]
     assert [line.split()[0] for line in chosen.splitlines()[1:] if "'" in line][-2:] == ["0", "1"]
 
@@ -116,8 +116,8 @@ def test_what_the_run_would_refuse_the_dry_run_refuses(ppo, tmp_path):
         dry_run(replace(ppo, model=ModelConfig(str(tmp_path / "nowhere"))))
     with pytest.raises(tether.RewardError):
         dry_run(replace(ppo, reward=[RewardSourceConfig(function=f"{tmp_path / 'rewards.py'}:missing")]))
-    (tmp_path / "other.py").write_text("def picky(prompts, completions, completion_ids, colour):\n    return []\n")
-    with pytest.raises(tether.RewardError, match="colour"):
+    (tmp_path / "other.py").write_text("def picky(prompts, completions, completion_ids, color):\n    return []\n")
+    with pytest.raises(tether.RewardError, match="color"):
         dry_run(replace(ppo, reward=[RewardSourceConfig(function=f"{tmp_path / 'other.py'}:picky")]))
 
 
@@ -142,7 +142,7 @@ def test_doctor_wants_a_run_that_trains():
     [
         ("activations", "microbatch_tokens"),
         ("key-value cache", "sampling.slots"),
-        ("optimiser", "model.lora"),
+        ("optimizer", "model.lora"),
         ("weights", "smaller model"),
     ],
 )
@@ -157,7 +157,7 @@ def test_the_command_line_reaches_both(ppo, tmp_path, capsys):
     path = tmp_path / "ppo.yaml"
     path.write_text(to_yaml(ppo))
     assert main(["ppo", str(path), "--dry-run"]) == 0
-    assert "30 optimiser steps" in capsys.readouterr().out
+    assert "30 optimizer steps" in capsys.readouterr().out
     assert main(["doctor", str(path)]) == 0
     assert "fits: needs" in capsys.readouterr().out
 
@@ -279,5 +279,5 @@ def test_a_warm_up_as_long_as_the_run_is_refused_by_every_trainer_and_its_dry_ru
         section = RewardModelSection(batch=4, test_fraction=0.2)
         config, train = RewardConfig(*parts, reward_model=section, optim=optim), tether.reward_model
     for command in (dry_run, train):
-        with pytest.raises(tether.ConfigError, match=r"optim\.warmup=4 is not below the run's 4 optimiser steps"):
+        with pytest.raises(tether.ConfigError, match=r"optim\.warmup=4 is not below the run's 4 optimizer steps"):
             command(config)

@@ -56,7 +56,7 @@ def parts(memory: Memory) -> dict[str, int]:
 
 def test_a_full_run_has_masters_gradients_two_moments_and_a_reference(model, count):
     found = parts(predict(config(model), device="cpu"))
-    want = {"weights": 4, "gradients": 4, "optimiser": 8, "reference": 4}
+    want = {"weights": 4, "gradients": 4, "optimizer": 8, "reference": 4}
     assert {name: found[name] for name in want} == {name: size * count for name, size in want.items()}
     # 2 (keys, values) · 2 layers · 16 slots · 2 heads · (20 + 12) tokens · 8 · 4 bytes
     assert found["key-value cache"] == 2 * 2 * 16 * 2 * 32 * 8 * 4
@@ -74,7 +74,7 @@ def test_in_bfloat16_the_references_matrices_are_half_and_the_engine_needs_a_cop
 def test_lora_needs_neither_reference_nor_copy_and_trains_little(model, count):
     found = parts(predict(config(model, model={"dtype": "bfloat16", "lora": LoraConfig(rank=2)}), device="cpu"))
     assert not {"reference", "engine's copy of the policy"} & set(found)
-    assert found["optimiser"] < 8 * count / 4
+    assert found["optimizer"] < 8 * count / 4
     named = parts(predict(config(model, model={"lora": LoraConfig(), "reference": str(model)}), device="cpu"))
     assert named["reference"] == 4 * count
 
@@ -89,7 +89,7 @@ def test_a_separate_critic_is_a_second_trunk_with_gradients_and_moments(model, c
     shared, own = (parts(predict(config(model, model={"critic": c}), device="cpu")) for c in ("shared", "separate"))
     trunk = AutoModelForCausalLM.from_pretrained(model).base_model.num_parameters()
     assert own["critic"] == 4 * trunk
-    assert own["optimiser"] - shared["optimiser"] == 8 * trunk
+    assert own["optimizer"] - shared["optimizer"] == 8 * trunk
 
 
 def test_reward_models_are_counted(model, count):
@@ -117,7 +117,7 @@ def test_a_cpu_keeps_what_a_gpu_hands_on():
     assert Memory("cuda", phases).needed > 150
 
 
-def test_on_a_gpu_the_optimisers_step_needs_room_for_one_more_copy(model, count):
+def test_on_a_gpu_the_optimizers_step_needs_room_for_one_more_copy(model, count):
     found = predict(config(model), device="cuda")
     step = sum(p.bytes for p in found.parts if p.phase == "stepping")
     assert step == 8 * count  # gradients, and the square roots that torch takes of all moments at once
@@ -127,7 +127,7 @@ def test_supervised_and_reward_training_are_predicted_too(model, count):
     base = SFTModelConfig(str(model), dtype="float32")
     sft = parts(predict(SFTConfig("run", base, DataConfig("data.jsonl", max_tokens=64)), device="cpu"))
     reward = parts(predict(RewardConfig("run", base, DataConfig("data.jsonl", max_tokens=64)), device="cpu"))
-    assert sft["optimiser"] == reward["optimiser"] == 8 * count
+    assert sft["optimizer"] == reward["optimizer"] == 8 * count
     assert min(sft["activations"], reward["activations"]) > 0
     assert "reference" not in sft
     scratch = InitModelConfig(AutoModelForCausalLM.from_pretrained(model).config.to_diff_dict(), str(model))

@@ -125,7 +125,7 @@ def test_kappa_worked_by_hand():
 
 
 def test_wilson_worked_by_hand():
-    # 8 of 10, z = 1.96: centre (0.8 + 3.8415/20)/(1 + 0.38415) = 0.71674,
+    # 8 of 10, z = 1.96: center (0.8 + 3.8415/20)/(1 + 0.38415) = 0.71674,
     # half 1.96/1.38415·√(0.8·0.2/10 + 3.8415/400) = 0.22658
     rate = wilson(8, 10)
     assert (rate.value, rate.count) == (0.8, 10)
@@ -194,7 +194,7 @@ def test_gold_items_and_repeats_do_not_raise_agreement():
 
 
 def test_whoever_always_presses_left_agrees_by_chance(store, say):
-    from labelled import pairs
+    from labeled import pairs
 
     store.add_items(pairs(400), overlap=1)
     for who in ("Ada", "Bo"):

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from labeled import pairs
 
 import tether
-from labelled import pairs
 from tether.config import (
     DataConfig,
     LabelsConfig,
@@ -26,7 +26,7 @@ from tether.feedback.store import Store
 
 
 @pytest.fixture
-def labelled(store, say):
+def labeled(store, say):
     """Four labels by Ada, one tie and one skip by Bo, under guidelines 1; then two more by Cy under guidelines 2."""
     store.add_guidelines("one")
     store.add_items(pairs(20), overlap=0)
@@ -43,15 +43,15 @@ def config(store, **labels) -> PairsConfig:
     return PairsConfig(str(store.path), labels=LabelsConfig(**labels))
 
 
-def test_labels_are_pairs_and_what_is_left_out_is_counted(labelled, tiny_tokenizer, capsys):
-    found = load_pairs(config(labelled), tiny_tokenizer, stop_id=1)
+def test_labels_are_pairs_and_what_is_left_out_is_counted(labeled, tiny_tokenizer, capsys):
+    found = load_pairs(config(labeled), tiny_tokenizer, stop_id=1)
     assert len(found) == 7
     assert [pair.probability for pair in found] == [1, 1, 1, 1, 0.5, 1, 1]
-    rows = labelled.preference_rows()
+    rows = labeled.preference_rows()
     assert [tiny_tokenizer.decode(p.chosen_ids[:-1]) for p in found] == [row["chosen"] for row in rows]
-    assert capsys.readouterr().err == f"{labelled.path}: 7 pairs by 3 annotators, of them 1 ties; left out: 1 skips\n"
-    assert read_rows(str(labelled.path), columns=["chosen"]) == rows
-    assert len(load_pairs(DataConfig(str(labelled.path), limit=2), tiny_tokenizer, stop_id=1)) == 2
+    assert capsys.readouterr().err == f"{labeled.path}: 7 pairs by 3 annotators, of them 1 ties; left out: 1 skips\n"
+    assert read_rows(str(labeled.path), columns=["chosen"]) == rows
+    assert len(load_pairs(DataConfig(str(labeled.path), limit=2), tiny_tokenizer, stop_id=1)) == 2
 
 
 def test_an_answer_that_was_cut_is_trained_on_without_a_stop_token(store, say, tiny_tokenizer):
@@ -65,15 +65,15 @@ def test_an_answer_that_was_cut_is_trained_on_without_a_stop_token(store, say, t
     ("labels", "count"),
     [({"annotators": ["Ada"]}, 4), ({"guideline": 2}, 2), ({"since": "2026-09-21"}, 7), ({"until": "2026-09-21"}, 7)],
 )
-def test_filters_of_the_config_pick_labels(labelled, tiny_tokenizer, labels, count):
-    assert len(load_pairs(config(labelled, **labels), tiny_tokenizer, stop_id=1)) == count
+def test_filters_of_the_config_pick_labels(labeled, tiny_tokenizer, labels, count):
+    assert len(load_pairs(config(labeled, **labels), tiny_tokenizer, stop_id=1)) == count
 
 
-def test_filters_that_leave_nothing_or_mean_nothing_are_said(labelled, tiny_tokenizer, tmp_path):
+def test_filters_that_leave_nothing_or_mean_nothing_are_said(labeled, tiny_tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"no label by which one answer is better than another under data.labels"):
-        load_pairs(config(labelled, since="2030-01-01"), tiny_tokenizer, stop_id=1)
+        load_pairs(config(labeled, since="2030-01-01"), tiny_tokenizer, stop_id=1)
     with pytest.raises(StoreError, match="nobody named 'Dov'"):
-        load_pairs(config(labelled, annotators=["Dov"]), tiny_tokenizer, stop_id=1)
+        load_pairs(config(labeled, annotators=["Dov"]), tiny_tokenizer, stop_id=1)
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"prompt": "p", "chosen": "x", "rejected": "y"}\n')
     with pytest.raises(ConfigError, match="is no store of labels"):
@@ -105,12 +105,12 @@ def test_filters_survive_yaml_and_a_config_without_them_loads_back_equal(tmp_pat
         assert load_config(tmp_path / "c.yaml") == written
 
 
-def test_what_a_run_read_stays_the_same_whatever_is_labelled_since(labelled, say, tiny_tokenizer):
-    data = config(labelled)
+def test_what_a_run_read_stays_the_same_whatever_is_labeled_since(labeled, say, tiny_tokenizer):
+    data = config(labeled)
     pinned = pin_labels(data, {})
     before = load_pairs(data, tiny_tokenizer, stop_id=1, pinned=pinned)
     say("Ada")
-    labelled.undo("Cy", key="u")
+    labeled.undo("Cy", key="u")
     assert pin_labels(data, {"data.path": pinned}) == pinned
     assert load_pairs(data, tiny_tokenizer, stop_id=1, pinned=pinned) == before
     assert pin_labels(data, {}) != pinned

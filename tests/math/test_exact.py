@@ -1,6 +1,6 @@
 """The pieces together must have the right optimum, exactly: every response is enumerated, so nothing is sampled.
 
-Maximising E[score] - β·KL(π‖ref) over all policies gives π*(y) ∝ ref(y)·e^(score(y)/β). Here the policy is a table of
+Maximizing E[score] - β·KL(π‖ref) over all policies gives π*(y) ∝ ref(y)·e^(score(y)/β). Here the policy is a table of
 logits for every prefix, a step is the exact expected gradient of the loss under test, and what it comes to rest at is
 compared with π*. Each response is a row, its advantages weighted by its probability.
 

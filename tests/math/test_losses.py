@@ -134,74 +134,74 @@ def test_without_a_clip_the_value_loss_is_half_the_squared_error():
 # ------------------------------------------------------------------------------------------------- pairs
 
 
-def preferred(chosen, rejected, targets=None, weights=None, *, centre, denominator, decided=None):
+def preferred(chosen, rejected, targets=None, weights=None, *, center, denominator, decided=None):
     """The loss where nothing else is said: every chosen answer won, and every pair counts once."""
     ones = torch.ones_like(chosen)
     targets, weights = (ones if x is None else torch.tensor(x) for x in (targets, weights))
     return bradley_terry_loss(
-        chosen, rejected, targets, weights, centre=centre, denominator=denominator, decided=decided or len(chosen)
+        chosen, rejected, targets, weights, center=center, denominator=denominator, decided=decided or len(chosen)
     )
 
 
 def test_bradley_terry_worked_by_hand():
     # margins 2 and -1: -ln σ(2) = .126928, -ln σ(-1) = 1.313262
     chosen, rejected = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])
-    loss, metrics = preferred(chosen, rejected, centre=0.0, denominator=2)
+    loss, metrics = preferred(chosen, rejected, center=0.0, denominator=2)
     assert_close(loss, torch.tensor((0.126928 + 1.313262) / 2))
     assert metrics["reward_model/accuracy"] == 0.5
     assert metrics["reward_model/margin"] == 0.5
-    centred, metrics = preferred(chosen, rejected, centre=0.1, denominator=2)
-    assert_close(centred - loss, torch.tensor(0.1 * (4**2 + 3**2) / 2))
+    centered, metrics = preferred(chosen, rejected, center=0.1, denominator=2)
+    assert_close(centered - loss, torch.tensor(0.1 * (4**2 + 3**2) / 2))
     assert_close(metrics["reward_model/loss"], loss)
 
 
 def test_a_tie_costs_the_mean_of_both_outcomes_and_pulls_the_scores_together():
     # margin 2: -ln σ(2) = .126928, -ln σ(-2) = 2.126928, their mean 1.126928; its gradient σ(2) - T is .880797 - .5
     chosen, rejected = torch.tensor([3.0], requires_grad=True), torch.tensor([1.0])
-    loss, metrics = preferred(chosen, rejected, [0.5], centre=0.0, denominator=1, decided=1)
+    loss, metrics = preferred(chosen, rejected, [0.5], center=0.0, denominator=1, decided=1)
     loss.backward()
     assert_close(loss, torch.tensor(1.126928))
     assert_close(chosen.grad, torch.tensor([0.380797]))
     assert metrics["reward_model/accuracy"] == 0  # nobody was right
 
 
-def test_a_soft_label_costs_both_outcomes_by_their_probability_and_its_favourite_is_what_counts_as_right():
+def test_a_soft_label_costs_both_outcomes_by_their_probability_and_its_favorite_is_what_counts_as_right():
     # T = .7 at margin 2: .7·.126928 + .3·2.126928 = .726928; T = .2 at margin -1: .2·1.313262 + .8·.313262 = .513262
-    loss, metrics = preferred(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0]), [0.7, 0.2], centre=0.0, denominator=2)
+    loss, metrics = preferred(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0]), [0.7, 0.2], center=0.0, denominator=2)
     assert_close(loss, torch.tensor((0.726928 + 0.513262) / 2))
     assert metrics["reward_model/accuracy"] == 1
 
 
 def test_accuracy_is_of_decided_pairs_alone():
     chosen, rejected = torch.tensor([1.0, 1.0, 5.0, -5.0]), torch.tensor([0.0, 2.0, 0.0, 0.0])
-    _, metrics = preferred(chosen, rejected, [1.0, 1.0, 0.5, 0.5], centre=0.0, denominator=4, decided=2)
+    _, metrics = preferred(chosen, rejected, [1.0, 1.0, 0.5, 0.5], center=0.0, denominator=4, decided=2)
     assert metrics["reward_model/accuracy"] == 0.5
 
 
 def test_a_pair_of_weight_2_is_that_pair_twice():
     chosen, rejected = torch.tensor([3.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 2.0])
-    want, _ = preferred(chosen, rejected, centre=0.1, denominator=3)
-    got, _ = preferred(chosen[:2], rejected[:2], weights=[1.0, 2.0], centre=0.1, denominator=3)
+    want, _ = preferred(chosen, rejected, center=0.1, denominator=3)
+    got, _ = preferred(chosen[:2], rejected[:2], weights=[1.0, 2.0], center=0.1, denominator=3)
     assert_close(got, want)
 
 
 def test_swapping_a_pair_flips_its_margin():
     chosen, rejected = torch.tensor([1.7]), torch.tensor([0.4])
-    _, one = preferred(chosen, rejected, centre=0.0, denominator=1)
-    _, other = preferred(rejected, chosen, centre=0.0, denominator=1)
+    _, one = preferred(chosen, rejected, center=0.0, denominator=1)
+    _, other = preferred(rejected, chosen, center=0.0, denominator=1)
     assert one["reward_model/margin"] == -other["reward_model/margin"]
     assert one["reward_model/accuracy"] == 1 - other["reward_model/accuracy"] == 1
 
 
 def test_a_constant_reward_model_is_not_accurate_and_its_loss_is_not_below_log_2():
     same = torch.full((4,), 3.0)
-    _, metrics = preferred(same, same, centre=0.01, denominator=4)
+    _, metrics = preferred(same, same, center=0.01, denominator=4)
     assert metrics["reward_model/accuracy"] == 0
     assert metrics["reward_model/loss"].item() == pytest.approx(math.log(2))
 
 
 def test_a_hopeless_pair_costs_its_margin_not_inf():
-    loss, _ = preferred(torch.tensor([-500.0]), torch.tensor([500.0]), centre=0.0, denominator=1)
+    loss, _ = preferred(torch.tensor([-500.0]), torch.tensor([500.0]), center=0.0, denominator=1)
     assert loss.item() == 1000
 
 

@@ -86,13 +86,13 @@ def odd_model() -> LanguageModel:
     model = language_model()
     forward = type(model.lm).forward
 
-    def with_a_favourite(self, *args, **kwargs):
+    def with_a_favorite(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         output.logits = output.logits * 1.5
         output.logits[..., 3] += 2.0
         return output
 
-    model.lm.forward = types.MethodType(with_a_favourite, model.lm)
+    model.lm.forward = types.MethodType(with_a_favorite, model.lm)
     return model
 
 
@@ -116,12 +116,12 @@ def test_in_bfloat16_too_a_change_after_the_head_that_is_no_larger_than_rounding
     model = LanguageModel(language_model().lm.to(weights), torch.bfloat16)
     forward = type(model.lm).forward
 
-    def with_a_slight_favourite(self, *args, **kwargs):
+    def with_a_slight_favorite(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         output.logits[..., 3] += 0.2
         return output
 
-    model.lm.forward = types.MethodType(with_a_slight_favourite, model.lm)
+    model.lm.forward = types.MethodType(with_a_slight_favorite, model.lm)
     assert "full logits" in (model.check_head() or "")
 
 

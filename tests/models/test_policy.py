@@ -13,7 +13,7 @@ from tether.config import LoraConfig, ModelConfig
 from tether.errors import ModelError
 from tether.models.policy import build_policy
 from tether.models.reward_model import init_reward_model, save_reward_model
-from tiny import ragged, ragged_rows, randomise
+from tiny import ragged, ragged_rows, randomize
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def build(directory, **settings):
     return policy, reference
 
 
-def randomise_adapter(policy) -> None:
+def randomize_adapter(policy) -> None:
     for name, parameter in policy.policy_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -42,9 +42,9 @@ def test_the_reference_stays_what_the_policy_was_however_far_that_has_gone(tiny_
     policy, reference = build(directory, lora=lora)
     start = policy(rows, temperature=0.7).logprobs
     if lora:
-        randomise_adapter(policy)
+        randomize_adapter(policy)
     else:
-        randomise(policy.lm, std=0.2)
+        randomize(policy.lm, std=0.2)
     assert not torch.allclose(policy(rows, temperature=0.7).logprobs, start, atol=1e-2)
 
     plain = AutoModelForCausalLM.from_pretrained(directory)
@@ -117,7 +117,7 @@ def test_bfloat16_stays_near_float32_and_its_log_probs_and_values_are_float32(ti
     exact, _ = build(directory, lora=lora)
     policy, reference = build(directory, lora=lora, dtype="bfloat16")
     for p in (exact, policy):
-        randomise(p.value_head)
+        randomize(p.value_head)
     want, got = exact(rows, temperature=1.0), policy(rows, temperature=1.0)
     assert {x.dtype for x in got} == {torch.float32}
     for a, b in zip(got, want, strict=True):
@@ -141,14 +141,14 @@ def test_a_separate_critic_has_a_trunk_of_its_own_that_begins_as_the_policys(tin
     for name, weight in policy.lm.base_model.state_dict().items():
         assert torch.equal(theirs[name], weight)
         assert theirs[name].data_ptr() != weight.data_ptr()
-    randomise(policy.critic.head)
+    randomize(policy.critic.head)
     policy(rows, temperature=1.0).values.sum().backward()
     assert all(p.grad is None for p in policy.lm.parameters())
     assert all(p.grad is not None for p in policy.critic.parameters())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
-def test_a_critic_from_a_reward_model_says_its_normalised_score_of_every_prefix(
+def test_a_critic_from_a_reward_model_says_its_normalized_score_of_every_prefix(
     architecture, tiny_model, tiny_tokenizer, tmp_path
 ):
     directory, rows = tiny_model(architecture), ragged_rows()
@@ -169,7 +169,7 @@ def test_a_critic_from_a_reward_model_says_its_normalised_score_of_every_prefix(
 def test_a_critic_can_be_another_runs_critic(tiny_model, tmp_path):
     directory, rows = tiny_model(), ragged_rows()
     policy, _ = build(directory, critic="separate")
-    randomise(policy.critic, std=0.2)
+    randomize(policy.critic, std=0.2)
     policy.save_critic(tmp_path / "critic")
     other, _ = build(directory, critic=str(tmp_path / "critic"))
     assert_close(other(rows, temperature=1.0).values, policy(rows, temperature=1.0).values)

@@ -31,7 +31,7 @@ def doubles(*values):
 AB = {"a": (Fixed(1.0, 2.0, None), 0.5), "b": (Fixed(10.0, None, 3.0), -1.0)}
 
 
-def test_the_score_is_the_weighted_sum_of_the_sources_that_answered_not_renormalised():
+def test_the_score_is_the_weighted_sum_of_the_sources_that_answered_not_renormalized():
     batch = RewardSet(AB, RewardShapingConfig(), {"a", "b"}).score(batch_of(3))
     assert_close(batch.scores, doubles(0.5 - 10.0, 1.0, -3.0))
     assert batch.parts == {"a": [1.0, 2.0, None], "b": [10.0, None, 3.0]}  # raw, for the rollout file

@@ -157,7 +157,7 @@ def test_a_language_model_is_not_taken_for_a_reward_model(tiny_model):
         load_reward_model(str(tiny_model()), **FLOAT)
 
 
-def test_the_critics_head_says_the_normalised_score(tiny_model):
+def test_the_critics_head_says_the_normalized_score(tiny_model):
     model = fresh(tiny_model())
     model.mean, model.std = 0.5, 4.0
     hidden = torch.randn(3, 32)

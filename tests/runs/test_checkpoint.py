@@ -1,4 +1,4 @@
-"""Checkpoints: killed while writing, damaged on disk, out of space; an optimiser that goes on as if never stopped."""
+"""Checkpoints: killed while writing, damaged on disk, out of space; an optimizer that goes on as if never stopped."""
 
 import json
 import os
@@ -254,7 +254,7 @@ def test_a_mistake_in_the_writer_passes_through_and_leaves_nothing(tmp_path):
     assert entries(tmp_path) == ["cycle-000010"]
 
 
-# ---------------------------------------------------------------- the optimiser
+# ---------------------------------------------------------------- the optimizer
 
 
 def network() -> nn.Module:

@@ -15,7 +15,7 @@ LOGITS = torch.tensor([2.0, 0.1, -1.0, 1.3, 0.9, -0.4, -3.0, 0.5])
 
 
 def exact(temperature: float, top_k: int, top_p: float) -> list[float]:
-    """The distribution that is asked for, in plain Python: temperature, then top-k, then top-p; renormalised."""
+    """The distribution that is asked for, in plain Python: temperature, then top-k, then top-p; renormalized."""
     weights = [math.exp(x / temperature) for x in LOGITS.tolist()]
     p = [w / sum(weights) for w in weights]
     order = sorted(range(len(p)), key=lambda v: -p[v])

@@ -24,7 +24,7 @@ from tether.samplers.cuda_graphs import CudaGraphRunner
 from tether.samplers.local import LocalSampler, _why_not_recorded, count_slots, slot_bytes
 from tether.samplers.slots import SlotCache
 from tether.types import EVALUATE, Prompt, Sampling
-from tiny import language_model, prompts_of, randomise
+from tiny import language_model, prompts_of, randomize
 
 STOPS = tuple(range(8))  # a fifth of the vocabulary: responses end early and unevenly
 
@@ -139,7 +139,7 @@ def test_seed_stream_and_cycle_each_give_other_responses():
 def always(*path: int) -> LanguageModel:
     """A model that all but surely says path[t+1] after path[t]: embeddings are one-hot, the layers do nothing."""
     model = language_model(hidden_size=40, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False)
-    randomise(model.lm, std=0.0)
+    randomize(model.lm, std=0.0)
     with torch.no_grad():
         torch.nn.init.eye_(model.lm.get_input_embeddings().weight)
         model.lm.base_model.norm.weight.fill_(1.0)
@@ -210,7 +210,7 @@ def test_a_sliding_window_that_only_the_mask_knows_is_recomputed_and_right():
                 "shared_expert_intermediate_size": 16, "use_sliding_window": True, "max_window_layers": 2}  # fmt: skip
     config = AutoConfig.for_model("qwen2_moe", vocab_size=40, **ARCHITECTURES["qwen2"], **settings, sliding_window=12)
     model = LanguageModel(AutoModelForCausalLM.from_config(config), torch.float32)
-    randomise(model.lm, std=0.3)
+    randomize(model.lm, std=0.3)
     sampler = LocalSampler(model, slots=2)
     assert "does not tell it its sliding window" in (sampler.note or "")
     prompts, sampling = prompts_of([15, 3]), Sampling(0.9, max_new_tokens=16)
@@ -240,7 +240,7 @@ def test_in_float32_the_policys_very_weights_are_sampled_from():
     sampler = LocalSampler(model)
     sampling = Sampling(max_new_tokens=12)
     before = sampler.generate(prompts_of([5]), sampling, cycle=1)
-    randomise(model.lm, std=0.3)
+    randomize(model.lm, std=0.3)
     after = sampler.generate(prompts_of([5]), sampling, cycle=1)
     assert_same(after, one_by_one(model.lm, prompts_of([5]), sampling, cycle=1))
     assert after.response_ids != before.response_ids
@@ -258,7 +258,7 @@ def test_in_bfloat16_a_copy_is_sampled_from_that_load_weights_refreshes():
         return float((ours - sampled).abs().mean())
 
     assert gap() < 5e-2
-    randomise(model.lm, std=0.3)
+    randomize(model.lm, std=0.3)
     assert gap() > 5e-1
     sampler.load_weights(model)
     assert gap() < 5e-2

@@ -20,7 +20,7 @@ def test_every_coordinate_counts():
     assert len(seen) == 1 + 3 * len(AT)
 
 
-def test_neighbouring_cycles_rows_and_tokens_are_independent_and_uniform():
+def test_neighboring_cycles_rows_and_tokens_are_independent_and_uniform():
     table = np.stack([[uniforms(0, 0, cycle, row, 64) for row in range(32)] for cycle in range(8)])
     assert table.min() >= 0
     assert table.max() < 1

@@ -49,7 +49,7 @@ def judged(page) -> int:
     return int(page.inner_text("#progress").split()[2].rstrip(".,"))
 
 
-def test_twenty_pairs_are_labelled_by_keyboard_alone_undone_and_exported(page, studio):
+def test_twenty_pairs_are_labeled_by_keyboard_alone_undone_and_exported(page, studio):
     store = queue(studio.store, 20)
     page.goto(studio.url + "/label")
     for i in range(20):
@@ -102,7 +102,7 @@ def test_a_skip_asks_for_its_reason_and_a_note_survives_a_reload(page, studio):
     assert (label.choice, label.reason) == ("skip", "cut off")
 
 
-def test_without_scripts_labelling_still_works(plain_page, studio):
+def test_without_scripts_labeling_still_works(plain_page, studio):
     store = queue(studio.store, 2)
     plain_page.goto(studio.url + "/label")
     plain_page.click("button:has-text('right, clearly')")
@@ -306,7 +306,7 @@ def test_no_page_is_wider_than_the_screen_and_everything_has_a_name(browser, stu
             assert page.evaluate(nameless) == 0, path
 
 
-def test_kill_minus_nine_in_the_middle_of_labelling_loses_nothing_that_was_acknowledged(trained, tmp_path):
+def test_kill_minus_nine_in_the_middle_of_labeling_loses_nothing_that_was_acknowledged(trained, tmp_path):
     store = queue(tmp_path / "p.db", 200)
     command = [
         sys.executable,

@@ -202,7 +202,7 @@ def test_every_sum_on_the_board_is_true_of_a_real_run(trained):
             assert abs(eval(plain) - float(result.replace("−", "-").strip("()"))) < 3e-3, (name, said[name])
 
 
-def test_colours_are_full_at_the_98th_percentile_and_even_out_around_the_middle():
+def test_colors_are_full_at_the_98th_percentile_and_even_out_around_the_middle():
     rows = [{"delta": [x / 100 for x in range(-100, 101)] + [50.0]}]
     scale = Scale.of(SIGNALS["delta"], rows)
     assert scale.middle == 0

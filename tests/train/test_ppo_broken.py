@@ -78,7 +78,7 @@ def test_a_run_whose_gradients_stay_broken_stops_with_its_rollout_left_behind(ti
         tmp_path / "run", tiny_model(),
         checkpoint={"every": 1}, evaluate={"every": 0}, log={"tensorboard": False, "rollouts_every": 0},
     )  # fmt: skip
-    with pytest.raises(TrainingError, match=r"5 optimiser steps in a row are not finite"):
+    with pytest.raises(TrainingError, match=r"5 optimizer steps in a row are not finite"):
         tether.ppo(config, reward=Reward(lambda n, scores: [1e38] * 8 if n >= 2 else scores))
     run = tether.Run.open(tmp_path / "run")
     assert run.status["state"] == "failed"
@@ -95,7 +95,7 @@ def test_steps_skipped_before_a_stop_count_after_it(tiny_model, tmp_path):
     )
     with pytest.raises(RewardError):
         tether.ppo(config, reward=Reward(lambda n, scores: scores if n == 1 else [1e38 if n == 2 else math.nan] * 8))
-    with pytest.raises(TrainingError, match="5 optimiser steps in a row"):
+    with pytest.raises(TrainingError, match="5 optimizer steps in a row"):
         tether.ppo(config, reward=Reward(lambda n, scores: [1e38] * 8))
     assert [m["cycle"] for m in tether.Run.open(tmp_path / "run").metrics] == [1, 2]
 

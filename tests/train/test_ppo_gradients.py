@@ -14,7 +14,7 @@ from tether.models.loading import add_lora, checkpoint_activations
 from tether.models.policy import Policy, SeparateCritic
 from tether.train.update import accumulate
 from tether.types import Rollout, Rows
-from tiny import VOCABULARY, ragged_rows, randomise, transformer
+from tiny import VOCABULARY, ragged_rows, randomize, transformer
 
 TEMPERATURE, BETA = 0.7, 0.3
 
@@ -31,7 +31,7 @@ def build(*, separate: bool = False, lora: bool = False) -> Policy:
             if "lora_" in name:
                 parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
     policy = Policy(LanguageModel(lm, torch.float64), critic).double()
-    randomise(critic.head if critic else policy.value_head)
+    randomize(critic.head if critic else policy.value_head)
     return policy.train()
 
 

@@ -166,7 +166,7 @@ def test_ratio_and_clipped_columns_follow_from_the_log_probs_and_the_whitened_ad
 
 
 def steps_of(monkeypatch, config) -> tuple[Run, list[float]]:
-    """(the run, learning rate of the first group at every optimiser step)."""
+    """(the run, learning rate of the first group at every optimizer step)."""
     rates: list[float] = []
     step = torch.optim.AdamW.step
 
@@ -179,7 +179,7 @@ def steps_of(monkeypatch, config) -> tuple[Run, list[float]]:
         return tether.ppo(config, reward=id_score), rates
 
 
-def test_optimiser_steps_are_cycles_times_epochs_times_minibatches_and_the_rate_falls_to_zero(
+def test_optimizer_steps_are_cycles_times_epochs_times_minibatches_and_the_rate_falls_to_zero(
     tiny_model, tmp_path, monkeypatch
 ):
     ppo = {"cycles": 3, "epochs": 3, "batch": 8, "minibatch": 2}
@@ -262,7 +262,7 @@ def test_the_kl_coefficient_stands_still_while_the_policy_is_frozen(tiny_model, 
     assert used[4] != used[3]
 
 
-def test_the_optimality_gap_is_the_spread_of_regularised_scores_within_prompts(tiny_model, tmp_path):
+def test_the_optimality_gap_is_the_spread_of_regularized_scores_within_prompts(tiny_model, tmp_path):
     ppo = {"cycles": 2, "kl": KLConfig(coef=0.1)}
     run = tether.ppo(tiny_config(tmp_path / "run", tiny_model(), ppo=ppo), reward=id_score)
     for metrics in run.metrics:

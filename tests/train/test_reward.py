@@ -242,7 +242,7 @@ def test_skipped_steps_in_a_row_are_counted_on_over_a_resume_and_the_advice_says
     AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "broken")
     config = config_for(tmp_path / "run", tmp_path / "broken", data, epochs=5, batch=8)
     for _ in range(2):  # the second goes on after step 4, of which four were skipped
-        with pytest.raises(TrainingError, match=r"5 optimiser steps in a row.*lower optim\.lr.*--fresh"):
+        with pytest.raises(TrainingError, match=r"5 optimizer steps in a row.*lower optim\.lr.*--fresh"):
             reward_model(replace(config, checkpoint=CheckpointConfig(every=2)))
         assert [m["step"] for m in tether.Run.open(tmp_path / "run").metrics] == [1, 2, 3, 4, 5]
 

@@ -241,7 +241,7 @@ def test_gradients_that_stay_infinite_stop_the_run_after_a_few_skipped_steps(tin
     broken.model.norm.weight.data.fill_(float("inf"))
     broken.save_pretrained(tmp_path / "broken")
     AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "broken")
-    with pytest.raises(TrainingError, match=r"5 optimiser steps in a row are not finite.*optim\.lr"):
+    with pytest.raises(TrainingError, match=r"5 optimizer steps in a row are not finite.*optim\.lr"):
         sft(config_for(tmp_path / "run", tmp_path / "broken", data))
     run = tether.Run.open(tmp_path / "run")
     assert [m["optim/skipped_steps"] for m in run.metrics] == [1] * 5
@@ -256,7 +256,7 @@ def test_skipped_steps_in_a_row_are_counted_on_over_a_resume_and_the_advice_says
     AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "broken")
     config = replace(config_for(tmp_path / "run", tmp_path / "broken", data), checkpoint=CheckpointConfig(every=2))
     for _ in range(2):  # the second goes on after step 4, of which four were skipped
-        with pytest.raises(TrainingError, match=r"5 optimiser steps in a row.*lower optim\.lr.*--fresh"):
+        with pytest.raises(TrainingError, match=r"5 optimizer steps in a row.*lower optim\.lr.*--fresh"):
             sft(config)
         assert [m["step"] for m in tether.Run.open(tmp_path / "run").metrics] == [1, 2, 3, 4, 5]
 

@@ -69,8 +69,8 @@ class PPOSection(Section):
     """Responses to each prompt; 2 or more let the optimality gap be measured."""
     epochs: Annotated[int, at_least(1, "nothing would be learned from a cycle")] = 4
     """Passes over a cycle's responses."""
-    minibatch: Annotated[int, at_least(1, "an optimiser step would have no responses")] = 16
-    """Responses an optimiser step; divides batch."""
+    minibatch: Annotated[int, at_least(1, "an optimizer step would have no responses")] = 16
+    """Responses an optimizer step; divides batch."""
     microbatch_tokens: MicrobatchTokens = 8192
     """Padded tokens in memory at once; never changes the result, only memory and speed."""
     gamma: Annotated[float, within(0, 1, "future rewards would grow with distance")] = 1.0
@@ -90,7 +90,7 @@ class PPOSection(Section):
     """Values move at most this far from the old ones before the loss stops rewarding it; null: no clip."""
     value_coef: Annotated[float, at_least(0, "the critic would be driven away from the returns")] = 0.1
     """c1: weight of the value loss."""
-    entropy_coef: Annotated[float, at_least(0, "entropy would be minimised")] = 0.0
+    entropy_coef: Annotated[float, at_least(0, "entropy would be minimized")] = 0.0
     """c2: weight of the entropy bonus."""
     kl: KLConfig = field(default_factory=KLConfig)
     stop_epoch_at_kl: Annotated[float | None, positive("every cycle would stop at once; null turns it off")] = None

@@ -279,7 +279,7 @@ def _meant(key: str, known: Sequence[str]) -> list[str]:
     """The known keys that an unknown one may stand for, the surest rule first."""
     section, _, leaf = key.rpartition(".")
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-    if near := difflib.get_close_matches(leaf, beside, n=1, cutoff=0.79):  # misspelt
+    if near := difflib.get_close_matches(leaf, beside, n=1, cutoff=0.79):  # misspelled
         return [beside[near[0]]]
     words = sorted(re.split(r"[._]", key))
     if turned := [name for name in known if sorted(re.split(r"[._]", name)) == words]:  # ppo.lam.critic

@@ -23,8 +23,8 @@ class RewardModelSection(Section):
 
     epochs: Annotated[int, at_least(1, "nothing would be trained")] = 1
     """Passes over the pairs; more than one or two overfits human labels."""
-    batch: Annotated[int, at_least(1, "an optimiser step would have no pairs")] = 32
-    """Pairs in an optimiser step."""
+    batch: Annotated[int, at_least(1, "an optimizer step would have no pairs")] = 32
+    """Pairs in an optimizer step."""
     microbatch_tokens: MicrobatchTokens = 8192
     """Padded tokens in memory at once; never changes the result."""
     center: Annotated[float, at_least(0, "scores would be driven apart without bound")] = 0.0

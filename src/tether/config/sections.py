@@ -50,10 +50,10 @@ def check(config: Config, *, reward_given: bool = False) -> None:
             "it first: tether.load_config(PATH)."
         )
     for key, value, bound in leaves(config):
-        if isinstance(value, str) and any(len(part.encode(errors="replace")) > 255 for part in value.split("/")):
+        if isinstance(value, str) and longest_name(value) > 255:
             raise ConfigError(
-                f"{key} has {len(value):,} characters ({value[:40]!r}…): no file or directory has a name as long. Is "
-                "it the text itself? Write that to a file, and name the file."
+                f"{key} has {len(value.encode(errors='replace')):,} bytes ({value[:40]!r}…): no file or directory has "
+                "a name as long. Is it the text itself? Write that to a file, and name the file."
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise not_finite(key, value)
@@ -71,6 +71,11 @@ def check(config: Config, *, reward_given: bool = False) -> None:
             "reward is empty: nothing would score the responses. Add {function: FILE.py:NAME} or {model: DIR}, "
             "or pass reward=fn from Python."
         )
+
+
+def longest_name(path: str) -> int:
+    """Bytes of the longest name between slashes: file systems take 255."""
+    return max(len(part.encode(errors="replace")) for part in path.split("/"))
 
 
 def not_finite(key: str, value: float) -> ConfigError:
@@ -172,7 +177,7 @@ class LabelsConfig(Section):
     """Only labels from this date (2026-10-01) or time on, UTC; null: from the first."""
     until: str | None = None
     """Only labels up to this date, its whole day, or time, UTC; null: up to when the run begins. Resumed, a run reads
-    the labels that it began with, whatever was labelled since."""
+    the labels that it began with, whatever was labeled since."""
     guideline: Annotated[int | None, at_least(1, "versions count from 1; null takes every label")] = None
     """Only labels given under this version of the guidelines; null: any."""
 
@@ -312,13 +317,13 @@ class OptimConfig(Section):
     schedule: Literal["linear", "constant", "cosine"] = "linear"
     """After the warm-up: linear and cosine end at 0 with the last step."""
     warmup: Annotated[int, at_least(0, "a count of steps cannot be negative")] = 0
-    """Optimiser steps over which lr rises linearly from 0."""
+    """Optimizer steps over which lr rises linearly from 0."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates."""
     eps: Annotated[float, positive("Adam would divide by zero")] = 1.0e-5
     """Adam's epsilon; 1e-5 as in the original PPO code."""
     weight_decay: Annotated[float, at_least(0, "weights would grow")] = 0.0
-    """Decoupled weight decay; 0: the KL is the regulariser."""
+    """Decoupled weight decay; 0: the KL is the regularizer."""
     max_grad_norm: Annotated[float, positive("every step would be zero")] = 1.0
     """Gradients are scaled down to this norm, policy and critic together."""
 
@@ -329,10 +334,10 @@ class OptimConfig(Section):
 
 
 def check_warmup(optim: OptimConfig, steps: int) -> None:
-    """Raise ConfigError where a run of so many optimiser steps ends within its warm-up."""
+    """Raise ConfigError where a run of so many optimizer steps ends within its warm-up."""
     if optim.warmup >= steps:
         raise ConfigError(
-            f"optim.warmup={optim.warmup} is not below the run's {steps} optimiser steps: the learning rate "
+            f"optim.warmup={optim.warmup} is not below the run's {steps} optimizer steps: the learning rate "
             "would never arrive. Set a shorter warm-up."
         )
 
@@ -364,7 +369,7 @@ class CheckpointConfig(Section):
     """How often the run can be continued from."""
 
     every: Annotated[int, at_least(1, "the run could not be resumed")] = 50
-    """Cycles (or optimiser steps, where a trainer has no cycles) between checkpoints; the last is always saved."""
+    """Cycles (or optimizer steps, where a trainer has no cycles) between checkpoints; the last is always saved."""
     keep: Annotated[int, at_least(2, "a damaged checkpoint would have none before it")] = 2
     """Checkpoints kept, at least 2: should the newest be damaged, there is one before it."""
 

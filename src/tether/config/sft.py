@@ -15,8 +15,8 @@ class SFTSection(Section):
 
     epochs: Annotated[int, at_least(1, "nothing would be trained")] = 1
     """Passes over the data."""
-    batch: Annotated[int, at_least(1, "an optimiser step would have no examples")] = 32
-    """Examples (or, packed, rows of max_tokens) in an optimiser step."""
+    batch: Annotated[int, at_least(1, "an optimizer step would have no examples")] = 32
+    """Examples (or, packed, rows of max_tokens) in an optimizer step."""
     microbatch_tokens: MicrobatchTokens = 8192
     """Padded tokens in memory at once; never changes the result."""
     packing: bool = False

@@ -1,7 +1,7 @@
 """A store of labels as a data set: what a run reads of it, and how it reads the same again.
 
-Labelling goes on while a reward model is trained. A run takes what stood when it began and writes down the number of
-the newest event then; when it is resumed it reads the store as of that event, so what was labelled or taken back since
+Labeling goes on while a reward model is trained. A run takes what stood when it began and writes down the number of
+the newest event then; when it is resumed it reads the store as of that event, so what was labeled or taken back since
 changes nothing. The hash beside the number is of the rows themselves: should they differ all the same (another store in
 that place, a restored backup), the run is not resumed. A new run reads everything that stands when it begins.
 """
@@ -87,7 +87,7 @@ def _filters(config: DataConfig) -> Filters:
 
 
 def _summary(path: str, found: Preferences) -> str:
-    """N pairs, and what was labelled without becoming one."""
+    """N pairs, and what was labeled without becoming one."""
     people = len({row["annotator"] for row in found.rows})
     counts = {"skips": found.skips, "on gold items": found.gold, "on repeats": found.repeats}
     left_out = ", ".join(f"{count} {what}" for what, count in counts.items() if count)

@@ -89,7 +89,7 @@ class Judge:
 
 def parse(answer: str) -> list[Sentence]:
     """The answer's sentences, in order; what no clerk of Lanternwick would say is a "muddle"."""
-    return [_recognise(sentence) for sentence in split(answer)]
+    return [_recognize(sentence) for sentence in split(answer)]
 
 
 def split(answer: str) -> list[str]:
@@ -98,7 +98,7 @@ def split(answer: str) -> list[str]:
 
 
 @cache
-def _recognise(sentence: str) -> Sentence:
+def _recognize(sentence: str) -> Sentence:
     if sentence in _STOCK:
         return _STOCK[sentence]
     for attribute, pattern in _CLAIM_PATTERNS:

@@ -99,7 +99,7 @@ _REMEDY = {
     "activations": "Lower the microbatch_tokens, or set model.gradient_checkpointing to true.",
     "key-value cache": "Lower sampling.slots.",
     "sampler's workspace": "Lower sampling.slots.",
-    "optimiser": "Set model.lora: {}, which trains adapters only.",
+    "optimizer": "Set model.lora: {}, which trains adapters only.",
     "gradients": "Set model.lora: {}, which trains adapters only.",
 }
 

@@ -123,7 +123,7 @@ def _ppo(
     steps = p.cycles * p.epochs * p.batch // p.minibatch
     plan = (
         f"{p.cycles} cycles of {p.batch} responses ({p.batch // p.responses_per_prompt} prompts): "
-        f"{p.cycles * p.batch:,} responses, {steps:,} optimiser steps of {p.minibatch}"
+        f"{p.cycles * p.batch:,} responses, {steps:,} optimizer steps of {p.minibatch}"
     )
     rendered = _render(tokenizer, list(train[0].ids), [False] * len(train[0].ids))
     end = " or ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in stops)
@@ -142,7 +142,7 @@ def _sft(
     facts.append(f"{trained:,} of {sum(lengths):,} tokens are trained")
     steps = len(plan_examples(lengths, config))
     check_warmup(config.optim, steps)
-    plan = f"{config.sft.epochs} epochs: {steps:,} optimiser steps of up to {config.sft.batch} rows"
+    plan = f"{config.sft.epochs} epochs: {steps:,} optimizer steps of up to {config.sft.batch} rows"
     longest = config.data.max_tokens if config.sft.packing else max(lengths)
     first = examples[0]
     return Inputs(facts, longest, plan, f"row {first.row}\n{_render(tokenizer, first.ids, first.trained)}")
@@ -162,7 +162,7 @@ def _reward(
     facts.append(f"{len(train)} pairs to train on, {held_out if test else 'none held out: no accuracy will be known'}")
     steps = len(plan_pairs(len(train), config))
     check_warmup(config.optim, steps)
-    plan = f"{section.epochs} epochs: {steps:,} optimiser steps of up to {section.batch} pairs"
+    plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} pairs"
     first, shown = train[0], []
     for name, ids in (("chosen", first.chosen_ids), ("rejected", first.rejected_ids)):
         mask = [False] * (len(first.prompt_ids) + len(ids) - 1) + [True]  # the score is read at the last token

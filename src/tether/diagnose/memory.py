@@ -102,12 +102,12 @@ def predict(
     parts = [
         Part("weights", step.weights),
         Part("gradients", 4 * trained, "always" if kind == "cpu" else "updating"),
-        Part("optimiser", 8 * trained),
+        Part("optimizer", 8 * trained),
         Part("critic", 4 * step.critic),
         Part("activations", step.activations, "updating"),
     ]
     if kind == "cuda":  # torch steps all weights at once there, and needs room for one more copy of them
-        parts += [Part("gradients ", 4 * trained, "stepping"), Part("optimiser's workspace", 4 * trained, "stepping")]
+        parts += [Part("gradients ", 4 * trained, "stepping"), Part("optimizer's workspace", 4 * trained, "stepping")]
     else:
         parts.append(Part("Python and libraries", _PROCESS_CPU))
         copies = 1 if config.model.lora is None else 2  # what was saved is loaded again; adapters are merged in a copy

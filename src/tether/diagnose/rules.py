@@ -91,7 +91,7 @@ def _better(view: View) -> str:
 
 def not_finite(view: View) -> Iterator[Alarm]:
     """A loss that is NaN or infinite, which the run directory holds as null. One is enough: no sound run has any.
-    (Beyond 4,000 cycles some are read; the steps that NaN makes the optimiser skip are counted in all.)"""
+    (Beyond 4,000 cycles some are read; the steps that NaN makes the optimizer skip are counted in all.)"""
     found = {name: at for name in view.kind.losses if (at := view.series.nulls(name))}
     if not found:
         return
@@ -104,7 +104,7 @@ def not_finite(view: View) -> Iterator[Alarm]:
 
 
 def skipped_steps(view: View) -> Iterator[Alarm]:
-    """Optimiser steps whose gradient was not finite: the weights stay, the data is lost. One in a hundred is bad luck
+    """Optimizer steps whose gradient was not finite: the weights stay, the data is lost. One in a hundred is bad luck
     that costs little; more is a run that has lost its footing (five in a row stop it)."""
     steps = view.series.points("optim/skipped_steps", zeros=False)
     recorded = [c for c, text in view.recorded() if "skipped" in text]

@@ -50,8 +50,8 @@ class Curve:
         bends = [a - 2 * b + c for a, b, c in zip(self.levels, self.levels[1:], self.levels[2:], strict=False)]
         if not bends:
             return 0.0
-        centre = median(bends)
-        plain = math.sqrt(sum((b - centre) ** 2 for b in bends) / len(bends))
+        center = median(bends)
+        plain = math.sqrt(sum((b - center) ** 2 for b in bends) / len(bends))
         return max(1.4826 * _deviation(bends), 0.5 * plain) / math.sqrt(6)
 
     def coarse(self, most: int = 20) -> Curve:
@@ -147,5 +147,5 @@ def correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _deviation(values: Sequence[float]) -> float:
-    centre = median(values)
-    return median([abs(v - centre) for v in values])
+    center = median(values)
+    return median([abs(v - center) for v in values])

@@ -2,7 +2,7 @@
 
     store.py       Store: one SQLite file, its verbs                records.py   the values that go in and come out
     schema.py      tables, connections, what went wrong             queue.py     who is asked what next, on which side
-    judgements.py  recording a judgement, taking one back           reading.py   progress, labels, preference rows
+    judgments.py  recording a judgment, taking one back           reading.py   progress, labels, preference rows
     agreement.py   whether people can be trusted: α, κ, biases      export.py    JSONL for everybody else
     items.py       `tether label`: where the items come from
 

@@ -21,7 +21,7 @@ from tether.errors import StoreError, did_you_mean
 from tether.feedback.records import Added, Answer, Item, Task, utc_iso
 from tether.feedback.schema import GOLD, MAIN, REPEAT, to_json
 
-BLOCK = 64  # neighbours in the queue whose order is each annotator's own
+BLOCK = 64  # neighbors in the queue whose order is each annotator's own
 REPEAT_AFTER = 10  # items judged in between, at least: less, and the person remembers
 REPEAT_SPREAD = 20  # up to so many more
 

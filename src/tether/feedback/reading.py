@@ -1,7 +1,7 @@
 """Reading the store: progress, labels that stand, rows for a reward model, raw events.
 
 What stands is asked for now, or as of an event: since events are only added, the labels that stood when event N was
-the newest can be read for ever, however much has been labelled and taken back since.
+the newest can be read for ever, however much has been labeled and taken back since.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def item(connection: sqlite3.Connection, number: int) -> StoredItem:
 
 
 def items(connection: sqlite3.Connection) -> Iterator[StoredItem]:
-    """In the order of their queues: what is labelled, gold, repeats."""
+    """In the order of their queues: what is labeled, gold, repeats."""
     return map(_item, connection.execute("SELECT * FROM items ORDER BY pool, position, id"))
 
 
@@ -151,7 +151,7 @@ def _standing(
 
 
 def _first_event(connection: sqlite3.Connection, time: str) -> int:
-    """The first event at `time` or later; past the last one where there is none. Times never go back (`judgements`)."""
+    """The first event at `time` or later; past the last one where there is none. Times never go back (`judgments`)."""
     row = connection.execute("SELECT id FROM events WHERE at >= ? ORDER BY at, id LIMIT 1", (time,)).fetchone()
     return int(row["id"]) if row else last_event(connection) + 1
 

@@ -74,7 +74,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgment:
     """What a person chose about an item. `check` holds it against the item's answers.
 
     Answers are numbered as they are stored, or by their place on the screen (`as_stored`): a is number 0, b number 1.
@@ -88,14 +88,14 @@ class Judgement:
     reason: str | None = None  # why it was skipped
 
     @classmethod
-    def of(cls, choice: str | Sequence[int], **details: Any) -> Judgement:
+    def of(cls, choice: str | Sequence[int], **details: Any) -> Judgment:
         """choice: one of CHOICES, or answer indices, best first."""
         if isinstance(choice, str):
             return cls(choice, None, **details)
         return cls(RANKING, tuple(choice), **details)
 
-    def as_stored(self, order: Sequence[int]) -> Judgement:
-        """This judgement of places on the screen as one of stored answers; order: `Task.order`."""
+    def as_stored(self, order: Sequence[int]) -> Judgment:
+        """This judgment of places on the screen as one of stored answers; order: `Task.order`."""
         letters = {"a": "ab"[order[0]], "b": "ab"[order[1]]} if len(order) == 2 else {}
         return replace(
             self,
@@ -105,7 +105,7 @@ class Judgement:
         )
 
     def check(self, answers: int) -> None:
-        """Raise LabelError where this is no judgement of so many answers."""
+        """Raise LabelError where this is no judgment of so many answers."""
         _check_choice(self.choice, self.ranking, answers)
         if self.strength is not None and (self.strength not in (1, 2, 3) or self.choice not in ("a", "b")):
             raise LabelError(
@@ -115,7 +115,7 @@ class Judgement:
         for axis, side in self.axes.items():
             if axis not in AXES or side not in SIDES or answers != 2:
                 raise LabelError(
-                    f"axes: {axis!r}: {side!r} is no judgement of a pair. The axes are {', '.join(AXES)}, each "
+                    f"axes: {axis!r}: {side!r} is no judgment of a pair. The axes are {', '.join(AXES)}, each "
                     f"{', '.join(SIDES)}."
                 )
         if self.choice == "skip" and not (self.reason or "").strip():
@@ -274,7 +274,7 @@ class StoredItem:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A judgement that stands."""
+    """A judgment that stands."""
 
     event: int
     item: int

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from tether.errors import StoreError
-from tether.feedback import judgements, queue, reading
+from tether.feedback import judgments, queue, reading
 from tether.feedback.export import export
 from tether.feedback.records import (
     Added,
@@ -32,7 +32,7 @@ from tether.feedback.records import (
     Filters,
     Guideline,
     Item,
-    Judgement,
+    Judgment,
     Label,
     Preferences,
     Progress,
@@ -159,10 +159,10 @@ class Store:
         axes: dict[str, str] | None = None, note: str | None = None, reason: str | None = None,
         seconds: float | None = None, on_screen: bool = False,
     ) -> Receipt:  # fmt: skip
-        """Keep a judgement for good; it is on the disk when this returns.
+        """Keep a judgment for good; it is on the disk when this returns.
 
         item: the one that `next_task` gave this annotator last; its lease may have run out if nobody else took it.
-        key: made up by the client for this judgement. Sent again with the same content, it returns the first receipt
+        key: made up by the client for this judgment. Sent again with the same content, it returns the first receipt
             and changes nothing (`seconds` may differ); with other content it is a LabelError.
         choice: a, b (answers 0 and 1 in stored order: `Task.choice_of`), both_good, both_bad, skip; or, for items with
             more answers, stored indices, best first (`Task.ranking_of`).
@@ -171,10 +171,10 @@ class Store:
         strength: 1 slightly, 2 clearly, 3 much better; with a and b alone.
         axes: of helpful, harmless, honest, each a, b or tie. reason: of a skip. seconds: spent on it.
         """
-        judgement = Judgement.of(choice, strength=strength, axes=axes or {}, note=note, reason=reason)
+        judgment = Judgment.of(choice, strength=strength, axes=axes or {}, note=note, reason=reason)
         with self._database.write() as c:
-            return judgements.record(
-                c, annotator, item, key, judgement, on_screen=on_screen, seconds=seconds, now=self._clock(),
+            return judgments.record(
+                c, annotator, item, key, judgment, on_screen=on_screen, seconds=seconds, now=self._clock(),
                 at=self._now(), mix=self.mix,
             )  # fmt: skip
 
@@ -185,7 +185,7 @@ class Store:
         key: as for `record`, so that a request sent twice undoes one label.
         """
         with self._database.write() as c:
-            return judgements.undo(c, annotator, key, now=self._clock(), at=self._now(), mix=self.mix)
+            return judgments.undo(c, annotator, key, now=self._clock(), at=self._now(), mix=self.mix)
 
     def history(self, annotator: str, *, before: int | None = None, limit: int = 50) -> list[Label]:
         """The annotator's own labels that stand, newest first; before: an event number, for the next page.
@@ -243,7 +243,7 @@ class Store:
     def preferences(
         self, filters: Filters = _EVERYTHING, *, as_of: int | None = None, gold: bool = False, repeats: bool = False
     ) -> Preferences:
-        """Rows to fit a reward model to, and counts of what did not become one. The order is that of labelling.
+        """Rows to fit a reward model to, and counts of what did not become one. The order is that of labeling.
 
         Columns: prompt, chosen, rejected (messages where the prompt is messages), chosen_finish_reason,
         rejected_finish_reason, probability (that chosen is preferred: 1, of a tie 0.5), strength, annotator, item,

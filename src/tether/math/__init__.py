@@ -3,7 +3,7 @@
     masked       sums, means, variances and whitening where only some positions count
     logprobs     log-probability and entropy of each token from hidden states, without the logits ever in memory at once
     kl           three estimators of a KL divergence, and the controller that holds one at a target
-    advantages   rewards per token, generalised advantage estimation
+    advantages   rewards per token, generalized advantage estimation
     losses       policy, value, entropy, KL, preference and likelihood
     diagnostics  how good the critic is, and how far the policy is from the optimum
     bootstrap    how sure a mean is

@@ -48,7 +48,7 @@ def place_rewards(
 def gae(
     rewards: Float[Tensor, "B R"], values: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, gamma: float, lam: float
 ) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
-    """Generalised advantage estimation, and the returns that the critic learns.
+    """Generalized advantage estimation, and the returns that the critic learns.
 
         δ_t = r_t + γ·V_{t+1} - V_t
         A_t = δ_t + γλ·A_{t+1}

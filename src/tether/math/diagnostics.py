@@ -44,7 +44,7 @@ def optimality_gap(
     It cannot see what π no longer samples: a collapsed policy reads as optimal, so read it beside the entropy.
     Derivation: docs/algorithm.md.
 
-    scores                reward units; the responses to a prompt are neighbours.
+    scores                reward units; the responses to a prompt are neighbors.
     log_ratio_sums        nats: Σ (old - ref) over a response's tokens.
     responses_per_prompt  ≥ 2; divides B.
     kl_coef               β > 0.

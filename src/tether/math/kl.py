@@ -8,7 +8,7 @@ With d = log π(a) - log ref(a) on tokens a drawn from π, the estimators of KL(
 
 Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
 
-Which one may be *optimised* is another question than which one estimates well, and the answer depends on its place:
+Which one may be *optimized* is another question than which one estimates well, and the answer depends on its place:
 
     in the reward   only k1: E[k1 as a cost] is the KL, whose optimum is π* ∝ ref·e^(score/β). k2 and k3 have other
                     optima: with zero score they drift away from the reference.

@@ -1,6 +1,6 @@
-"""What is minimised. Every loss is a sum over counted positions divided by a `denominator` that the caller counts.
+"""What is minimized. Every loss is a sum over counted positions divided by a `denominator` that the caller counts.
 
-The denominator belongs to the whole optimiser step, over every microbatch and rank: a mean over each microbatch,
+The denominator belongs to the whole optimizer step, over every microbatch and rank: a mean over each microbatch,
 averaged, would be another objective, in which a token weighs more the fewer others share its microbatch. This way the
 losses, gradients and metrics of the microbatches add up to those of the step. Two metrics do not add:
 `policy/ratio_min` and `policy/ratio_max` combine by min and max.
@@ -30,7 +30,7 @@ def clipped_policy_loss(
     clip: float | tuple[float, float],
     denominator: float,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """PPO's clipped surrogate, negated so that it is minimised.
+    """PPO's clipped surrogate, negated so that it is minimized.
 
         L = Σ mask · max(-A·ρ, -A·clip(ρ, 1-ε_low, 1+ε_high)) / denominator,   ρ = exp(new - old)
 
@@ -44,7 +44,7 @@ def clipped_policy_loss(
         advantages    reward units, whitened or not; detached.
         mask          positions that do not count may hold anything, NaN included.
         clip          ε > 0, no unit, 0.2 in the paper; or (ε_low, ε_high).
-        denominator   response tokens in the whole optimiser step.
+        denominator   response tokens in the whole optimizer step.
 
     Returns (loss, metrics): policy/loss, policy/kl_old_new (k3, nats a token), policy/clip_fraction (tokens whose
     gradient is cut), policy/ratio_mean, policy/ratio_min, policy/ratio_max.
@@ -88,7 +88,7 @@ def value_loss(
         old_values   reward units; detached. What the critic said when the cycle began.
         returns      reward units; detached. From `gae`, never whitened.
         clip         ε > 0 in reward units: it depends on the scale of the scores. None: plain squared error.
-        denominator  response tokens in the whole optimiser step.
+        denominator  response tokens in the whole optimizer step.
 
     Returns (loss, metrics): value/loss, value/clip_fraction (tokens whose gradient is cut).
     """
@@ -136,13 +136,13 @@ def bradley_terry_loss(
     targets: Float[Tensor, " B"],
     weights: Float[Tensor, " B"],
     *,
-    centre: float,
+    center: float,
     denominator: float,
     decided: float,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Negative log-likelihood of which response wins, for training a reward model.
 
-        L = Σ w · [-T·log σ(r_w - r_l) - (1 - T)·log σ(r_l - r_w) + centre · (r_w + r_l)²] / denominator
+        L = Σ w · [-T·log σ(r_w - r_l) - (1 - T)·log σ(r_l - r_w) + center · (r_w + r_l)²] / denominator
 
     T = 1: the chosen one was preferred; T = 0.5: a tie, whose minimum is at equal scores. The first two terms see
     differences only, so scores may drift by any constant; centring holds them around 0.
@@ -153,9 +153,9 @@ def bradley_terry_loss(
         chosen, rejected  scores in reward units; carry the gradient.
         targets           T: probability in [0, 1] that the chosen one is preferred.
         weights           w > 0: a pair of weight 2 counts as two pairs.
-        centre            ≥ 0; 0 turns it off.
-        denominator       sum of the weights in the whole optimiser step.
-        decided           pairs with T ≠ 0.5 in the whole optimiser step; at least 1.
+        center            ≥ 0; 0 turns it off.
+        denominator       sum of the weights in the whole optimizer step.
+        decided           pairs with T ≠ 0.5 in the whole optimizer step; at least 1.
 
     Returns (loss, metrics): reward_model/loss (without centring, so that log 2 ≈ 0.693 means knowing nothing),
     reward_model/accuracy (of decided pairs; strictly greater: a constant model scores 0), reward_model/margin (mean of
@@ -163,7 +163,7 @@ def bradley_terry_loss(
     """
     margin = chosen - rejected
     preference = -(weights * (targets * logsigmoid(margin) + (1 - targets) * logsigmoid(-margin))).sum() / denominator
-    loss = preference + centre * (weights * (chosen + rejected) ** 2).sum() / denominator
+    loss = preference + center * (weights * (chosen + rejected) ** 2).sum() / denominator
     metrics = {
         "reward_model/loss": preference.detach(),
         "reward_model/accuracy": (margin * (targets - 0.5) > 0).float().sum() / decided,
@@ -175,6 +175,6 @@ def bradley_terry_loss(
 def nll_loss(logprobs: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"], *, denominator: float) -> Float[Tensor, ""]:
     """Negative log-likelihood, nats a token, for supervised fine-tuning: -Σ mask · log π / denominator.
 
-    denominator counts trained tokens of the whole optimiser step.
+    denominator counts trained tokens of the whole optimizer step.
     """
     return -masked_sum(logprobs, mask) / denominator

@@ -31,7 +31,7 @@ from tether.types import microbatches
 
 
 class RewardModel(nn.Module):
-    """Scores sequences of tokens. `forward` is what is trained; `score` is what is used: normalised, no gradient."""
+    """Scores sequences of tokens. `forward` is what is trained; `score` is what is used: normalized, no gradient."""
 
     def __init__(self, classifier: PreTrainedModel, *, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class RewardModel(nn.Module):
         return self.head.weight.device
 
     def value_head(self) -> nn.Linear:
-        """A linear layer that says the normalised score of a hidden state: a critic's head to start from."""
+        """A linear layer that says the normalized score of a hidden state: a critic's head to start from."""
         head = nn.Linear(self.head.in_features, 1, device=self.device)
         with torch.no_grad():
             head.weight.copy_(self.head.weight / self.std)
@@ -85,7 +85,7 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score(self, rows: Sequence[Sequence[int]], *, batch_tokens: int = 16384) -> Tensor:
-        """Normalised scores [B] float32 on the CPU, in the order of `rows`; batch_tokens: padded tokens at once."""
+        """Normalized scores [B] float32 on the CPU, in the order of `rows`; batch_tokens: padded tokens at once."""
         scores = torch.empty(len(rows))
         for index in microbatches([len(row) for row in rows], batch_tokens):
             scores[index] = self([rows[i] for i in index.tolist()]).float().cpu()
@@ -103,7 +103,7 @@ def load_reward_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> RewardModel:
-    """A trained reward model with its normalisation; weights in `dtype`, dropout 0."""
+    """A trained reward model with its normalization; weights in `dtype`, dropout 0."""
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = model_config(path, **where)
     check_one_label(path, config)
@@ -214,10 +214,10 @@ def save_reward_model(
     model: RewardModel, tokenizer: PreTrainedTokenizerBase, directory: Path,
     *, stop_id: int | None, card: str = "", trust_remote_code: bool = False,
 ) -> None:  # fmt: skip
-    """Write a Hugging Face directory that the stock classifier scores as we do, normalisation in its config.json.
+    """Write a Hugging Face directory that the stock classifier scores as we do, normalization in its config.json.
 
     stop_id: the token that ended the sequences it was trained on. card: the model card.
-    Stock scores are raw; a normalised one is (raw - tether_reward_mean) / tether_reward_std. A directory appears whole
+    Stock scores are raw; a normalized one is (raw - tether_reward_mean) / tether_reward_std. A directory appears whole
     or not at all, with the checksums of its files. Raises ModelError where the reloaded stock model scores a probe
     differently.
     """

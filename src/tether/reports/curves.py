@@ -46,7 +46,7 @@ PPO = [
           "Mean score of a cycle's responses, with a band of one standard deviation. It should rise, then level off."),
     Curve("kl/ref_mean", "KL to the reference",
           "How far the policy has moved from where it began, in nats a response: the price of the score. The classic "
-          "sentiment run held it at 6; tens of nats under a score that rises no more are over-optimisation.",
+          "sentiment run held it at 6; tens of nats under a score that rises no more are over-optimization.",
           shows=(0,)),
     Curve("policy/entropy", "Entropy",
           "Freedom in the choice of the next token, in nats. It should fall slowly; a sudden fall is collapse.",

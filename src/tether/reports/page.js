@@ -1,5 +1,5 @@
 "use strict";
-// Draws every plot in the page's colours, and again when the reader's system turns light or dark.
+// Draws every plot in the page's colors, and again when the reader's system turns light or dark.
 const plots = JSON.parse(document.getElementById("plots").textContent);
 
 function draw() {

@@ -61,7 +61,7 @@ class Look:
     row: dict[str, Any]
     prompt: str
     tokens: list[dict[str, Any]]
-    """Coloured by advantage; see `tokens_of`."""
+    """Colored by advantage; see `tokens_of`."""
     curve: Markup
     """V(t), with the score at its end."""
 
@@ -217,7 +217,7 @@ def _held_out_figures(run: Run, evaluations: Sequence[Evaluation]) -> list[Figur
         Figure(
             "Score for KL",
             "What each nat of distance bought, evaluation by evaluation; dotted: choosing the best of n answers of the "
-            "start model. A line that turns flat or falls while it runs to the right is over-optimisation.",
+            "start model. A line that turns flat or falls while it runs to the right is over-optimization.",
             frontier(kl, means, [f"cycle {c}" for c in cycles], chosen if len(chosen) > 1 else []),
         ),
     ]
@@ -334,7 +334,7 @@ def _checks(metrics: Sequence[dict[str, Any]]) -> dict[str, str]:
         "check/first_ratio_error": ("first ratio of a cycle, off 1 by", "{:.1e}", max),
         "check/sampler_gap": ("sampler against trainer, nats a token", "{:.1e}", max),
         "check/truncated_mass": ("probability that top-k and top-p cut off", "{:.2%}", max),
-        "optim/skipped_steps": ("optimiser steps skipped", "{:.0f}", sum),
+        "optim/skipped_steps": ("optimizer steps skipped", "{:.0f}", sum),
         "memory/peak_mb": ("peak memory, MB", "{:,.0f}", max),
     }
     found = {}

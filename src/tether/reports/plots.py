@@ -1,7 +1,7 @@
 """Plots as plotly takes them, in plain dicts: nothing but numbers and fixed words ever gets in, for plotly reads some
 markup in text.
 
-A colour "--accent" is the name of a CSS variable; the page puts in its value, light or dark.
+A color "--accent" is the name of a CSS variable; the page puts in its value, light or dark.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 Plot = dict[str, Any]
 Numbers = Sequence[float | None]
 
-_MOST_POINTS = 1000  # beyond it, neighbours are averaged: a screen has no more columns
+_MOST_POINTS = 1000  # beyond it, neighbors are averaged: a screen has no more columns
 
 
 def line(
@@ -78,7 +78,7 @@ def calibration(bins: Sequence[dict[str, Any]]) -> Plot:
          "customdata": [b["pairs"] for b in bins],
          "hovertemplate": "sure %{x:.2f}, right %{y:.2f}, %{customdata} pairs<extra></extra>"},
     ]  # fmt: skip
-    plot = _plot(traces, x_title="probability given to the favourite", y_range=(0, 1.05), shapes=[])
+    plot = _plot(traces, x_title="probability given to the favorite", y_range=(0, 1.05), shapes=[])
     plot["layout"]["hovermode"] = "closest"
     return plot
 
@@ -147,7 +147,7 @@ def _range(values: Numbers) -> tuple[float, float]:
 
 
 def _thin(values: Numbers) -> list[float | None]:
-    """At most `_MOST_POINTS` values: means of equal runs of neighbours; None where a run has no number."""
+    """At most `_MOST_POINTS` values: means of equal runs of neighbors; None where a run has no number."""
     width = -(-len(values) // _MOST_POINTS)
     if width <= 1:
         return list(values)

@@ -1,4 +1,4 @@
-"""What can be seen of a token: signals, their colours, the arithmetic with its numbers, and V(t) as a curve."""
+"""What can be seen of a token: signals, their colors, the arithmetic with its numbers, and V(t) as a curve."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tether.reports.text import visible
 Row = Mapping[str, Any]
 """A response as rollouts/ hold it (run directory, schema 1)."""
 
-STEPS = 8  # colours on either side of the middle
+STEPS = 8  # colors on either side of the middle
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Signal:
 
     column  of a row that has it: without a critic there is no value.
     of      its values in a row; None where it has none.
-    middle  the value without colour; None: the mean over the cycle.
+    middle  the value without color; None: the mean over the cycle.
     """
 
     key: str
@@ -53,7 +53,7 @@ SIGNALS = {
         Signal("value", "Value V", "What the critic expected still to come, before this token was chosen.",
                "value", _column("value"), middle=None),
         Signal("advantage", "Advantage A", "How much better things went from this token on than the critic expected, "
-               "coloured around the cycle's mean, as whitening sees it: training makes blue tokens likelier, orange "
+               "colored around the cycle's mean, as whitening sees it: training makes blue tokens likelier, orange "
                "ones less likely.", "advantage", _column("advantage"), middle=None),
         Signal("delta", "Surprise δ", "What this one token changed in the critic's estimate.", "delta",
                _column("delta")),
@@ -75,10 +75,10 @@ def signals_of(row: Row) -> dict[str, Signal]:
 
 @dataclass(frozen=True)
 class Scale:
-    """From a signal's value to a colour, the same for a whole cycle.
+    """From a signal's value to a color, the same for a whole cycle.
 
-    middle  the value without colour.
-    reach   distance from it at which the colour is full: the 98th percentile, so that one outlier does not grey all.
+    middle  the value without color.
+    reach   distance from it at which the color is full: the 98th percentile, so that one outlier does not gray all.
     """
 
     middle: float
@@ -184,7 +184,7 @@ def _n(value: float) -> str:
 
 
 def tokens_of(row: Row, steps: Sequence[int], knobs: Knobs) -> list[dict[str, Any]]:
-    """What a page shows of each token: its text, colour and arithmetic. As many as there are steps."""
+    """What a page shows of each token: its text, color and arithmetic. As many as there are steps."""
     return [
         {
             "t": t, "text": visible(text) or "∅", "blank": not text.strip(), "clipped": bool(row["clipped"][t]),

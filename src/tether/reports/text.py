@@ -10,7 +10,7 @@ import json
 import unicodedata
 from typing import Any
 
-_SHAPING = {"\u200c", "\u200d"}  # (non-)joiners: Persian, Hindi and family emoji are not spelt right without them
+_SHAPING = {"\u200c", "\u200d"}  # (non-)joiners: Persian, Hindi and family emoji are not spelled right without them
 _KEPT = {"\n", "\t"} | _SHAPING
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, surrogates, line and paragraph separators
 

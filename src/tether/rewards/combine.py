@@ -18,7 +18,7 @@ from tether.types import Completions, Prompt, Reward
 class ScoredBatch:
     """The scores of B responses and what they are made of."""
 
-    scores: Tensor  # [B] float64, what PPO maximises: summed, clipped, missing_eos applied
+    scores: Tensor  # [B] float64, what PPO maximizes: summed, clipped, missing_eos applied
     parts: dict[str, list[float | None]]  # source name -> B raw answers, before weight and shaping
     missing: dict[str, int] = field(default_factory=dict)  # optional source name -> responses that it did not score
 
@@ -28,7 +28,7 @@ class RewardSet:
 
     score = Σ weight·source. Where a source answers None beside another's score, the response would be worth more or
     less than its siblings for no reason, so that is an error, unless the source is optional: it then adds nothing. The
-    weights are not renormalised.
+    weights are not renormalized.
 
     optional: names of the sources that may answer None.
     """

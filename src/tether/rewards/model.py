@@ -21,7 +21,7 @@ from tether.types import Completions, Prompt, Text
 
 
 class ModelReward:
-    """One reward model as a source of scores: normalised, without gradient."""
+    """One reward model as a source of scores: normalized, without gradient."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class ModelReward:
             bad = int((~scores.isfinite()).nonzero()[0, 0])
             raise RewardError(
                 f"reward model {self.name} gives {scores[bad].item()} for {describe_row(completions, bad)}: one such "
-                "score would make every weight NaN. Its weights or its normalisation are damaged, or dtype is too "
+                "score would make every weight NaN. Its weights or its normalization are damaged, or dtype is too "
                 "coarse: set dtype: float32 for this source."
             )
         return scores.double().tolist()

@@ -44,7 +44,7 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0
 
 
 def truncate(probs: Tensor, *, top_k: int, top_p: float) -> Tensor:
-    """Zero all but the kept tokens of `probs` [B, V]; not renormalised. Top-k first, then top-p of what that kept.
+    """Zero all but the kept tokens of `probs` [B, V]; not renormalized. Top-k first, then top-p of what that kept.
 
     top_p keeps the smallest set of likeliest tokens whose share of the mass reaches it (Holtzman et al. 2020), so never
     less than one token.

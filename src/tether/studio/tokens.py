@@ -122,7 +122,7 @@ class Content:
     """Filled as signals are asked for."""
 
     def scale(self, key: str) -> Scale:
-        """A signal's colours over the cycle."""
+        """A signal's colors over the cycle."""
         if key not in self.scales:
             self.scales[key] = Scale.of(SIGNALS[key], self.rows)
         return self.scales[key]

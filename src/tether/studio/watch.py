@@ -122,7 +122,7 @@ def _plots(run: Run, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {c.metric: plot for c, plot in curves(run.status["kind"], run.config, lines)}
 
 
-_COLOURS = ["--second", "--third", "--fourth", "--fifth", "--sixth"]
+_COLORS = ["--second", "--third", "--fourth", "--fifth", "--sixth"]
 
 
 def _overlay(plots: dict[str, Any], others: dict[str, Any], number: int) -> None:
@@ -130,7 +130,7 @@ def _overlay(plots: dict[str, Any], others: dict[str, Any], number: int) -> None
     for metric, plot in others.items():
         if metric in plots:
             line = plot["data"][-1]
-            line |= {"line": {"color": _COLOURS[number - 1], "width": 1.5}, "mode": "lines"}
+            line |= {"line": {"color": _COLORS[number - 1], "width": 1.5}, "mode": "lines"}
             plots[metric]["data"].append(line)
             ranges = [p["layout"]["yaxis"]["range"] for p in (plots[metric], plot)]
             plots[metric]["layout"]["yaxis"]["range"] = [min(r[0] for r in ranges), max(r[1] for r in ranges)]

@@ -71,7 +71,7 @@ def sft_card(run: Run, config: SFTConfig) -> str:
         f"# {run.path.name}",
         "",
         f"Supervised fine-tuning by Tether from {start} on `{config.data.path}`: {config.sft.epochs} epochs, "
-        f"{len(metrics)} optimiser steps, seed {config.seed}.",
+        f"{len(metrics)} optimizer steps, seed {config.seed}.",
         "",
         f"Loss, nats a token: {_shown(metrics[0]['loss'])} before the first step, {_shown(metrics[-1]['loss'])} before "
         "the last.",
@@ -97,10 +97,10 @@ def reward_card(run: Run, config: RewardConfig, report: str) -> str:
         "",
         report,
         "",
-        "The score is read at the last token, stop token included. Plain transformers gives it raw; normalised it is "
+        "The score is read at the last token, stop token included. Plain transformers gives it raw; normalized it is "
         "(raw - tether_reward_mean) / tether_reward_std, both in config.json.",
         "",
-        "It says what the people who labelled these pairs would prefer among answers like theirs, and nothing about "
+        "It says what the people who labeled these pairs would prefer among answers like theirs, and nothing about "
         "others.",
         "",
     ]

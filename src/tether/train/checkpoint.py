@@ -113,7 +113,7 @@ def _number(name: str) -> int:
     return int(found[0]) if found else -1
 
 
-# ---------------------------------------------------------------- the optimiser
+# ---------------------------------------------------------------- the optimizer
 
 
 def save_optimizer(

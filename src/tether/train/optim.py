@@ -1,4 +1,4 @@
-"""What every trainer's optimiser step is made of: AdamW, learning rates, and counted shuffles."""
+"""What every trainer's optimizer step is made of: AdamW, learning rates, and counted shuffles."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ScheduledOptimizer:
         """Raise TrainingError when too many steps in a row were skipped."""
         if self.skipped >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"the gradients of {self.skipped} optimiser steps in a row are not finite: nothing can be learned any "
+                f"the gradients of {self.skipped} optimizer steps in a row are not finite: nothing can be learned any "
                 f"more. Look at the data or the scores of these steps; or lower optim.lr, or set model.dtype to "
                 f"float32, and {RESTART_HINT}."
             )

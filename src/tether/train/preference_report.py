@@ -39,8 +39,8 @@ class Bin:
     """Held-out pairs about whose winner the model was equally sure."""
 
     pairs: int
-    confidence: float  # mean σ(|r_w - r_l|): the probability that the model gave its favourite
-    accuracy: Share  # how often the favourite was the chosen one
+    confidence: float  # mean σ(|r_w - r_l|): the probability that the model gave its favorite
+    accuracy: Share  # how often the favorite was the chosen one
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +186,8 @@ def calibration_plot(report: PreferenceReport) -> str:
     )
     figure.update_layout(
         title=f"Calibration on {report.test_pairs} held-out pairs (numbers: pairs; bars: 95 % intervals)",
-        xaxis={"title": "probability that the model gives its favourite", "range": [0.48, 1.02]},
-        yaxis={"title": "how often the favourite was chosen", "range": [0, 1.05]},
+        xaxis={"title": "probability that the model gives its favorite", "range": [0.48, 1.02]},
+        yaxis={"title": "how often the favorite was chosen", "range": [0, 1.05]},
     )
     return str(figure.to_html(include_plotlyjs=True, full_html=True))
 

@@ -81,9 +81,9 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
 
 
 def accumulate(
-    model: RewardModel, pairs: Sequence[Pair], centre: float, microbatch_tokens: int
+    model: RewardModel, pairs: Sequence[Pair], center: float, microbatch_tokens: int
 ) -> dict[str, float | None]:
-    """Add one optimiser step's gradients to the model's, microbatch by microbatch; no step.
+    """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step.
 
     Returns the step's metrics: reward_model/loss, reward_model/accuracy (None where all pairs are ties),
     reward_model/margin.
@@ -96,7 +96,7 @@ def accumulate(
         chosen, rejected = model(rows_of(part)).chunk(2)
         targets, weights = chosen.new_tensor([(p.probability, p.weight) for p in part]).unbind(1)
         loss, sums = bradley_terry_loss(
-            chosen, rejected, targets, weights, centre=centre, denominator=total, decided=max(1, decided)
+            chosen, rejected, targets, weights, center=center, denominator=total, decided=max(1, decided)
         )
         loss.backward()
         found.append(sums)
@@ -113,7 +113,7 @@ def rows_of(pairs: Sequence[Pair]) -> list[list[int]]:
 
 
 def plan_steps(count: int, config: RewardConfig) -> list[list[int]]:
-    """The pairs of every optimiser step, a function of the seed alone; an epoch's last step may be smaller."""
+    """The pairs of every optimizer step, a function of the seed alone; an epoch's last step may be smaller."""
     section, plan = config.reward_model, []
     for epoch in range(section.epochs):
         order = permutation(count, seed=config.seed, stream=SHUFFLE, counter=(epoch,))
@@ -122,9 +122,9 @@ def plan_steps(count: int, config: RewardConfig) -> list[list[int]]:
 
 
 def finish(model: RewardModel, train: Sequence[Pair], test: Sequence[Pair]) -> PreferenceReport:
-    """Judge the model on the held-out pairs, and normalise it: the answers it was trained on score mean 0, deviation 1.
+    """Judge the model on the held-out pairs, and normalize it: the answers it was trained on score mean 0, deviation 1.
 
-    Source of the normalisation: Ziegler et al. 2019. It makes β, clips and the score of a missing stop token mean the
+    Source of the normalization: Ziegler et al. 2019. It makes β, clips and the score of a missing stop token mean the
     same whatever the reward model; differences times the deviation are still Bradley–Terry's log-odds.
     """
     model.mean, model.std = 0.0, 1.0

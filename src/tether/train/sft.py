@@ -1,6 +1,6 @@
 """Supervised fine-tuning: imitate examples, from a checkpoint or from scratch.
 
-The loss is the mean over the trained tokens of the whole optimiser step, so it does not matter how a step is cut into
+The loss is the mean over the trained tokens of the whole optimizer step, so it does not matter how a step is cut into
 microbatches, nor how long its examples are. Which examples a step sees follows from (seed, epoch) alone; a run that is
 killed and continued therefore ends with the same bits.
 """
@@ -82,7 +82,7 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
 
 
 def accumulate(model: LanguageModel, rows: Sequence[Row], microbatch_tokens: int) -> dict[str, float]:
-    """Add one optimiser step's gradients to the model's, microbatch by microbatch; no step.
+    """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step.
 
         L = - Σ log π(token | what precedes it in its example) / trained tokens of the step
 
@@ -137,7 +137,7 @@ class Batch:
 
 
 def plan_steps(lengths: Sequence[int], config: SFTConfig) -> list[list[list[int]]]:
-    """Every optimiser step of the run: its rows, each a list of examples; a function of the seed alone.
+    """Every optimizer step of the run: its rows, each a list of examples; a function of the seed alone.
 
     lengths: tokens of each example. Every epoch sees every example once; its last step may be smaller.
     """

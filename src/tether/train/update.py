@@ -34,7 +34,7 @@ def update(
     *, cycle: int, kl_coef: float, temperature: float, seed: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Update:  # fmt: skip
-    """Maximise the clipped objective over the cycle's rollout; changes `policy` and the optimiser in place.
+    """Maximize the clipped objective over the cycle's rollout; changes `policy` and the optimizer in place.
 
     Every metric is taken before its minibatch's step and averaged over the cycle by tokens. The learning rate follows
     from the step's number in the whole run, so nothing of the schedule needs saving.
@@ -64,7 +64,7 @@ def update(
             step = ((cycle - 1) * ppo.epochs + epoch) * per_epoch + m
             metrics |= steps.step(step)
             if steps.skipped:
-                alarms.append(f"optimiser step {step} skipped: its gradient is not finite")
+                alarms.append(f"optimizer step {step} skipped: its gradient is not finite")
             steps.stop_if_broken()
             done.append((metrics, float(minibatch.rows.response_lengths.sum())))
         if ppo.stop_epoch_at_kl is not None and _means(done[-per_epoch:])["policy/kl_old_new"] > ppo.stop_epoch_at_kl:

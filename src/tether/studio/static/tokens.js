@@ -1,4 +1,4 @@
-// Colours by the chosen signal, and the arithmetic of the token under the pointer or the focus.
+// Colors by the chosen signal, and the arithmetic of the token under the pointer or the focus.
 const { steps, lines, says } = JSON.parse(document.getElementById("data").textContent);
 const list = document.getElementById("tokens");
 const tokens = [...list.querySelectorAll(".tok")];
@@ -6,7 +6,7 @@ const curve = document.querySelector(".curve");
 const ys = curve ? curve.dataset.ys.split(" ").map(Number) : [];
 let at = 0;
 
-function colour(signal) {
+function color(signal) {
   tokens.forEach((token, i) => {
     token.className = token.className.replace(/\bs-?\d+\b/, `s${steps[signal][i]}`);
   });
@@ -59,7 +59,7 @@ for (const kind of ["pointerover", "focusin", "click"]) {
     if (token) show(Number(token.dataset.t), false);
   });
 }
-document.getElementById("signals").addEventListener("change", (event) => colour(event.target.value));
+document.getElementById("signals").addEventListener("change", (event) => color(event.target.value));
 if (tokens.length) {
   tokens.forEach((token) => { token.removeAttribute("title"); token.tabIndex = -1; }); // the board says it
   show(0, false);

@@ -4,8 +4,8 @@ import json
 import sqlite3
 
 import pytest
+from labeled import pairs
 
-from labelled import pairs
 from tether.errors import LabelError, StoreError
 from tether.feedback.records import LONGEST_TEXT, Answer, Filters, Item
 from tether.feedback.store import Store

@@ -1,4 +1,4 @@
-"""Recording a judgement, and taking one back: each an event that is added, and what follows from it.
+"""Recording a judgment, and taking one back: each an event that is added, and what follows from it.
 
 Both take a key that the client made up. A request that is sent again, because the answer got lost on the way, has the
 same key: it finds the first event, changes nothing, and is answered as before.
@@ -12,26 +12,26 @@ from typing import Any
 
 from tether.errors import LabelError
 from tether.feedback.queue import REPEAT_AFTER, REPEAT_SPREAD, Mix, chance, draw, may_take, person_of, take_lease
-from tether.feedback.records import RANKING, Judgement, Receipt, check_seconds, check_text
+from tether.feedback.records import RANKING, Judgment, Receipt, check_seconds, check_text
 from tether.feedback.schema import GOLD, MAIN, REPEAT, to_json
 
 _LONGEST_KEY = 200  # characters
 
 
 def record(
-    connection: sqlite3.Connection, annotator: str, item: int, key: str, judgement: Judgement,
+    connection: sqlite3.Connection, annotator: str, item: int, key: str, judgment: Judgment,
     *, on_screen: bool, seconds: float | None, now: float, at: str, mix: Mix,
 ) -> Receipt:  # fmt: skip
     """Add a label event for the item that the annotator holds.
 
-    on_screen: the judgement numbers the answers by their place on the screen. It is checked as it was sent: an error
+    on_screen: the judgment numbers the answers by their place on the screen. It is checked as it was sent: an error
     about stored answers would tell the annotator the stored order, and so which answer of a gold item is the better.
     """
     person = person_of(connection, annotator)
     if earlier := _earlier(connection, person, key):
         if earlier["kind"] != "label" or earlier["item"] != item:
             raise _key_taken(key)
-        columns = _columns(_checked(judgement, json.loads(earlier["shown"]), on_screen))
+        columns = _columns(_checked(judgment, json.loads(earlier["shown"]), on_screen))
         if any(earlier[name] != value for name, value in columns.items()):
             raise _key_taken(key)
         return _receipt(earlier, annotator)
@@ -42,9 +42,9 @@ def record(
             "Nothing was recorded; ask for the next task."
         )
     row = connection.execute("SELECT * FROM items WHERE id = ?", (item,)).fetchone()
-    judgement = _checked(judgement, json.loads(lease["shown"]), on_screen)
+    judgment = _checked(judgment, json.loads(lease["shown"]), on_screen)
     check_seconds(seconds)
-    decided = judgement.choice != "skip"
+    decided = judgment.choice != "skip"
     if decided and not may_take(connection, item, person["id"], now):
         raise LabelError(
             f"item {item} went to somebody else after {annotator}'s {mix.lease_s / 60:g} minutes: it would have more "
@@ -53,7 +53,7 @@ def record(
     at = _not_before_the_last(connection, at)
     event = _append(
         connection, kind="label", annotator=person["id"], item=item, key=key, at=at, guideline=lease["guideline"],
-        shown=lease["shown"], seconds=seconds, **_columns(judgement),
+        shown=lease["shown"], seconds=seconds, **_columns(judgment),
     )  # fmt: skip
     connection.execute(
         "INSERT INTO standing (event, item, annotator, decided) VALUES (?, ?, ?, ?)",
@@ -96,21 +96,21 @@ def undo(connection: sqlite3.Connection, annotator: str, key: str, *, now: float
     return Receipt(event, "undo", row["id"], annotator, at)
 
 
-def _checked(judgement: Judgement, order: list[int], on_screen: bool) -> Judgement:
-    """The judgement in stored indices; LabelError where it cannot be made about these answers."""
-    judgement.check(len(order))
-    return judgement.as_stored(order) if on_screen else judgement
+def _checked(judgment: Judgment, order: list[int], on_screen: bool) -> Judgment:
+    """The judgment in stored indices; LabelError where it cannot be made about these answers."""
+    judgment.check(len(order))
+    return judgment.as_stored(order) if on_screen else judgment
 
 
-def _columns(judgement: Judgement) -> dict[str, Any]:
-    """A judgement as the table holds it: equal columns for equal judgements."""
+def _columns(judgment: Judgment) -> dict[str, Any]:
+    """A judgment as the table holds it: equal columns for equal judgments."""
     return {
-        "choice": judgement.choice,
-        "ranking": to_json(judgement.ranking) if judgement.choice == RANKING else None,
-        "strength": judgement.strength,
-        "axes": to_json(dict(sorted(judgement.axes.items()))) if judgement.axes else None,
-        "note": judgement.note or None,
-        "reason": judgement.reason or None,
+        "choice": judgment.choice,
+        "ranking": to_json(judgment.ranking) if judgment.choice == RANKING else None,
+        "strength": judgment.strength,
+        "axes": to_json(dict(sorted(judgment.axes.items()))) if judgment.axes else None,
+        "note": judgment.note or None,
+        "reason": judgment.reason or None,
     }
 
 
@@ -127,7 +127,7 @@ def _earlier(connection: sqlite3.Connection, person: sqlite3.Row, key: str) -> s
 def _key_taken(key: str) -> LabelError:
     return LabelError(
         f"the key {key[:60]!r} was used before, for something else: one of the two would be lost. Nothing was "
-        "recorded; send a fresh key with each judgement."
+        "recorded; send a fresh key with each judgment."
     )
 
 
