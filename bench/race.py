@@ -72,7 +72,7 @@ class Point:
 
     seconds: float
     score: float
-    kl: float  # nats a response
+    kl: float  # nats per response
 
     @property
     def objective(self) -> float:

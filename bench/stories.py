@@ -36,7 +36,7 @@ class Result:
     minutes: float
     score: float  # one sample of the trained model, mean
     best_of_8: float  # of the start model
-    kl: float  # nats a response
+    kl: float  # nats per response
     variety: float  # distinct-2 over the start's
     curve: list[tuple[float, float]]  # (KL, score) of every cycle
     best_of_n: list[tuple[float, float]]  # (KL, score) of the start model for n = 1 … 8
@@ -125,7 +125,7 @@ def main() -> None:
     if plot:
         lines = [Line(f"PPO, seed {r.seed}", sorted(r.curve)) for r in results]
         lines.append(Line("best of n = 1 … 8", results[0].best_of_n))
-        draw(plot, lines, x="KL to the start model, nats a response", y="sentiment of one sample")
+        draw(plot, lines, x="KL to the start model, nats per response", y="sentiment of one sample")
 
 
 if __name__ == "__main__":

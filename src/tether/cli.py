@@ -223,7 +223,7 @@ def _token_ids(text: str) -> list[int]:
     try:
         return [int(word) for word in text.strip().removeprefix("[").removesuffix("]").split(",") if word.strip()]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids. Write e.g. '[2, 32000]'") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids. Write e.g. '[2, 32000]'") from None
 
 
 def _shown(prompt: Any) -> str:

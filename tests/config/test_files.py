@@ -94,8 +94,8 @@ def test_anchors_and_merges_work(tmp_path):
         ("# only a comment\n", r"c\.yaml is empty"),
         ("- run\n- seed", r"line 1: the file holds \['run', 'seed'\], not keys"),
         ("just words", r"line 1: the file holds 'just words', not keys"),
-        ("[" * 5000, r"c\.yaml is no config"),
-        ("seed: 1" + "0" * 5000, r"c\.yaml is no config"),
+        ("[" * 5000, r"c\.yaml is not a config"),
+        ("seed: 1" + "0" * 5000, r"c\.yaml is not a config"),
     ],
 )
 def test_a_file_that_is_no_config_is_named_with_its_line(tmp_path, text, message):

@@ -266,7 +266,9 @@ def test_a_hub_data_set_out_of_reach_says_what_works_offline(path, tiny_tokenize
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as error:
         load(path, "prompts", tiny_tokenizer)
-    assert f"{path} is no file here, and the hub gave no data set of that name with a split 'train'" in str(error.value)
+    assert f"{path} is not a file here, and the hub gave no data set of that name with a split 'train'" in str(
+        error.value
+    )
     assert "offline, give a .jsonl or .parquet file" in str(error.value)
 
 

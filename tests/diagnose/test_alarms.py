@@ -355,8 +355,8 @@ def told(cycle, what, unit="cycle"):
 
 def test_what_the_trainer_recorded_is_folded_into_the_rule_of_its_kind():
     events = [
-        told(2, "sampler gap 0.002 nats a token, above 0.0001"),
-        told(4, "sampler gap 0.003 nats a token, above 0.0001"),
+        told(2, "sampler gap 0.002 nats per token, above 0.0001"),
+        told(4, "sampler gap 0.003 nats per token, above 0.0001"),
         told(3, "the first ratio is off 1 by 0.00012 on average, 0.3 at most"),
         told(3, "optimizer step 33 skipped: its gradient is not finite"),
         {"time": "", "event": "resumed", "cycle": 3},
@@ -364,7 +364,7 @@ def test_what_the_trainer_recorded_is_folded_into_the_rule_of_its_kind():
     by_rule = {a.rule: a for a in found(healthy(n=4), events=events)}
     assert set(by_rule) == {"sampler-gap", "first-ratio", "skipped-steps"}
     assert (by_rule["sampler-gap"].first, by_rule["sampler-gap"].last) == (2, 4)
-    assert "0.003 nats a token" in by_rule["sampler-gap"].what
+    assert "0.003 nats per token" in by_rule["sampler-gap"].what
     assert by_rule["skipped-steps"].severity == "warning"  # one
 
 

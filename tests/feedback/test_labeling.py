@@ -4,8 +4,8 @@ import json
 import sqlite3
 
 import pytest
-from labeled import pairs
 
+from labeled import pairs
 from tether.errors import LabelError, StoreError
 from tether.feedback.records import LONGEST_TEXT, Answer, Filters, Item
 from tether.feedback.store import Store
@@ -352,5 +352,5 @@ def test_an_item_that_cannot_be_asked_is_refused(make, complaint):
 
 @pytest.mark.parametrize("name", ["", "  ", "x" * 101, "a\nb", "a\u202eb"])
 def test_a_name_that_labels_could_not_be_told_apart_by_is_refused(store, name):
-    with pytest.raises(StoreError, match="is no name"):
+    with pytest.raises(StoreError, match="is not a name"):
         store.add_annotator(name)

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from labeled import pairs
 
+from labeled import pairs
 from tether.errors import LabelError, StoreError
 from tether.feedback.queue import BLOCK
 from tether.feedback.records import Answer, Item

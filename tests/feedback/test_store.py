@@ -11,8 +11,8 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from labeled import pairs
 
+from labeled import pairs
 from tether.errors import LabelError, StoreError
 from tether.feedback.store import Store
 

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from labeled import pairs
 
 import tether
+from labeled import pairs
 from tether.config import (
     DataConfig,
     LabelsConfig,
@@ -76,7 +76,7 @@ def test_filters_that_leave_nothing_or_mean_nothing_are_said(labeled, tiny_token
         load_pairs(config(labeled, annotators=["Dov"]), tiny_tokenizer, stop_id=1)
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"prompt": "p", "chosen": "x", "rejected": "y"}\n')
-    with pytest.raises(ConfigError, match="is no store of labels"):
+    with pytest.raises(ConfigError, match="is not a store of labels"):
         load_pairs(PairsConfig(str(file), labels=LabelsConfig(guideline=1)), tiny_tokenizer, stop_id=1)
     with pytest.raises(DataError, match="does not exist"):
         load_pairs(PairsConfig(str(tmp_path / "missing.db")), tiny_tokenizer, stop_id=1)

@@ -115,11 +115,11 @@ def test_a_run_that_failed_before_its_first_cycle_may_be_begun_anew_with_another
     run.write_evaluation(0, {"cycle": [0]})
     checkpoint.save(run.path, "cycle-000000", {}, lambda folder: None)
     run.__exit__(RewardError, RewardError("reward function helpful raised KeyError"), None)
-    mended = change(config, "prompts", path="mended.jsonl")
-    with RunDirectory.open(mended, command="ppo", inputs={"prompts.path": "sha256:cc"}) as run:
+    fixed = change(config, "prompts", path="fixed.jsonl")
+    with RunDirectory.open(fixed, command="ppo", inputs={"prompts.path": "sha256:cc"}) as run:
         assert not run.resumed
     got = Run.open(config.run)
-    assert got.config == mended
+    assert got.config == fixed
     assert got.environment["inputs"] == {"prompts.path": "sha256:cc"}
     assert got.evaluation_cycles == []
     assert checkpoint.names(run.path) == []

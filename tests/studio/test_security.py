@@ -224,7 +224,7 @@ def test_other_machines_are_let_in_only_with_users(tmp_path):
 
 @pytest.mark.parametrize("port", [-1, 65536, 99999])
 def test_a_port_that_is_none_is_said(tmp_path, port):
-    with pytest.raises(ConfigError, match="is no port"):
+    with pytest.raises(ConfigError, match="is not a port"):
         main(tmp_path, store=tmp_path / "p.db", port=port)
 
 

@@ -201,7 +201,7 @@ def test_the_command_passes_device_precision_and_stop_tokens_on(models, monkeypa
 
 def test_stop_tokens_that_are_no_ids_are_named(models, capsys):
     assert main(["generate", str(models[0]), "--prompt", "Hi", "--stop-token-ids", "<eos>"]) == 2
-    assert "'<eos>' is no list of token ids. Write e.g. '[2, 32000]'" in capsys.readouterr().err
+    assert "'<eos>' is not a list of token ids. Write e.g. '[2, 32000]'" in capsys.readouterr().err
 
 
 def test_a_text_is_no_list_of_prompts_or_of_models(models, prompts):

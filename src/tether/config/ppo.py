@@ -43,7 +43,7 @@ class KLConfig(Section):
     coef: Annotated[float, at_least(0, "the policy would be paid for leaving the reference")] = 0.05
     """β: reward units a nat. With a target, only the start."""
     target: Annotated[float | None, positive("a KL of 0 is the untrained model")] = None
-    """KL to hold, in nats a response, by adapting β; null keeps β."""
+    """KL to hold, in nats per response, by adapting β; null keeps β."""
     horizon: Annotated[float, positive("β would jump by any amount")] = 10000.0
     """Responses over which β can change by 20 % (Ziegler et al. 2019)."""
     place: Literal["reward", "loss"] = "reward"
@@ -94,7 +94,7 @@ class PPOSection(Section):
     """c2: weight of the entropy bonus."""
     kl: KLConfig = field(default_factory=KLConfig)
     stop_epoch_at_kl: Annotated[float | None, positive("every cycle would stop at once; null turns it off")] = None
-    """Leave a cycle's epochs when KL(old‖new), nats a token, passes this; null: never."""
+    """Leave a cycle's epochs when KL(old‖new), nats per token, passes this; null: never."""
     value_warmup_cycles: Annotated[int, at_least(0, "a count of cycles cannot be negative")] = 0
     """First cycles in which only the critic learns and a shared trunk is frozen."""
 

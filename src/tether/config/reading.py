@@ -335,7 +335,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         at = text[: error.position].count("\n") + 1
         raise ConfigError(f"{path}, line {at}: not YAML: character #x{error.character:04x} is not allowed.") from None
     except (RecursionError, ValueError) as error:  # a thousand brackets, a number of a thousand digits
-        raise ConfigError(f"{path} is no config: {error}. Check its brackets and numbers.") from None
+        raise ConfigError(f"{path} is not a config: {error}. Check its brackets and numbers.") from None
     if tree is None:
         raise ConfigError(f"{path} is empty: nothing says what to run. Write at least the keys without a default.")
     if not isinstance(tree, dict):

@@ -199,7 +199,7 @@ def _parted(
 class _Splitter:
     """Texts that are tokenized once, and cut into pieces that have the ids `_continue` gives them, at a linear cost.
 
-    `_continue` tokenizes everything before a piece anew. That is needless where the ids of a beginning of the text are
+    `_continue` tokenizes everything before a piece again. That is needless where the ids of a beginning of the text are
     a beginning of its ids: tokenizers cut a text at special tokens first, and each stretch between two of them by
     itself. So what stands before a border is tokenized from the last special token on, which is short (an opening like
     "assistant\\n"), mostly known already, and compared. Where that does not hold, `_continue` decides.

@@ -26,7 +26,7 @@ _PINNED = re.compile(r"labels up to event (\d+), sha256:")
 
 
 def pin_labels(config: DataConfig, recorded_inputs: Mapping[str, str]) -> str | None:
-    """What a run reads of the store in data.path, for its inputs; None where the path is no store.
+    """What a run reads of the store in data.path, for its inputs; None where the path is not a store.
 
     recorded_inputs: the inputs of the run that is continued, {} for a new one.
     """
@@ -75,8 +75,8 @@ def _holds_labels(config: DataConfig) -> bool:
         return True
     if isinstance(config, PairsConfig) and config.labels != LabelsConfig():
         raise ConfigError(
-            f"data.labels is set, but data.path={config.path} is no store of labels: nothing would be filtered. Name "
-            "the store (preferences.db), or leave data.labels out."
+            f"data.labels is set, but data.path={config.path} is not a store of labels: nothing would be filtered. "
+            "Name the store (preferences.db), or leave data.labels out."
         )
     return False
 

@@ -109,8 +109,8 @@ def _read_file(path: str, limit: int | None) -> Table:
         return Table(path, _read_parquet(path, limit))
     if file.suffix == ".parquet" and magic:
         raise DataError(
-            f"{path} is not Parquet: it begins with {magic!r} instead of b'PAR1'. Write it anew, or rename it if it is "
-            "JSONL."
+            f"{path} is not Parquet: it begins with {magic!r} instead of b'PAR1'. Write it again, or rename it if it "
+            "is JSONL."
         )
     return _read_jsonl(path, limit, gzipped=magic[:2] == b"\x1f\x8b")
 
@@ -206,7 +206,7 @@ def _read_hub(path: str, split: str, limit: int | None) -> list[Row]:
         data = datasets.load_dataset(path, split=split)
     except Exception as error:  # its many ways to be unreachable, missing, gated, or without that split
         raise DataError(
-            f"{path} is no file here, and the hub gave no data set of that name with a split {split!r} "
+            f"{path} is not a file here, and the hub gave no data set of that name with a split {split!r} "
             f"({first_line(error)}). Check path and split; offline, give a .jsonl or .parquet file, or fetch it once "
             f"while online: python -c \"import datasets; datasets.load_dataset('{path}')\"."
         ) from error

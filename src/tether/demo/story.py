@@ -228,7 +228,7 @@ class Story:
             """The whole way, on the held-out questions. Where the reward model's score still rises and the judge's
             does not, the model has begun to please the reward model instead of people: reward hacking."""
         )
-        print(f"    {'cycle':>5}{'reward model':>16}{'hidden judge':>16}{'KL spent (nats an answer)':>29}")
+        print(f"    {'cycle':>5}{'reward model':>16}{'hidden judge':>16}{'KL spent (nats per answer)':>29}")
         for cycle in run.evaluation_cycles:
             rows = run.evaluations(cycle).to_pylist()
             judged = mean(self.judge(self.asks[row["prompt"]], row["completion"]).score for row in rows)

@@ -64,14 +64,14 @@ clip_fraction = Threshold(
 )  # fmt: skip
 truncation_runaway = Threshold(
     "truncation-runaway", "response/truncated_fraction", 0.9, "serious",
-    "{level:.0%} of the responses run into the length limit, {start:.0%} did at the start: the policy has unlearned "
-    "to end.",
+    "{level:.0%} of the responses run into the length limit, {start:.0%} did at the start: the policy no longer "
+    "ends its answers.",
     reason="A model that never knew how to end is not an alarm of its run.",
     start_below=0.5,
 )  # fmt: skip
 margins_exploding = Threshold(
     "margins-exploding", "reward_model/margin", 20, "warning",
-    "Chosen and rejected answers are {level:.3g} apart on average: the model is sure beyond all reason, and its "
+    "Chosen and rejected answers are {level:.3g} apart on average: the model is far too sure, and its "
     "scores are dominated by a few extremes.",
     reason="The margin is the log-odds that the chosen answer is the better one: 20 is one error in half a billion, "
     "1.2 is what people's agreement of 77 % is worth. Cleanly separable pairs reach 10.",
@@ -105,7 +105,7 @@ def not_finite(view: View) -> Iterator[Alarm]:
 
 def skipped_steps(view: View) -> Iterator[Alarm]:
     """Optimizer steps whose gradient was not finite: the weights stay, the data is lost. One in a hundred is bad luck
-    that costs little; more is a run that has lost its footing (five in a row stop it)."""
+    that costs little; more is a run that diverges (five in a row stop it)."""
     steps = view.series.points("optim/skipped_steps", zeros=False)
     recorded = [c for c, text in view.recorded() if "skipped" in text]
     cycles = sorted({*steps, *recorded})
@@ -182,7 +182,7 @@ def negative_kl(view: View) -> Iterator[Alarm]:
 
 def runaway_kl(view: View) -> Iterator[Alarm]:
     """With a target: three times that, for 20 cycles. (Ziegler et al. 2019 held 6 and peaked at 7.3.) In any case: more
-    than 20 nats a response, still growing, under a score that rises no more. Half the seeds of "The N+ Implementation
+    than 20 nats per response, still growing, under a score that rises no more. Half the seeds of "The N+ Implementation
     Details of RLHF with PPO" (2403.17031) collapsed at 50 to 85."""
     assert isinstance(view.config, PPOConfig)
     kl, target = view.curve("kl/ref_mean"), view.config.ppo.kl.target

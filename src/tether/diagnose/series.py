@@ -111,7 +111,7 @@ class Series:
         return self._curves[name]
 
     def nulls(self, name: str) -> list[int]:
-        """Cycles in which a metric is there and is no number."""
+        """Cycles in which a metric is there and is not a number."""
         return [m[self.unit] for m in self._rows if name in m and m[name] is None]
 
     def points(self, name: str, *, zeros: bool = True) -> dict[int, Any]:

@@ -105,7 +105,7 @@ class Judgment:
         )
 
     def check(self, answers: int) -> None:
-        """Raise LabelError where this is no judgment of so many answers."""
+        """Raise LabelError where this is not a judgment of so many answers."""
         _check_choice(self.choice, self.ranking, answers)
         if self.strength is not None and (self.strength not in (1, 2, 3) or self.choice not in ("a", "b")):
             raise LabelError(
@@ -115,7 +115,7 @@ class Judgment:
         for axis, side in self.axes.items():
             if axis not in AXES or side not in SIDES or answers != 2:
                 raise LabelError(
-                    f"axes: {axis!r}: {side!r} is no judgment of a pair. The axes are {', '.join(AXES)}, each "
+                    f"axes: {axis!r}: {side!r} is not a judgment of a pair. The axes are {', '.join(AXES)}, each "
                     f"{', '.join(SIDES)}."
                 )
         if self.choice == "skip" and not (self.reason or "").strip():

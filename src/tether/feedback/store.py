@@ -119,7 +119,7 @@ class Store:
         name = name.strip()
         if not name or len(name) > 100 or not name.isprintable():
             raise StoreError(
-                f"{name[:100]!r} is no name that labels could be told apart by. Give 1 to 100 printable characters."
+                f"{name[:100]!r} is not a name that labels could be told apart by. Give 1 to 100 printable characters."
             )
         with self._database.read() as c:  # pages call this often, and writers wait for each other
             if c.execute("SELECT 1 FROM annotators WHERE name = ?", (name,)).fetchone():

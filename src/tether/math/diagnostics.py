@@ -31,7 +31,7 @@ def explained_variance(values: Float[Tensor, "B R"], returns: Float[Tensor, "B R
 def optimality_gap(
     scores: Float[Tensor, " B"], log_ratio_sums: Float[Tensor, " B"], *, responses_per_prompt: int, kl_coef: float
 ) -> float:
-    """KL(π‖π*), nats a response, estimated from the sampled responses alone: how far PPO still has to go.
+    """KL(π‖π*), nats per response, estimated from the sampled responses alone: how far PPO still has to go.
 
         g = score - β · Σ_t log(π/ref);     gap = mean over prompts of Var(g) / 2β²
 
@@ -54,7 +54,7 @@ def optimality_gap(
 
 
 def optimality_gap_logmeanexp(g: Float[Tensor, "*prompts n"], kl_coef: float) -> float:
-    """KL(π‖π*), nats a response, exactly but for sampling noise: log mean e^(g/β) - mean(g)/β.
+    """KL(π‖π*), nats per response, exactly but for sampling noise: log mean e^(g/β) - mean(g)/β.
 
     Needs thousands of responses to one prompt: below that it is biased towards 0. See `optimality_gap`.
 

@@ -50,8 +50,8 @@ def next_kl_coef(coef: float, kl: float, *, target: float, horizon: float, respo
     Source: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593), who start at β = 0.15 with target 6, horizon 10000.
 
     coef       β as used in this cycle, reward units a nat.
-    kl         this cycle's KL(π‖ref), nats a response.
-    target     nats a response, > 0.
+    kl         this cycle's KL(π‖ref), nats per response.
+    target     nats per response, > 0.
     horizon    responses; β changes by at most 20 % while so many are sampled.
     responses  how many this cycle sampled.
     """

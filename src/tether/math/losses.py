@@ -46,7 +46,7 @@ def clipped_policy_loss(
         clip          ε > 0, no unit, 0.2 in the paper; or (ε_low, ε_high).
         denominator   response tokens in the whole optimizer step.
 
-    Returns (loss, metrics): policy/loss, policy/kl_old_new (k3, nats a token), policy/clip_fraction (tokens whose
+    Returns (loss, metrics): policy/loss, policy/kl_old_new (k3, nats per token), policy/clip_fraction (tokens whose
     gradient is cut), policy/ratio_mean, policy/ratio_min, policy/ratio_max.
     """
     low, high = (clip, clip) if isinstance(clip, (int, float)) else clip
@@ -103,7 +103,7 @@ def value_loss(
 
 
 def entropy_mean(entropy: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, denominator: float) -> Float[Tensor, ""]:
-    """Mean entropy of the next-token distribution, nats a token: *subtract* c2 times it from the loss.
+    """Mean entropy of the next-token distribution, nats per token: *subtract* c2 times it from the loss.
 
     `entropy` is exact, logsumexp(z) - Σ p·z over the vocabulary (`token_logprobs` gives it): -log p of the
     sampled token has the same mean, but its gradient, averaged, is 0.
@@ -118,7 +118,7 @@ def kl_loss(
     *,
     denominator: float,
 ) -> Float[Tensor, ""]:
-    """KL to the reference as a loss: the mean of k2 = (new - ref)²/2, nats a token.
+    """KL to the reference as a loss: the mean of k2 = (new - ref)²/2, nats per token.
 
     On tokens of π its gradient is E[(log π - log ref)·∇log π] = ∇KL(π‖ref), token by token; k1 would have none and k3
     that of KL(ref‖π). What it misses is how a token changes the KL of the tokens after it: only the reward sees that.
@@ -145,8 +145,8 @@ def bradley_terry_loss(
         L = Σ w · [-T·log σ(r_w - r_l) - (1 - T)·log σ(r_l - r_w) + center · (r_w + r_l)²] / denominator
 
     T = 1: the chosen one was preferred; T = 0.5: a tie, whose minimum is at equal scores. The first two terms see
-    differences only, so scores may drift by any constant; centring holds them around 0.
-    Source: Bradley & Terry 1952; Ouyang et al. 2022, eq. 1 (arXiv:2203.02155); centring: Eisenstein et al. 2023
+    differences only, so scores may drift by any constant; centering holds them around 0.
+    Source: Bradley & Terry 1952; Ouyang et al. 2022, eq. 1 (arXiv:2203.02155); centering: Eisenstein et al. 2023
     (arXiv:2312.09244).
 
     Arguments:
@@ -157,7 +157,7 @@ def bradley_terry_loss(
         denominator       sum of the weights in the whole optimizer step.
         decided           pairs with T ≠ 0.5 in the whole optimizer step; at least 1.
 
-    Returns (loss, metrics): reward_model/loss (without centring, so that log 2 ≈ 0.693 means knowing nothing),
+    Returns (loss, metrics): reward_model/loss (without centering, so that log 2 ≈ 0.693 means knowing nothing),
     reward_model/accuracy (of decided pairs; strictly greater: a constant model scores 0), reward_model/margin (mean of
     r_w - r_l).
     """
@@ -173,7 +173,7 @@ def bradley_terry_loss(
 
 
 def nll_loss(logprobs: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"], *, denominator: float) -> Float[Tensor, ""]:
-    """Negative log-likelihood, nats a token, for supervised fine-tuning: -Σ mask · log π / denominator.
+    """Negative log-likelihood, nats per token, for supervised fine-tuning: -Σ mask · log π / denominator.
 
     denominator counts trained tokens of the whole optimizer step.
     """

@@ -140,7 +140,7 @@ class Reference:
 
 
 def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tuple[Policy, Reference, list[str]]:
-    """Load policy, critic and reference as the config says. The third value: notes on what fell back, for the log.
+    """Load policy, critic and reference as the config says. The third value: notes on the fallbacks, for the log.
 
     Trained weights are float32; the frozen base under LoRA is in the compute precision, and so is the reference as far
     as that changes none of its bits: it must agree with the policy before anything is learned.

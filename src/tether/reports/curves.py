@@ -45,7 +45,7 @@ PPO = [
     Curve("reward/score_mean", "Score",
           "Mean score of a cycle's responses, with a band of one standard deviation. It should rise, then level off."),
     Curve("kl/ref_mean", "KL to the reference",
-          "How far the policy has moved from where it began, in nats a response: the price of the score. The classic "
+          "How far the policy has moved from where it began, in nats per response: the price of the score. The classic "
           "sentiment run held it at 6; tens of nats under a score that rises no more are over-optimization.",
           shows=(0,)),
     Curve("policy/entropy", "Entropy",
@@ -55,7 +55,7 @@ PPO = [
           "Share of tokens that an update wanted to change by more than the trust region allows. Healthy up to about "
           "0.1; above it, lower the learning rate or the epochs.", healthy=(0, 0.1), shows=(0, 0.1)),
     Curve("policy/kl_old_new", "Size of an update",
-          "KL between the policy before and after a cycle's update, in nats a token. Healthy up to about 0.01.",
+          "KL between the policy before and after a cycle's update, in nats per token. Healthy up to about 0.01.",
           healthy=(0, 0.01), shows=(0, 0.01)),
     Curve("value/loss", "Value loss",
           "Half the critic's squared error. It moves with the size of the returns, so read it beside the next one.",
@@ -76,12 +76,12 @@ PPO = [
     Curve("kl/coef", "Weight of the KL, β",
           "Reward units a nat; adapted so that the KL comes to its target."),
     Curve("policy/optimality_gap", "Optimality gap",
-          "Estimated KL, in nats a response, to the best policy for this score and β. It falls to 0 as training "
+          "Estimated KL, in nats per response, to the best policy for this score and β. It falls to 0 as training "
           "converges; a collapsed policy reads 0 too, so read it beside entropy.", shows=(0,)),
 ]  # fmt: skip
 
 SFT = [
-    Curve("loss", "Loss", "Negative log-likelihood of the examples, in nats a token. It should fall, then level off."),
+    Curve("loss", "Loss", "Negative log-likelihood of the examples, nats per token. It should fall, then level off."),
     Curve("optim/grad_norm", "Gradient norm",
           "Before clipping. Spikes are single odd examples; steady growth is a learning rate that is too high."),
     Curve("optim/lr", "Learning rate", "As the schedule set it."),
@@ -89,7 +89,7 @@ SFT = [
 
 REWARD = [
     Curve("reward_model/loss", "Loss",
-          "Bradley–Terry loss in nats a pair, on the pairs of each step. Knowing nothing is 0.693, the dotted line.",
+          "Bradley–Terry loss in nats per pair, on the pairs of each step. Knowing nothing is 0.693, the dotted line.",
           mark=0.6931, shows=(0,)),
     Curve("reward_model/accuracy", "Training accuracy",
           "Share of a step's pairs whose chosen answer scores higher. People agree with each other on 63 to 77 % of "

@@ -195,7 +195,7 @@ def ppo_page(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> 
         headlines.append(Headline("KL spent", f"{kl} nats", "a response, to the reference"))
     if metrics:
         entropy = [m["policy/entropy"] for m in metrics]
-        headlines.append(Headline("Entropy", _change(entropy[0], entropy[-1]), "nats a token"))
+        headlines.append(Headline("Entropy", _change(entropy[0], entropy[-1]), "nats per token"))
     return Page(lede, headlines, figures, _facts(run, metrics), before, after, _looks(run, config), evaluated=True)
 
 
@@ -257,7 +257,7 @@ def sft_page(run: Run, config: SFTConfig, metrics: Sequence[dict[str, Any]]) -> 
     if metrics:
         loss = _ends(metrics, "loss")
         headlines = [
-            Headline("Loss", _change(*loss), "nats a token, first and last tenth of the steps"),
+            Headline("Loss", _change(*loss), "nats per token, first and last tenth of the steps"),
             Headline("Steps", f"{metrics[-1]['step']:,}", f"of {config.sft.batch} examples"),
             Headline(
                 "Trained tokens", f"{sum(m.get('tokens/trained') or 0 for m in metrics):,.0f}", "seen in all epochs"
@@ -274,7 +274,9 @@ def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]
     path = run.path / "reward_report.json"
     if not path.exists():
         ends = _ends(metrics, "reward_model/loss") if metrics else None
-        headlines = [Headline("Loss", _change(*ends), "nats a pair, first and last tenth of the steps")] if ends else []
+        headlines = (
+            [Headline("Loss", _change(*ends), "nats per pair, first and last tenth of the steps")] if ends else []
+        )
         return Page(lede, headlines, [], _facts(run, metrics))
     found = json.loads(path.read_text(encoding="utf-8"))
     accuracy, length = found["accuracy"], found["length_accuracy"]
@@ -296,7 +298,7 @@ def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]
         Headline(
             "Training accuracy", f"{found['train_accuracy']:.1%}", f"on {train_pairs} pairs; people agree on 63 to 77 %"
         ),
-        Headline("Held-out loss", f"{found['loss']:.3f}", "nats a pair; knowing nothing is 0.693"),
+        Headline("Held-out loss", f"{found['loss']:.3f}", "nats per pair; knowing nothing is 0.693"),
         Headline("Calibration error", f"{found['calibration_error']:.3f}", "mean gap of confidence and accuracy"),
     ]
     figure = Figure(
@@ -332,7 +334,7 @@ def _checks(metrics: Sequence[dict[str, Any]]) -> dict[str, str]:
     """The run's self-checks at their worst."""
     wanted: dict[str, tuple[str, str, Callable[[list[float]], float]]] = {
         "check/first_ratio_error": ("first ratio of a cycle, off 1 by", "{:.1e}", max),
-        "check/sampler_gap": ("sampler against trainer, nats a token", "{:.1e}", max),
+        "check/sampler_gap": ("sampler against trainer, nats per token", "{:.1e}", max),
         "check/truncated_mass": ("probability that top-k and top-p cut off", "{:.2%}", max),
         "optim/skipped_steps": ("optimizer steps skipped", "{:.0f}", sum),
         "memory/peak_mb": ("peak memory, MB", "{:,.0f}", max),

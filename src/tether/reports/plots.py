@@ -62,7 +62,7 @@ def frontier(kl: Numbers, score: Numbers, labels: Sequence[str], best_of: Sequen
              "customdata": [f"best of {b[0]}" for b in best_of],
              "hovertemplate": "%{customdata}: score %{y:.4g} at %{x:.3g} nats<extra></extra>"}
         )  # fmt: skip
-    plot = _plot(traces, x_title="KL to the reference, nats a response", y_range=None, shapes=[])
+    plot = _plot(traces, x_title="KL to the reference, nats per response", y_range=None, shapes=[])
     plot["layout"] |= {"hovermode": "closest", "showlegend": bool(best_of), "height": 270}
     return plot
 

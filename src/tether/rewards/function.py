@@ -111,7 +111,7 @@ class FunctionReward:
         if raised:
             raise RewardError(
                 f"reward function {self.name} raised {_describe(raised[0])} ({_where(raised[0], self.function)}): "
-                "this cycle has no scores. Mend the function and run the same command again."
+                "this cycle has no scores. Fix the function and run the same command again."
             ) from raised[0]
         if not answer:
             raise RewardError(
@@ -302,7 +302,7 @@ def _failed_import(spec: str, error: BaseException, source: str) -> RewardError:
     where = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else _where(error, None)
     return RewardError(
         f"reward function {spec}: loading {source} raised {_describe(error)} ({where}): nothing could score the "
-        "responses. Mend that line."
+        "responses. Fix that line."
     )
 
 

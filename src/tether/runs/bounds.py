@@ -17,4 +17,4 @@ FIRST_RATIO_MAX_FLOAT32 = 1e-4
 FIRST_RATIO_STOP = 5e-2
 """A mean above this stops the run, whatever the precision: the objective would be another."""
 SAMPLER_GAP: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Mean |log-probability of the trainer - of the sampler|, nats a token."""
+"""Mean |log-probability of the trainer - of the sampler|, nats per token."""

@@ -82,12 +82,12 @@ class RunDirectory:
     ) -> RunDirectory:
         """Create the directory `config.run`, or continue the run in it.
 
-        A run that failed before its first cycle was done has nothing to continue: it is begun anew in place, with any
-        config, so that a mistake in the first config can simply be mended.
+        A run that failed before its first cycle was done has nothing to continue: it is started over in place, with any
+        config, so that a mistake in the first config can simply be fixed.
 
         inputs: hashes of model and data by config key, {"model.policy": hash_files(…), …}: a run continues only on what
             it began with.
-        fresh: move a run that is there to RUN.old-N first, and begin anew.
+        fresh: move a run that is there to RUN.old-N first, and start over.
 
         Raises RunError when the directory is in use, is not a run, or holds a run that this config does not continue.
         """

@@ -149,7 +149,7 @@ def read_json(path: Path, **wanted: type) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(
             f"{path} cannot be read ({error}): it is unclear what this run is. Restore the file, or add --fresh to "
-            "move the run aside and begin anew."
+            "move the run aside and start over."
         ) from error
     return value
 

@@ -26,7 +26,7 @@ _MAY_CHANGE = re.compile(
 )
 # These change rounding or the order of floating-point sums.
 _NOT_BIT_EQUAL = re.compile(r".*\.(microbatch_tokens|gradient_checkpointing|slots|dtype)$")
-# An input that may change: a reward function is mended while a run goes on.
+# An input that may change: a reward function is fixed while a run goes on.
 _REWARD_FILE = re.compile(r"reward\[\d+\]\.function$")
 _ABSENT = "(absent)"
 
@@ -94,7 +94,7 @@ def continuation(path: Path, command: str, config: Config, inputs: dict[str, str
         raise RunError(
             f"the run in {path} is finished, but {final} is damaged ({damaged}) and every checkpoint is gone: "
             "there is nothing to write the model from. Restore one of them from a copy, or add --fresh to move the "
-            "run aside and begin anew."
+            "run aside and start over."
         )
     return Continuation(changed, grew, damaged, finished=ended and not damaged and not grew)
 
@@ -128,7 +128,7 @@ def config_changes(path: Path, old: Config, new: Config) -> list[Change]:
             why = "other prompts would be held out, and some of them have been trained on"
         raise RunError(
             f"{key} was {_shown(before)} when the run in {path} began and is {_shown(now)} now: {why}. Set it back to "
-            "continue, or add --fresh to move the old run aside and begin anew."
+            "continue, or add --fresh to move the old run aside and start over."
         )
     return found
 
@@ -141,7 +141,7 @@ def check_inputs(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
             remedy = f"Set model.revision to {moved[1]}" if moved else "Restore it"
             raise RunError(
                 f"{key} has other content than when the run in {path} began (was {before}, is {now}): its curves would "
-                f"mix two experiments. {remedy}, or add --fresh to move the old run aside and begin anew."
+                f"mix two experiments. {remedy}, or add --fresh to move the old run aside and start over."
             )
 
 

@@ -9,6 +9,6 @@ from tether.types import Sampler
 
 
 def build_sampler(model: LanguageModel, config: SamplingConfig) -> tuple[Sampler, list[str]]:
-    """(the sampler of `sampling.engine`, ready to sample from `model`; notes on what fell back, for the log)."""
+    """(the sampler of `sampling.engine`, ready to sample from `model`; notes on the fallbacks, for the log)."""
     sampler = LocalSampler(model, slots=config.slots)  # the only engine so far
     return sampler, [sampler.note] if sampler.note else []

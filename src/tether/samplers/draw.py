@@ -37,7 +37,7 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0
     if not torch.isfinite(chosen).all():
         raise TrainingError(
             "the model's logits are not finite: no token can be drawn from them. If training broke it, lower optim.lr "
-            "and begin anew with --fresh (a run that continues keeps its settings)."
+            "and start over with --fresh (a run that continues keeps its settings)."
         )
     cut = torch.zeros_like(chosen) if kept is probs else (1.0 - mass.squeeze(-1)).clamp(min=0.0)
     return Draw(tokens, chosen, cut.to(chosen.dtype))

@@ -53,7 +53,7 @@ class LocalSampler:
 
     slots  rows decoded at once; "auto" takes as many as there are responses, up to 256, or up to 64 where their cache
            would be large (see `slot_bytes`).
-    note   what fell back, for the log; None if nothing did.
+    note   the fallbacks, for the log; None if nothing did.
     """
 
     def __init__(self, model: LanguageModel, *, slots: int | str = "auto") -> None:

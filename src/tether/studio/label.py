@@ -86,7 +86,7 @@ def record_form(store: Store, person: str, form: dict[str, str]) -> None:
     """What a form of the label page says, into the store; LabelError where it cannot be meant."""
     item, seen = form.get("item", ""), form.get("seen", "")
     if not is_count(item):
-        raise LabelError(f"item={item[:20]!r} is no number: nothing was saved. Reload the page.")
+        raise LabelError(f"item={item[:20]!r} is not a number: nothing was saved. Reload the page.")
     value, _, strength = form.get("choice", "").partition(":")
     choice = _ranking(form) if value == RANKING else _choice_of(value)
     axes = {axis: _choice_of(form[f"axis_{axis}"]) for axis in AXES if form.get(f"axis_{axis}")}

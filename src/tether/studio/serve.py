@@ -47,7 +47,7 @@ def main(
 
     if not 0 <= port < 2**16:
         raise ConfigError(
-            f"--port {port} is no port: nothing could listen there. Give 1 to 65535, or 0 for a free one."
+            f"--port {port} is not a port: nothing could listen there. Give 1 to 65535, or 0 for a free one."
         )
     known = read_users(users) if users else {}
     if host not in _LOOPBACK and not known:
@@ -108,7 +108,7 @@ def _check_people(users: set[str] | None, owners: list[str], people: list[str]) 
     for name in people:
         if name != name.strip() or not name.isprintable() or not 0 < len(name) <= 100:
             raise ConfigError(
-                f"--person {name!r} is no name: give 1 to 100 printable characters, no space around them."
+                f"--person {name!r} is not a name: give 1 to 100 printable characters, no space around them."
             )
 
 

@@ -35,8 +35,8 @@ def ppo_card(
         "|---|---|---|",
     ]
     for label, metric in (
-        ("score", "reward/score_mean"), ("KL to the reference, nats a response", "kl/ref_mean"),
-        ("entropy, nats a token", "policy/entropy"), ("length, tokens", "response/length_mean"),
+        ("score", "reward/score_mean"), ("KL to the reference, nats per response", "kl/ref_mean"),
+        ("entropy, nats per token", "policy/entropy"), ("length, tokens", "response/length_mean"),
         ("cut at the limit, share", "response/truncated_fraction"),
     ):  # fmt: skip
         lines.append(f"| {label} | {_shown(first[metric])} | {_shown(last[metric])} |")
@@ -73,8 +73,8 @@ def sft_card(run: Run, config: SFTConfig) -> str:
         f"Supervised fine-tuning by Tether from {start} on `{config.data.path}`: {config.sft.epochs} epochs, "
         f"{len(metrics)} optimizer steps, seed {config.seed}.",
         "",
-        f"Loss, nats a token: {_shown(metrics[0]['loss'])} before the first step, {_shown(metrics[-1]['loss'])} before "
-        "the last.",
+        f"Loss, nats per token: {_shown(metrics[0]['loss'])} before the first step, {_shown(metrics[-1]['loss'])} "
+        "before the last.",
         "",
     ]
     return "\n".join(lines)

@@ -95,7 +95,7 @@ def latest(run: Path, on_fallback: Callable[[str], None] = print) -> tuple[Path,
     if damaged:
         raise RunError(
             f"{'; '.join(damaged)}; no other is intact: there is nothing to continue from. Restore the file from a "
-            "copy, or add --fresh to move the run aside and begin anew."
+            "copy, or add --fresh to move the run aside and start over."
         )
     return None
 

@@ -95,8 +95,8 @@ class Result:
     score: Interval
     """Mean of the prompts' mean scores."""
     kl: Interval | None
-    """KL(model‖baseline) in nats a response, from the model's own samples; `note` says why where it is None, or is less
-    than that: under top_k or top_p a mean log-ratio over truncated samples."""
+    """KL(model‖baseline) in nats per response, from the model's own samples; `note` says why where it is None, or is
+    less than that: under top_k or top_p a mean log-ratio over truncated samples."""
     win_rate: Interval | None
     """Share of prompts whose mean score is above the baseline's, ties half; None for the baseline."""
     length: float

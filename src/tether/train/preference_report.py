@@ -1,7 +1,8 @@
 """What a reward model learned, told so that nobody is fooled: interval, baselines, calibration.
 
 An accuracy alone says little. People agree with each other on 63–77 % of such pairs, so that is a ceiling; longer
-answers are often preferred, so a ruler is a baseline; and a model may rank well while its probabilities are far off.
+answers are often preferred, so length alone is a baseline; and a model may rank well while its probabilities are far
+off.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class PreferenceReport:
     same_prompts: bool  # held-out pairs have prompts that are trained on: pairs were held out by their answers
     accuracy: Share | None  # strictly higher score for the chosen one; equal scores are no success
     train_accuracy: float | None
-    loss: float | None  # nats a held-out pair; knowing nothing is log 2 = 0.693
+    loss: float | None  # nats per held-out pair; knowing nothing is log 2 = 0.693
     length_prefers: str  # "longer" or "shorter": what wins more often among the training pairs
     length_accuracy: Share | None  # of that rule on the held-out pairs, ties half
     calibration_error: float | None  # mean |confidence - accuracy| over the bins, weighted by pairs
@@ -72,7 +73,7 @@ class PreferenceReport:
             f"{self.train_accuracy:.3f}.",
             f"Preferring the {self.length_prefers} answer alone: {self.length_accuracy}. People agree with each other "
             "on 0.63 to 0.77 of such pairs.",
-            f"Loss {self.loss:.4f} nats a pair (knowing nothing: 0.6931); calibration error "
+            f"Loss {self.loss:.4f} nats per pair (knowing nothing: 0.6931); calibration error "
             f"{self.calibration_error:.3f}.",
         ]
         if self.same_prompts:
@@ -85,7 +86,7 @@ class PreferenceReport:
         if not self.learned:
             lines.append("Nothing was learned that can be told from chance: do not use this reward model.")
         elif self.accuracy.low <= self.length_accuracy.value:
-            lines.append("It cannot be told from a ruler: length alone does as well.")
+            lines.append("It is no better than the length-only baseline.")
         return "\n".join(lines)
 
     def write(self, run: Path) -> None:
@@ -203,7 +204,7 @@ def _preferred(pairs: Sequence[Pair]) -> Tensor:
 
 
 def _loss(pairs: Sequence[Pair], scores: Tensor) -> float:
-    """Nats a pair, ties included: the training loss without weights and centring."""
+    """Nats per pair, ties included: the training loss without weights and centering."""
     margin, target = _margin(scores), torch.tensor([pair.probability for pair in pairs], dtype=torch.float64)
     return -(target * logsigmoid(margin) + (1 - target) * logsigmoid(-margin)).mean().item()
 

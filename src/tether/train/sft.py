@@ -86,7 +86,7 @@ def accumulate(model: LanguageModel, rows: Sequence[Row], microbatch_tokens: int
 
         L = - Σ log π(token | what precedes it in its example) / trained tokens of the step
 
-    Returns the step's metrics: loss in nats a token, trained tokens.
+    Returns the step's metrics: loss in nats per token, trained tokens.
     """
     total = sum(sum(example.trained) for row in rows for example in row)
     losses: list[Tensor] = []
@@ -110,7 +110,7 @@ class Batch:
 
     @classmethod
     def of(cls, rows: Sequence[Row], device: torch.device) -> Batch:
-        """Position ids begin anew with every example: without an attention mask, transformers takes that as the border
+        """Position ids start over with every example: without an attention mask, transformers takes that as the border
         between sequences that must not see each other."""
         width = max(sum(len(e.ids) for e in row) for row in rows)
         tokens, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
