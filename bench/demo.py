@@ -3,7 +3,8 @@
     python bench/demo.py [--seeds 0 1 2 3 4 5 6 7] [--paths default avx2] [--to runs/bench-demo]
 
 A CPU path is what torch's kernels may use: `default` is the best of this CPU, `avx2` is ATEN_CPU_CAPABILITY=avx2. Sums
-round differently there, so a recipe that depends on luck shows it. Every run is a process of its own, and its figures
+round differently there, so a recipe that depends on luck shows it. A CPU whose best is AVX2 has one path of the two:
+`plain`, kernels without AVX, is another. Every run is a process of its own, and its figures
 are a line of results.jsonl. A run that has its line is not repeated, so the table can be made in pieces.
 
 Asked: the reward model is right on ≥ 70 % of held-out pairs in 15 runs of 16 and differs by ≤ 6 points between runs;
@@ -33,6 +34,8 @@ from tether.demo.world import World
 ACCURACY, SPREAD, WIN_RATE, REPEATS, MINUTES = 0.70, 0.06, 0.85, 0.10, 6.0
 ACCURATE, WON = 15 / 16, 14 / 16  # share of the runs that must reach ACCURACY and WIN_RATE
 
+PATHS = {"default": {}, "avx2": {"ATEN_CPU_CAPABILITY": "avx2"}, "plain": {"ATEN_CPU_CAPABILITY": "default"}}
+
 TELL = """
 import json, sys, torch
 from pathlib import Path
@@ -49,7 +52,7 @@ def run(to: Path, seed: int, path: str) -> dict[str, Any]:
     began = time.monotonic()
     subprocess.run(
         [sys.executable, "-c", TELL, str(to), str(seed)],
-        env=kept | ({} if path == "default" else {"ATEN_CPU_CAPABILITY": path}),
+        env=kept | PATHS[path],
         check=True,
     )
     minutes = (time.monotonic() - began) / 60
@@ -159,7 +162,7 @@ def mean(numbers: Any) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
-    parser.add_argument("--paths", nargs="+", default=["default", "avx2"])
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=["default", "avx2"])
     parser.add_argument("--to", type=Path, default=Path("runs/bench-demo"))
     args = parser.parse_args()
 
