@@ -2,10 +2,8 @@
 
     python bench/demo.py [--seeds 0 1 2 3 4 5 6 7] [--paths default avx2] [--to runs/bench-demo]
 
-A CPU path is what torch's kernels may use: `default` is the best of this CPU, `avx2` is ATEN_CPU_CAPABILITY=avx2. Sums
-round differently there, so a recipe that depends on luck shows it. A CPU whose best is AVX2 has one path of the two:
-`plain`, kernels without AVX, is another. Every run is a process of its own, and its figures
-are a line of results.jsonl. A run that has its line is not repeated, so the table can be made in pieces.
+Every run's figures are a line of results.jsonl. A run that has its line is not repeated, so the table can be made in
+pieces; what a CPU path is says `bench/paths.py`.
 
 Asked: the reward model is right on ≥ 70 % of held-out pairs in 15 runs of 16 and differs by ≤ 6 points between runs;
 the hidden judge prefers PPO to its own start on ≥ 85 % of the held-out questions in 14 of 16 (mean of 8 answers each,
@@ -15,9 +13,7 @@ of it takes ≤ 6 minutes (on two cores that do nothing else).
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from paths import Row, add_options, figures, ranged, sweep
 from tether.demo.annotators import PEOPLE
 from tether.demo.judge import Judge
 from tether.demo.show import AXES
@@ -34,31 +31,23 @@ from tether.demo.world import World
 ACCURACY, SPREAD, WIN_RATE, REPEATS, MINUTES = 0.70, 0.06, 0.85, 0.10, 6.0
 ACCURATE, WON = 15 / 16, 14 / 16  # share of the runs that must reach ACCURACY and WIN_RATE
 
-PATHS = {"default": {}, "avx2": {"ATEN_CPU_CAPABILITY": "avx2"}, "plain": {"ATEN_CPU_CAPABILITY": "default"}}
-
 TELL = """
-import json, sys, torch
+import json, os, sys, torch
 from pathlib import Path
 from tether.demo import main
 main(Path(sys.argv[1]), seed=int(sys.argv[2]))
-Path(sys.argv[1], "cpu.json").write_text(json.dumps(torch.backends.cpu.get_cpu_capability()))
+Path(os.environ["RESULT"]).write_text(json.dumps({"cpu": torch.backends.cpu.get_cpu_capability()}))
 """
 
 
-def run(to: Path, seed: int, path: str) -> dict[str, Any]:
+def run(to: Path, seed: int, path: str) -> Row:
     """The figures of one demo, told from its beginning."""
     shutil.rmtree(to, ignore_errors=True)  # a part of an earlier try would make the minutes wrong
-    kept = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
     began = time.monotonic()
-    subprocess.run(
-        [sys.executable, "-c", TELL, str(to), str(seed)],
-        env=kept | PATHS[path],
-        check=True,
-    )
+    cpu = figures(["-c", TELL, str(to), str(seed)], path)
     minutes = (time.monotonic() - began) / 60
-    cpu = json.loads((to / "cpu.json").read_text())
-    row = {"seed": seed, "path": path, "cpu": cpu, "minutes": minutes, "says": speaks(to / "ppo" / "final")}
-    return row | {"habits_alone": habits_alone(to, seed)} | json.loads((to / "result.json").read_text())
+    found = {"minutes": minutes, "says": speaks(to / "ppo" / "final"), "habits_alone": habits_alone(to, seed)}
+    return cpu | found | json.loads((to / "result.json").read_text())
 
 
 def habits_alone(to: Path, seed: int) -> float:
@@ -102,13 +91,13 @@ def speaks(directory: Path) -> str:
     return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
-def good(row: dict[str, Any]) -> bool:
+def good(row: Row) -> bool:
     """What is asked of every run."""
     up = all(row["after"][axis] > row["before"][axis] for axis in AXES)
     return bool(up and row["repeats"][1] <= REPEATS and row["minutes"] <= MINUTES)
 
 
-def show(rows: list[dict[str, Any]]) -> bool:
+def show(rows: list[Row]) -> bool:
     """Print the table and the ranges; returns whether what is asked was found."""
     print(
         f"\n{'seed':>4}  {'path':8}{'reward model':>14}{'habits':>8}{'ceiling':>9}{'judge prefers':>15}"
@@ -149,11 +138,6 @@ def show(rows: list[dict[str, Any]]) -> bool:
     return all(results.values())
 
 
-def ranged(numbers: list[float], form: str = ".1%") -> str:
-    """The lowest and the highest."""
-    return f"{min(numbers):{form}}–{max(numbers):{form}}"
-
-
 def mean(numbers: Any) -> float:
     numbers = list(numbers)
     return sum(numbers) / len(numbers)
@@ -161,21 +145,10 @@ def mean(numbers: Any) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
-    parser.add_argument("--paths", nargs="+", choices=PATHS, default=["default", "avx2"])
-    parser.add_argument("--to", type=Path, default=Path("runs/bench-demo"))
+    add_options(parser, seeds=8, to="runs/bench-demo")
     args = parser.parse_args()
-
-    args.to.mkdir(parents=True, exist_ok=True)
-    file = args.to / "results.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    for seed in args.seeds:
-        for path in args.paths:
-            if not any((row["seed"], row["path"]) == (seed, path) for row in rows):
-                rows.append(run(args.to / f"seed-{seed}-{path}", seed, path))
-                with file.open("a") as out:
-                    out.write(json.dumps(rows[-1]) + "\n")
-    return 0 if show(sorted(rows, key=lambda row: (row["seed"], row["path"] != "default"))) else 1
+    rows = sweep(args, lambda seed, path: run(args.to / f"seed-{seed}-{path}", seed, path))
+    return 0 if show(rows) else 1
 
 
 if __name__ == "__main__":

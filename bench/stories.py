@@ -4,46 +4,36 @@ Trains examples/stories with several seeds, then compares on the same openings: 
 best of 8 of the start model (the strongest thing one can do without training), the KL that was spent, and whether the
 stories still differ from one another (distinct-2: distinct pairs of words over all pairs).
 
-    python bench/stories.py --model DIR [--seeds 0 1 2] [--plot docs/stories.svg]
+    python bench/stories.py --model DIR [--seeds 0 1 2 3 4] [--paths default avx2] [--plot docs/stories.svg]
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import os
 import random
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import tether
 from chart import Line, draw
+from paths import Row, add_options, figures, ranged, sweep
 from tether.config import PPOConfig
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "stories"
 N, KEPT = 8, 256  # samples an opening; samples whose variety is measured
 
 
-@dataclass(frozen=True)
-class Result:
-    seed: int
-    minutes: float
-    score: float  # one sample of the trained model, mean
-    best_of_8: float  # of the start model
-    kl: float  # nats per response
-    variety: float  # distinct-2 over the start's
-    curve: list[tuple[float, float]]  # (KL, score) of every cycle
-    best_of_n: list[tuple[float, float]]  # (KL, score) of the start model for n = 1 … 8
-    samples: list[tuple[str, str, str]]  # opening, before, after
-
-
-def measure(model: str, seed: int, cycles: int | None) -> Result:
+def measure(model: str, seed: int, cycles: int | None) -> Row:
+    """A run's figures; kl in nats per response, variety over the start's, curves as (KL, score)."""
     config = tether.load_config(EXAMPLE / "ppo.yaml")
     assert isinstance(config, PPOConfig)
     openings = [p["prompt"] for p in _read(config.prompts.path)]
@@ -63,8 +53,7 @@ def measure(model: str, seed: int, cycles: int | None) -> Result:
 
     start, end = sentiment(before), sentiment(after)
     groups = [start[i : i + N] for i in range(0, len(start), N)]
-    return Result(
-        seed=seed,
+    return Row(
         minutes=minutes,
         score=sum(end) / len(end),
         best_of_8=_best_of(groups, N),
@@ -77,8 +66,6 @@ def measure(model: str, seed: int, cycles: int | None) -> Result:
 
 
 def _read(path: str) -> list[dict[str, str]]:
-    import json
-
     return [json.loads(line) for line in (EXAMPLE / path).read_text().splitlines()]
 
 
@@ -101,30 +88,36 @@ def distinct_2(texts: list[str], seed: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory of stories260K")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    add_options(parser, seeds=5, to="runs/bench-stories")
     parser.add_argument("--cycles", type=int)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    model = str(Path(args.model).resolve())
-    plot = args.plot.resolve() if args.plot else None
+    model, cycles = str(Path(args.model).resolve()), args.cycles
+    args.to, plot = args.to.resolve(), args.plot.resolve() if args.plot else None
     os.chdir(EXAMPLE)
     sys.path.insert(0, str(EXAMPLE))
-    results = [measure(model, seed, args.cycles) for seed in args.seeds]
+    if result := os.environ.get("RESULT"):
+        Path(result).write_text(json.dumps(measure(model, args.seeds[0], cycles)))
+        return
+    one = [__file__, "--model", model, *(["--cycles", str(cycles)] if cycles else [])]
+    rows = sweep(args, lambda seed, path: figures([*one, "--seeds", str(seed)], path), cycles=cycles)
     print(
-        "| seed | minutes | trained, one sample | start, best of 8 | start, one sample | KL, nats "
+        "| seed | CPU path | minutes | trained, one sample | start, best of 8 | start, one sample | KL, nats "
         "| distinct-2 against the start |"
     )
-    print("|---|---|---|---|---|---|---|")
-    for r in results:
+    print("|---|---|---|---|---|---|---|---|")
+    for r in rows:
         print(
-            f"| {r.seed} | {r.minutes:.1f} | {r.score:.3f} | {r.best_of_8:.3f} | {r.best_of_n[0][1]:.3f} | {r.kl:.1f} "
-            f"| {r.variety:.0%} |"
+            f"| {r['seed']} | {r['path']} | {r['minutes']:.1f} | {r['score']:.3f} | {r['best_of_8']:.3f} "
+            f"| {r['best_of_n'][0][1]:.3f} | {r['kl']:.1f} | {r['variety']:.0%} |"
         )
-    for opening, before, after in results[0].samples:
+    for name, form in (("score", ".3f"), ("best_of_8", ".3f"), ("kl", ".1f"), ("variety", ".0%"), ("minutes", ".1f")):
+        print(f"{name:10}{ranged((r[name] for r in rows), form)}")
+    for opening, before, after in rows[0]["samples"]:
         print(f"\n{opening}\n  before: {' '.join(before.split())}\n  after:  {' '.join(after.split())}")
     if plot:
-        lines = [Line(f"PPO, seed {r.seed}", sorted(r.curve)) for r in results]
-        lines.append(Line("best of n = 1 … 8", results[0].best_of_n))
+        lines = [Line(f"PPO, seed {r['seed']}", sorted(r["curve"])) for r in rows]
+        lines.append(Line("best of n = 1 … 8", rows[0]["best_of_n"]))
         draw(plot, lines, x="KL to the start model, nats per response", y="sentiment of one sample")
 
 
