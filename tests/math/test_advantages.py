@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tether.math import gae, place_rewards
+from tether.math import gae, group_advantages, place_rewards
 
 LENGTHS = [5, 1, 3]
 MASK = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
@@ -115,3 +115,24 @@ def test_actor_and_critic_may_use_lambdas_of_their_own():
     assert_close(returns[1, 0], rewards[1, 0])  # Monte Carlo for the critic ...
     assert_close(advantages[1, 0], rewards[1, 0] - values[1, 0])
     assert not torch.allclose(returns[0, 0], advantages[0, 0] + values[0, 0])  # ... and not for the actor
+
+
+def test_three_right_of_eight_against_the_others_and_against_the_group():
+    g = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0], dtype=torch.float64)
+    others = group_advantages(g, responses_per_prompt=8)  # 1 - 2/7, 0 - 3/7
+    assert_close(others, torch.tensor([5 / 7] * 3 + [-3 / 7] * 5, dtype=torch.float64))
+    scaled = group_advantages(g, responses_per_prompt=8, std=True)  # .625 / √(15/56), -.375 / √(15/56)
+    assert_close(scaled, torch.tensor([1.207615] * 3 + [-0.724569] * 5, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_responses_are_compared_with_those_to_the_same_prompt_alone():
+    g = torch.tensor([1.0, 3.0, 100.0, 104.0])
+    assert group_advantages(g, responses_per_prompt=2).tolist() == [-2.0, 2.0, -4.0, 4.0]
+
+
+@pytest.mark.parametrize("std", [False, True])
+def test_a_group_that_is_equal_up_to_rounding_has_advantages_of_exactly_zero(std):
+    g = torch.tensor([0.7, 0.7 + 1e-7, 0.7 - 1e-7, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0])
+    advantages = group_advantages(g, responses_per_prompt=3, std=std)
+    assert advantages[:6].tolist() == [0.0] * 6
+    assert advantages[6] < 0 < advantages[8]

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tether.math import (
+    cispo_loss,
     clipped_policy_loss,
     entropy_mean,
     gae,
+    group_advantages,
     kl_k1,
     kl_k2,
     kl_k3,
@@ -253,3 +255,44 @@ def test_k3_in_the_loss_has_the_gradient_of_the_kl_from_the_reference():
     gradient, logits, reference = expected_gradients()
     (want,) = torch.autograd.grad((reference.exp() * (reference - logits.log_softmax(-1))).sum(), logits)
     assert_close(gradient(lambda new, ref: kl_k3(new, ref).mean()), want)
+
+
+def g_of(game: Game, table: Tensor, beta: float) -> Tensor:
+    """[B] score - β·log(π/ref) of every response."""
+    return game.scores - beta * (of_responses(game, table) - of_responses(game, game.reference))
+
+
+@pytest.mark.parametrize("make", GAMES.values(), ids=GAMES)
+def test_at_the_optimum_the_advantage_in_a_group_is_zero_for_every_sample(make):
+    # log π* = log ref + score/β - log Z, so every g is β·log Z
+    e = make()
+    log_ratio = e.scores / 0.5 - torch.logsumexp(of_responses(e, e.reference) + e.scores / 0.5, 0)
+    g = e.scores - 0.5 * log_ratio
+    everyone = group_advantages(g, responses_per_prompt=len(g))
+    assert everyone.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("surrogate", [clipped_policy_loss, cispo_loss])
+def test_the_expected_gradient_with_a_group_baseline_is_that_of_the_objective(k, surrogate):
+    # every group of k responses of a bandit, weighted by its probability
+    e, beta = bandit(), 0.5
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    log_p = logits.log_softmax(-1)[0]
+    (want,) = torch.autograd.grad(
+        (log_p.exp() * e.scores).sum() - beta * (log_p.exp() * (log_p - e.reference[0])).sum(),
+        logits,
+        retain_graph=True,
+    )
+    groups = torch.tensor(list(itertools.product(range(8), repeat=k)))
+    g = g_of(e, logits.detach().log_softmax(-1), beta)
+    advantages = group_advantages(g[groups].flatten(), responses_per_prompt=k).view(groups.shape)
+    probability = log_p.detach()[groups].sum(1).exp()
+    new = log_p[groups]
+    loss, _ = surrogate(
+        new, new.detach(), advantages * probability[:, None], torch.ones_like(new, dtype=torch.bool),
+        clip=(0.2, 0.2), denominator=k,
+    )  # fmt: skip
+    (got,) = torch.autograd.grad(-loss, logits)
+    assert_close(got, want, rtol=0, atol=1e-14)

@@ -3,7 +3,7 @@
     masked       sums, means, variances and whitening where only some positions count
     logprobs     log-probability and entropy of each token from hidden states, without the logits ever in memory at once
     kl           three estimators of a KL divergence, and the controller that holds one at a target
-    advantages   rewards per token, generalized advantage estimation
+    advantages   rewards per token, generalized advantage estimation, group baselines
     losses       policy, value, entropy, KL, preference and likelihood
     diagnostics  how good the critic is, and how far the policy is from the optimum
     bootstrap    how sure a mean is
@@ -14,7 +14,7 @@ In a mask, True means *counts*, and a response's mask is True from its first tok
 Positions that do not count may hold anything, NaN included. Log-probabilities and KL are in nats.
 """
 
-from tether.math.advantages import gae, place_rewards
+from tether.math.advantages import gae, group_advantages, place_rewards
 from tether.math.bootstrap import Interval, bootstrap_mean
 from tether.math.diagnostics import (
     distinct_pairs,
@@ -25,7 +25,15 @@ from tether.math.diagnostics import (
 )
 from tether.math.kl import kl_k1, kl_k2, kl_k3, next_kl_coef
 from tether.math.logprobs import Head, full_logprobs, token_logprobs
-from tether.math.losses import bradley_terry_loss, clipped_policy_loss, entropy_mean, kl_loss, nll_loss, value_loss
+from tether.math.losses import (
+    bradley_terry_loss,
+    cispo_loss,
+    clipped_policy_loss,
+    entropy_mean,
+    kl_loss,
+    nll_loss,
+    value_loss,
+)
 from tether.math.masked import masked_mean, masked_sum, masked_var, whiten
 
 __all__ = [
@@ -33,12 +41,14 @@ __all__ = [
     "Interval",
     "bootstrap_mean",
     "bradley_terry_loss",
+    "cispo_loss",
     "clipped_policy_loss",
     "distinct_pairs",
     "entropy_mean",
     "explained_variance",
     "full_logprobs",
     "gae",
+    "group_advantages",
     "kl_k1",
     "kl_k2",
     "kl_k3",

@@ -1,4 +1,4 @@
-"""From one score a response to one advantage a token."""
+"""From one score per response to one advantage per token: with a critic, or against the other responses."""
 
 from __future__ import annotations
 
@@ -80,3 +80,33 @@ def gae(
         advantage = deltas[:, t] + gamma * lam * advantage
         advantages[:, t] = advantage
     return advantages, advantages + values
+
+
+def group_advantages(g: Float[Tensor, " B"], *, responses_per_prompt: int, std: bool = False) -> Float[Tensor, " B"]:
+    """How much better a response is than the others to its prompt; the advantage of each of its tokens.
+
+        A_i = g_i - mean of the other g        = k/(k-1) · (g_i - mean g)        leave one out (RLOO)
+        A_i = (g_i - mean g) / std g           with `std` (GRPO), the deviation with k-1 in the denominator
+
+    g is what is equal for all responses at the optimum, so there every A is 0, for every sample: the policy rests at a
+    constant learning rate. The expected gradient is that of the objective (checked by enumeration in tests/math), with
+    `std` that of another one, in which a prompt weighs more the less its responses differ.
+    Source: Kool et al. 2019; Ahmadian et al. 2024 (arXiv:2402.14740); std: Shao et al. 2024 (arXiv:2402.03300).
+
+    Arguments:
+        g                     score - β · Σ log(π/ref) of whole responses, reward units; the responses to one prompt
+                              stand together.
+        responses_per_prompt  k ≥ 2: alone, a response has nothing to be compared with.
+
+    Where all g of a prompt are equal up to rounding every A is exactly 0.
+    """
+    k = responses_per_prompt
+    groups = g.view(-1, k)
+    centered = groups - groups.mean(1, keepdim=True)
+    centered = torch.where(
+        centered.abs().amax(1, keepdim=True) <= 1e-6 * groups.abs().amax(1, keepdim=True), 0.0, centered
+    )
+    if std:
+        deviation = centered.square().sum(1, keepdim=True).div(k - 1).sqrt()
+        return torch.where(deviation > 0, centered / deviation, 0.0).flatten()
+    return (k / (k - 1) * centered).flatten()

@@ -54,9 +54,46 @@ def clipped_policy_loss(
     ratio = log_ratio.clamp(-20, 20).exp()  # e^20 ≈ 5e8: a lost token costs much, but not inf
     loss = masked_sum(torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)), mask)
     loss = loss / denominator
+    cut = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
+    return loss, _ratio_metrics(loss, old_logprobs, new_logprobs, mask, ratio, cut, denominator)
+
+
+def cispo_loss(
+    new_logprobs: Float[Tensor, "B R"],
+    old_logprobs: Float[Tensor, "B R"],
+    advantages: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    *,
+    clip: tuple[float, float],
+    denominator: float,
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """REINFORCE with a bounded importance weight: no token's gradient is cut, its weight is.
+
+        L = -Σ mask · sg(clip(ρ, 1-ε_low, 1+ε_high)) · A · log π / denominator,   ρ = exp(new - old)
+
+    At ρ = 1 the gradient is that of `clipped_policy_loss`. Source: MiniMax-M1 2025 (arXiv:2506.13585, eq. 4).
+    Arguments and metrics as there; policy/clip_fraction counts tokens whose weight is bounded.
+    """
+    low, high = clip
+    log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0.0)
+    ratio = log_ratio.detach().clamp(-20, 20).exp()
+    weight = ratio.clamp(1 - low, 1 + high)
+    loss = -masked_sum(weight * advantages * torch.where(mask, new_logprobs, 0.0), mask) / denominator
+    return loss, _ratio_metrics(loss, old_logprobs, new_logprobs, mask, ratio, weight != ratio, denominator)
+
+
+def _ratio_metrics(
+    loss: Tensor,
+    old_logprobs: Tensor,
+    new_logprobs: Tensor,
+    mask: Tensor,
+    ratio: Tensor,
+    cut: Tensor,
+    denominator: float,
+) -> dict[str, Tensor]:
+    """What both surrogates tell of the ratio; cut: tokens at the clip."""
     with torch.no_grad():
-        cut = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
-        metrics = {
+        return {
             "policy/loss": loss.detach(),
             "policy/kl_old_new": masked_sum(kl_k3(old_logprobs, new_logprobs), mask) / denominator,
             "policy/clip_fraction": masked_sum(cut.float(), mask) / denominator,
@@ -64,7 +101,6 @@ def clipped_policy_loss(
             "policy/ratio_min": torch.where(mask, ratio, torch.inf).min(),
             "policy/ratio_max": torch.where(mask, ratio, -torch.inf).max(),
         }
-    return loss, metrics
 
 
 def value_loss(
