@@ -201,7 +201,9 @@ def build(task: Task, directory: Path, seed: int) -> None:
     (directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def config(task: Task, directory: Path, seed: int, cycles: int) -> PPOConfig:
+def config(task: Task, directory: Path, seed: int, cycles: int, route: str) -> PPOConfig:
+    """A critic with a rate that falls to 0, or a group baseline with one that stays: at the optimum it has no noise."""
+    critic = {"lam": 0.95, "value_coef": 0.5} if route == "gae" else {}
     return PPOConfig(
         run=str(directory / "run"), seed=seed, device="cpu",
         model=ModelConfig(policy=str(directory / "model")),
@@ -211,16 +213,16 @@ def config(task: Task, directory: Path, seed: int, cycles: int) -> PPOConfig:
         ),
         ppo=PPOSection(
             cycles=cycles, batch=256, responses_per_prompt=256 // len(task.prompts), epochs=4, minibatch=64,
-            lam=0.95, value_coef=0.5, kl=KLConfig(coef=task.beta),
+            advantage=route, kl=KLConfig(coef=task.beta), **critic,
         ),
-        optim=OptimConfig(lr=2e-3, critic_lr=2e-3),
+        optim=OptimConfig(lr=2e-3, critic_lr=2e-3, schedule="linear" if route == "gae" else "constant"),
         log=LogConfig(rollouts_every=0, tensorboard=False),
         checkpoint=CheckpointConfig(every=10, keep=1000),
         evaluate=HeldOutConfig(every=0),
     )  # fmt: skip
 
 
-def run(name: str, seed: int, cycles: int | None = None) -> dict[str, Any]:
+def run(name: str, route: str, seed: int, cycles: int | None = None) -> dict[str, Any]:
     """Train one task with one seed and compare every checkpoint with the optimum."""
     torch.set_num_threads(1)
     task = TASKS[name]
@@ -233,7 +235,7 @@ def run(name: str, seed: int, cycles: int | None = None) -> dict[str, Any]:
         ) -> list[float]:
             return [task.score(p, tuple(y)) for p, y in zip(symbol, completion_ids, strict=True)]
 
-        done = tether.ppo(config(task, directory, seed, cycles or task.cycles), reward=score)
+        done = tether.ppo(config(task, directory, seed, cycles or task.cycles, route), reward=score)
         reference = LanguageModel(
             load_causal_lm(str(directory / "model"), dtype=torch.float32, device=CPU), torch.float32
         )
@@ -242,17 +244,18 @@ def run(name: str, seed: int, cycles: int | None = None) -> dict[str, Any]:
             policy = Policy(
                 LanguageModel(
                     load_causal_lm(str(checkpoint / "policy"), dtype=torch.float32, device=CPU), torch.float32
-                )
+                ),
+                value_head=route == "gae",
             )
-            policy.load_critic(checkpoint / "critic")
-            exact = compare(
-                task, policy.model, reference, lambda rows, policy=policy: policy(rows, temperature=1.0).values
-            )
+            if policy.has_critic:
+                policy.load_critic(checkpoint / "critic")
+            values = lambda rows, policy=policy: policy(rows, temperature=1.0).values  # noqa: E731
+            exact = compare(task, policy.model, reference, values if policy.has_critic else None)
             cycle = int(checkpoint.name.removeprefix("cycle-"))
             curve.append((cycle, exact.kl_to_optimum))
             if 0.01 <= exact.kl_to_optimum <= 0.5:
                 gaps.append((cycle, exact.kl_to_optimum, sampled_gap(task, policy.model, reference, seed, cycle)))
-    return {"task": name, "seed": seed, "curve": curve, "gaps": gaps, **vars(exact)}
+    return {"task": name, "route": route, "seed": seed, "curve": curve, "gaps": gaps, **vars(exact)}
 
 
 def sampled_gap(task: Task, policy: LanguageModel, reference: LanguageModel, seed: int, cycle: int) -> float:
@@ -312,18 +315,19 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=", ".join(TASKS)
     )
+    parser.add_argument("--routes", nargs="*", default=["gae", "group"], choices=["gae", "group"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--cycles", type=int, help="of 256 responses; by default each task's own, 60 to 250")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the results here too")
     parser.add_argument("--plot", type=Path, help="write the plot here")
     args = parser.parse_args()
-    wanted = [(task, seed, args.cycles) for task in args.tasks for seed in args.seeds]
+    wanted = [(t, route, seed, args.cycles) for t in args.tasks for route in args.routes for seed in args.seeds]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         results = []
         for result in pool.map(run, *zip(*wanted, strict=True)):
             results.append(result)
-            print(f"{result['task']} seed {result['seed']}: KL(π‖π*) {result['kl_to_optimum']:.4f}, "
+            print(f"{result['task']} {result['route']} seed {result['seed']}: KL(π‖π*) {result['kl_to_optimum']:.4f}, "
                   f"critic RMSE {result['value_rmse']:.3f}", file=sys.stderr, flush=True)  # fmt: skip
     print(table(results))
     if args.json:

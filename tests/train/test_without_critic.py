@@ -20,9 +20,9 @@ from tether.models.policy import Policy, Reference
 from tether.reports.signals import knobs_of, signals_of, surprise, tokens_of, value_curve
 from tether.rewards import build_reward
 from tether.samplers.local import LocalSampler
-from tether.train import rollout as phase_1
 from tether.train.columns import rollout_columns
 from tether.train.optim import ScheduledOptimizer, build_optimizer
+from tether.train.rollout import collect
 from tether.train.update import accumulate, update
 from tether.types import Rollout, Sampling
 from tiny import language_model, prompts_of, ragged_rows
@@ -30,7 +30,7 @@ from tiny_ppo import id_score
 
 CONFIG = PPOConfig(
     run="run", model=ModelConfig("m"), prompts=PromptsConfig("p"),
-    ppo=PPOSection(cycles=60, batch=4, minibatch=2, epochs=2, responses_per_prompt=2),
+    ppo=PPOSection(cycles=60, batch=4, minibatch=2, epochs=2, responses_per_prompt=2, advantage="group"),
 )  # fmt: skip
 
 
@@ -40,18 +40,12 @@ def policy() -> Policy:
 
 
 @pytest.fixture
-def experience(policy, tiny_tokenizer, monkeypatch):
-    """Phase 1 with an estimator that needs no critic: each token's advantage is the response's total reward."""
-
-    def estimate(rewards, values, mask, ppo):
-        assert values is None
-        return rewards.sum(1, keepdim=True) * mask, None
-
-    monkeypatch.setattr(phase_1, "estimate", estimate)
+def experience(policy, tiny_tokenizer):
+    """Phase 1 with a group baseline."""
     reference = Reference(policy, language_model(seed=1))
     rewards = build_reward([], RewardShapingConfig(), tiny_tokenizer, (), torch.device("cpu"), id_score)
     sampling = Sampling(max_new_tokens=6, responses_per_prompt=2)
-    return phase_1.collect(
+    return collect(
         prompts_of([3, 5]), LocalSampler(policy.model), rewards, policy, reference, sampling, CONFIG.ppo,
         kl_coef=0.1, cycle=1,
     )  # fmt: skip
@@ -86,7 +80,8 @@ def test_phase_1_leaves_out_the_critics_metric_and_columns(experience, tiny_toke
     assert "eval/kl_ref_mean" in experience.evaluation_metrics()
     columns = rollout_columns(experience, tiny_tokenizer, (), CONFIG.ppo, cycle=1, responses_per_prompt=2)
     assert not {"value", "delta", "return"} & set(columns)
-    assert columns["advantage"][0] == pytest.approx([sum(columns["reward"][0])] * columns["length"][0], abs=1e-5)
+    ours, other = (sum(columns["reward"][i]) for i in (0, 1))
+    assert columns["advantage"][0] == pytest.approx([ours - other] * columns["length"][0], abs=1e-5)
 
 
 def test_phase_2_learns_from_the_policys_loss_alone(policy, experience):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from tether.config.keys import Section, at_least, positive, within
@@ -73,6 +73,14 @@ class PPOSection(Section):
     """Responses an optimizer step; divides batch."""
     microbatch_tokens: MicrobatchTokens = 8192
     """Padded tokens in memory at once; never changes the result, only memory and speed."""
+    advantage: Literal["gae", "group", "batch"] = "gae"
+    """What a response is compared with. gae: the critic's expectation, token by token. group: the others to its
+    prompt (RLOO); batch: the cycle's mean (REINFORCE++). Neither of these has a critic: one model less to train and to
+    hold, and one advantage for all tokens of a response."""
+    group_std: bool = False
+    """Divide a group's advantages by its deviation (GRPO). Off: with it, the objective is another one."""
+    surrogate: Literal["clip", "cispo"] = "clip"
+    """clip: PPO's, a token past the clip has no gradient. cispo: its weight is bounded instead (MiniMax-M1)."""
     gamma: Annotated[float, within(0, 1, "future rewards would grow with distance")] = 1.0
     """Discount γ a token; 1: a response is short and its score is what counts."""
     lam: Annotated[float, _LAM] = 0.95
@@ -80,8 +88,9 @@ class PPOSection(Section):
     critic_lam: Annotated[float | None, _LAM] = None
     """λ of the returns that the critic learns (VC-PPO, arXiv:2503.01491); null: lam. 1 is Monte Carlo: no bias from a
     critic that is still wrong."""
-    whiten: bool = True
-    """Bring a cycle's advantages to mean 0 and variance 1."""
+    whiten: bool | None = None
+    """Bring a cycle's advantages to mean 0 and variance 1. null: yes for gae and batch; not for group, where at the
+    optimum every advantage is 0 and whitening would blow up what is left, the noise."""
     clip: Annotated[float, _CLIP] = 0.2
     """ε of the ratio's clip: the ratio stays above 1 - ε, and below 1 + ε unless clip_high is set."""
     clip_high: Annotated[float | None, _CLIP] = None
@@ -102,6 +111,14 @@ class PPOSection(Section):
     def clips(self) -> tuple[float, float]:
         """ε below and above 1."""
         return self.clip, self.clip if self.clip_high is None else self.clip_high
+
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage == "gae"
+
+    @property
+    def whitens(self) -> bool:
+        return self.advantage != "group" if self.whiten is None else self.whiten
 
     @property
     def lams(self) -> tuple[float, float]:
@@ -131,11 +148,36 @@ class PPOSection(Section):
                 f"20 % a horizon, so one cycle could make it zero or negative. Set {key}.kl.horizon above "
                 f"{self.batch / 5:g}, better above {self.batch}."
             )
+        if self.advantage == "group" and self.responses_per_prompt < 2:
+            raise ConfigError(
+                f"{key}.responses_per_prompt={self.responses_per_prompt} with {key}.advantage=group: a response would "
+                f"have no other to be compared with, and nothing would be learned. Set {key}.responses_per_prompt to 2 "
+                "or more; 4 to 8 are usual."
+            )
+        if self.group_std and self.advantage != "group":
+            raise ConfigError(
+                f"{key}.group_std=true with {key}.advantage={self.advantage}: there are no groups to take a deviation "
+                f"of. Set {key}.advantage to group, or leave group_std out."
+            )
+        if not self.has_critic:
+            self._check_that_nothing_needs_a_critic(key)
         if self.value_warmup_cycles >= self.cycles:
             raise ConfigError(
                 f"{key}.value_warmup_cycles={self.value_warmup_cycles} is not below {key}.cycles={self.cycles}: the "
                 "policy would never learn. Set fewer warm-up cycles or more cycles."
             )
+
+    def _check_that_nothing_needs_a_critic(self, key: str) -> None:
+        for field_ in fields(self):
+            value = getattr(self, field_.name)
+            if field_.name in _OF_THE_CRITIC and value != field_.default:
+                raise ConfigError(
+                    f"{key}.{field_.name}={value} with {key}.advantage={self.advantage}: only gae and its critic read "
+                    f"it, so it would be ignored. Leave it out, or set {key}.advantage to gae."
+                )
+
+
+_OF_THE_CRITIC = ("gamma", "lam", "critic_lam", "value_clip", "value_coef", "value_warmup_cycles")
 
 
 @dataclass(frozen=True)
@@ -168,4 +210,9 @@ class PPOConfig(TrainingConfig):
     def check(self, key: str) -> None:
         super().check(key)
         check_names(self.reward)
+        if not self.ppo.has_critic and self.model.critic != "shared":
+            raise ConfigError(
+                f"model.critic={self.model.critic} with ppo.advantage={self.ppo.advantage}: nothing would use the "
+                "critic. Leave model.critic out, or set ppo.advantage to gae."
+            )
         check_warmup(self.optim, self.ppo.cycles * self.ppo.epochs * (self.ppo.batch // self.ppo.minibatch))

@@ -139,7 +139,9 @@ class Reference:
         return _fill(logprobs, rows.response_mask)
 
 
-def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tuple[Policy, Reference, list[str]]:
+def build_policy(
+    config: ModelConfig, *, device: torch.device, seed: int, with_critic: bool = True
+) -> tuple[Policy, Reference, list[str]]:
     """Load policy, critic and reference as the config says. The third value: notes on the fallbacks, for the log.
 
     Trained weights are float32; the frozen base under LoRA is in the compute precision, and so is the reference as far
@@ -166,7 +168,7 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
         lm = add_lora(lm, config.lora, seed=seed)
     set_checkpointing(config.gradient_checkpointing, device, lm, *([critic.trunk] if critic else []))
 
-    policy = Policy(LanguageModel(lm, dtype), critic).to(device)
+    policy = Policy(LanguageModel(lm, dtype), critic, value_head=with_critic).to(device)
     notes = [note for model in (policy.model, frozen) if model and (note := model.check_head())]
     if config.lora and critic:
         notes.append("model.lora adapts the policy alone: the separate critic's own trunk is trained whole, in float32")

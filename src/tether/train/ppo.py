@@ -65,7 +65,7 @@ def ppo(
         check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
         sets = load_prompt_sets(config, tokenizer, context_length(architecture))
         check_contexts(config, sets.train + sets.held_out, tokenizer)
-        policy, reference, notes = build_policy(m, device=device, seed=config.seed)
+        policy, reference, notes = build_policy(m, device=device, seed=config.seed, with_critic=p.has_critic)
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, s.stop_token_ids)
         rewards = build_reward(config.reward, config.reward_shaping, tokenizer, stop_ids, device, reward)
         rewards.check(sets.train + sets.held_out)

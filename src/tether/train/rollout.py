@@ -15,6 +15,7 @@ from tether.math import (
     distinct_pairs,
     explained_variance,
     gae,
+    group_advantages,
     masked_mean,
     masked_var,
     optimality_gap,
@@ -99,8 +100,8 @@ def collect(
     scores = scored.scores.to(old)
     rewards = place_rewards(scores, old, ref, mask, kl_coef=in_reward)
     _check_placement(rewards, -in_reward * (old - ref), scores, rows.response_lengths.to(mask.device))
-    advantages, returns = estimate(rewards, values, mask, ppo)
-    rollout = Rollout(rows, old, ref, values, rewards, whiten(advantages, mask) if ppo.whiten else advantages, returns)
+    advantages, returns = estimate(rewards, values, mask, ppo, responses_per_prompt=sampling.responses_per_prompt)
+    rollout = Rollout(rows, old, ref, values, rewards, whiten(advantages, mask) if ppo.whitens else advantages, returns)
 
     log_ratio_sums = ((old - ref) * mask).sum(1)
     gap = None
@@ -128,6 +129,7 @@ def collect(
         **_of_the_critic(values, returns, mask),
         "advantage/mean": float(masked_mean(advantages, mask)),
         "advantage/std": float(masked_var(advantages, mask).sqrt()),
+        **_of_the_groups(advantages, ppo, sampling.responses_per_prompt),
         "response/length_mean": float(lengths.mean()),
         "response/length_min": float(lengths.min()),
         "response/length_max": float(lengths.max()),
@@ -143,9 +145,17 @@ def collect(
     return Experience(completions, scored, rollout, advantages, entropy, metrics, _check_sampler(metrics, policy))
 
 
-def estimate(rewards: Tensor, values: Tensor | None, mask: Tensor, ppo: PPOSection) -> tuple[Tensor, Tensor | None]:
+def estimate(
+    rewards: Tensor, values: Tensor | None, mask: Tensor, ppo: PPOSection, *, responses_per_prompt: int
+) -> tuple[Tensor, Tensor | None]:
     """(advantages [B, R] in reward units, not whitened; the critic's returns [B, R], None where there is no critic)."""
-    assert values is not None  # no config makes a policy without a critic
+    if values is None:
+        g = rewards.sum(1)  # rewards are 0 outside the mask
+        if ppo.advantage == "group" and responses_per_prompt > 1:  # an evaluation may take one sample
+            g = group_advantages(g, responses_per_prompt=responses_per_prompt, std=ppo.group_std)
+        else:
+            g = g - g.mean()
+        return torch.where(mask, g[:, None], 0.0), None
     lam, critic_lam = ppo.lams
     advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam)
     if critic_lam != lam:
@@ -157,6 +167,14 @@ def _of_the_critic(values: Tensor | None, returns: Tensor | None, mask: Tensor) 
     if values is None or returns is None:
         return {}
     return {"value/explained_variance": explained_variance(values, returns, mask)}
+
+
+def _of_the_groups(advantages: Tensor, ppo: PPOSection, responses_per_prompt: int) -> Metrics:
+    """Prompts whose responses are all worth the same: nothing is learned from them."""
+    if ppo.advantage != "group":
+        return {}
+    dead = (advantages == 0).all(1).view(-1, responses_per_prompt).all(1)
+    return {"advantage/dead_groups": float(dead.sum())}
 
 
 def _check_sampler(metrics: Metrics, policy: Policy) -> list[str]:

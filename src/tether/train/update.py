@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tether.config import PPOSection
 from tether.errors import TrainingError
-from tether.math import clipped_policy_loss, entropy_mean, kl_loss, value_loss
+from tether.math import cispo_loss, clipped_policy_loss, entropy_mean, kl_loss, value_loss
 from tether.models.policy import Policy
 from tether.runs.bounds import FIRST_RATIO_MAX_FLOAT32, FIRST_RATIO_MEAN, FIRST_RATIO_STOP
 from tether.train.memory import peak_mb
@@ -93,11 +93,14 @@ def accumulate(
 
         L = L_policy + c1·L_value - c2·entropy  [+ β·k2 when the KL is in the loss; without L_value where no critic is]
 
-    Every sum is divided by the tokens of the whole minibatch, so how it is cut into microbatches changes nothing.
+    Every sum is divided by the tokens of the whole minibatch, so how it is cut into microbatches changes nothing. The
+    policy's loss is divided by those tokens that it can learn from: a group of equal responses dilutes no other.
     Returns (the minibatch's metrics, new log-probs [B, R]).
     """
     rows = minibatch.rows
     denominator = float(rows.response_lengths.sum())
+    share = denominator / max(1.0, _live_tokens(minibatch, ppo))
+    surrogate = cispo_loss if ppo.surrogate == "cispo" else clipped_policy_loss
     names: list[str] = []
     values: list[Tensor] = []  # of each microbatch, one for each name
     new_logprobs = torch.zeros_like(minibatch.old_logprobs)
@@ -111,12 +114,12 @@ def accumulate(
                 output.values, part.values, part.returns, mask, clip=ppo.value_clip, denominator=denominator
             )
             terms.append(ppo.value_coef * loss_value)
-        loss_policy, policy_metrics = clipped_policy_loss(
+        loss_policy, policy_metrics = surrogate(
             output.logprobs, part.old_logprobs, part.advantages, mask, clip=ppo.clips, denominator=denominator
         )
         entropy = entropy_mean(output.entropy, mask, denominator=denominator)
         if not policy.critic_only:
-            terms.append(loss_policy)
+            terms.append(share * loss_policy)
             if ppo.entropy_coef:  # only then is its gradient worth the work
                 terms.append(-ppo.entropy_coef * entropy)
             if ppo.kl.place == "loss":
@@ -130,6 +133,14 @@ def accumulate(
     for row in torch.stack(values).tolist():  # at once: reading a number off a GPU waits for all that it has to do
         _merge(metrics, dict(zip(names, row, strict=True)))
     return metrics, new_logprobs
+
+
+def _live_tokens(minibatch: Rollout, ppo: PPOSection) -> float:
+    """Tokens of the responses that differ from the others to their prompt; all of them where there are no groups."""
+    lengths = minibatch.rows.response_lengths
+    if ppo.advantage != "group":
+        return float(lengths.sum())
+    return float(lengths[(minibatch.advantages != 0).any(1).cpu()].sum())
 
 
 def _means(minibatches: list[tuple[dict[str, float], float]]) -> dict[str, float]:
