@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from tether.config import LogConfig
-from tether.runs import RunDirectory, to_plain
+from tether.config import LogConfig, WandbConfig
+from tether.errors import ConfigError
+from tether.runs import Run, RunDirectory, to_plain
 from tether.runs.durations import format_duration
-from tether.train.sinks import TensorBoard, WeightsAndBiases
 from tether.types import LogSink
 
 # Shown on the console: label, metric, format. For sft and reward the metric's last word decides.
@@ -51,15 +53,11 @@ class Logger:
             log.note("3 prompts dropped")
 
     total  cycles (or steps) of the whole run.
-    unit   "cycle" or "step"; the run's own by default.
     sinks  where metrics go besides what `config` asks for.
     """
 
-    def __init__(
-        self, run: RunDirectory, config: LogConfig, *, total: int, unit: str | None = None,
-        sinks: Sequence[LogSink] = (),
-    ) -> None:  # fmt: skip
-        self.run, self.total, self.unit = run, total, unit or run.unit
+    def __init__(self, run: RunDirectory, config: LogConfig, *, total: int, sinks: Sequence[LogSink] = ()) -> None:
+        self.run, self.total, self.unit = run, total, run.unit
         past = run.metrics()
         self._first = self._done = past[-1][self.unit] if past else 0
         self._own: list[TensorBoard | WeightsAndBiases] = []
@@ -139,6 +137,59 @@ class Logger:
             seconds = (time.monotonic() - self._began) / (step - self._first) * (self.total - step)
             parts.append(f"left {format_duration(seconds)}")
         return "  ".join(parts)
+
+
+# ---------------------------------------------------------------- sinks, each with `close` for the end of the run
+
+
+class TensorBoard:
+    """Event files in the run directory, written again from `past` when a run continues: none is left of a cycle that
+    was cut back."""
+
+    def __init__(self, run: RunDirectory, past: list[dict[str, Any]], unit: str):
+        from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is wanted
+
+        folder = run.path / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = SummaryWriter(str(folder))
+        for metrics in past:
+            self.write(metrics[unit], metrics)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run at Weights & Biases, the same one after a resume."""
+
+    def __init__(self, run: RunDirectory, config: WandbConfig):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "log.wandb is set, but the package wandb is not installed: no metrics would arrive there. Install it "
+                "with `pip install tether[wandb]`, or set log.wandb to null."
+            ) from error
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=run.path.name,
+            id=Run(run.path).environment["id"],  # the same after a resume, another after --fresh
+            resume="allow",
+            dir=str(run.path),
+            config=asdict(run.config),
+        )
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 # ---------------------------------------------------------------- screens

@@ -97,7 +97,7 @@ def ppo(
                 keep_best(run, config, state.done, metrics, write_model)
             return metrics
 
-        def write_model(directory: Path, card: str, add: Callable[[Path], None] = lambda directory: None) -> None:
+        def write_model(directory: Path, card: str, add: Callable[[Path], object] = lambda directory: None) -> None:
             """A plain Hugging Face directory with the critic beside it. add: writes what else belongs there."""
 
             def beside(directory: Path) -> None:

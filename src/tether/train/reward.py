@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,8 +25,7 @@ from tether.models.reward_model import RewardModel, init_reward_model, reward_mo
 from tether.runs import Run, recorded_inputs
 from tether.train import sft
 from tether.train.card import reward_card
-from tether.train.log import Logger
-from tether.train.optim import SHUFFLE, Named, ScheduledOptimizer, build_optimizer, permutation
+from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation
 from tether.train.preamble import check_parts, open_run
 from tether.train.preference_report import PreferenceReport, build_report
 from tether.train.state import TrainingState
@@ -58,16 +56,17 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
             print(f"all {len(pairs)} pairs have one prompt: {len(test)} are held out by their answers", file=sys.stderr)
         plan = plan_steps(len(train), config)
         check_warmup(config.optim, len(plan))
-        trunk, head = trained_parameters(model)
+        named = [(name, p) for name, p in model.classifier.named_parameters() if p.requires_grad]
+        trunk = [(name, p) for name, p in named if not name.startswith("score.")]
+        head = [(name, p) for name, p in named if name.startswith("score.")]  # learns faster
         optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
+        steps = ScheduledOptimizer(optimizer, config.optim, len(plan))
         parts = {"policy": adapter or model.classifier, "head": model.head}  # an adapter does not hold the head
-        state = TrainingState(run, parts, ScheduledOptimizer(optimizer, config.optim, len(plan)), tokenizer)
-        state.restore()
-        with Logger(run, config.log, total=len(plan), sinks=sinks) as log, state.saved_when_stopped():
-            while state.done < len(plan):
-                signals.stop_if_requested()
-                began, batch = time.perf_counter(), [train[i] for i in plan[state.done]]
-                state.finish_step(accumulate(model, batch, section.center, section.microbatch_tokens), began, log)
+
+        def learn(batch: list[int]) -> dict[str, float | None]:
+            return accumulate(model, [train[i] for i in batch], section.center, section.microbatch_tokens)
+
+        TrainingState(run, parts, steps, tokenizer).run_steps(plan, learn, signals, sinks)
         if adapter is not None:
             # In place: the classifier's own layers are whole again. In float32: bfloat16 would lose a small update.
             adapter.float().merge_and_unload()
@@ -171,13 +170,3 @@ def load_model(
         model.head.float()
     set_checkpointing(config.gradient_checkpointing, device, model.classifier)
     return model.train(), adapter, tokenizer
-
-
-def trained_parameters(model: RewardModel) -> tuple[Named, Named]:
-    """(trunk, head): weights that are trained, by name; the head learns faster."""
-    named = [(name, p) for name, p in model.classifier.named_parameters() if p.requires_grad]
-    is_head = [name.startswith("score.") for name, _ in named]
-    return (
-        [item for item, head in zip(named, is_head, strict=True) if not head],
-        [item for item, head in zip(named, is_head, strict=True) if head],
-    )

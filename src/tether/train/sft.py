@@ -8,7 +8,6 @@ killed and continued therefore ends with the same bits.
 from __future__ import annotations
 
 import bisect
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +35,6 @@ from tether.models.loading import (
 )
 from tether.runs import Run, hash_files
 from tether.train.card import sft_card
-from tether.train.log import Logger
 from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation
 from tether.train.preamble import check_parts, open_run
 from tether.train.state import TrainingState
@@ -66,17 +64,12 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
         check_warmup(config.optim, len(plan))
         named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
         optimizer = build_optimizer(config.optim, named, lora=config.model.lora is not None)
-        state = TrainingState(
-            run, {"policy": model.lm}, ScheduledOptimizer(optimizer, config.optim, len(plan)), tokenizer
-        )
-        state.restore()
-        with Logger(run, config.log, total=len(plan), sinks=sinks) as log, state.saved_when_stopped():
-            for note in notes:
-                log.fallback(note)
-            while state.done < len(plan):
-                signals.stop_if_requested()
-                began, rows = time.perf_counter(), [[examples[i] for i in row] for row in plan[state.done]]
-                state.finish_step(accumulate(model, rows, config.sft.microbatch_tokens), began, log)
+        steps = ScheduledOptimizer(optimizer, config.optim, len(plan))
+
+        def learn(batch: list[list[int]]) -> dict[str, float]:
+            return accumulate(model, [[examples[i] for i in row] for row in batch], config.sft.microbatch_tokens)
+
+        TrainingState(run, {"policy": model.lm}, steps, tokenizer).run_steps(plan, learn, signals, sinks, notes)
         save_model(model, tokenizer, run.path / "final", card=sft_card(Run(run.path), config), stop_ids=stop_ids)
     return Run.open(run.path)
 
