@@ -16,11 +16,6 @@ from tether.rewards.function import FunctionReward, ObjectReward, function_file,
 from tether.rewards.model import ModelReward
 from tether.types import Reward
 
-__all__ = [
-    "FunctionReward", "ModelReward", "RewardSet", "ScoredBatch", "build_reward", "function_file", "load_function",
-    "shape_scores",
-]  # fmt: skip
-
 
 def build_reward(
     sources: Sequence[RewardSourceConfig],

@@ -58,11 +58,12 @@ def rollout_columns(
         next_values = pad(rollout.values[:, 1:], (0, 1))  # 0 after the last token: values are 0 outside the mask
         delta = rollout.rewards + ppo.gamma * next_values - rollout.values
         of_critic = {"value": ragged(rollout.values), "delta": ragged(delta), "return": ragged(rollout.returns)}
+    responses = response_columns(
+        completions, experience.scored, tokenizer, stop_ids, responses_per_prompt=responses_per_prompt
+    )
     columns: dict[str, list[Any]] = {
         "cycle": [cycle] * len(completions),
-        **response_columns(
-            completions, experience.scored, tokenizer, stop_ids, responses_per_prompt=responses_per_prompt
-        ),
+        **responses,
         "kl": (rollout.old_logprobs - rollout.ref_logprobs).sum(1).tolist(),
         "token_id": completions.response_ids,
         "text": [fragments(tokenizer, ids, stop_ids) for ids in completions.response_ids],
@@ -99,15 +100,11 @@ class Record:
         """The cycle's rollout file, when the config asks for one."""
         every = self.config.log.rollouts_every
         if every and (cycle % every == 0 or cycle == 1):
-            self.run.write_rollouts(cycle, self._table(experience, cycle, new_logprobs))
+            self.run.write_rollouts(cycle, self._columns(experience, cycle, new_logprobs))
 
     def evaluation(self, experience: Experience, cycle: int) -> None:
         """The file of an evaluation."""
-        samples = self.config.evaluate.samples
-        columns = rollout_columns(
-            experience, self.tokenizer, self.stop_ids, self.config.ppo, cycle=cycle, responses_per_prompt=samples
-        )
-        self.run.write_evaluation(cycle, columns)
+        self.run.write_evaluation(cycle, self._columns(experience, cycle, samples=self.config.evaluate.samples))
 
     @contextmanager
     def left_behind(self, experience: Experience, cycle: int) -> Iterator[None]:
@@ -115,14 +112,16 @@ class Record:
         try:
             yield
         except TrainingError:
-            self.run.write_rollouts(cycle, self._table(experience, cycle, None))
+            self.run.write_rollouts(cycle, self._columns(experience, cycle))
             raise
 
-    def _table(self, experience: Experience, cycle: int, new_logprobs: Tensor | None) -> dict[str, list[Any]]:
+    def _columns(
+        self, experience: Experience, cycle: int, new_logprobs: Tensor | None = None, samples: int | None = None
+    ) -> dict[str, list[Any]]:
         ppo = self.config.ppo
         return rollout_columns(
-            experience, self.tokenizer, self.stop_ids, ppo,
-            cycle=cycle, responses_per_prompt=ppo.responses_per_prompt, new_logprobs=new_logprobs,
+            experience, self.tokenizer, self.stop_ids, ppo, cycle=cycle, new_logprobs=new_logprobs,
+            responses_per_prompt=samples or ppo.responses_per_prompt,
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,10 @@ _FORWARD_TOKENS = 8192  # padded tokens in one forward pass without gradient
 class Generation:
     """One sampled response."""
 
-    prompt: Text
-    """As it was given."""
-    completion: str
-    """Without its stop token, special tokens skipped."""
-    token_ids: list[int]
-    """With its stop token."""
-    finish_reason: str
-    """stop, or length: cut at max_new_tokens."""
+    prompt: Text  # as it was given
+    completion: str  # without its stop token, special tokens skipped
+    token_ids: list[int]  # with its stop token
+    finish_reason: str  # stop, or length: cut at max_new_tokens
 
 
 def generate(
@@ -92,18 +89,12 @@ class Result:
     """One model. Every interval is a 95 % bootstrap over prompts."""
 
     model: str
-    score: Interval
-    """Mean of the prompts' mean scores."""
-    kl: Interval | None
-    """KL(model‖baseline) in nats per response, from the model's own samples; `note` says why where it is None, or is
-    less than that: under top_k or top_p a mean log-ratio over truncated samples."""
-    win_rate: Interval | None
-    """Share of prompts whose mean score is above the baseline's, ties half; None for the baseline."""
-    length: float
-    """Tokens a response."""
-    truncated: float
-    """Share of responses cut at the length limit."""
-    note: str | None = None
+    score: Interval  # mean of the prompts' mean scores
+    kl: Interval | None  # KL(model‖baseline) in nats per response, from the model's own samples
+    win_rate: Interval | None  # share of prompts with a mean score above the baseline's, ties half; None: the baseline
+    length: float  # tokens a response
+    truncated: float  # share of responses cut at the length limit
+    note: str | None = None  # why there is no KL; or what it is instead, where samples are truncated
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,32 +103,18 @@ class Evaluation:
 
     baseline: str
     prompts: int
-    samples: int
-    """Responses to each prompt."""
-    results: list[Result]
-    """The baseline first."""
+    samples: int  # responses to each prompt
+    results: list[Result]  # the baseline first
 
     def __str__(self) -> str:
-        return self.table()
-
-    def table(self) -> str:
         """The results as lines of text."""
-        head = ("model", "score", "KL to baseline", "win rate", "length", "cut")
-        rows = [
-            (
-                short_name(r.model) + (" (baseline)" if r.model == self.baseline else ""),
-                _shown(r.score, ".3f"),
-                _shown(r.kl, ".2f"),
-                _shown(r.win_rate, ".2f"),
-                f"{r.length:.1f}",
-                f"{r.truncated:.0%}",
-            )
-            for r in self.results
-        ]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-        ]
+        rows = [("model", "score", "KL to baseline", "win rate", "length", "cut")]
+        for r in self.results:
+            name = short_name(r.model) + (" (baseline)" if r.model == self.baseline else "")
+            intervals = _shown(r.score, ".3f"), _shown(r.kl, ".2f"), _shown(r.win_rate, ".2f")
+            rows.append((name, *intervals, f"{r.length:.1f}", f"{r.truncated:.0%}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += [f"{short_name(r.model)}: {r.note}" for r in self.results if r.note]
         lines.append(
             f"{self.prompts} prompts, {self.samples} responses to each; [95 % intervals] over prompts; KL in nats a "
@@ -186,10 +163,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
         if name == baseline:
             base_scores = scores
         wins = (scores > base_scores).double() + 0.5 * (scores == base_scores)
-
-        def interval(values: Tensor) -> Interval:
-            return bootstrap_mean(values, seed=config.seed)
-
+        interval = partial(bootstrap_mean, seed=config.seed)
         results.append(
             Result(
                 model=name,
@@ -290,7 +264,7 @@ def _report_write_failure(config: EvaluateConfig, evaluation: Evaluation | None 
         yield
     except (OSError, RunError) as error:
         if evaluation is not None:
-            print(evaluation.table())
+            print(evaluation)
         cause = error if isinstance(error, OSError) else error.__cause__
         raise RunError(
             f"run={config.run} cannot be written ({getattr(cause, 'strerror', None) or cause}): "

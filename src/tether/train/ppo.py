@@ -27,7 +27,7 @@ from tether.train.best import keep_best
 from tether.train.card import ppo_card
 from tether.train.columns import Record
 from tether.train.contexts import check_contexts
-from tether.train.held_out import load_prompt_sets, record_prompt_sets
+from tether.train.held_out import load_prompt_sets
 from tether.train.log import Logger
 from tether.train.optim import PROMPTS, ScheduledOptimizer, build_optimizer, permutation
 from tether.train.preamble import check_parts, open_run
@@ -107,7 +107,7 @@ def ppo(
             save_model(policy.model, tokenizer, directory, card=card, temperature=s.temperature,
                        max_new_tokens=s.max_new_tokens, stop_ids=stop_ids, add=beside)  # fmt: skip
 
-        record_prompt_sets(run, sets.train, sets.held_out)
+        sets.record(run)
         with Logger(run, config.log, total=p.cycles, sinks=sinks) as log, state.saved_when_stopped():
             for text in [*notes, *([sets.note] if sets.note else []), *fallbacks]:
                 log.fallback(text)

@@ -109,6 +109,9 @@ def collect(
         gap = optimality_gap(
             scored.scores, log_ratio_sums.cpu(), responses_per_prompt=sampling.responses_per_prompt, kl_coef=in_reward
         )
+    critic: Metrics = {}
+    if values is not None and returns is not None:
+        critic["value/explained_variance"] = explained_variance(values, returns, mask)
     sampled = torch.zeros_like(old)
     sampled[mask] = torch.tensor([x for row in completions.sampler_logprobs for x in row], device=mask.device)
     cut = [x for row in completions.truncated_mass for x in row]
@@ -125,7 +128,7 @@ def collect(
         "kl/ref_per_token": float(masked_mean(old - ref, mask)),
         "kl/coef": kl_coef,
         "policy/optimality_gap": gap,
-        **_of_the_critic(values, returns, mask),
+        **critic,
         "advantage/mean": float(masked_mean(advantages, mask)),
         "advantage/std": float(masked_var(advantages, mask).sqrt()),
         "response/length_mean": float(lengths.mean()),
@@ -151,12 +154,6 @@ def estimate(rewards: Tensor, values: Tensor | None, mask: Tensor, ppo: PPOSecti
     if critic_lam != lam:
         _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=critic_lam)
     return advantages, returns
-
-
-def _of_the_critic(values: Tensor | None, returns: Tensor | None, mask: Tensor) -> Metrics:
-    if values is None or returns is None:
-        return {}
-    return {"value/explained_variance": explained_variance(values, returns, mask)}
 
 
 def _check_sampler(metrics: Metrics, policy: Policy) -> list[str]:
