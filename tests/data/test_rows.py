@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.config import DataConfig, PromptsConfig
+from tether.config import DataConfig, PairsConfig, PromptsConfig
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
 from tether.data.prompts import load_prompts
@@ -121,7 +121,7 @@ def test_chat_template_kwargs_reach_prompt_and_answer_of_examples_and_pairs(writ
     user, yes, no = {"role": "user", "content": "Hi"}, *({"role": "assistant", "content": c} for c in ("Yo", "No"))
     path = write("a.jsonl", [{"prompt": [user], "completion": [yes], "chosen": [yes], "rejected": [no]}])
     marked = {"chat_template_kwargs": {"mark": "!"}}
-    (pair,) = load_pairs(DataConfig(path, **marked), tiny_tokenizer, stop_id=1)
+    (pair,) = load_pairs(PairsConfig(path, **marked), tiny_tokenizer, stop_id=1)
     decoded = [tiny_tokenizer.decode(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
     assert decoded == ["<user>!Hi<assistant>", "!Yo<eos>", "!No<eos>"]
     (example,) = load_examples(DataConfig(path, **marked), tiny_tokenizer, stop_id=1)

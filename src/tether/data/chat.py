@@ -46,13 +46,6 @@ def encode_prompts(
     return [next(templated) if c else next(plain) for c in chat]
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, source: Text, chat_template_kwargs: dict[str, Any] | None = None
-) -> list[int]:
-    """One prompt, as `encode_prompts` does many."""
-    return encode_prompts(tokenizer, [source], chat_template_kwargs)[0]
-
-
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """A completion's ids: no special tokens, no stop token."""
     return encode_texts(tokenizer, [text], special=False)[0]
@@ -139,7 +132,7 @@ def encode_answer(
     stop_id: int | None,
     kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
-    """The assistant's answer as it would be sampled after `encode_prompt`'s ids: up to and including its stop token."""
+    """The assistant's answer as it would be sampled after `encode_prompts`' ids: up to and including its stop token."""
     ids, _ = _up_to_stops([(_continue(tokenizer, *_parted(tokenizer, prompt, answer, kwargs)), True)], stop_id)
     return ids
 

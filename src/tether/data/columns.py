@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.data.chat import encode_answer, encode_prompt, encode_prompts, encode_texts
+from tether.data.chat import encode_answer, encode_prompts, encode_texts
 from tether.data.table import Table, kind
 from tether.errors import DataError
 from tether.types import Text
@@ -23,17 +23,15 @@ def encode_prompt_column(
     except DataError:  # all at once is fast, one by one tells which
         for i, source in enumerate(sources):
             with table.at(i, "prompt"):
-                encode_prompt(tokenizer, source, kwargs)
+                encode_prompts(tokenizer, [source], kwargs)
         raise
     for i, ids in enumerate(encoded):
         if not ids:
             bos = f", such as {tokenizer.bos_token!r}" if tokenizer.bos_token else ""
-            raise table.error(
-                i,
-                "prompt",
-                "is empty and the tokenizer adds no token of its own, so the first token of a response would follow "
-                f"nothing. Write at least one token{bos}.",
+            problem = (
+                "is empty and the tokenizer adds no token of its own, so the first token of a response would follow"
             )
+            raise table.error(i, "prompt", f"{problem} nothing. Write at least one token{bos}.")
     return encoded
 
 

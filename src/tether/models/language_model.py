@@ -8,7 +8,6 @@ causal attention no token sees what comes after it (see `tether.types`).
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -193,11 +192,6 @@ class LanguageModel:
             f"chunked log-probs differ from {type(self.hf_model).__name__}'s own by {gap:.2g} nats: "
             "log-probs come from full logits, which takes more memory"
         )
-
-
-def frozen_copy(lm: Any, dtype: torch.dtype, *, same_bits: bool = False) -> Any:
-    """A frozen copy of `lm` with its weights in `dtype`; see `freeze`."""
-    return freeze(copy.deepcopy(lm), dtype, same_bits=same_bits)
 
 
 def freeze(lm: Any, dtype: torch.dtype, *, same_bits: bool = False) -> Any:

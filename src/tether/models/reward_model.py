@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
@@ -73,9 +74,7 @@ class RewardModel(nn.Module):
         last real token, which sees nothing after it. Only those B hidden states go through the head.
         """
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         with autocast(self.dtype, self.device):
             hidden = self.trunk(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
         pooled = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
@@ -275,10 +274,9 @@ def compare_with_stock(
         if pad_id is None:
             theirs = torch.cat([stock(torch.tensor([row], device=model.device)).logits[:, 0] for row in rows])
         else:
-            width = max(len(row) for row in rows)
-            tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=model.device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-            theirs = stock(tokens, attention_mask=mask).logits[:, 0]
+            tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
+            mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+            theirs = stock(tokens.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0]
     gap = (ours - theirs.to(ours.dtype)).abs().max().item()
     allowed = (5e-2 if weights == torch.bfloat16 else 1e-3) * max(1.0, ours.abs().max().item())
     if not gap <= allowed:

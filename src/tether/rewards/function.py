@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.data.text import completion_text
 from tether.errors import RewardError, TetherError, did_you_mean, did_you_mean_path
-from tether.types import Completions, Prompt, Reward
+from tether.types import Completions, Prompt, Reward, Text
 
 RewardFunction = Callable[..., Any]
 
@@ -77,21 +77,13 @@ class FunctionReward:
         columns = sorted({column for prompt in completions.prompts for column in prompt.columns})
         arguments: dict[str, list[Any]] = {
             "prompts": [prompt.source for prompt in completions.prompts],
-            "completions": self._texts(completions),
+            "completions": read_answers(completions, self._tokenizer, self._stop_ids),
             "completion_ids": [list(ids) for ids in completions.response_ids],
             **{column: [prompt.columns.get(column) for prompt in completions.prompts] for column in columns},
         }
         if self._wanted is not None:
             arguments = {name: value for name, value in arguments.items() if name in self._wanted}
         return read_scores(self._call(arguments), self.name, completions)
-
-    def _texts(self, completions: Completions) -> list[Any]:
-        """B texts without the stop token; as the assistant's message where the prompt is messages."""
-        texts = [completion_text(self._tokenizer, ids, self._stop_ids) for ids in completions.response_ids]
-        return [
-            text if isinstance(prompt.source, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(completions.prompts, texts, strict=True)
-        ]
 
     def _call(self, arguments: dict[str, list[Any]]) -> Any:
         """Call the function in a thread of its own: Python cannot stop a function, but we can stop waiting for it."""
@@ -213,6 +205,15 @@ def _read_score(value: Any, name: str, completions: Completions, row: int) -> fl
             "weight NaN. Return a finite number, or None for no score."
         )
     return score
+
+
+def read_answers(completions: Completions, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> list[Text]:
+    """B texts without the stop token; as the assistant's message where the prompt is messages."""
+    texts = [completion_text(tokenizer, ids, stop_ids) for ids in completions.response_ids]
+    return [
+        text if isinstance(prompt.source, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(completions.prompts, texts, strict=True)
+    ]
 
 
 def describe_row(completions: Completions, row: int) -> str:

@@ -8,6 +8,7 @@ Left out: paging (a slot is as wide as the longest prompt plus the length limit)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tether.models.language_model import LanguageModel, frozen_copy
+from tether.models.language_model import LanguageModel, freeze
 from tether.models.loading import head_size
 from tether.samplers.draw import draw
 from tether.samplers.slots import SlotCache
@@ -61,7 +62,7 @@ class LocalSampler:
         self._copied = model.dtype == torch.bfloat16 and model.hf_model.dtype == torch.float32
         self.model = model
         if self._copied:
-            self.model = LanguageModel(frozen_copy(model.lm, model.dtype), model.dtype, model.use_full_logits)
+            self.model = LanguageModel(freeze(copy.deepcopy(model.lm), model.dtype), model.dtype, model.use_full_logits)
         self.note = _why_not_cached(model)
         self.cached = self.note is None
         self.recorded = self.cached and model.device.type == "cuda"

@@ -55,9 +55,13 @@ class TrainingState:
         checkpoint.save(self.run.path, name, numbers, write, keep=keep)
 
     def run_steps(
-        self, plan: Sequence[Batch], accumulate: Callable[[Batch], Mapping[str, float | None]], signals: Signals,
-        sinks: Sequence[LogSink], notes: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        plan: Sequence[Batch],
+        accumulate: Callable[[Batch], Mapping[str, float | None]],
+        signals: Signals,
+        sinks: Sequence[LogSink],
+        notes: Sequence[str] = (),
+    ) -> None:
         """The loop of a trainer whose unit is the optimizer step: go on where the run stopped, to the end of `plan`.
 
         accumulate: adds up the gradients of a step's batch, and returns the step's metrics so far.
