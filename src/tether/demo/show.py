@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tether.demo.judge import Verdict, split
 
@@ -56,10 +56,8 @@ def means(verdicts: Verdicts) -> dict[str, float]:
 
 def scores_table(before: Verdicts, after: Verdicts) -> None:
     """The three axes and their mean."""
-    print(f"    {'':22}" + "".join(f"{axis:>10}" for axis in AXES))
-    for name, verdicts in (("before (sft)", before), ("after (ppo)", after)):
-        print(f"    {name:22}" + "".join(f"{value:10.2f}" for value in means(verdicts).values()))
-    print(flush=True)
+    rows = {"before (sft)": means(before).values(), "after (ppo)": means(after).values()}
+    _table("", AXES, rows, "10.2f")
 
 
 def habit(verdicts: Verdicts, sort: str) -> float:
@@ -75,7 +73,12 @@ def repeats(answers: Sequence[Sequence[str]]) -> float:
 
 def habits_table(before: Verdicts, after: Verdicts) -> None:
     """Sentences of each habit in 100 answers."""
-    print(f"    {'in 100 answers':22}{'before':>10}{'after':>10}")
-    for sort, name in HABITS.items():
-        print(f"    {name:22}" + "".join(f"{100 * habit(verdicts, sort):10.0f}" for verdicts in (before, after)))
+    rows = {name: [100 * habit(v, sort) for v in (before, after)] for sort, name in HABITS.items()}
+    _table("in 100 answers", ("before", "after"), rows, "10.0f")
+
+
+def _table(corner: str, head: Iterable[str], rows: Mapping[str, Iterable[float]], form: str) -> None:
+    print(f"    {corner:22}" + "".join(f"{name:>10}" for name in head))
+    for name, values in rows.items():
+        print(f"    {name:22}" + "".join(f"{value:{form}}" for value in values))
     print(flush=True)

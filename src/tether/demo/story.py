@@ -90,10 +90,9 @@ class Story:
             which of two answers is better. That is easier than writing a good one; but people slip, seldom look
             things up, like to be flattered, and take long for thorough."""
         )
-        pairs = once(self.to / "pairs.jsonl", self._pairs)
-        judged = self._judge_pairs(pairs)
+        judged = self._judged_pairs()
         say(
-            f"""{len(pairs)} comparisons. Two annotators agree on {agreement(judged):.0%} of the pairs, much as people
+            f"""{len(judged)} comparisons. Two annotators agree on {agreement(judged):.0%} of the pairs, much as people
             do (63 to 77 %). So whoever predicts them perfectly is right on {noise_ceiling(judged):.1%} and no more:
             the noise ceiling."""
         )
@@ -105,7 +104,8 @@ class Story:
             network, with one number at its end. It never sees the town's records, only who was preferred."""
         )
         tether.reward_model(reward_config(self.to, self.seed))
-        say(f"Accuracy on held-out pairs: {self._accuracy():.1%}, beside a noise ceiling of {self._ceiling():.1%}.")
+        ceiling = noise_ceiling(self._judged_pairs())
+        say(f"Accuracy on held-out pairs: {self._accuracy():.1%}, beside a noise ceiling of {ceiling:.1%}.")
 
     def improve(self) -> None:
         """PPO against the reward model."""
@@ -141,7 +141,7 @@ class Story:
         run = Run.open(self.to / "ppo")
         result = {
             "reward_model": self._accuracy(),
-            "noise_ceiling": self._ceiling(),
+            "noise_ceiling": noise_ceiling(self._judged_pairs()),
             "win_rate": win_rate(was, now),
             "before": means(was),
             "after": means(now),
@@ -177,13 +177,8 @@ class Story:
         person = draw.choice(PEOPLE)
         likes_first = draw.random() < person.prefers_first(self.judge(ask, first), self.judge(ask, second))
         chosen, rejected = (first, second) if likes_first else (second, first)
-        return {
-            "prompt": ask.prompt,
-            "chosen": chosen,
-            "rejected": rejected,
-            "annotator": person.name,
-            "group": ask.question,
-        }
+        pair = {"prompt": ask.prompt, "chosen": chosen, "rejected": rejected}
+        return {**pair, "annotator": person.name, "group": ask.question}
 
     def _answers(self, run: str) -> list[list[str]]:
         """SAMPLES answers to every held-out prompt by a run's final model."""
@@ -202,14 +197,11 @@ class Story:
         report = json.loads((self.to / "reward" / "reward_report.json").read_text(encoding="utf-8"))
         return float(report["accuracy"]["value"])
 
-    def _ceiling(self) -> float:
-        """How often anybody could be."""
-        return noise_ceiling(self._judge_pairs(once(self.to / "pairs.jsonl", self._pairs)))
-
-    def _judge_pairs(self, pairs: Rows) -> list[tuple[Verdict, Verdict]]:
+    def _judged_pairs(self) -> list[tuple[Verdict, Verdict]]:
+        """The hidden judge's verdicts on the chosen and the rejected answer of each pair."""
         return [
             (self.judge(self.asks[row["prompt"]], row["chosen"]), self.judge(self.asks[row["prompt"]], row["rejected"]))
-            for row in pairs
+            for row in once(self.to / "pairs.jsonl", self._pairs)
         ]
 
     def _verdicts(self, answers: list[list[str]]) -> list[list[Verdict]]:
