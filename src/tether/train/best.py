@@ -17,10 +17,10 @@ def keep_best(
     run: RunDirectory, config: PPOConfig, cycle: int, metrics: dict[str, Any],
     write_model: Callable[[Path, str, Callable[[Path], object]], None],
 ) -> None:  # fmt: skip
-    """Write best/ where this cycle was evaluated and scored higher than the one in it. Call before metrics are logged:
-    what they say is best is then there.
+    """Write best/ where this cycle was evaluated and scored higher than the one in it, or is done again after a kill.
 
-    write_model(directory, card, add) writes the policy. A cycle that is done again after a kill is written again.
+    Call before metrics are logged: what they say is best is then there. write_model(directory, card, add) writes the
+    policy.
     """
     score = metrics.get("eval/score_mean")
     if score is None or not math.isfinite(score):

@@ -1,10 +1,8 @@
 """Checkpoints that survive anything: written beside, checksummed, fsynced, renamed.
 
-A checkpoint is a directory, `checkpoints/cycle-000050/`. What is in it is the trainer's business; `state.json` in it
-holds the trainer's small state and the sha256 of every other file. A directory without a leading dot is whole: a
-process killed while writing leaves `.cycle-000050.partial`, which nobody reads and the next save removes.
-
-Tensors are safetensors, the rest is JSON: nothing here is ever unpickled.
+A checkpoint is a directory, `checkpoints/cycle-000050/`, whose `state.json` holds the trainer's small state and the
+sha256 of every other file. A process killed while writing leaves `.cycle-000050.partial`, which nobody reads and the
+next save removes. Tensors are safetensors, the rest is JSON: nothing here is ever unpickled.
 """
 
 from __future__ import annotations
@@ -13,31 +11,28 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tether.errors import ModelError, RunError, first_line
 from tether.models.loading import load_weights, quiet_transformers
 from tether.runs.files import SCHEMA, damaged_file, file_hashes, is_os_error, replacing_directory, sync
+from tether.train.optim import Named
 
 _ADAM = ("exp_avg", "exp_avg_sq", "step")
 
 
 def save(run: Path, name: str, state: dict[str, Any], write: Callable[[Path], None], *, keep: int = 2) -> Path:
-    """Write checkpoint `name` and drop all but the newest `keep`.
+    """Write checkpoint `name`, such as "cycle-000050", and drop all but the newest `keep`.
 
-    name   a word and a number, "cycle-000050": the number tells which is newer.
-    state  what JSON can hold.
-    write  called with an empty directory to put the files in.
-
-    A name stands for one moment of a run, so one that is there and whole is not written again: to replace it would
-    leave an instant without it. On any failure the directory is as before, less what earlier failures left. A full disk
-    is a RunError.
+    state: what JSON can hold. write: called with an empty directory to put the files in.
+    One that is there and whole is not written again: to replace it would leave an instant without it. On any failure
+    the directory is as before; a full disk is a RunError.
     """
     folder = Path(run) / "checkpoints"
     target = folder / name
@@ -118,10 +113,7 @@ def _number(name: str) -> int:
 
 
 def save_weights(model: Any, directory: Path) -> None:
-    """Write a transformers model, or only the adapter of a peft model: its base is where the run began.
-
-    Another module, a head, becomes one file, `directory` with the ending .safetensors.
-    """
+    """Write a transformers model or a peft model's adapter; any other module, a head, becomes DIRECTORY.safetensors."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     if not hasattr(model, "save_pretrained"):
         save_file(dict(model.state_dict()), directory.with_suffix(".safetensors"))
@@ -154,13 +146,8 @@ def restore_weights(model: Any, directory: Path) -> None:
             )
 
 
-def save_optimizer(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]], path: Path
-) -> None:
-    """AdamW's moments and step counts in one safetensors file, by parameter name.
-
-    Learning rate and other group settings are not in it: they follow from the config and the number of steps done.
-    """
+def save_optimizer(optimizer: torch.optim.Optimizer, named_parameters: Named, path: Path) -> None:
+    """AdamW's moments and step counts in one safetensors file; learning rates follow from the steps that are done."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters:
         moments = optimizer.state.get(parameter, {})  # empty for a parameter that never had a gradient
@@ -168,9 +155,7 @@ def save_optimizer(
     save_file(tensors, path)
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]], path: Path
-) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, named_parameters: Named, path: Path) -> None:
     """Put back what `save_optimizer` wrote, bit for bit; raises RunError if the parameters are not the same."""
     tensors = load_file(path)
     steps_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)

@@ -126,9 +126,8 @@ class Evaluation:
 def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None, fresh: bool = False) -> Evaluation:
     """Sample from every model, score the answers, and compare with the baseline.
 
-    reward: a reward function as one more source, as in `tether.ppo`. With config.run, evaluation.json is written there,
-    and the answers themselves, which `tether studio` shows side by side. fresh: move what is there to RUN.old-N first;
-    else it is replaced.
+    reward: one more source, as in `tether.ppo`. With config.run, evaluation.json and the answers are written there,
+    which `tether studio` shows side by side. fresh: move what is there to RUN.old-N first; else it is replaced.
     At most two models are in memory, the baseline and another, beside the reward sources.
     """
     check(config, reward_given=reward is not None)

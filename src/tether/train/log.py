@@ -25,20 +25,21 @@ from tether.runs import Run, RunDirectory, to_plain
 from tether.runs.durations import format_duration
 from tether.types import LogSink
 
-# Shown on the console: label, metric, format. For sft and reward the metric's last word decides.
-_CYCLE_COLUMNS = [
-    ("score", "reward/score_mean", ".3f"),
-    ("KL", "kl/ref_mean", ".3f"),
-    ("entropy", "policy/entropy", ".3f"),
-    ("expl. var.", "value/explained_variance", ".2f"),
-    ("tokens/s", "tokens_per_s/rollout", ",.0f"),
-]
-_STEP_COLUMNS = [
-    ("loss", "loss", ".4f"),
-    ("accuracy", "accuracy", ".3f"),
-    ("lr", "lr", ".2e"),
-    ("tokens/s", "update", ",.0f"),  # tokens_per_s/update
-]
+_COLUMNS = {  # shown on the console, by the run's unit: label, metric (of steps its last word), format
+    "cycle": [
+        ("score", "reward/score_mean", ".3f"),
+        ("KL", "kl/ref_mean", ".3f"),
+        ("entropy", "policy/entropy", ".3f"),
+        ("expl. var.", "value/explained_variance", ".2f"),
+        ("tokens/s", "tokens_per_s/rollout", ",.0f"),
+    ],
+    "step": [
+        ("loss", "loss", ".4f"),
+        ("accuracy", "accuracy", ".3f"),
+        ("lr", "lr", ".2e"),
+        ("tokens/s", "update", ",.0f"),  # tokens_per_s/update
+    ],
+}
 _PHASE_SILENCE_S = 30.0  # without a terminal a long phase says where it is this often
 _STEP_SILENCE_S = 5.0  # and steps, which may take milliseconds, write a line this often
 
@@ -46,14 +47,7 @@ _STEP_SILENCE_S = 5.0  # and steps, which may take milliseconds, write a line th
 class Logger:
     """Writes metrics everywhere, and shows progress: a bar on a terminal, else a plain line a write.
 
-        with Logger(run, config.log, total=config.ppo.cycles) as log:
-            log.phase("sampling")
-            with log.writing(cycle, metrics) as metrics:
-                metrics |= evaluate()
-            log.note("3 prompts dropped")
-
-    total  cycles (or steps) of the whole run.
-    sinks  where metrics go besides what `config` asks for.
+    total: cycles (or steps) of the whole run. sinks: where metrics go besides what `config` asks for.
     """
 
     def __init__(self, run: RunDirectory, config: LogConfig, *, total: int, sinks: Sequence[LogSink] = ()) -> None:
@@ -124,15 +118,9 @@ class Logger:
         self._screen.phase(f"{self.unit} {min(self._done + 1, self.total)}/{self.total}: {text}")
 
     def _summary(self, step: int, metrics: dict[str, Any]) -> str:
-        parts = []
-        if self.unit == "cycle":
-            found = [(label, metrics.get(name), form) for label, name, form in _CYCLE_COLUMNS]
-        else:
-            by_word = {key.rpartition("/")[2]: value for key, value in metrics.items()}
-            found = [(label, by_word.get(word), form) for label, word, form in _STEP_COLUMNS]
-        for label, value, form in found:
-            if value is not None:
-                parts.append(f"{label} {value:{form}}")
+        named = metrics if self.unit == "cycle" else {key.rpartition("/")[2]: value for key, value in metrics.items()}
+        shown = [(label, named.get(name), form) for label, name, form in _COLUMNS[self.unit]]
+        parts = [f"{label} {value:{form}}" for label, value, form in shown if value is not None]
         if step < self.total and step > self._first:
             seconds = (time.monotonic() - self._began) / (step - self._first) * (self.total - step)
             parts.append(f"left {format_duration(seconds)}")

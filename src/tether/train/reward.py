@@ -25,7 +25,7 @@ from tether.models.reward_model import RewardModel, init_reward_model, reward_mo
 from tether.runs import Run, recorded_inputs
 from tether.train import sft
 from tether.train.card import reward_card
-from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation
+from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation, read_numbers
 from tether.train.preamble import check_parts, open_run
 from tether.train.preference_report import PreferenceReport, build_report
 from tether.train.state import TrainingState
@@ -35,8 +35,7 @@ from tether.types import LogSink, microbatches
 def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False) -> Run:
     """Train, or continue the run in `config.run`; returns it, with the reward model in `.final`.
 
-    Held-out accuracy with its interval, the length-only baseline and calibration are printed, and written to
-    reward_report.json and calibration.html in the run directory.
+    What it learned is printed, and written to reward_report.json and calibration.html in the run directory.
 
     sinks: get every step's metrics; see `tether.types.LogSink`. fresh: move a run that is there aside first.
     """
@@ -82,11 +81,7 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
 def accumulate(
     model: RewardModel, pairs: Sequence[Pair], center: float, microbatch_tokens: int
 ) -> dict[str, float | None]:
-    """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step.
-
-    Returns the step's metrics: reward_model/loss, reward_model/accuracy (None where all pairs are ties),
-    reward_model/margin.
-    """
+    """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step. Returns its metrics."""
     widths = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs]
     total, decided = sum(pair.weight for pair in pairs), sum(pair.probability != 0.5 for pair in pairs)
     found: list[dict[str, torch.Tensor]] = []
@@ -99,8 +94,8 @@ def accumulate(
         )
         loss.backward()
         found.append(sums)
-    columns = zip(*torch.stack([torch.stack(list(sums.values())) for sums in found]).tolist(), strict=True)
-    metrics: dict[str, float | None] = {name: sum(column) for name, column in zip(found[0], columns, strict=True)}
+    numbers = read_numbers(found)
+    metrics: dict[str, float | None] = {name: sum(sums[name] for sums in numbers) for name in found[0]}
     if not decided:  # of ties alone no accuracy is known
         metrics["reward_model/accuracy"] = None
     return metrics

@@ -35,7 +35,7 @@ from tether.models.loading import (
 )
 from tether.runs import Run, hash_files
 from tether.train.card import sft_card
-from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation
+from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation, read_numbers
 from tether.train.preamble import check_parts, open_run
 from tether.train.state import TrainingState
 from tether.types import LogSink, microbatches
@@ -82,14 +82,14 @@ def accumulate(model: LanguageModel, rows: Sequence[Row], microbatch_tokens: int
     Returns the step's metrics: loss in nats per token, trained tokens.
     """
     total = sum(sum(example.trained) for row in rows for example in row)
-    losses: list[Tensor] = []
+    losses: list[dict[str, Tensor]] = []
     for index in microbatches([sum(len(e.ids) for e in row) for row in rows], microbatch_tokens):
         batch = Batch.of([rows[i] for i in index.tolist()], model.device)
         logprobs, _, _ = model.logprobs(batch.tokens, batch.before, batch.targets, **batch.positions)
         loss = nll_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator=total)
         loss.backward()
-        losses.append(loss.detach())
-    return {"loss": sum(torch.stack(losses).tolist()), "tokens/trained": total}
+        losses.append({"loss": loss.detach()})
+    return {"loss": sum(numbers["loss"] for numbers in read_numbers(losses)), "tokens/trained": total}
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,13 +33,11 @@ class StopRequested(KeyboardInterrupt):
 class Signals:
     """Catches SIGINT and SIGTERM while the block runs, and puts the handlers back that were there.
 
-    requested  a signal has arrived.
-
-    Python delivers signals to the main thread alone; in any other, nothing is caught and `requested` stays False.
+    Python delivers signals to the main thread alone; in any other, nothing is caught.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = False  # a signal has arrived
         self._droppable = False
         self._previous: dict[int, Any] = {}
 

@@ -25,20 +25,14 @@ Batch = TypeVar("Batch")
 
 @dataclass(slots=True)
 class TrainingState:
-    """All that the next cycle (or step) depends on. Every draw is counted, so there is no more.
-
-    models   name in the checkpoint -> module: see `save_weights`. The policy's tokenizer is written beside it.
-    steps    the optimizer, and the steps in a row that it skipped.
-    done     cycles (or steps) that are done.
-    kl_coef  PPO's β; 0 elsewhere.
-    """
+    """All that the next cycle (or step) depends on. Every draw is counted, so there is no more."""
 
     run: RunDirectory
-    models: Mapping[str, Any]
+    models: Mapping[str, Any]  # name in the checkpoint -> module, see `checkpoint.save_weights`
     steps: ScheduledOptimizer
     tokenizer: PreTrainedTokenizerBase
-    done: int = 0
-    kl_coef: float = 0.0
+    done: int = 0  # cycles (or steps)
+    kl_coef: float = 0.0  # PPO's β; 0 elsewhere
 
     def save(self) -> None:
         """Write a checkpoint."""
