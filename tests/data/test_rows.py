@@ -106,7 +106,7 @@ def test_split_and_limit_of_a_config_reach_the_reader(what, monkeypatch, tiny_to
     if what == "prompts":
         rows = load_prompts(PromptsConfig(**where), tiny_tokenizer, context=None, max_new_tokens=8)
     else:
-        rows = {"examples": load_examples, "pairs": load_pairs}[what](DataConfig(**where), tiny_tokenizer, stop_id=1)
+        rows = {"examples": load_examples, "pairs": load_pairs}[what](PairsConfig(**where), tiny_tokenizer, stop_id=1)
     assert ([r.row for r in rows], asked) == ([0, 1], ["test"])
 
 
@@ -138,4 +138,4 @@ def test_an_answer_that_the_template_refuses_is_named_with_its_column(write, tin
     row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": "a", "chosen": "b", "rejected": "c"}
     load = load_examples if column == "completion" else load_pairs
     with pytest.raises(DataError, match=f"line 1, column '{column}': the tokenizer's chat template refuses"):
-        load(DataConfig(write("a.jsonl", [row | {column: "bad"}])), tiny_tokenizer, stop_id=1)
+        load(PairsConfig(write("a.jsonl", [row | {column: "bad"}])), tiny_tokenizer, stop_id=1)

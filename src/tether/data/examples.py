@@ -35,10 +35,9 @@ def load_examples(
 ) -> list[Example]:
     """Every example of a data set, tokenized, in the first of the forms messages · prompt, completion · text.
 
-    stop_id: appended to what is learned, and learned, where it does not stand there yet; None leaves it off. An example
-    whose `finish_reason` is length was cut, and ends without it.
-    train_on: completion, or all for every token.
-    context: tokens that the model has positions for, None for no limit.
+    stop_id: appended to what is learned, and learned, where it does not stand there yet; not to an example whose
+    `finish_reason` is length. train_on: completion, or all for every token. context: the model's positions, None for no
+    limit.
     """
     table = read_table(config.path, config.split, config.limit)
     columns, kwargs = table.rows[0], config.chat_template_kwargs

@@ -1,9 +1,8 @@
 """A store of labels as a data set: what a run reads of it, and how it reads the same again.
 
-Labeling goes on while a reward model is trained. A run takes what stood when it began and writes down the number of
-the newest event then; when it is resumed it reads the store as of that event, so what was labeled or taken back since
-changes nothing. The hash beside the number is of the rows themselves: should they differ all the same (another store in
-that place, a restored backup), the run is not resumed. A new run reads everything that stands when it begins.
+Labeling goes on while a reward model is trained. A run writes down the number of the newest event when it begins; when
+it is resumed it reads the store as of that event. The hash beside the number is of the rows themselves: should they
+differ all the same (another store in that place, a restored backup), the run is not resumed.
 """
 
 from __future__ import annotations

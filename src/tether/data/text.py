@@ -21,8 +21,7 @@ def fragments(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: 
     """The text that each token adds to `completion_text`; joined they are exactly that.
 
     Tokens that show nothing (stop and special tokens) get "". Of tokens that make up one character together, the last
-    gets it. Every fragment is a slice of the decoded whole, so that the sum is exact whatever a decoder does at the
-    borders; only where the slices begin is worked out from short pieces.
+    gets it. Fragments are slices of the decoded whole; where they begin is worked out from short pieces.
     """
     body = _without_stop(ids, stop_ids)
     text = _decode(tokenizer, body)

@@ -26,9 +26,8 @@ def save_model(
 ) -> None:  # fmt: skip
     """Write weights (adapters merged), tokenizer, generation_config and model card, then reload and compare.
 
-    add: writes what else belongs in the directory.
-    The generation config samples as training did: at its temperature, without top-k or top-p. A directory appears whole
-    or not at all, with the checksums of its files. Raises ModelError when the reloaded model's logits differ.
+    add: writes what else belongs in the directory. The generation config samples as training did. A directory appears
+    whole or not at all, with the checksums of its files. Raises ModelError when the reloaded model's logits differ.
     """
     plain = merged(model)
     before, generation = plain.generation_config, copy.deepcopy(plain.generation_config)
@@ -67,8 +66,7 @@ def merged(model: LanguageModel) -> Any:
 def check_reload(plain: Any, directory: Path) -> None:
     """Raise ModelError unless `directory`, loaded by transformers, has the weights of `plain` and gives its logits.
 
-    It is loaded on the CPU, in the precision it was saved in: the device that trained the model may not hold it twice.
-    Weights must be equal to the bit; logits but for the rounding of two devices.
+    It is loaded on the CPU: the device that trained the model may not hold it twice, and rounds logits in another way.
     """
     own_code = not type(plain).__module__.startswith("transformers.models")  # trusted once, when it was loaded
     loader: Any = type(plain) if own_code else AutoModelForCausalLM
@@ -87,9 +85,7 @@ def check_reload(plain: Any, directory: Path) -> None:
 def export(run: str | Path | Run, to: str | Path, *, best: bool = False) -> Path:
     """Copy a finished run's final model to `to`, and check that it loads as it was.
 
-    best: the best evaluated policy of a PPO run instead, which is there while the run is still going.
-
-    Raises RunError when there is nothing to export or `to` is not empty.
+    best: the best evaluated policy of a PPO run instead. Raises RunError where there is none, or `to` is not empty.
     """
     run = Run.open(run) if not isinstance(run, Run) else run
     to = Path(to)

@@ -58,10 +58,10 @@ class LanguageModel:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, the model is in eval mode, without gradient checkpointing, and no other thread's `evaluating`.
+        """Inside, the model is in eval mode, without gradient checkpointing.
 
-        Mode, attention implementation and (in `full_precision`) precision are state of the model itself, which threads
-        that share it cannot have at once: they take turns. Threads with models of their own do not wait for each other.
+        Mode, attention implementation and (in `full_precision`) precision are state of the model itself: threads that
+        share it take turns.
         """
         with _locks.setdefault(self.hf_model, threading.RLock()):
             training = [module for module in self.lm.modules() if module.training]
@@ -161,8 +161,8 @@ class LanguageModel:
     def check_head(self) -> str | None:
         """Compare our log-probs with the model's own logits on a probe; on a mismatch use those, and say so.
 
-        Some architectures scale, cap or otherwise change logits after the head in ways that no config key names. Both
-        sides are in float32 from the head on, whatever the compute precision: rounding would hide a small change.
+        Some architectures change logits after the head in ways that no config key names. Both sides are in float32 from
+        the head on: rounding would hide a small change.
         """
         output = self.hf_model.get_output_embeddings()
         if not hasattr(output, "weight") or type(output).__module__.startswith("peft"):

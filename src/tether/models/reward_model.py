@@ -1,8 +1,8 @@
 """A reward model: a causal trunk and one number, read at the last real token.
 
-The model is transformers' sequence classifier with one label. What is ours is where it is read: at the last token by
-length. The stock forward pass looks for the last token that is not the pad id instead, and skips a final stop token
-where pad and eos are the same; `save_reward_model` chooses a pad id with which both agree, and checks that they do.
+The model is transformers' sequence classifier with one label, read at the last token by length. The stock forward pass
+looks for the last token that is not the pad id instead, and skips a final stop token where pad and eos are the same;
+`save_reward_model` chooses a pad id with which both agree, and checks that they do.
 """
 
 from __future__ import annotations
@@ -68,11 +68,7 @@ class RewardModel(nn.Module):
         return head
 
     def forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Raw scores [B] of B ragged sequences of ids; float32 or wider.
-
-        Rows are padded on the right and no attention mask is needed: attention is causal, and the score is read at the
-        last real token, which sees nothing after it. Only those B hidden states go through the head.
-        """
+        """Raw scores [B] of B ragged sequences of ids, float32 or wider; padded right, they need no attention mask."""
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         with autocast(self.dtype, self.device):
@@ -215,10 +211,8 @@ def save_reward_model(
 ) -> None:  # fmt: skip
     """Write a Hugging Face directory that the stock classifier scores as we do, normalization in its config.json.
 
-    stop_id: the token that ended the sequences it was trained on. card: the model card.
-    Stock scores are raw; a normalized one is (raw - tether_reward_mean) / tether_reward_std. A directory appears whole
-    or not at all, with the checksums of its files. Raises ModelError where the reloaded stock model scores a probe
-    differently.
+    stop_id: the token that ended the sequences it was trained on. A directory appears whole or not at all, with the
+    checksums of its files. Raises ModelError where the reloaded stock model scores a probe differently.
     """
     config = model.classifier.config
     pad_id = choose_pad_id(tokenizer, stop_id=stop_id, vocab_size=config.get_text_config().vocab_size)
@@ -238,16 +232,12 @@ def save_reward_model(
 def choose_pad_id(tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, vocab_size: int) -> int | None:
     """A pad id that no scored sequence ends with: the tokenizer's own, else unk, else another special token.
 
-    None if there is no such token: the stock model then scores one sequence at a time and refuses padded batches, which
-    is better than reading them one token too early.
+    None if there is no such token: the stock model then refuses padded batches, and reads none one token too early.
     """
     special = sorted(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
     ends = {stop_id, tokenizer.eos_token_id}
     candidates: list[int | None] = [tokenizer.pad_token_id, tokenizer.unk_token_id, *special]
-    for candidate in candidates:
-        if candidate is not None and candidate not in ends and candidate < vocab_size:
-            return candidate
-    return None
+    return next((c for c in candidates if c is not None and c not in ends and c < vocab_size), None)
 
 
 def compare_with_stock(
@@ -255,8 +245,7 @@ def compare_with_stock(
 ) -> None:
     """Reload `directory` in plain transformers and compare raw scores on a padded batch with rows that end with a stop.
 
-    Both compute in the precision of the weights, whatever that of training: rounding would hide a small difference.
-    Raises ModelError where they differ by more than what is left of it.
+    Both compute in the precision of the weights: rounding would hide a small difference. Raises ModelError.
     """
     weights = model.head.weight.dtype
     with quiet_transformers():

@@ -44,8 +44,7 @@ def rollout_columns(
 ) -> dict[str, list[Any]]:  # fmt: skip
     """Columns of B rows, one a response; per-token columns are lists as long as the response.
 
-    Without a critic there are no columns value, delta and return. new_logprobs [B, R]: of the last epoch's own passes;
-    in evaluations there are none, and their columns are lists of nulls.
+    new_logprobs [B, R]: of the last epoch's own passes; in evaluations there are none, and their columns hold nulls.
     """
     completions, rollout = experience.completions, experience.rollout
     lengths = completions.lengths

@@ -60,11 +60,7 @@ def collect(
     sampling: Sampling, ppo: PPOSection, *, kl_coef: float, cycle: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Experience:  # fmt: skip
-    """Sample, score, value, and turn all three into advantages.
-
-    The KL penalty is in the rewards unless ppo.kl.place says loss. Advantages are whitened over the cycle's counted
-    tokens, if the config says so.
-    """
+    """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens."""
     clock = _Clock()
     progress("sampling")
     completions = sampler.generate(prompts, sampling, cycle=cycle)

@@ -1,8 +1,7 @@
 """Supervised fine-tuning: imitate examples, from a checkpoint or from scratch.
 
-The loss is the mean over the trained tokens of the whole optimizer step, so it does not matter how a step is cut into
-microbatches, nor how long its examples are. Which examples a step sees follows from (seed, epoch) alone; a run that is
-killed and continued therefore ends with the same bits.
+The loss is the mean over the trained tokens of the whole optimizer step, however it is cut into microbatches. Which
+examples a step sees follows from (seed, epoch) alone: a run that is continued ends with the same bits.
 """
 
 from __future__ import annotations
@@ -75,11 +74,9 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
 
 
 def accumulate(model: LanguageModel, rows: Sequence[Row], microbatch_tokens: int) -> dict[str, float]:
-    """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step.
+    """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step. Returns its metrics.
 
-        L = - Σ log π(token | what precedes it in its example) / trained tokens of the step
-
-    Returns the step's metrics: loss in nats per token, trained tokens.
+    L = - Σ log π(token | what precedes it in its example) / trained tokens of the step
     """
     total = sum(sum(example.trained) for row in rows for example in row)
     losses: list[dict[str, Tensor]] = []
