@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.data.chat import encode_answer, encode_prompts, encode_texts
 from tether.data.table import Table, kind
+from tether.data.text import without_stop
 from tether.errors import DataError
 from tether.types import Text
 
@@ -57,7 +58,7 @@ def encode_answers(
             continue
         with at(i):
             encoded.append(encode_answer(tokenizer, prompt, answer, stop_id=stop_id, kwargs=kwargs))
-    return [without_stop(ids, stop_id) if was_cut else ids for ids, was_cut in zip(encoded, cut, strict=True)]
+    return [without_stop(ids, (stop_id,)) if was_cut else ids for ids, was_cut in zip(encoded, cut, strict=True)]
 
 
 def read_cut(table: Table, column: str = "finish_reason") -> list[bool]:
@@ -73,8 +74,3 @@ def read_cut(table: Table, column: str = "finish_reason") -> list[bool]:
 def stopped(ids: list[int], stop_id: int | None) -> list[int]:
     """`ids` with a stop token at the end."""
     return ids if stop_id is None or ids[-1:] == [stop_id] else [*ids, stop_id]
-
-
-def without_stop(ids: list[int], stop_id: int | None) -> list[int]:
-    """`ids` without a stop token at the end."""
-    return ids[:-1] if stop_id is not None and ids[-1:] == [stop_id] else ids

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from tether.config import DataConfig
 from tether.data.cells import as_answer, as_messages, as_prompt, as_text
 from tether.data.chat import encode_conversations, encode_texts
-from tether.data.columns import encode_answers, encode_prompt_column, read_cut, stopped, without_stop
+from tether.data.columns import encode_answers, encode_prompt_column, read_cut, stopped
 from tether.data.limit import Limit, keep_right
 from tether.data.table import listed, read_table
+from tether.data.text import without_stop
 from tether.errors import DataError, did_you_mean
 
 
@@ -72,7 +73,7 @@ def load_examples(
         )
     for i, was_cut in enumerate(read_cut(table)):
         if was_cut:
-            ids = without_stop(encoded[i][0], stop_id)
+            ids = without_stop(encoded[i][0], (stop_id,))
             encoded[i] = ids, encoded[i][1][: len(ids)]
     limit = Limit.of_data(config, context)
     examples = []

@@ -14,7 +14,7 @@ from tether.data.chat import encode_completion
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Iterable[int]) -> str:
     """A response as people and reward functions read it: without its stop token, special tokens skipped."""
-    return _decode(tokenizer, _without_stop(ids, stop_ids))
+    return _decode(tokenizer, without_stop(ids, stop_ids))
 
 
 def fragments(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Iterable[int]) -> list[str]:
@@ -23,7 +23,7 @@ def fragments(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: 
     Tokens that show nothing (stop and special tokens) get "". Of tokens that make up one character together, the last
     gets it. Fragments are slices of the decoded whole; where they begin is worked out from short pieces.
     """
-    body = _without_stop(ids, stop_ids)
+    body = without_stop(ids, stop_ids)
     text = _decode(tokenizer, body)
     settled = [0]  # settled[i]: characters of text that stand once the first i tokens are decoded
     while len(settled) <= len(body):
@@ -87,5 +87,6 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return text
 
 
-def _without_stop(ids: Sequence[int], stop_ids: Iterable[int]) -> list[int]:
+def without_stop(ids: Sequence[int], stop_ids: Iterable[int | None]) -> list[int]:
+    """`ids` without a stop token at the end."""
     return list(ids[:-1] if ids and ids[-1] in set(stop_ids) else ids)

@@ -61,7 +61,6 @@ class Story:
     # ------------------------------------------------------------ the steps
 
     def write_texts(self) -> None:
-        """The mixed bag that the model will read, the prompts, and a tokenizer."""
         say(
             f"""Lanternwick is a harbour town made up for this demo. Its records hold {len(self.world.facts)} facts,
             so that every answer about it can be checked. Its clerks have answered visitors well and badly, kindly and
@@ -76,7 +75,6 @@ class Story:
             quote(*(row["prompt"] + row["completion"]).splitlines())
 
     def imitate(self) -> None:
-        """Supervised learning from random weights."""
         say(
             """A small Llama with random weights learns to continue these texts. It learns to speak, it picks up the
             facts, and it learns every bad habit as well: imitation does not know good from bad."""
@@ -84,7 +82,6 @@ class Story:
         tether.sft(sft_config(self.to, self.seed))
 
     def compare(self) -> None:
-        """Pairs of the model's own answers, and who liked which."""
         say(
             f"""The model answers every prompt {ANSWERS_PER_PROMPT} times, and one of {len(PEOPLE)} annotators says
             which of two answers is better. That is easier than writing a good one; but people slip, seldom look
@@ -98,7 +95,6 @@ class Story:
         )
 
     def model_preferences(self) -> None:
-        """A reward model, fitted to the pairs."""
         say(
             """Nobody can compare a million answers. So a reward model learns to predict whom people prefer: the same
             network, with one number at its end. It never sees the town's records, only who was preferred."""
@@ -108,7 +104,6 @@ class Story:
         say(f"Accuracy on held-out pairs: {self._accuracy():.1%}, beside a noise ceiling of {ceiling:.1%}.")
 
     def improve(self) -> None:
-        """PPO against the reward model."""
         say(
             """Now the model answers, the reward model scores, and PPO makes what scored well a little more likely,
             again and again. The KL term is the leash: drifting from where it began costs reward, because the reward
@@ -117,7 +112,6 @@ class Story:
         tether.ppo(ppo_config(self.to, self.seed))
 
     def look_again(self) -> None:
-        """The same prompts before and after, and what the hidden judge says of them."""
         before, after = self._answers("sft"), self._answers("ppo")
         say("The same questions before and after, in words that were in no training text:")
         for i in self._showcase():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,11 +119,12 @@ class SeparateCritic(nn.Module):
         return read_values(self.head, hidden[rows.before_targets])
 
 
+@dataclass(frozen=True)
 class Reference:
     """The frozen model that the KL is measured to; None is the policy without its LoRA adapter, as the run began."""
 
-    def __init__(self, policy: Policy, frozen: LanguageModel | None) -> None:
-        self.policy, self.frozen = policy, frozen
+    policy: Policy
+    frozen: LanguageModel | None
 
     @torch.no_grad()
     def logprobs(self, rows: Rows, *, temperature: float) -> Tensor:

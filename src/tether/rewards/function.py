@@ -317,10 +317,11 @@ def _where(error: BaseException, function: RewardFunction | None) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
     own = [f for f in frames if code is not None and f.filename == code.co_filename]
-    outside = [f for f in frames if not _is_library(f.filename)]
+    library = ("<frozen", sys.base_prefix)
+    outside = [
+        f
+        for f in frames
+        if f.filename != __file__ and "site-packages" not in f.filename and not f.filename.startswith(library)
+    ]
     frame = (own or outside or list(frames))[-1]
     return f"{frame.filename}:{frame.lineno}"
-
-
-def _is_library(filename: str) -> bool:
-    return filename == __file__ or "site-packages" in filename or filename.startswith(("<frozen", sys.base_prefix))

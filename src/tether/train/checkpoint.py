@@ -44,7 +44,9 @@ def save(run: Path, name: str, state: dict[str, Any], write: Callable[[Path], No
         _remove_hidden(folder)
         with replacing_directory(target) as partial:
             write(partial)
-            (partial / "state.json").write_text(_seal(state, file_hashes(partial)), encoding="utf-8")
+            body = {"schema": SCHEMA, "state": state, "files": file_hashes(partial)}
+            sealed = json.dumps(body | {"sha256": _digest(body)}, indent=2)
+            (partial / "state.json").write_text(sealed, encoding="utf-8")
             sync(Path(run) / "metrics.jsonl")  # a checkpoint must not outlive the metrics that led to it
     except Exception as error:
         if not is_os_error(error):
@@ -180,11 +182,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, named_parameters: Named, pa
 
 
 # ---------------------------------------------------------------- checksums
-
-
-def _seal(state: dict[str, Any], files: dict[str, str]) -> str:
-    body = {"schema": SCHEMA, "state": state, "files": files}
-    return json.dumps(body | {"sha256": _digest(body)}, indent=2)
 
 
 def _open_seal(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tether.errors import TrainingError
 from tether.rewards import ScoredBatch
 from tether.runs import RunDirectory
 from tether.train.rollout import Experience
-from tether.types import Completions, Text
+from tether.types import Completions
 
 
 def response_columns(
@@ -29,7 +29,10 @@ def response_columns(
     return {
         "prompt_index": [p.row for p in completions.prompts],
         "response_index": [i % responses_per_prompt for i in range(len(completions))],
-        "prompt": [_as_text(p.source) for p in completions.prompts],
+        "prompt": [
+            p.source if isinstance(p.source, str) else json.dumps(p.source, ensure_ascii=False)
+            for p in completions.prompts
+        ],
         "completion": [completion_text(tokenizer, ids, stop_ids) for ids in completions.response_ids],
         "finish_reason": completions.finish_reasons,
         "length": completions.lengths,
@@ -122,8 +125,3 @@ class Record:
             experience, self.tokenizer, self.stop_ids, ppo, cycle=cycle, new_logprobs=new_logprobs,
             responses_per_prompt=samples or ppo.responses_per_prompt,
         )  # fmt: skip
-
-
-def _as_text(source: Text) -> str:
-    """A prompt as one string; messages as JSON."""
-    return source if isinstance(source, str) else json.dumps(source, ensure_ascii=False)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig, check
 from tether.data.prompts import load_prompts, prompts_of
@@ -69,7 +68,7 @@ def generate(
     )
     if not prompts:
         return []
-    source = Source.of(str(model), sampling, trust_remote_code)
+    source = Source(str(model), sampling, trust_remote_code)
     table = Table(anywhere.path, [{"prompt": prompt} for prompt in prompts])
     asked = prompts_of(table, anywhere, source.tokenizer, **source.room)
     loaded = source.load(resolve_device(device), dtype)
@@ -184,7 +183,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
 def load_inputs(config: EvaluateConfig) -> tuple[dict[str, Source], dict[str, list[Prompt]]]:
     """(the models, the baseline first; the prompts as each of them reads them). Loads no weights."""
     names = dict.fromkeys([config.baseline or config.models[0], *config.models])
-    sources = {name: Source.of(name, config.sampling, config.trust_remote_code) for name in names}
+    sources = {name: Source(name, config.sampling, config.trust_remote_code) for name in names}
     prompts = _common({name: load_prompts(config.prompts, s.tokenizer, **s.room) for name, s in sources.items()})
     for name, source in sources.items():
         check_contexts(config, prompts[name], source.tokenizer)
@@ -275,22 +274,14 @@ def _report_write_failure(config: EvaluateConfig, evaluation: Evaluation | None 
 # ---------------------------------------------------------------- a model and what surrounds it
 
 
-@dataclass(frozen=True, slots=True)
 class Source:
     """A model that need not be loaded yet: its tokenizer and its config answer what can be answered early."""
 
-    path: str
-    tokenizer: PreTrainedTokenizerBase
-    config: Any  # transformers' own
-    sampling: SamplingConfig
-    trust_remote_code: bool
-
-    @classmethod
-    def of(cls, path: str, sampling: SamplingConfig, trust_remote_code: bool) -> Source:
-        config = model_config(path, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        check_vocabulary(tokenizer, config.get_text_config().vocab_size)
-        return cls(path, tokenizer, config, sampling, trust_remote_code)
+    def __init__(self, path: str, sampling: SamplingConfig, trust_remote_code: bool) -> None:
+        self.path, self.sampling, self.trust_remote_code = path, sampling, trust_remote_code
+        self.config = model_config(path, trust_remote_code=trust_remote_code)
+        self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        check_vocabulary(self.tokenizer, self.config.get_text_config().vocab_size)
 
     @property
     def room(self) -> dict[str, Any]:
@@ -301,8 +292,7 @@ class Source:
         resolved = resolve_dtype(dtype, device, self.config)
         lm = load_causal_lm(self.path, dtype=resolved, device=device, trust_remote_code=self.trust_remote_code)
         model = LanguageModel(lm.eval().requires_grad_(False), resolved)
-        _say(model.check_head())
-        _say(_unlike_its_own(self.path, lm.generation_config, self.sampling))
+        _say(model.check_head(), _unlike_its_own(self.path, lm.generation_config, self.sampling))
         return model
 
     def stop_ids(self, model: LanguageModel) -> tuple[int, ...]:
@@ -313,8 +303,7 @@ class Source:
     ) -> Completions:
         s = self.sampling
         sampler, notes = build_sampler(model, s)
-        for note in notes:
-            _say(note)
+        _say(*notes)
         drawn = Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, self.stop_ids(model), samples, seed, stream)
         return sampler.generate(prompts, drawn, cycle=0)
 
@@ -340,8 +329,8 @@ def _unlike_its_own(path: str, own: Any, used: SamplingConfig) -> str | None:
     )
 
 
-def _say(note: str | None) -> None:
-    if note:
+def _say(*notes: str | None) -> None:
+    for note in filter(None, notes):
         print(note, file=sys.stderr)
 
 

@@ -139,7 +139,11 @@ def collect(
         "tokens_per_s/rollout": float(lengths.sum()) / max(clock.laps["time/rollout_s"], 1e-9),
         **clock.laps,
     }
-    return Experience(completions, scored, rollout, advantages, entropy, metrics, _check_sampler(metrics, policy))
+    # The engine and the trainer must give the same tokens the same log-probs, up to rounding.
+    sampler_gap = metrics["check/sampler_gap"] or 0.0
+    bound = SAMPLER_GAP["float32" if policy.model.dtype == torch.float32 else "bfloat16"]
+    alarms = [f"sampler gap {sampler_gap:.2g} nats per token, above {bound}"] if sampler_gap > bound else []
+    return Experience(completions, scored, rollout, advantages, entropy, metrics, alarms)
 
 
 def estimate(rewards: Tensor, values: Tensor | None, mask: Tensor, ppo: PPOSection) -> tuple[Tensor, Tensor | None]:
@@ -150,13 +154,6 @@ def estimate(rewards: Tensor, values: Tensor | None, mask: Tensor, ppo: PPOSecti
     if critic_lam != lam:
         _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=critic_lam)
     return advantages, returns
-
-
-def _check_sampler(metrics: Metrics, policy: Policy) -> list[str]:
-    """The engine and the trainer must give the same tokens the same log-probs, up to rounding."""
-    gap = metrics["check/sampler_gap"] or 0.0
-    bound = SAMPLER_GAP["float32" if policy.model.dtype == torch.float32 else "bfloat16"]
-    return [f"sampler gap {gap:.2g} nats per token, above {bound}"] if gap > bound else []
 
 
 def _check_placement(rewards: Tensor, penalties: Tensor, scores: Tensor, lengths: Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.config import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig, check, check_warmup
@@ -102,25 +103,16 @@ class Batch:
     def of(cls, rows: Sequence[Row], device: torch.device) -> Batch:
         """Position ids start over with every example: without an attention mask, transformers takes that as the border
         between sequences that must not see each other."""
-        width = max(sum(len(e.ids) for e in row) for row in rows)
-        tokens, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
-        trained = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            start = 0
-            for example in row:
-                end = start + len(example.ids)
-                tokens[i, start:end] = torch.tensor(example.ids)
-                positions[i, start:end] = torch.arange(end - start)
-                trained[i, start:end] = torch.tensor(example.trained)
-                start = end
-        packed = any(len(row) > 1 for row in rows)
-        row_index, column = trained.nonzero(as_tuple=True)
-        return cls(
-            tokens.to(device),
-            (row_index.to(device), column.to(device) - 1),
-            tokens[row_index, column].to(device),
-            {"position_ids": positions.to(device)} if packed else {},
-        )
+        ids = [torch.tensor([token for example in row for token in example.ids]) for row in rows]
+        tokens = pad_sequence(ids, batch_first=True)
+        flags = [torch.tensor([flag for example in row for flag in example.trained]) for row in rows]
+        row_index, column = pad_sequence(flags, batch_first=True).nonzero(as_tuple=True)
+        positions = {}
+        if any(len(row) > 1 for row in rows):
+            counts = [torch.cat([torch.arange(len(example.ids)) for example in row]) for row in rows]
+            positions["position_ids"] = pad_sequence(counts, batch_first=True).to(device)
+        before = (row_index.to(device), column.to(device) - 1)
+        return cls(tokens.to(device), before, tokens[row_index, column].to(device), positions)
 
 
 # ---------------------------------------------------------------- which examples a step sees
