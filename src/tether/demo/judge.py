@@ -84,9 +84,6 @@ class Judge:
         return True
 
 
-# ---------------------------------------------------------------- reading
-
-
 def parse(answer: str) -> list[Sentence]:
     """The answer's sentences, in order; what no clerk of Lanternwick would say is a "muddle"."""
     return [_recognize(sentence) for sentence in split(answer)]

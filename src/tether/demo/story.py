@@ -239,9 +239,6 @@ class Story:
             )
 
 
-# ---------------------------------------------------------------- files
-
-
 def once(file: Path, make: Callable[[], Rows]) -> Rows:
     """The rows of a JSONL file, made and written first where it is not there yet; whole or not at all."""
     if not file.exists():

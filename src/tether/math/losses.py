@@ -34,8 +34,8 @@ def clipped_policy_loss(
 
         L = Σ mask · max(-A·ρ, -A·clip(ρ, 1-ε_low, 1+ε_high)) / denominator,   ρ = exp(new - old)
 
-    The gradient of a token is cut once the ratio has moved past the clip in the direction that its advantage asks for;
-    it never is when the ratio has moved the wrong way. At ρ = 1 the gradient is REINFORCE's, -A·∇log π.
+    The gradient of a token is cut once the ratio has moved past the clip in the direction that its advantage asks for,
+    never when it has moved the wrong way. At ρ = 1 the gradient is REINFORCE's, -A·∇log π.
     Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347); apart for low and high: DAPO (arXiv:2503.14476).
 
     new_logprobs  nats; carries the gradient.
@@ -44,8 +44,7 @@ def clipped_policy_loss(
     clip          ε > 0, no unit, 0.2 in the paper; or (ε_low, ε_high).
     denominator   response tokens in the whole optimizer step.
 
-    Returns (loss, metrics): policy/loss, policy/kl_old_new (k3, nats per token), policy/clip_fraction (tokens whose
-    gradient is cut), policy/ratio_mean, policy/ratio_min, policy/ratio_max.
+    Returns (loss, metrics).
     """
     low, high = (clip, clip) if isinstance(clip, (int, float)) else clip
     log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0.0)  # before exp: padding may be -inf
@@ -56,8 +55,8 @@ def clipped_policy_loss(
         cut = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
         metrics = {
             "policy/loss": loss.detach(),
-            "policy/kl_old_new": masked_sum(kl_k3(old_logprobs, new_logprobs), mask) / denominator,
-            "policy/clip_fraction": masked_sum(cut.float(), mask) / denominator,
+            "policy/kl_old_new": masked_sum(kl_k3(old_logprobs, new_logprobs), mask) / denominator,  # nats per token
+            "policy/clip_fraction": masked_sum(cut.float(), mask) / denominator,  # tokens whose gradient is cut
             "policy/ratio_mean": masked_sum(ratio, mask) / denominator,
             "policy/ratio_min": torch.where(mask, ratio, torch.inf).min(),
             "policy/ratio_max": torch.where(mask, ratio, -torch.inf).max(),
@@ -87,7 +86,7 @@ def value_loss(
     clip         ε > 0 in reward units: it depends on the scale of the scores. None: plain squared error.
     denominator  response tokens in the whole optimizer step.
 
-    Returns (loss, metrics): value/loss, value/clip_fraction (tokens whose gradient is cut).
+    Returns (loss, metrics).
     """
     errors = torch.where(mask, values - returns, 0.0) ** 2
     clipped_errors = errors
@@ -95,7 +94,7 @@ def value_loss(
         clipped_values = torch.clamp(values, old_values - clip, old_values + clip)
         clipped_errors = torch.where(mask, clipped_values - returns, 0.0) ** 2
     loss = masked_sum(torch.maximum(errors, clipped_errors), mask) / 2 / denominator
-    cut = (clipped_errors > errors).float()
+    cut = (clipped_errors > errors).float()  # tokens whose gradient is cut
     return loss, {"value/loss": loss.detach(), "value/clip_fraction": masked_sum(cut, mask) / denominator}
 
 
@@ -150,15 +149,14 @@ def bradley_terry_loss(
     denominator       sum of the weights in the whole optimizer step.
     decided           pairs with T ≠ 0.5 in the whole optimizer step; at least 1.
 
-    Returns (loss, metrics): reward_model/loss (without centering, so that log 2 ≈ 0.693 means knowing nothing),
-    reward_model/accuracy (of decided pairs; strictly greater: a constant model scores 0), reward_model/margin (mean of
-    r_w - r_l).
+    Returns (loss, metrics).
     """
     margin = chosen - rejected
     preference = -(weights * (targets * logsigmoid(margin) + (1 - targets) * logsigmoid(-margin))).sum() / denominator
     loss = preference + center * (weights * (chosen + rejected) ** 2).sum() / denominator
     metrics = {
-        "reward_model/loss": preference.detach(),
+        "reward_model/loss": preference.detach(),  # without centering: log 2 ≈ 0.693 means knowing nothing
+        # Of decided pairs; strictly greater, so that a constant model scores 0:
         "reward_model/accuracy": (margin * (targets - 0.5) > 0).float().sum() / decided,
         "reward_model/margin": (weights * margin.detach()).sum() / denominator,
     }

@@ -87,9 +87,6 @@ class RewardModel(nn.Module):
         return (scores - self.mean) / self.std
 
 
-# ---------------------------------------------------------------- loading
-
-
 def load_reward_model(
     path: str,
     *,
@@ -200,9 +197,6 @@ def _ensure_classifier(config: PretrainedConfig) -> None:
     name = trunk.__name__.removesuffix("Model") + "ForSequenceClassification"
     classifier = type(name, (GenericForSequenceClassification, trunk.__bases__[0]), {"config_class": kind})
     AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
-
-
-# ---------------------------------------------------------------- saving
 
 
 def save_reward_model(

@@ -19,6 +19,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -35,24 +36,19 @@ RewardFunction = Callable[..., Any]
 _ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 
+@dataclass
 class FunctionReward:
-    """One Python function as a source of scores."""
+    """One Python function as a source of scores. tokenizer, stop_ids: the policy's."""
 
-    def __init__(
-        self,
-        function: RewardFunction,
-        *,
-        name: str,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: Sequence[int],
-        timeout_s: float = 60.0,
-    ) -> None:
-        self.function = function
-        self.name = name
-        self.timeout_s = timeout_s
-        self._tokenizer = tokenizer
-        self._stop_ids = stop_ids
-        self._wanted, self._required = _parameters(function)
+    function: RewardFunction
+    _: KW_ONLY
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: Sequence[int]
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        self._wanted, self._required = _parameters(self.function)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise RewardError if the prompts' columns do not fill the parameters, before anything is sampled."""
@@ -77,7 +73,7 @@ class FunctionReward:
         columns = sorted({column for prompt in completions.prompts for column in prompt.columns})
         arguments: dict[str, list[Any]] = {
             "prompts": [prompt.source for prompt in completions.prompts],
-            "completions": read_answers(completions, self._tokenizer, self._stop_ids),
+            "completions": read_answers(completions, self.tokenizer, self.stop_ids),
             "completion_ids": [list(ids) for ids in completions.response_ids],
             **{column: [prompt.columns.get(column) for prompt in completions.prompts] for column in columns},
         }
@@ -114,11 +110,12 @@ class FunctionReward:
         return answer[0]
 
 
+@dataclass
 class ObjectReward:
     """Somebody's own object with the methods of `Reward`: what it does wrong becomes a RewardError that names it."""
 
-    def __init__(self, reward: Reward, *, name: str) -> None:
-        self.reward, self.name = reward, name
+    reward: Reward
+    name: str
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Ask the object."""

@@ -181,9 +181,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, named_parameters: Named, pa
         )
 
 
-# ---------------------------------------------------------------- checksums
-
-
 def _open_seal(folder: Path) -> dict[str, Any]:
     try:
         body = json.loads((folder / "state.json").read_text(encoding="utf-8"))

@@ -33,8 +33,6 @@ from tether.types import EVALUATE, GENERATE, Completions, Prompt, Rows, Sampling
 
 _FORWARD_TOKENS = 8192  # padded tokens in one forward pass without gradient
 
-# ---------------------------------------------------------------- generate
-
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -78,9 +76,6 @@ def generate(
         Generation(p.source, completion_text(source.tokenizer, ids, stop_ids), ids, reason)
         for p, ids, reason in zip(found.prompts, found.response_ids, found.finish_reasons, strict=True)
     ]
-
-
-# ---------------------------------------------------------------- evaluate
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,9 +138,6 @@ def input_hashes(config: RewardConfig, *, fresh: bool) -> tuple[dict[str, str], 
     return sft.input_hashes(config.model, config.data) | ({"data.path": pinned} if pinned else {}), pinned
 
 
-# ---------------------------------------------------------------- loading and saving
-
-
 def stop_token(config: SFTModelConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that a policy grown from this model would end answers with."""
     generation = load_generation_config(config.policy, config.revision) if isinstance(config.policy, str) else None

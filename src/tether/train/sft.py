@@ -115,9 +115,6 @@ class Batch:
         return cls(tokens.to(device), before, tokens[row_index, column].to(device), positions)
 
 
-# ---------------------------------------------------------------- which examples a step sees
-
-
 def plan_steps(lengths: Sequence[int], config: SFTConfig) -> list[list[list[int]]]:
     """Every optimizer step of the run: its rows, each a list of examples; a function of the seed alone.
 
@@ -161,9 +158,6 @@ def check_packing(model: LanguageModel) -> None:
             f"sft.packing=true, but {type(model.hf_model).__name__} lets examples in one row see each other: it would "
             "learn from borders that do not exist. Set sft.packing to false."
         )
-
-
-# ---------------------------------------------------------------- loading and saving
 
 
 def load_model(
