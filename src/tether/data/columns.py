@@ -72,5 +72,4 @@ def read_cut(table: Table, column: str = "finish_reason") -> list[bool]:
 
 
 def stopped(ids: list[int], stop_id: int | None) -> list[int]:
-    """`ids` with a stop token at the end."""
     return ids if stop_id is None or ids[-1:] == [stop_id] else [*ids, stop_id]

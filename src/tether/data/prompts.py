@@ -31,7 +31,6 @@ def prompts_of(
     context: int | None,
     max_new_tokens: int,
 ) -> list[Prompt]:
-    """The prompts of a table that has been read."""
     table.require(["prompt"], '{"prompt": "…"}')
     names = dict.fromkeys(name for row in table.rows for name in row if name != "prompt")
     sources = table.cells("prompt", as_prompt)

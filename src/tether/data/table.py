@@ -33,11 +33,9 @@ class Table:
         return len(self.rows)
 
     def place(self, row: int) -> str:
-        """FILE, line N."""
         return f"{self.path}, " + (f"line {self.lines[row]}" if self.lines else f"row {row} (from 0)")
 
     def error(self, row: int, column: str, problem: str) -> DataError:
-        """What to raise about a cell."""
         return DataError(f"{self.place(row)}, column {column!r}: {problem}")
 
     @contextmanager
@@ -238,5 +236,4 @@ def kind(value: Any) -> str:
 
 
 def listed(row: Iterable[str]) -> str:
-    """Names as an error lists them."""
     return ", ".join(map(repr, row)) or "none at all"

@@ -88,5 +88,4 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def without_stop(ids: Sequence[int], stop_ids: Iterable[int | None]) -> list[int]:
-    """`ids` without a stop token at the end."""
     return list(ids[:-1] if ids and ids[-1] in set(stop_ids) else ids)

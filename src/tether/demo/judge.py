@@ -43,8 +43,6 @@ class Sentence:
 
 
 class Judge:
-    """Scores answers of one town."""
-
     def __init__(self, world: World) -> None:
         self.world = world
 

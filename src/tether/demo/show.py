@@ -26,7 +26,6 @@ def heading(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """A paragraph."""
     print(textwrap.fill(" ".join(text.split()), 96) + "\n", flush=True)
 
 
@@ -49,24 +48,20 @@ def win_rate(before: Verdicts, after: Verdicts) -> float:
 
 
 def means(verdicts: Verdicts) -> dict[str, float]:
-    """Every axis, averaged over all answers."""
     flat = [v for samples in verdicts for v in samples]
     return {axis: mean(getattr(v, axis) for v in flat) for axis in AXES}
 
 
 def scores_table(before: Verdicts, after: Verdicts) -> None:
-    """The three axes and their mean."""
     rows = {"before (sft)": means(before).values(), "after (ppo)": means(after).values()}
     _table("", AXES, rows, "10.2f")
 
 
 def habit(verdicts: Verdicts, sort: str) -> float:
-    """Sentences of this sort in an answer, on average."""
     return mean(v.habits[sort] for samples in verdicts for v in samples)
 
 
 def repeats(answers: Sequence[Sequence[str]]) -> float:
-    """Share of the answers that say a sentence twice."""
     sentences = [split(answer) for samples in answers for answer in samples]
     return mean(len(set(said)) < len(said) for said in sentences)
 

@@ -167,7 +167,6 @@ class Story:
         ]
 
     def _label(self, ask: Ask, first: str, second: str, draw: random.Random) -> dict[str, str]:
-        """One annotator's choice between two answers."""
         person = draw.choice(PEOPLE)
         likes_first = draw.random() < person.prefers_first(self.judge(ask, first), self.judge(ask, second))
         chosen, rejected = (first, second) if likes_first else (second, first)
@@ -187,7 +186,6 @@ class Story:
     # ------------------------------------------------------------ what is shown
 
     def _accuracy(self) -> float:
-        """How often the reward model is right on held-out pairs."""
         report = json.loads((self.to / "reward" / "reward_report.json").read_text(encoding="utf-8"))
         return float(report["accuracy"]["value"])
 

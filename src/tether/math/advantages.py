@@ -1,4 +1,4 @@
-"""From one score a response to one advantage a token."""
+"""From one score per response to one advantage per token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def place_rewards(
     k1: no other estimator has the right optimum here (see `tether.math.kl`).
     Source: Ziegler et al. 2019, eq. 2 (arXiv:1909.08593); arXiv:2403.17031.
 
-    kl_coef: β ≥ 0, reward units a nat; 0 when the KL is in the loss. Returns rewards, 0 where nothing counts.
+    kl_coef: β ≥ 0, reward units per nat; 0 when the KL is in the loss. Returns rewards, 0 where nothing counts.
     """
     penalty = torch.where(mask, kl_coef * kl_k1(old_logprobs, ref_logprobs), 0.0)
     is_last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
@@ -52,7 +52,7 @@ def gae(
     it twice.
 
     rewards, values  reward units; values[t] = V(prompt + response[:t]), before token t is chosen.
-    gamma, lam       in [0, 1]: discount a token; how far credit travels past the critic.
+    gamma, lam       in [0, 1]: discount per token; how far credit travels past the critic.
 
     Returns (advantages, returns), before any whitening; 0 where nothing counts.
     """

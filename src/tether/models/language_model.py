@@ -53,7 +53,6 @@ class LanguageModel:
         return device
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context of a forward pass in the compute precision."""
         return autocast(self.dtype, self.device)
 
     @contextmanager

@@ -49,7 +49,6 @@ class RewardModel(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """The linear layer from width to one number."""
         head = self.classifier.score
         assert isinstance(head, nn.Linear)
         return head

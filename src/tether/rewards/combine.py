@@ -1,4 +1,4 @@
-"""From several sources to one score a response: weighted sum, then clip, then the rule for a missing stop token."""
+"""From several sources to one score per response: weighted sum, then clip, then the rule for a missing stop token."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ class RewardSet:
             source.check(prompts)
 
     def score(self, completions: Completions) -> ScoredBatch:
-        """Ask every source once."""
         parts = {name: list(source.score(completions)) for name, (source, _) in self.sources.items()}
         for row, answers in enumerate(zip(*parts.values(), strict=True)):
             if all(answer is None for answer in answers):

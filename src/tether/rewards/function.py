@@ -2,7 +2,7 @@
 
     def helpful(prompts, completions, completion_ids, **columns) -> list[float | None]
 
-It is called once a cycle with all rows in order, may be async, and may answer None for a row it has no opinion on.
+It is called once per cycle with all rows in order, may be async, and may answer None for a row it has no opinion on.
 Whatever else it does (raise, hang, return one number too few, NaN) becomes a `RewardError` that names row or line.
 """
 
@@ -118,12 +118,10 @@ class ObjectReward:
     name: str
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Ask the object."""
         with self._blamed():
             self.reward.check(prompts)
 
     def score(self, completions: Completions) -> list[float | None]:
-        """B finite scores, None where the object does not answer."""
         with self._blamed():
             answer = self.reward.score(completions)
         return read_scores(answer, self.name, completions)

@@ -25,7 +25,7 @@ def response_columns(
     completions: Completions, scored: ScoredBatch, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...],
     *, responses_per_prompt: int,
 ) -> dict[str, list[Any]]:  # fmt: skip
-    """Columns of B rows, one a response: what was asked, answered and scored, without a number for each token."""
+    """Columns of B rows, one per response: what was asked, answered and scored, without a number for each token."""
     return {
         "prompt_index": [p.row for p in completions.prompts],
         "response_index": [i % responses_per_prompt for i in range(len(completions))],
@@ -45,7 +45,7 @@ def rollout_columns(
     experience: Experience, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], ppo: PPOSection,
     *, cycle: int, responses_per_prompt: int, new_logprobs: Tensor | None = None,
 ) -> dict[str, list[Any]]:  # fmt: skip
-    """Columns of B rows, one a response; per-token columns are lists as long as the response.
+    """Columns of B rows, one per response; per-token columns are lists as long as the response.
 
     new_logprobs [B, R]: of the last epoch's own passes; in evaluations there are none, and their columns hold nulls.
     """
@@ -105,7 +105,6 @@ class Record:
             self.run.write_rollouts(cycle, self._columns(experience, cycle, new_logprobs))
 
     def evaluation(self, experience: Experience, cycle: int) -> None:
-        """The file of an evaluation."""
         self.run.write_evaluation(cycle, self._columns(experience, cycle, samples=self.config.evaluate.samples))
 
     @contextmanager

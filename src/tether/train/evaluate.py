@@ -36,8 +36,6 @@ _FORWARD_TOKENS = 8192  # padded tokens in one forward pass without gradient
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One sampled response."""
-
     prompt: Text  # as it was given
     completion: str  # without its stop token, special tokens skipped
     token_ids: list[int]  # with its stop token
@@ -86,7 +84,7 @@ class Result:
     score: Interval  # mean of the prompts' mean scores
     kl: Interval | None  # KL(model‖baseline) in nats per response, from the model's own samples
     win_rate: Interval | None  # share of prompts with a mean score above the baseline's, ties half; None: the baseline
-    length: float  # tokens a response
+    length: float  # tokens per response
     truncated: float  # share of responses cut at the length limit
     note: str | None = None  # why there is no KL; or what it is instead, where samples are truncated
 
@@ -101,7 +99,6 @@ class Evaluation:
     results: list[Result]  # the baseline first
 
     def __str__(self) -> str:
-        """The results as lines of text."""
         rows = [("model", "score", "KL to baseline", "win rate", "length", "cut")]
         for r in self.results:
             name = short_name(r.model) + (" (baseline)" if r.model == self.baseline else "")
@@ -111,7 +108,7 @@ class Evaluation:
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += [f"{short_name(r.model)}: {r.note}" for r in self.results if r.note]
         lines.append(
-            f"{self.prompts} prompts, {self.samples} responses to each; [95 % intervals] over prompts; KL in nats a "
+            f"{self.prompts} prompts, {self.samples} responses to each; [95 % intervals] over prompts; KL in nats per "
             "response"
         )
         return "\n".join(lines)

@@ -19,8 +19,6 @@ from tether.types import Prompt
 
 @dataclass(frozen=True, slots=True)
 class PromptSets:
-    """A run's prompts."""
-
     loaded: list[Prompt]  # every row of `prompts.path` that is short enough
     train: list[Prompt]
     held_out: list[Prompt]  # to evaluate on

@@ -52,7 +52,6 @@ class ScheduledOptimizer:
 
     @property
     def named(self) -> Named:
-        """The weights that are trained, by name."""
         return [item for g in self.optimizer.param_groups for item in zip(g["names"], g["params"], strict=True)]
 
     def step(self, step: int) -> dict[str, float]:

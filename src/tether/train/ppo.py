@@ -158,7 +158,6 @@ def _prompts_of(cycle: int, prompts: list[Prompt], config: PPOConfig) -> list[Pr
 
 @lru_cache(maxsize=2)  # a cycle may begin in one pass and end in the next
 def _pass(number: int, size: int, seed: int) -> list[int]:
-    """The order of one pass over the prompts."""
     return permutation(size, seed=seed, stream=PROMPTS, counter=(number,))
 
 

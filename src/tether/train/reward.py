@@ -15,12 +15,7 @@ from tether.data.snapshot import pin_labels
 from tether.data.split import share_prompts, split_pairs
 from tether.data.tokenizer import check_vocabulary, load_generation_config, stop_token_ids
 from tether.math import bradley_terry_loss
-from tether.models.loading import (
-    add_lora,
-    context_length,
-    resolve_device,
-    set_checkpointing,
-)
+from tether.models.loading import add_lora, context_length, resolve_device, set_checkpointing
 from tether.models.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
 from tether.runs import Run, recorded_inputs
 from tether.train import sft

@@ -64,7 +64,6 @@ class Signals:
         self.stop_if_requested()  # someone inside may have swallowed it
 
     def stop_if_requested(self) -> None:
-        """Raise StopRequested if a signal has arrived."""
         if self.requested:
             raise StopRequested
 

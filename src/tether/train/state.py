@@ -35,7 +35,6 @@ class TrainingState:
     kl_coef: float = 0.0  # PPO's β; 0 elsewhere
 
     def save(self) -> None:
-        """Write a checkpoint."""
         assert isinstance(self.run.config, TrainingConfig)
 
         def write(directory: Path) -> None:

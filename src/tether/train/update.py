@@ -22,8 +22,6 @@ from tether.types import Rollout, microbatches
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What phase 2 did."""
-
     metrics: Metrics
     new_logprobs: Tensor  # [B, R] nats, from the last epoch's own passes
     alarms: list[str]  # self-checks out of bounds, steps that were skipped
