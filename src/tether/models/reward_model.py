@@ -86,16 +86,8 @@ class RewardModel(nn.Module):
         return (scores - self.mean) / self.std
 
 
-def load_reward_model(
-    path: str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> RewardModel:
-    """A trained reward model with its normalization; weights in `dtype`, dropout 0."""
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+def load_reward_model(path: str, *, dtype: torch.dtype, device: torch.device, **where: Any) -> RewardModel:
+    """A trained reward model with its normalization; weights in `dtype`, dropout 0. where: as in `load_causal_lm`."""
     config = model_config(path, **where)
     check_one_label(path, config)
     classifier, missing = _load_classifier(path, config, dtype, **where)
@@ -118,20 +110,12 @@ def check_one_label(path: str, config: PretrainedConfig) -> None:
 
 
 def init_reward_model(
-    path: str,
-    *,
-    dtype: torch.dtype,
-    weights_dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    path: str, *, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device, seed: int, **where: Any
 ) -> RewardModel:
     """A reward model to train: the trunk of a language model and a fresh head, or a reward model with its own head.
 
     dtype: compute precision. weights_dtype: float32 for masters, the compute precision for a frozen base.
     """
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = model_config(path, **where)
     config.num_labels = 1
     classifier, missing = _load_classifier(path, config, weights_dtype, **where)
