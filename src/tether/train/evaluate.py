@@ -26,7 +26,7 @@ from tether.models.loading import context_length, load_causal_lm, model_config, 
 from tether.rewards import build_reward
 from tether.runs import EvaluationDir, aside, short_name
 from tether.runs.files import write_atomically, write_table
-from tether.samplers.build import build_sampler
+from tether.samplers import build_sampler
 from tether.train.columns import response_columns
 from tether.train.contexts import check_contexts
 from tether.types import EVALUATE, GENERATE, Completions, Prompt, Rows, Sampling, Text, microbatches

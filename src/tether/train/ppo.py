@@ -22,7 +22,7 @@ from tether.models.loading import context_length, model_config, resolve_device
 from tether.models.policy import build_policy
 from tether.rewards import build_reward, function_file
 from tether.runs import Run, hash_files
-from tether.samplers.build import build_sampler
+from tether.samplers import build_sampler
 from tether.train.best import keep_best
 from tether.train.card import ppo_card
 from tether.train.columns import Record

@@ -95,7 +95,6 @@ def deterministic(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        if workspace is None:
-            del os.environ[_CUBLAS]
-        else:
+        del os.environ[_CUBLAS]
+        if workspace is not None:
             os.environ[_CUBLAS] = workspace
