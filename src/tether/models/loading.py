@@ -114,6 +114,7 @@ def load_causal_lm(
     trunk_only: without its head, and from a directory that need not have one. where: revision and trust_remote_code.
     Raises ModelError where it cannot be loaded, or where weights are missing (they would be random).
     """
+    where = {"trust_remote_code": False, **where}  # where it is left out, transformers asks at the terminal
     model_config(path, **where)
     auto: Any = AutoModel if trunk_only else AutoModelForCausalLM
     with quiet_transformers():

@@ -153,6 +153,7 @@ def init_head(classifier: PreTrainedModel, seed: int) -> None:
 def _load_classifier(path: str, config: PretrainedConfig, dtype: torch.dtype, **where: Any) -> tuple[Any, list[str]]:
     """(classifier, names of the weights that the directory did not have)."""
     _ensure_classifier(config)
+    where = {"trust_remote_code": False, **where}  # where it is left out, transformers asks at the terminal
     with quiet_transformers():
         try:
             classifier, info = AutoModelForSequenceClassification.from_pretrained(
