@@ -107,30 +107,20 @@ def check_directory(path: str) -> None:
 
 
 def load_causal_lm(
-    path: str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    trunk_only: bool = False,
+    path: str, *, dtype: torch.dtype, device: torch.device, trunk_only: bool = False, **where: Any
 ) -> PreTrainedModel:
     """A causal language model from a directory or hub id; safetensors only, every dropout 0.
 
-    trunk_only: without its head, and from a directory that need not have one.
+    trunk_only: without its head, and from a directory that need not have one. where: revision and trust_remote_code.
     Raises ModelError where it cannot be loaded, or where weights are missing (they would be random).
     """
-    model_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    where = {"trust_remote_code": False, **where}  # where it is left out, transformers asks at the terminal
+    model_config(path, **where)
     auto: Any = AutoModel if trunk_only else AutoModelForCausalLM
     with quiet_transformers():
         try:
             model, info = auto.from_pretrained(
-                path,
-                dtype=dtype,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
+                path, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
             )
         except Exception as error:
             raise ModelError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tether.config import ModelConfig
 from tether.errors import ModelError
-from tether.models.language_model import LanguageModel, freeze, frozen_copy
+from tether.models.language_model import LanguageModel, freeze
 from tether.models.loading import (
     add_lora,
     autocast,
@@ -83,12 +83,6 @@ class Policy(nn.Module):
         trunk = {"critic": self.critic.trunk} if self.critic else {}
         return {"policy": self.lm, **trunk, **({"critic/value_head": self._head()} if self.has_critic else {})}
 
-    @contextmanager
-    def as_reference(self) -> Iterator[LanguageModel]:
-        """Under LoRA: the model without its adapter, which is the model that the run began with."""
-        with self.lm.disable_adapter():
-            yield self.model
-
     def save_critic(self, directory: Path) -> None:
         """Write the critic: its head, and its trunk if it has one of its own. Without a critic, nothing."""
         if not self.has_critic:
@@ -125,16 +119,18 @@ class SeparateCritic(nn.Module):
         return read_values(self.head, hidden[rows.before_targets])
 
 
+@dataclass(frozen=True)
 class Reference:
-    """The frozen model that the KL is measured to."""
+    """The frozen model that the KL is measured to; None is the policy without its LoRA adapter, as the run began."""
 
-    def __init__(self, policy: Policy, frozen: LanguageModel | None) -> None:
-        self.policy, self.frozen = policy, frozen
+    policy: Policy
+    frozen: LanguageModel | None
 
     @torch.no_grad()
     def logprobs(self, rows: Rows, *, temperature: float) -> Tensor:
         """[B, R] nats, 0 outside the mask."""
-        with nullcontext(self.frozen) if self.frozen else self.policy.as_reference() as model:
+        model = self.frozen or self.policy.model
+        with nullcontext() if self.frozen else model.lm.disable_adapter():
             logprobs, _, _ = model.response_logprobs(rows, temperature=temperature, entropy=False)
         return _fill(logprobs, rows.response_mask)
 
@@ -157,11 +153,9 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
         frozen = LanguageModel(freeze(other, dtype, same_bits=True), dtype)
         _check_same_vocabulary("model.reference", config.reference, frozen.lm, lm)
     elif not config.lora:
-        frozen = LanguageModel(frozen_copy(lm, dtype, same_bits=True), dtype)
+        frozen = LanguageModel(freeze(copy.deepcopy(lm), dtype, same_bits=True), dtype)
 
-    critic = None
-    if config.critic != "shared":
-        critic = _load_critic(config, lm, dtype, device)
+    critic = None if config.critic == "shared" else _load_critic(config, lm, dtype, device)
     if config.lora:
         lm = add_lora(lm, config.lora, seed=seed)
     set_checkpointing(config.gradient_checkpointing, device, lm, *([critic.trunk] if critic else []))

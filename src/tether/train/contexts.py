@@ -32,8 +32,7 @@ def check_contexts(
     if isinstance(config, PPOConfig):
         m = config.model
         for key, path in (("model.reference", m.reference), ("model.critic", m.critic)):
-            if path not in (None, "shared", "separate"):
-                assert path is not None
+            if path is not None and path not in ("shared", "separate"):
                 _check(f"{key}={path}", path, longest, new)
     for source in config.reward:
         if source.model is not None:

@@ -22,12 +22,12 @@ from tether.models.loading import context_length, model_config, resolve_device
 from tether.models.policy import build_policy
 from tether.rewards import build_reward, function_file
 from tether.runs import Run, hash_files
-from tether.samplers.build import build_sampler
+from tether.samplers import build_sampler
 from tether.train.best import keep_best
 from tether.train.card import ppo_card
 from tether.train.columns import Record
 from tether.train.contexts import check_contexts
-from tether.train.held_out import load_prompt_sets, record_prompt_sets
+from tether.train.held_out import load_prompt_sets
 from tether.train.log import Logger
 from tether.train.optim import PROMPTS, ScheduledOptimizer, build_optimizer, permutation
 from tether.train.preamble import check_parts, open_run
@@ -97,7 +97,7 @@ def ppo(
                 keep_best(run, config, state.done, metrics, write_model)
             return metrics
 
-        def write_model(directory: Path, card: str, add: Callable[[Path], None] = lambda directory: None) -> None:
+        def write_model(directory: Path, card: str, add: Callable[[Path], object] = lambda directory: None) -> None:
             """A plain Hugging Face directory with the critic beside it. add: writes what else belongs there."""
 
             def beside(directory: Path) -> None:
@@ -107,7 +107,7 @@ def ppo(
             save_model(policy.model, tokenizer, directory, card=card, temperature=s.temperature,
                        max_new_tokens=s.max_new_tokens, stop_ids=stop_ids, add=beside)  # fmt: skip
 
-        record_prompt_sets(run, sets.train, sets.held_out)
+        sets.record(run)
         with Logger(run, config.log, total=p.cycles, sinks=sinks) as log, state.saved_when_stopped():
             for text in [*notes, *([sets.note] if sets.note else []), *fallbacks]:
                 log.fallback(text)
@@ -158,7 +158,6 @@ def _prompts_of(cycle: int, prompts: list[Prompt], config: PPOConfig) -> list[Pr
 
 @lru_cache(maxsize=2)  # a cycle may begin in one pass and end in the next
 def _pass(number: int, size: int, seed: int) -> list[int]:
-    """The order of one pass over the prompts."""
     return permutation(size, seed=seed, stream=PROMPTS, counter=(number,))
 
 

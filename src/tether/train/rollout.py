@@ -60,11 +60,7 @@ def collect(
     sampling: Sampling, ppo: PPOSection, *, kl_coef: float, cycle: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Experience:  # fmt: skip
-    """Sample, score, value, and turn all three into advantages.
-
-    The KL penalty is in the rewards unless ppo.kl.place says loss. Advantages are whitened over the cycle's counted
-    tokens, if the config says so.
-    """
+    """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens."""
     clock = _Clock()
     progress("sampling")
     completions = sampler.generate(prompts, sampling, cycle=cycle)
@@ -109,6 +105,9 @@ def collect(
         gap = optimality_gap(
             scored.scores, log_ratio_sums.cpu(), responses_per_prompt=sampling.responses_per_prompt, kl_coef=in_reward
         )
+    critic: Metrics = {}
+    if values is not None and returns is not None:
+        critic["value/explained_variance"] = explained_variance(values, returns, mask)
     sampled = torch.zeros_like(old)
     sampled[mask] = torch.tensor([x for row in completions.sampler_logprobs for x in row], device=mask.device)
     cut = [x for row in completions.truncated_mass for x in row]
@@ -125,7 +124,7 @@ def collect(
         "kl/ref_per_token": float(masked_mean(old - ref, mask)),
         "kl/coef": kl_coef,
         "policy/optimality_gap": gap,
-        **_of_the_critic(values, returns, mask),
+        **critic,
         "advantage/mean": float(masked_mean(advantages, mask)),
         "advantage/std": float(masked_var(advantages, mask).sqrt()),
         "response/length_mean": float(lengths.mean()),
@@ -140,7 +139,11 @@ def collect(
         "tokens_per_s/rollout": float(lengths.sum()) / max(clock.laps["time/rollout_s"], 1e-9),
         **clock.laps,
     }
-    return Experience(completions, scored, rollout, advantages, entropy, metrics, _check_sampler(metrics, policy))
+    # The engine and the trainer must give the same tokens the same log-probs, up to rounding.
+    sampler_gap = metrics["check/sampler_gap"] or 0.0
+    bound = SAMPLER_GAP["float32" if policy.model.dtype == torch.float32 else "bfloat16"]
+    alarms = [f"sampler gap {sampler_gap:.2g} nats per token, above {bound}"] if sampler_gap > bound else []
+    return Experience(completions, scored, rollout, advantages, entropy, metrics, alarms)
 
 
 def estimate(rewards: Tensor, values: Tensor | None, mask: Tensor, ppo: PPOSection) -> tuple[Tensor, Tensor | None]:
@@ -151,19 +154,6 @@ def estimate(rewards: Tensor, values: Tensor | None, mask: Tensor, ppo: PPOSecti
     if critic_lam != lam:
         _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=critic_lam)
     return advantages, returns
-
-
-def _of_the_critic(values: Tensor | None, returns: Tensor | None, mask: Tensor) -> Metrics:
-    if values is None or returns is None:
-        return {}
-    return {"value/explained_variance": explained_variance(values, returns, mask)}
-
-
-def _check_sampler(metrics: Metrics, policy: Policy) -> list[str]:
-    """The engine and the trainer must give the same tokens the same log-probs, up to rounding."""
-    gap = metrics["check/sampler_gap"] or 0.0
-    bound = SAMPLER_GAP["float32" if policy.model.dtype == torch.float32 else "bfloat16"]
-    return [f"sampler gap {gap:.2g} nats per token, above {bound}"] if gap > bound else []
 
 
 def _check_placement(rewards: Tensor, penalties: Tensor, scores: Tensor, lengths: Tensor) -> None:

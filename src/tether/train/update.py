@@ -15,15 +15,13 @@ from tether.math import clipped_policy_loss, entropy_mean, kl_loss, value_loss
 from tether.models.policy import Policy
 from tether.runs.bounds import FIRST_RATIO_MAX_FLOAT32, FIRST_RATIO_MEAN, FIRST_RATIO_STOP
 from tether.train.memory import peak_mb
-from tether.train.optim import RESTART_HINT, SHUFFLE, ScheduledOptimizer, permutation
+from tether.train.optim import RESTART_HINT, SHUFFLE, ScheduledOptimizer, permutation, read_numbers
 from tether.train.rollout import Metrics
 from tether.types import Rollout, microbatches
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What phase 2 did."""
-
     metrics: Metrics
     new_logprobs: Tensor  # [B, R] nats, from the last epoch's own passes
     alarms: list[str]  # self-checks out of bounds, steps that were skipped
@@ -36,10 +34,8 @@ def update(
 ) -> Update:  # fmt: skip
     """Maximize the clipped objective over the cycle's rollout; changes `policy` and the optimizer in place.
 
-    Every metric is taken before its minibatch's step and averaged over the cycle by tokens. The learning rate follows
-    from the step's number in the whole run, so nothing of the schedule needs saving.
-
-    Raises TrainingError when gradients stay not finite, or when the first ratio of the cycle is not 1.
+    Every metric is taken before its minibatch's step and averaged over the cycle by tokens. Raises TrainingError when
+    gradients stay not finite, or when the first ratio of the cycle is not 1.
     """
     began = time.perf_counter()
     per_epoch = len(rollout.rows) // ppo.minibatch
@@ -98,8 +94,7 @@ def accumulate(
     """
     rows = minibatch.rows
     denominator = float(rows.response_lengths.sum())
-    names: list[str] = []
-    values: list[Tensor] = []  # of each microbatch, one for each name
+    found: list[dict[str, Tensor]] = []  # metrics of each microbatch
     new_logprobs = torch.zeros_like(minibatch.old_logprobs)
     for index in microbatches(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
         part = minibatch.select(index)
@@ -122,13 +117,11 @@ def accumulate(
             if ppo.kl.place == "loss":
                 terms.append(kl_coef * kl_loss(output.logprobs, part.ref_logprobs, mask, denominator=denominator))
         sum(terms[1:], terms[0]).backward()
-        found = {**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()}
-        names = list(found)
-        values.append(torch.stack(list(found.values())))
+        found.append({**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()})
         new_logprobs[index, : mask.shape[1]] = output.logprobs.detach()
     metrics: dict[str, float] = {}
-    for row in torch.stack(values).tolist():  # at once: reading a number off a GPU waits for all that it has to do
-        _merge(metrics, dict(zip(names, row, strict=True)))
+    for part_metrics in read_numbers(found):
+        _merge(metrics, part_metrics)
     return metrics, new_logprobs
 
 
