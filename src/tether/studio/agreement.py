@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
@@ -74,18 +74,11 @@ def routes(studio: Studio) -> APIRouter:
             models=reward_models(studio),
         )  # fmt: skip
 
-    @router.get("/agreement/preferences.jsonl")
-    def export() -> StreamingResponse:
-        rows = studio.labels().preference_rows() if studio.labels.there else []
-        lines = (json.dumps(row) + "\n" for row in rows)
-        headers = {"content-disposition": "attachment; filename=preferences.jsonl"}
-        return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
-
-    @router.get("/agreement/events.jsonl")
-    def events() -> StreamingResponse:
-        found = studio.labels().events() if studio.labels.there else iter(())
-        lines = (json.dumps(event) + "\n" for event in found)
-        headers = {"content-disposition": "attachment; filename=events.jsonl"}
+    @router.get("/agreement/{name}.jsonl")
+    def export(name: Literal["preferences", "events"]) -> StreamingResponse:
+        read = Store.preference_rows if name == "preferences" else Store.events
+        lines = (json.dumps(row) + "\n" for row in (read(studio.labels()) if studio.labels.there else ()))
+        headers = {"content-disposition": f"attachment; filename={name}.jsonl"}
         return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 
     return router
