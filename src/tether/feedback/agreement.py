@@ -207,6 +207,8 @@ def _quality(annotator: str | None, labels: Sequence[Label]) -> Quality:
     judged = [label for label in labels if label.choice != "skip"]
     plain = [label for label in judged if label.gold is None and label.repeat_of is None]
     decided = [label for label in plain if label.choice in ("a", "b")]
+    uneven = [label for label in decided if label.longer is not None]
+    gold = [label for label in judged if label.gold is not None]
     seconds = [label.seconds for label in judged if label.seconds is not None]
     first = {(label.annotator, label.item): label.choice for label in plain}
     again = [
@@ -221,18 +223,10 @@ def _quality(annotator: str | None, labels: Sequence[Label]) -> Quality:
         ties=sum(label.choice in TIES for label in judged),
         consistency=wilson(sum(again), len(again)),
         left=wilson(sum(_index(x) == x.order[0] for x in decided), len(decided)),
-        longer=_longer([x for x in decided if x.longer is not None]),
-        gold=_gold([x for x in judged if x.gold is not None]),
+        longer=wilson(sum(_index(x) == x.longer for x in uneven), len(uneven)),
+        gold=wilson(sum(_index(x) == x.gold for x in gold), len(gold)),
         seconds=median(seconds) if seconds else None,
     )
-
-
-def _longer(labels: Sequence[Label]) -> Rate | None:
-    return wilson(sum(_index(label) == label.longer for label in labels), len(labels))
-
-
-def _gold(labels: Sequence[Label]) -> Rate | None:
-    return wilson(sum(_index(label) == label.gold for label in labels), len(labels))
 
 
 def _index(label: Label) -> int | None:

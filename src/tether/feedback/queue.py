@@ -13,12 +13,11 @@ import json
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any
 
 from tether.errors import StoreError, did_you_mean
-from tether.feedback.records import Added, Answer, Item, Task, utc_iso
+from tether.feedback.records import Added, Answer, Item, Task, iso_time
 from tether.feedback.schema import GOLD, MAIN, REPEAT, to_json
 
 BLOCK = 64  # neighbors in the queue whose order is each annotator's own
@@ -306,6 +305,6 @@ def _task(connection: sqlite3.Connection, person: sqlite3.Row, lease: sqlite3.Ro
         answers=tuple(answers[i]["text"] for i in order),
         order=order,
         guideline=lease["guideline"],
-        expires=utc_iso(datetime.fromtimestamp(lease["expires"], UTC)),
+        expires=iso_time(lease["expires"]),
         number=person["labels"] + person["skips"] + 1,
     )

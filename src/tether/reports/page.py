@@ -25,7 +25,7 @@ from tether.reports.curves import curves, sources_of
 from tether.reports.held_out import Evaluation, best_of, win_share
 from tether.reports.html import safe_json, templates
 from tether.reports.plots import Plot, calibration, frontier, points
-from tether.reports.signals import SIGNALS, Scale, knobs_of, surprise, tokens_of, value_curve
+from tether.reports.signals import SIGNALS, Scale, surprise, tokens_of, value_curve
 from tether.reports.text import prompt_text
 from tether.runs import Run, to_plain
 from tether.runs.durations import format_duration
@@ -231,7 +231,7 @@ def _looks(run: Run, config: PPOConfig) -> list[Look]:
             title=f"Cycle {cycle}, {which}",
             row=row,
             prompt=prompt_text(row["prompt"]),
-            tokens=tokens_of(row, [scale.step(v) for v in signal.of(row)[:_MOST_TOKENS]], knobs_of(config, row)),
+            tokens=tokens_of(row, [scale.step(v) for v in signal.of(row)[:_MOST_TOKENS]], config),
             curve=value_curve(row, _MOST_TOKENS),
         )
         for which, row in chosen.items()

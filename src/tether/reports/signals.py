@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tether.config import PPOConfig
+from tether.config.ppo import PPOSection
 from tether.reports.text import visible
 
 Row = Mapping[str, Any]
@@ -101,67 +102,54 @@ class Scale:
         return round(max(-1.0, min(1.0, (value - self.middle) / self.reach)) * STEPS)
 
 
-@dataclass(frozen=True)
-class Knobs:
-    """Of the run that a row is from.
+def beta_of(row: Row, ppo: PPOSection) -> float | None:
+    """β as the row was paid, off the row itself where its KL is largest: a controller moves it from cycle to cycle.
 
-    gamma, clip (low, high)   as in the config.
-    lam                       (the actor's λ, the critic's).
-    beta                      β as this row was paid; None where the KL is not in the reward.
+    None where the KL is not in the reward.
     """
-
-    gamma: float
-    lam: tuple[float, float]
-    clip: tuple[float, float]
-    beta: float | None
-
-
-def knobs_of(config: PPOConfig, row: Row) -> Knobs:
-    """The knobs behind a row."""
-    p = config.ppo
-    return Knobs(p.gamma, p.lams, p.clips, _beta(row, p.kl.coef) if p.kl.place == "reward" else None)
-
-
-def _beta(row: Row, otherwise: float) -> float:
-    """β off the row itself, where its KL is largest: a controller moves it from cycle to cycle."""
+    if ppo.kl.place != "reward":
+        return None
     kl = _kl(row)
     t = max(range(len(kl)), key=lambda i: abs(kl[i] or 0.0), default=0)
     if not kl or not kl[t] or row["score"] is None:
-        return otherwise
+        return ppo.kl.coef
     return float((row["score"] * (t == len(kl) - 1) - row["reward"][t]) / kl[t])
 
 
-def arithmetic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
-    """(what, the sum with this token's numbers) of token `t`, as a lecturer would write them on the board."""
+def arithmetic(row: Row, t: int, ppo: PPOSection, beta: float | None) -> list[tuple[str, str]]:
+    """(what, the sum with this token's numbers) of token `t`, as a lecturer would write them on the board.
+
+    beta: see `beta_of`.
+    """
     reward, advantage = row["reward"], row["advantage"]
     last = t == len(reward) - 1
     kl = row["old_logprob"][t] - row["ref_logprob"][t]
     lines = [("KL", f"ln π − ln π_ref = {_n(row['old_logprob'][t])} − {_n(row['ref_logprob'][t])} = {_n(kl)}")]
     score = f"score = {_n(row['score'])}" if last and row["score"] is not None else ""
-    if knobs.beta is None:
+    if beta is None:
         lines.append(("reward", f"r = {score}" if score else f"r = {_n(reward[t])}: nothing before the end"))
     elif score:
-        said = f"{_n(row['score'])} − {knobs.beta:.3g}·{_n(kl)}"
+        said = f"{_n(row['score'])} − {beta:.3g}·{_n(kl)}"
         lines.append(("reward", f"r = score − β·KL = {said} = {_n(reward[t])}"))
     else:
-        lines.append(("reward", f"r = −β·KL = −{knobs.beta:.3g}·{_n(kl)} = {_n(reward[t])}"))
-    lines += _of_the_critic(row, t, knobs) if "value" in row else [("A", _n(advantage[t]))]
+        lines.append(("reward", f"r = −β·KL = −{beta:.3g}·{_n(kl)} = {_n(reward[t])}"))
+    lines += _of_the_critic(row, t, ppo) if "value" in row else [("A", _n(advantage[t]))]
     ratio = row["ratio"][t]
     if ratio is not None:
         new, old = row["new_logprob"][t], row["old_logprob"][t]
-        lines.append(("ratio", f"exp(new − old) = exp({_n(new)} − {_n(old)}) = {_n(ratio)}; {_clipped(row, t, knobs)}"))
+        lines.append(("ratio", f"exp(new − old) = exp({_n(new)} − {_n(old)}) = {_n(ratio)}; {_clipped(row, t, ppo)}"))
     lines.append(("entropy", f"{_n(row['entropy'][t])} nats"))
     return lines
 
 
-def _of_the_critic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
+def _of_the_critic(row: Row, t: int, ppo: PPOSection) -> list[tuple[str, str]]:
     """δ, A and the return of token `t`: they follow from the critic's values."""
     value, reward, delta, advantage = row["value"], row["reward"], row["delta"], row["advantage"]
     after, next_advantage = (0.0, 0.0) if t == len(value) - 1 else (value[t + 1], advantage[t + 1])
-    actor, critic = knobs.lam
+    actor, critic = ppo.lams
     lines = [
-        ("δ", f"r + γ·V′ − V = {_n(reward[t])} + {knobs.gamma:g}·{_n(after)} − {_n(value[t])} = {_n(delta[t])}"),
-        ("A", f"δ + γλ·A′ = {_n(delta[t])} + {knobs.gamma * actor:g}·{_n(next_advantage)} = {_n(advantage[t])}"),
+        ("δ", f"r + γ·V′ − V = {_n(reward[t])} + {ppo.gamma:g}·{_n(after)} − {_n(value[t])} = {_n(delta[t])}"),
+        ("A", f"δ + γλ·A′ = {_n(delta[t])} + {ppo.gamma * actor:g}·{_n(next_advantage)} = {_n(advantage[t])}"),
     ]
     if actor == critic:
         lines.append(("return", f"A + V = {_n(advantage[t])} + {_n(value[t])} = {_n(row['return'][t])}"))
@@ -170,8 +158,8 @@ def _of_the_critic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
     return lines
 
 
-def _clipped(row: Row, t: int, knobs: Knobs) -> str:
-    low, high = 1 - knobs.clip[0], 1 + knobs.clip[1]
+def _clipped(row: Row, t: int, ppo: PPOSection) -> str:
+    low, high = 1 - ppo.clips[0], 1 + ppo.clips[1]
     if not row["clipped"][t]:
         return f"inside the clip [{low:g}, {high:g}], or on the side where it does not hold back"
     side = f"above {high:g} with whitened A > 0" if row["ratio"][t] > high else f"below {low:g} with whitened A < 0"
@@ -183,12 +171,13 @@ def _n(value: float) -> str:
     return f"({text})".replace("-", "−") if text.startswith("-") else text
 
 
-def tokens_of(row: Row, steps: Sequence[int], knobs: Knobs) -> list[dict[str, Any]]:
+def tokens_of(row: Row, steps: Sequence[int], config: PPOConfig) -> list[dict[str, Any]]:
     """What a page shows of each token: its text, color and arithmetic. As many as there are steps."""
+    beta = beta_of(row, config.ppo)
     return [
         {
             "t": t, "text": visible(text) or "∅", "blank": not text.strip(), "clipped": bool(row["clipped"][t]),
-            "step": step, "lines": arithmetic(row, t, knobs),
+            "step": step, "lines": arithmetic(row, t, config.ppo, beta),
         }
         for t, (text, step) in enumerate(zip(row["text"], steps, strict=False))
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from tether.config import PPOConfig
 from tether.errors import RunError
 from tether.reports.html import safe_json
-from tether.reports.signals import SIGNALS, Row, Scale, knobs_of, signals_of, surprise, tokens_of, value_curve
+from tether.reports.signals import SIGNALS, Row, Scale, signals_of, surprise, tokens_of, value_curve
 from tether.reports.text import prompt_text
 from tether.runs import Run
 from tether.runs.files import read_table
@@ -83,7 +83,7 @@ def routes(studio: Studio) -> APIRouter:
         signals = signals_of(row)
         signal = signal if signal in signals else next(iter(signals))
         steps = {key: [content.scale(key).step(v) for v in s.of(row)[:_MOST_SHOWN]] for key, s in signals.items()}
-        tokens = tokens_of(row, steps[signal], knobs_of(config, row))
+        tokens = tokens_of(row, steps[signal], config)
         says = {key: s.says for key, s in signals.items()}
         return studio.page(
             request, "completion.html.j2", id=run_id, name=studio.runs.name(run), folder=folder, cycle=cycle,
