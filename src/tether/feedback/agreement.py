@@ -29,23 +29,13 @@ _FEWEST = 2  # items, before an agreement means anything at all
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
-    """A share with Wilson's 95 % interval."""
+class Estimate:
+    """A figure with its 95 % interval: a share with Wilson's, α with the bootstrap's over items."""
 
     value: float
     low: float
     high: float
-    count: int  # of what it is a share
-
-
-@dataclass(frozen=True, slots=True)
-class Alpha:
-    """Krippendorff's α with its 95 % bootstrap interval over items."""
-
-    value: float
-    low: float
-    high: float
-    items: int  # with two labels or more
+    count: int  # of what it is a share; for α the items with two labels or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +57,10 @@ class Quality:
     labels: int  # that stand, skips not
     skips: int
     ties: int
-    consistency: Rate | None
-    left: Rate | None  # of pairs that were decided, the left answer
-    longer: Rate | None  # of pairs that were decided and whose answers differ in length, the longer one
-    gold: Rate | None
+    consistency: Estimate | None
+    left: Estimate | None  # of pairs that were decided, the left answer
+    longer: Estimate | None  # of pairs that were decided and whose answers differ in length, the longer one
+    gold: Estimate | None
     seconds: float | None  # an item, median
 
 
@@ -78,7 +68,7 @@ class Quality:
 class Agreement:
     """How far people agree."""
 
-    alpha: Alpha | None
+    alpha: Estimate | None
     kappas: tuple[Kappa, ...]  # of every two who share items, by name
     overall: Quality
     annotators: tuple[Quality, ...]  # by name
@@ -131,7 +121,7 @@ def _units(labels: Iterable[Label]) -> dict[Unit, dict[str, str]]:
     return units
 
 
-def krippendorff_alpha(units: Units, *, seed: int = 0, draws: int = 1000) -> Alpha | None:
+def krippendorff_alpha(units: Units, *, seed: int = 0, draws: int = 1000) -> Estimate | None:
     """α over the units that two people or more judged; None below two items, or where all chose the same.
 
     Items are drawn, not units: the pairs of one ranking are not independent. Items with the same coincidences are
@@ -156,7 +146,7 @@ def krippendorff_alpha(units: Units, *, seed: int = 0, draws: int = 1000) -> Alp
     drawn = np.random.default_rng(seed).multinomial(len(judged), frequency / frequency.sum(), size=draws)
     alphas = _alpha_of(np.tensordot(drawn, each, axes=1))
     low, high = np.nanquantile(alphas, [0.025, 0.975]) if not np.isnan(alphas).all() else (value, value)
-    return Alpha(value, float(low), float(high), len(judged))
+    return Estimate(value, float(low), float(high), len(judged))
 
 
 def _coincidences(counts: Any) -> Any:
@@ -237,9 +227,9 @@ def _index(label: Label) -> int | None:
     return "ab".index(label.choice) if label.choice in ("a", "b") else None
 
 
-def wilson(successes: int, count: int) -> Rate | None:
+def wilson(successes: int, count: int) -> Estimate | None:
     """A share with Wilson's 95 % interval; None of nothing."""
     if count == 0:
         return None
     share = successes / count
-    return Rate(share, *wilson_interval(share, count), count)
+    return Estimate(share, *wilson_interval(share, count), count)

@@ -74,19 +74,15 @@ def add_items(
     connection: sqlite3.Connection, items: Iterable[Item], *, overlap: float, seed: int, first: bool = False
 ) -> Added:
     """Queue what is not there yet, behind what is; `first`: before it."""
-    order: list[str] = []
+    order = [(fingerprint(item), item) for item in items]
     new: dict[str, Item] = {}
     ids: dict[str, int] = {}
-    for item in items:
-        mark = fingerprint(item)
-        order.append(mark)
-        if mark in ids or mark in new:
-            continue
+    for mark, item in order:
         known = connection.execute("SELECT id FROM items WHERE fingerprint = ? AND repeat_of IS NULL", (mark,))
         if row := known.fetchone():
             ids[mark] = row["id"]
         else:
-            new[mark] = item
+            new.setdefault(mark, item)
     twice: set[str] = set()
     for pool in (MAIN, GOLD):
         batch = sorted(
@@ -105,7 +101,7 @@ def add_items(
         "UPDATE totals SET items = items + ?, gold = gold + ?, wanted = wanted + ?, remaining = remaining + ?",
         (len(new) - golds, golds, wanted, wanted),
     )
-    return Added(tuple(ids[mark] for mark in order), len(new), len(order) - len(new), len(twice))
+    return Added(tuple(ids[mark] for mark, _ in order), len(new), len(order) - len(new), len(twice))
 
 
 def fingerprint(item: Item) -> str:

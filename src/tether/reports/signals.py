@@ -21,23 +21,18 @@ STEPS = 8  # colors on either side of the middle
 
 @dataclass(frozen=True)
 class Signal:
-    """One number a token.
-
-    column  of a row that has it: without a critic there is no value.
-    of      its values in a row; None where it has none.
-    middle  the value without color; None: the mean over the cycle.
-    """
+    """One number a token."""
 
     key: str
     name: str
     says: str
-    column: str
-    of: Callable[[Row], list[float | None]]
-    middle: float | None = 0.0
+    column: str  # of a row that has it: without a critic there is no value
+    derived: Callable[[Row], list[float | None]] | None = None  # from a row, where it is not the column itself
+    middle: float | None = 0.0  # the value without color; None: the mean over the cycle
 
-
-def _column(name: str) -> Callable[[Row], list[float | None]]:
-    return lambda row: list(row[name])
+    def of(self, row: Row) -> list[float | None]:
+        """Its values in a row; None where it has none."""
+        return self.derived(row) if self.derived else list(row[self.column])
 
 
 def _kl(row: Row) -> list[float | None]:
@@ -52,19 +47,18 @@ SIGNALS = {
     s.key: s
     for s in (
         Signal("value", "Value V", "What the critic expected still to come, before this token was chosen.",
-               "value", _column("value"), middle=None),
+               "value", middle=None),
         Signal("advantage", "Advantage A", "How much better things went from this token on than the critic expected, "
                "colored around the cycle's mean, as whitening sees it: training makes blue tokens likelier, orange "
-               "ones less likely.", "advantage", _column("advantage"), middle=None),
-        Signal("delta", "Surprise δ", "What this one token changed in the critic's estimate.", "delta",
-               _column("delta")),
+               "ones less likely.", "advantage", middle=None),
+        Signal("delta", "Surprise δ", "What this one token changed in the critic's estimate.", "delta"),
         Signal("ratio", "Ratio, log", "How much likelier this cycle's update made the token; underlined where the clip "
                "cut its gradient.", "ratio", _log_ratio),
         Signal("kl", "KL to the reference", "How much likelier the token is than under the reference, in nats: summed "
                "over the response, what it paid.", "old_logprob", _kl),
-        Signal("entropy", "Entropy", "How open the choice was, in nats.", "entropy", _column("entropy")),
+        Signal("entropy", "Entropy", "How open the choice was, in nats.", "entropy"),
         Signal("reward", "Reward", "What the token was paid: the KL's price, and the score at the last one.",
-               "reward", _column("reward")),
+               "reward"),
     )
 }  # fmt: skip
 
@@ -76,14 +70,10 @@ def signals_of(row: Row) -> dict[str, Signal]:
 
 @dataclass(frozen=True)
 class Scale:
-    """From a signal's value to a color, the same for a whole cycle.
+    """From a signal's value to a color, the same for a whole cycle."""
 
-    middle  the value without color.
-    reach   distance from it at which the color is full: the 98th percentile, so that one outlier does not gray all.
-    """
-
-    middle: float
-    reach: float
+    middle: float  # the value without color
+    reach: float  # distance from it at which the color is full: the 98th percentile, so that no outlier grays the rest
 
     @classmethod
     def of(cls, signal: Signal, rows: Sequence[Row]) -> Scale:

@@ -91,9 +91,8 @@ def reward_models(studio: Studio) -> list[dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RunError):
             run = studio.runs.open(run_id)
             path = run.path / "reward_report.json"
-            if path.exists():
-                content = json.loads(path.read_text(encoding="utf-8"))
-                shown = {key: float(content["accuracy"][key]) for key in ("low", "value", "high")}
-                row = {"id": run_id, "name": studio.runs.name(run), "pairs": content["test_pairs"], "accuracy": shown}
-                found.append((path.stat().st_mtime, row))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            shown = {key: float(content["accuracy"][key]) for key in ("low", "value", "high")}
+            row = {"id": run_id, "name": studio.runs.name(run), "pairs": content["test_pairs"], "accuracy": shown}
+            found.append((path.stat().st_mtime, row))
     return [row for _, row in sorted(found, key=lambda f: -f[0])[:_MOST_REWARD_RUNS]]

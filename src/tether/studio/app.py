@@ -30,7 +30,7 @@ def create_app(studio: Studio) -> ASGIApp:
 
     @app.get("/")
     def home(request: Request) -> RedirectResponse:
-        return RedirectResponse("/runs" if request.scope["state"]["owner"] else "/label")
+        return RedirectResponse("/runs" if request.state.owner else "/label")
 
     @app.get("/sign-in")
     def follow_link(request: Request, token: str = "") -> Response:
@@ -38,7 +38,7 @@ def create_app(studio: Studio) -> ASGIApp:
 
     @app.post("/sign-in")
     def sign_in(request: Request) -> Response:  # a users token stays out of the URL
-        return _signed_in(request, request.scope["state"]["form"].get("token", ""))
+        return _signed_in(request, request.state.form.get("token", ""))
 
     def _signed_in(request: Request, token: str) -> Response:
         session = studio.gate.redeem(token) if token else None

@@ -30,13 +30,9 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.get("/compare")
     def compare(request: Request, a: str = "", b: str = "", blind: bool = False, page: int = 1) -> HTMLResponse:
-        choices = _choices(studio, a, b)
-        if not (a and b):
-            return studio.page(request, "compare.html.j2", choices=choices, a=a, b=b, blind=blind, sides=(), pairs=[],
-                               page=1, pages=1, count=0, means=())  # fmt: skip
-        sides = (Answers.of(studio, a), Answers.of(studio, b))
+        sides = [Answers.of(studio, key) for key in (a, b)] if a and b else []
         answers = [side.by_prompt() for side in sides]
-        common = [prompt for prompt in answers[0] if prompt in answers[1]]
+        common = [prompt for prompt in answers[0] if prompt in answers[1]] if sides else []
         prompts, page, pages = paged(common, page, _A_PAGE)
         shown = [
             _pair(prompt, answers[0][prompt], answers[1][prompt], swapped=blind and coin(prompt, a, b))
@@ -44,8 +40,8 @@ def routes(studio: Studio) -> APIRouter:
         ]
         means = [_mean([r["score"] for p in common for r in found[p]]) for found in answers]
         return studio.page(
-            request, "compare.html.j2", choices=choices, a=a, b=b, blind=blind, sides=sides, pairs=shown, page=page,
-            pages=pages, count=len(common), means=means,
+            request, "compare.html.j2", choices=_choices(studio, a, b), a=a, b=b, blind=blind, sides=sides, pairs=shown,
+            page=page, pages=pages, count=len(common), means=means,
         )  # fmt: skip
 
     return router
