@@ -22,7 +22,7 @@ from itertools import combinations
 from statistics import median
 from typing import Any
 
-from tether.feedback.records import RANKING, TIES, Label
+from tether.feedback.records import TIES, Label
 from tether.statistics import wilson_interval
 
 _FEWEST = 2  # items, before an agreement means anything at all
@@ -107,16 +107,10 @@ def _units(labels: Iterable[Label]) -> dict[Unit, dict[str, str]]:
     for label in judged:
         if people[label.item] < 2:
             continue  # nobody to agree with
-        if label.kind == "pair":
-            side = "tie" if label.choice in TIES else label.choice
-            units.setdefault((label.item, 0, 1), {})[label.annotator] = side
-            continue
         for i, j in combinations(range(len(label.order)), 2):
-            if label.choice == RANKING:
-                assert label.ranking is not None
+            side = "tie" if label.choice in TIES else label.choice
+            if label.ranking is not None:
                 side = "a" if label.ranking.index(i) < label.ranking.index(j) else "b"
-            else:
-                side = "tie"
             units.setdefault((label.item, i, j), {})[label.annotator] = side
     return units
 
@@ -221,8 +215,7 @@ def _quality(annotator: str | None, labels: Sequence[Label]) -> Quality:
 
 def _index(label: Label) -> int | None:
     """The answer put first; None for a tie."""
-    if label.choice == RANKING:
-        assert label.ranking is not None
+    if label.ranking is not None:
         return label.ranking[0]
     return "ab".index(label.choice) if label.choice in ("a", "b") else None
 

@@ -71,10 +71,7 @@ def record(
 
 
 def undo(connection: sqlite3.Connection, annotator: str, key: str, *, now: float, mix: Mix) -> Receipt | None:
-    """Withdraw the annotator's latest label that stands, and give them its item back; None if none stands.
-
-    A skipped item that somebody else has taken since stays with them: it would have more labels than it is to have.
-    """
+    """See `Store.undo`. A skipped item that somebody else has would get more labels than it is to have."""
     person = person_of(connection, annotator)
     if earlier := _earlier(connection, person, key):
         if earlier["kind"] != "undo":

@@ -65,8 +65,7 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.get("/agreement")
     def page(request: Request) -> HTMLResponse:
-        there = studio.labels.there
-        store = studio.labels() if there else None
+        store = studio.labels() if studio.has_labels else None
         found = computed.of(store) if store else None
         return studio.page(
             request, "agreement.html.j2", overview=store.overview() if store else None,
@@ -77,7 +76,7 @@ def routes(studio: Studio) -> APIRouter:
     @router.get("/agreement/{name}.jsonl")
     def export(name: Literal["preferences", "events"]) -> StreamingResponse:
         read = Store.preference_rows if name == "preferences" else Store.events
-        lines = (json.dumps(row) + "\n" for row in (read(studio.labels()) if studio.labels.there else ()))
+        lines = (json.dumps(row) + "\n" for row in (read(studio.labels()) if studio.has_labels else ()))
         headers = {"content-disposition": f"attachment; filename={name}.jsonl"}
         return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 

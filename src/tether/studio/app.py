@@ -32,15 +32,10 @@ def create_app(studio: Studio) -> ASGIApp:
     def home(request: Request) -> RedirectResponse:
         return RedirectResponse("/runs" if request.state.owner else "/label")
 
-    @app.get("/sign-in")
-    def follow_link(request: Request, token: str = "") -> Response:
-        return _signed_in(request, token)
-
-    @app.post("/sign-in")
-    def sign_in(request: Request) -> Response:  # a users token stays out of the URL
-        return _signed_in(request, request.state.form.get("token", ""))
-
-    def _signed_in(request: Request, token: str) -> Response:
+    @app.api_route("/sign-in", methods=["GET", "POST"])
+    def sign_in(request: Request, token: str = "") -> Response:
+        if request.method == "POST":  # a users token stays out of the URL
+            token = request.state.form.get("token", "")
         session = studio.gate.redeem(token) if token else None
         if session is None:
             why = "This link was used before, or is of another start of the studio. Take a new one from its terminal."

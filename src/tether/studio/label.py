@@ -37,7 +37,7 @@ def routes(studio: Studio) -> APIRouter:
     @router.get("/label")
     def label(request: Request, done: str = "") -> HTMLResponse:
         person, owner = request.state.person, request.state.owner
-        if not store.there:
+        if not studio.has_labels:
             return studio.page(request, "label.html.j2", task=None, progress=None, overview=None, done=done)
         labels = store()
         if person not in registered:

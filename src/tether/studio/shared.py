@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
@@ -23,25 +23,6 @@ from tether.studio.security import Gate
 Row = TypeVar("Row")
 
 
-class OpenStore:
-    """The store, opened when it is first needed."""
-
-    def __init__(self, path: Path, busy_s: float) -> None:
-        self._path, self._busy_s, self._lock = path, busy_s, Lock()
-        self._store: Store | None = None
-
-    def __call__(self) -> Store:
-        with self._lock:
-            if self._store is None:
-                self._store = Store(self._path, busy_s=self._busy_s)
-            return self._store
-
-    @property
-    def there(self) -> bool:
-        """Whether anything was ever put into it."""
-        return self._store is not None or self._path.exists()
-
-
 @dataclass
 class Studio:
     """What the pages share.
@@ -58,9 +39,20 @@ class Studio:
     gate: Gate
     busy_s: float = 5.0
     device: str = "cpu"
+    _open: Store | None = field(default=None, init=False)
+    _opening: Lock = field(default_factory=Lock, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        self.labels = OpenStore(self.store, self.busy_s)
+    def labels(self) -> Store:
+        """The store, opened when it is first needed."""
+        with self._opening:
+            if self._open is None:
+                self._open = Store(self.store, busy_s=self.busy_s)
+            return self._open
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether anything was ever put into the store."""
+        return self._open is not None or self.store.exists()
 
     def page(self, request: Request, template: str, status_code: int = 200, **values: Any) -> HTMLResponse:
         """A page from its template."""
