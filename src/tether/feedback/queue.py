@@ -93,7 +93,7 @@ def add_items(
             continue
         if pool == MAIN:
             twice = _chosen(batch, overlap, seed)
-        start = _first_position(connection, pool, len(batch)) if first else _last_position(connection, pool)
+        start = _start(connection, pool, len(batch), first=first)
         ids |= _insert(connection, pool, [(mark, new[mark]) for mark in batch], twice, start=start, seed=seed)
     golds = sum(item.gold is not None for item in new.values())
     wanted = len(new) - golds + len(twice)
@@ -113,20 +113,16 @@ def _chosen(batch: Sequence[str], fraction: float, seed: int) -> set[str]:
     """`fraction` of the batch; what is left of a whole item is drawn, so items added one by one have their share."""
     exact = fraction * len(batch)
     count = int(exact)
-    if batch and chance(seed, "overlap", *batch[:1]) < exact - count:
+    if chance(seed, "overlap", batch[0]) < exact - count:
         count += 1
     return set(sorted(batch, key=lambda mark: draw(seed, "twice", mark))[:count])
 
 
-def _last_position(connection: sqlite3.Connection, pool: int) -> int:
-    """Where the next item goes: behind everything, since positions count from 0, those put first from -1 down."""
-    totals = connection.execute("SELECT items, gold FROM totals").fetchone()
-    position: int = totals["gold" if pool == GOLD else "items"]
-    return position
-
-
-def _first_position(connection: sqlite3.Connection, pool: int, count: int) -> int:
-    """Where `count` items go before everything; everybody looks there next."""
+def _start(connection: sqlite3.Connection, pool: int, count: int, *, first: bool) -> int:
+    """Where `count` items begin: behind everything, or before it, where everybody looks next."""
+    if not first:  # positions count from 0, those put first from -1 down
+        totals = connection.execute("SELECT items, gold FROM totals").fetchone()
+        return int(totals["gold" if pool == GOLD else "items"])
     (least,) = connection.execute("SELECT min(position) FROM items WHERE pool = ?", (pool,)).fetchone()
     position: int = min(least or 0, 0) - count
     column = _CURSOR[pool]

@@ -204,13 +204,12 @@ def last_event(connection: sqlite3.Connection) -> int:
     return newest
 
 
-def events(connection: sqlite3.Connection, *, after: int = 0, limit: int | None = None) -> Iterator[dict[str, Any]]:
+def events(connection: sqlite3.Connection) -> Iterator[dict[str, Any]]:
     """What happened, oldest first, as JSON can hold it."""
     rows = connection.execute(
         "SELECT e.id AS event, e.kind, a.name AS annotator, e.item, e.key, e.at, e.guideline, e.choice, e.ranking, "
         "e.strength, e.axes, e.note, e.reason, e.shown, e.seconds, e.undoes FROM events e JOIN annotators a "
-        "ON a.id = e.annotator WHERE e.id > ? ORDER BY e.id LIMIT ?",
-        (after, -1 if limit is None else limit),
+        "ON a.id = e.annotator ORDER BY e.id"
     )
     for row in rows:
         event = {name: row[name] for name in row.keys() if row[name] is not None}  # noqa: SIM118  a Row iterates values

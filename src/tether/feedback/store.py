@@ -211,16 +211,6 @@ class Store:
 
     # ------------------------------------------------------------ for whoever runs the project
 
-    def guidelines(self) -> list[Guideline]:
-        """Every version, oldest first."""
-        with self._database.read() as c:
-            return [Guideline(*r) for r in c.execute("SELECT version, text, at FROM guidelines ORDER BY version")]
-
-    def annotators(self) -> list[str]:
-        """Everybody who is registered, by name."""
-        with self._database.read() as c:
-            return [row["name"] for row in c.execute("SELECT name FROM annotators ORDER BY name")]
-
     def overview(self) -> Progress:
         """How far the whole project is, from counters."""
         with self._database.read() as c:
@@ -262,10 +252,10 @@ class Store:
         """The rows of `preferences`."""
         return self.preferences(filters, **options).rows
 
-    def events(self, *, after: int = 0, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    def events(self) -> Iterator[dict[str, Any]]:
         """Every label and undo, oldest first."""
         with self._database.snapshot() as c:
-            yield from reading.events(c, after=after, limit=limit)
+            yield from reading.events(c)
 
     def last_event(self) -> int:
         """The newest event's number: as long as it is the same, so is everything that follows from labels."""
