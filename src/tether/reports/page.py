@@ -159,23 +159,15 @@ def ppo_page(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> 
     figures: list[Figure] = []
     if before and after:
         first, last = before.mean(), after.mean()
-        headlines.append(
-            Headline(
-                "Score on held-out prompts",
-                _change(first.mean, last.mean),
-                f"95 % interval at the end {_interval(last.low, last.high)}",
-            )
-        )
+        note = f"95 % interval at the end {_interval(last.low, last.high)}"
+        headlines.append(Headline("Score on held-out prompts", _change(first.mean, last.mean), note))
         share = win_share(before, after) if after.cycle > before.cycle else None
         if share:
             doubt = f"; 95 % interval {_interval(share.low, share.high, '.0%')}" if share.low < share.high else ""
             note = f"of {len(after.answers)} held-out prompts answered better than at the start, ties half{doubt}"
             headlines.append(Headline("Win share", f"{share.mean:.0%}", note))
-        headlines.append(
-            Headline(
-                "KL spent", f"{_number(after.mean('kl').mean)} nats", "a response, to the reference, held-out prompts"
-            )
-        )
+        kl = _number(after.mean("kl").mean)
+        headlines.append(Headline("KL spent", f"{kl} nats", "a response, to the reference, held-out prompts"))
         figures += _held_out_figures(run, evaluations)
     elif metrics:
         score = [m["reward/score_mean"] for m in metrics]
@@ -243,12 +235,11 @@ def sft_page(run: Run, config: SFTConfig, metrics: Sequence[dict[str, Any]]) -> 
     headlines = []
     if metrics:
         loss = _ends(metrics, "loss")
+        trained = sum(m.get("tokens/trained") or 0 for m in metrics)
         headlines = [
             Headline("Loss", _change(*loss), "nats per token, first and last tenth of the steps"),
             Headline("Steps", f"{metrics[-1]['step']:,}", f"of {config.sft.batch} examples"),
-            Headline(
-                "Trained tokens", f"{sum(m.get('tokens/trained') or 0 for m in metrics):,.0f}", "seen in all epochs"
-            ),
+            Headline("Trained tokens", f"{trained:,.0f}", "seen in all epochs"),
         ]
     return Page(lede, headlines)
 
