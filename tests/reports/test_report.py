@@ -27,7 +27,8 @@ from tether.diagnose import examine
 from tether.errors import Interrupted, RunError
 from tether.reports import report
 from tether.reports.held_out import Evaluation, best_of, win_share
-from tether.reports.page import _json, render
+from tether.reports.html import safe_json
+from tether.reports.page import render
 from tether.runs import Run, RunDirectory
 
 HOSTILE = [
@@ -150,8 +151,8 @@ def test_the_policy_of_the_page_lets_its_own_scripts_run_and_no_other(hostile_ru
 
 def test_numbers_cannot_end_the_script_element_that_they_are_in():
     value = {"</script>": "<!-- & <script>"}
-    assert not set("<>&") & set(_json(value))
-    assert json.loads(_json(value)) == value
+    assert not set("<>&") & set(safe_json(value))
+    assert json.loads(safe_json(value)) == value
 
 
 def test_the_file_needs_nothing_from_outside(hostile_run):

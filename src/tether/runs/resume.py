@@ -39,14 +39,10 @@ _BEFORE_CONFIG = {"lock", "environment.json", "status.json", "events.jsonl", "me
 class Continuation:
     """How a run that is there goes on."""
 
-    changed: list[Change]
-    """Config keys that changed, and may."""
-    grew: bool
-    """More cycles are asked for than before."""
-    damaged: str | None
-    """What is wrong with the final/ of a run that had finished."""
-    finished: bool
-    """Nothing is left to do."""
+    changed: list[Change]  # config keys that changed, and may
+    grew: bool  # more cycles are asked for than before
+    damaged: str | None  # what is wrong with the final/ of a run that had finished
+    finished: bool  # nothing is left to do
 
 
 def check_place(path: Path) -> None:
