@@ -145,9 +145,9 @@ LONG = "Once upon a time " * 30
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["ppo", "FILE", "--prompts.path", LONG], "prompts.path has 509 characters"),
-        (["ppo", "FILE", "--prompts.path", LONG, "--dry-run"], "prompts.path has 509 characters"),
-        (["ppo", "FILE", "--run", "runs/" + "x" * 300], "run has 305 characters"),
+        (["ppo", "FILE", "--prompts.path", LONG], "prompts.path has 509 bytes"),
+        (["ppo", "FILE", "--prompts.path", LONG, "--dry-run"], "prompts.path has 509 bytes"),
+        (["ppo", "FILE", "--run", "runs/" + "x" * 300], "run has 305 bytes"),
         (["ppo", LONG], "a path of 5"),
         (["generate", LONG, "--prompt", "Hi"], "a path of 5"),
         (["export", LONG, "--to", "there"], "a path of 5"),

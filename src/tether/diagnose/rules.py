@@ -290,9 +290,10 @@ def length_runaway(view: View) -> Iterator[Alarm]:
 
 
 def dead_critic(view: View) -> Iterator[Alarm]:
-    """Explained variance at most 0.02 for 30 cycles, the first 20 (and ppo.value_warmup_cycles) left out: by then
-    critics of healthy runs see something, 0.1 and more, and end at about 0.75 (Ziegler et al. 2019). At 0 its baseline
-    is no better than a constant; below -1 it adds more noise to the advantages than there was, which is serious."""
+    """Explained variance at most 0.02 for 30 cycles: the critic predicts returns no better than a constant does. Below
+    -1 for 15 cycles is serious: it adds more noise to the advantages than it takes away. The first 20 cycles (or
+    ppo.value_warmup_cycles and 10) do not count: a critic starts at zero. After them, critics of healthy runs explain
+    0.1 and more, and end at about 0.75 (Ziegler et al. 2019)."""
     assert isinstance(view.config, PPOConfig)
     after = max(20, view.config.ppo.value_warmup_cycles + 10)
     curve = view.curve("value/explained_variance")
