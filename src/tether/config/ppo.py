@@ -99,6 +99,11 @@ class PPOSection(Section):
     """First cycles in which only the critic learns and a shared trunk is frozen."""
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps of the run, unless stop_epoch_at_kl leaves some out."""
+        return self.cycles * self.epochs * (self.batch // self.minibatch)
+
+    @property
     def clips(self) -> tuple[float, float]:
         """ε below and above 1."""
         return self.clip, self.clip if self.clip_high is None else self.clip_high
@@ -168,4 +173,4 @@ class PPOConfig(TrainingConfig):
     def check(self, key: str) -> None:
         super().check(key)
         check_names(self.reward)
-        check_warmup(self.optim, self.ppo.cycles * self.ppo.epochs * (self.ppo.batch // self.ppo.minibatch))
+        check_warmup(self.optim, self.ppo.steps)

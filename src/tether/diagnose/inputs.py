@@ -120,10 +120,9 @@ def _ppo(
     facts.append(f"{len(train)} prompts to train on, {len(held_out)} to evaluate on{f' ({note})' if note else ''}")
     facts += _sources(config, train + held_out, tokenizer, stops)
     check_contexts(config, train + held_out, tokenizer)
-    steps = p.cycles * p.epochs * p.batch // p.minibatch
     plan = (
         f"{p.cycles} cycles of {p.batch} responses ({p.batch // p.responses_per_prompt} prompts): "
-        f"{p.cycles * p.batch:,} responses, {steps:,} optimizer steps of {p.minibatch}"
+        f"{p.cycles * p.batch:,} responses, {p.steps:,} optimizer steps of {p.minibatch}"
     )
     rendered = _render(tokenizer, list(train[0].ids), [False] * len(train[0].ids))
     end = " or ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in stops)

@@ -107,14 +107,15 @@ def skipped_steps(view: View) -> Iterator[Alarm]:
     """Optimizer steps whose gradient was not finite: the weights stay, the data is lost. One in a hundred is bad luck
     that costs little; more is a run that diverges (five in a row stop it)."""
     steps = view.series.points("optim/skipped_steps", zeros=False)
-    recorded = [c for c, text in view.recorded() if "skipped" in text]
+    recorded = [c for c, _ in view.recorded("skipped-steps")]
     cycles = sorted({*steps, *recorded})
     if not cycles:
         return
     total = max(int(sum(steps.values())), len(recorded))
-    taken = max(1, view.series.done)
+    taken = view.series.done or 1
     if isinstance(view.config, PPOConfig):
-        taken *= view.config.ppo.epochs * max(1, view.config.ppo.batch // view.config.ppo.minibatch)
+        made = view.series.points("optim/steps").values()  # where epochs may be left out
+        taken = round(taken * (sum(made) / len(made) if made else view.config.ppo.steps / view.config.ppo.cycles))
     yield alarm(
         "skipped-steps", (cycles[0], cycles[-1]), "serious" if total > max(1, 0.01 * taken) else "warning",
         f"{_count(total, 'optimizer step')} of {taken:,} skipped: the gradient was not finite.",
@@ -128,7 +129,7 @@ def first_ratio(view: View) -> Iterator[Alarm]:
     precision, has recorded what was above the stricter one."""
     bound = FIRST_RATIO_MEAN[_precision(view.config)]
     yield from _self_check(
-        view, "first-ratio", "check/first_ratio_error", "first ratio", bound,
+        view, "first-ratio", "check/first_ratio_error", bound,
         f"The first ratio of a cycle is off 1 by {{worst:.2g}} on average (bound {bound:g}; {FIRST_RATIO_STOP:g} stops "
         "the run)",
     )  # fmt: skip
@@ -139,15 +140,15 @@ def sampler_gap(view: View) -> Iterator[Alarm]:
     trained on samples of another one."""
     bound = SAMPLER_GAP[_precision(view.config)]
     yield from _self_check(
-        view, "sampler-gap", "check/sampler_gap", "sampler gap", bound,
+        view, "sampler-gap", "check/sampler_gap", bound,
         f"Sampler and trainer give the same tokens log-probs that differ by {{worst:.2g}} nats on average (bound "
         f"{bound:g})",
     )  # fmt: skip
 
 
-def _self_check(view: View, rule: str, metric: str, word: str, bound: float, what: str) -> Iterator[Alarm]:
+def _self_check(view: View, rule: str, metric: str, bound: float, what: str) -> Iterator[Alarm]:
     """A bound that holds cycle by cycle. What the trainer recorded counts at once; beside it, three cycles above."""
-    recorded = [(c, text) for c, text in view.recorded() if word in text]
+    recorded = view.recorded(rule)
     above = {c: v for c, v in zip(view.series.at, view.series.values(metric), strict=True) if v and v > bound}
     cycles = sorted({*(above if len(above) >= _PERSIST else []), *(c for c, _ in recorded)})
     if not cycles:
@@ -514,13 +515,16 @@ def stale(view: View) -> Iterator[Alarm]:
 def recorded(view: View) -> Iterator[Alarm]:
     """What the trainer recorded and no rule above has told already; texts that differ in their numbers are one."""
     texts: dict[str, list[tuple[int, str]]] = {}
-    for cycle, text in view.recorded():
-        if not any(word in text for word in ("skipped", "first ratio", "sampler gap")):
-            texts.setdefault(re.sub(r"\d[\d.,e+-]*", "#", text), []).append((cycle, text))
-    for found in list(texts.values())[-20:]:
-        often = f" ({len(found)} times)" if len(found) > 1 else ""
-        span = (min(c for c, _ in found), max(c for c, _ in found))
-        yield alarm("recorded", span, "warning", _sentence(found[-1][1] + often))
+    for cycle, text in view.recorded(None):
+        texts.setdefault(re.sub(r"\d[\d.,e+-]*", "#", text), []).append((cycle, text))
+    kinds = list(texts.values())
+    told = [(found, found[-1][1] + (f" ({len(found)} times)" if len(found) > 1 else "")) for found in kinds[-20:]]
+    if earlier := kinds[:-20]:
+        told.insert(0, ([entry for found in earlier for entry in found],
+                        f"{len(earlier)} more alarms that differ in their words: see events.jsonl"))  # fmt: skip
+    for found, what in told:
+        cycles = [cycle for cycle, _ in found]
+        yield alarm("recorded", (min(cycles), max(cycles)), "warning", _sentence(what))
 
 
 RULES: dict[str, Rule] = {

@@ -56,12 +56,13 @@ class View:
     def curve(self, name: str) -> Curve:
         return self.series.curve(name)
 
-    def recorded(self) -> list[tuple[int, str]]:
-        """(cycle, text) of the alarms that the trainer raised while it ran."""
+    def recorded(self, rule: str | None) -> list[tuple[int, str]]:
+        """(cycle, text) of the alarms of a rule that the trainer raised while it ran; None: those of no rule here."""
+        own = [name.replace("_", "-") for name in self.kind.alarms]
         return [
             (e[self.unit] if isinstance(e.get(self.unit), int) else self.series.done, str(e.get("what", "")))
             for e in self.events
-            if e.get("event") == "alarm"
+            if e.get("event") == "alarm" and (e.get("rule") if e.get("rule") in own else None) == rule
         ]
 
 

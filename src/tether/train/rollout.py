@@ -40,7 +40,7 @@ class Experience:
     advantages: Tensor  # [B, R] reward units, before whitening
     entropy: Tensor  # [B, R] nats, of the policy as it was when the cycle began
     metrics: Metrics
-    alarms: list[str]  # self-checks out of bounds
+    alarms: list[tuple[str, str]]  # self-checks out of bounds: rule, text
 
     def evaluation_metrics(self) -> Metrics:
         """The metrics of an evaluation, eval/*."""
@@ -159,11 +159,11 @@ def _of_the_critic(values: Tensor | None, returns: Tensor | None, mask: Tensor) 
     return {"value/explained_variance": explained_variance(values, returns, mask)}
 
 
-def _check_sampler(metrics: Metrics, policy: Policy) -> list[str]:
+def _check_sampler(metrics: Metrics, policy: Policy) -> list[tuple[str, str]]:
     """The engine and the trainer must give the same tokens the same log-probs, up to rounding."""
     gap = metrics["check/sampler_gap"] or 0.0
     bound = SAMPLER_GAP["float32" if policy.model.dtype == torch.float32 else "bfloat16"]
-    return [f"sampler gap {gap:.2g} nats per token, above {bound}"] if gap > bound else []
+    return [("sampler-gap", f"sampler gap {gap:.2g} nats per token, above {bound}")] if gap > bound else []
 
 
 def _check_placement(rewards: Tensor, penalties: Tensor, scores: Tensor, lengths: Tensor) -> None:
