@@ -99,9 +99,14 @@ class PPOSection(Section):
     """First cycles in which only the critic learns and a shared trunk is frozen."""
 
     @property
+    def steps_per_cycle(self) -> int:
+        """Optimizer steps in a cycle, unless stop_epoch_at_kl leaves some out."""
+        return self.epochs * (self.batch // self.minibatch)
+
+    @property
     def steps(self) -> int:
-        """Optimizer steps of the run, unless stop_epoch_at_kl leaves some out."""
-        return self.cycles * self.epochs * (self.batch // self.minibatch)
+        """Those of the run."""
+        return self.cycles * self.steps_per_cycle
 
     @property
     def clips(self) -> tuple[float, float]:
@@ -174,3 +179,12 @@ class PPOConfig(TrainingConfig):
         super().check(key)
         check_names(self.reward)
         check_warmup(self.optim, self.ppo.steps)
+
+    @property
+    def steps_per_unit(self) -> int:
+        return self.ppo.steps_per_cycle
+
+    def microbatch(self, longest: int | None) -> tuple[int, int, int]:
+        new = self.sampling.max_new_tokens
+        width = (longest or self.prompts.max_tokens) + new
+        return min(self.ppo.minibatch, max(1, self.ppo.microbatch_tokens // width)), width, new

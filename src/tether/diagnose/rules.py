@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tether.config import Config, PPOConfig, RewardConfig, TrainingConfig
+from tether.config import PPOConfig
 from tether.diagnose.series import Curve, correlation, median
 from tether.diagnose.state import RECENT, patience_s, silence_s, state
 from tether.diagnose.view import Alarm, Severity, View, alarm
@@ -112,10 +112,8 @@ def skipped_steps(view: View) -> Iterator[Alarm]:
     if not cycles:
         return
     total = max(int(sum(steps.values())), len(recorded))
-    taken = view.series.done or 1
-    if isinstance(view.config, PPOConfig):
-        made = view.series.points("optim/steps").values()  # where epochs may be left out
-        taken = round(taken * (sum(made) / len(made) if made else view.config.ppo.steps / view.config.ppo.cycles))
+    made = view.series.points("optim/steps").values()  # where epochs may be left out
+    taken = round((view.series.done or 1) * (sum(made) / len(made) if made else view.config.steps_per_unit))
     yield alarm(
         "skipped-steps", (cycles[0], cycles[-1]), "serious" if total > max(1, 0.01 * taken) else "warning",
         f"{_count(total, 'optimizer step')} of {taken:,} skipped: the gradient was not finite.",
@@ -167,7 +165,6 @@ def negative_kl(view: View) -> Iterator[Alarm]:
     """kl/ref_mean is the mean of log(policy/reference) over samples of the policy, so its expectation is not below 0.
     Of B responses at a true KL of κ nats it scatters by about √(2κ/B), so a level reaches -1.3/B at three deviations,
     whatever κ is; -(0.1 + 2/B) leaves room for heavy tails. (TRL warns below -1, for one batch.)"""
-    assert isinstance(view.config, PPOConfig)
     bound = -(0.1 + 2 / view.config.ppo.batch)
     held = view.curve("kl/ref_mean").held(lambda kl: kl < bound, least=_PERSIST)
     if held is None:
@@ -185,7 +182,6 @@ def runaway_kl(view: View) -> Iterator[Alarm]:
     """With a target: three times that, for 20 cycles. (Ziegler et al. 2019 held 6 and peaked at 7.3.) In any case: more
     than 20 nats per response, still growing, under a score that rises no more. Half the seeds of "The N+ Implementation
     Details of RLHF with PPO" (2403.17031) collapsed at 50 to 85."""
-    assert isinstance(view.config, PPOConfig)
     kl, target = view.curve("kl/ref_mean"), view.config.ppo.kl.target
     if target and (held := kl.held(lambda x: x > 3 * target, least=_PERSIST + 1)):
         yield alarm(
@@ -218,7 +214,6 @@ def entropy_collapse(view: View) -> Iterator[Alarm]:
     """From a half of its start to a tenth within 15 cycles, or within a tenth of the run if that is longer; and it
     stays there. A policy that converges gets there too, but takes a fifth of the run or longer for that part of the
     way: an exponential fall to a thousandth takes 23 %."""
-    assert isinstance(view.config, PPOConfig)
     entropy = view.curve("policy/entropy")
     if not len(entropy) or (start := entropy.levels[0]) < 0.05:
         return
@@ -295,7 +290,6 @@ def dead_critic(view: View) -> Iterator[Alarm]:
     -1 for 15 cycles is serious: it adds more noise to the advantages than it takes away. The first 20 cycles (or
     ppo.value_warmup_cycles and 10) do not count: a critic starts at zero. After them, critics of healthy runs explain
     0.1 and more, and end at about 0.75 (Ziegler et al. 2019)."""
-    assert isinstance(view.config, PPOConfig)
     after = max(20, view.config.ppo.value_warmup_cycles + 10)
     curve = view.curve("value/explained_variance")
     worse = curve.held(lambda v: v < -1, least=_PERSIST, after=after)
@@ -312,7 +306,6 @@ def reward_saturation(view: View) -> Iterator[Alarm]:
     """Scores that tell no answers apart: their standard deviation is below a fiftieth of the start's, or their mean
     within 1 % of the highest (of the range of all scores that the run has seen). Advantages vanish there, and whitening
     blows up what is left, which is noise (2403.17031 names it for the end of training)."""
-    assert isinstance(view.config, PPOConfig)
     spread = view.curve("reward/score_std")
     if len(spread):
         start = spread.levels[0]
@@ -418,7 +411,6 @@ def loss_rising(view: View) -> Iterator[Alarm]:
 def gradient_norm(view: View) -> Iterator[Alarm]:
     """Ten times the median of the first quarter and above optim.max_grad_norm, for 15 steps: every step is then cut to
     its direction alone, and the loss has become steep. Single spikes are single odd examples."""
-    assert isinstance(view.config, TrainingConfig)
     norm, most = view.curve("optim/grad_norm"), view.config.optim.max_grad_norm
     usual = median(norm.levels[: max(_PERSIST, len(norm) // 4)])
     held = norm.held(lambda g: g > max(10 * usual, most), least=_PERSIST)
@@ -433,7 +425,6 @@ def at_chance(view: View) -> Iterator[Alarm]:
     """Once judged on 50 held-out pairs or more: `learned` is false, that is, the interval of the accuracy reaches down
     to 0.5 or the loss is not below log 2. Before: over the last half of the steps, with 1,000 pairs or more in it, the
     training accuracy is within two standard errors of 0.5."""
-    assert isinstance(view.config, RewardConfig)
     report, accuracy = view.reward_report, view.curve("reward_model/accuracy")
     if report is not None and report["test_pairs"] >= 50:
         if report["learned"] is False:
@@ -463,7 +454,6 @@ def still_learning(view: View) -> Iterator[Alarm]:
     """It is no better on its own training pairs than on held-out ones, and was still rising when it ended: the training
     accuracy of the last quarter of the steps is above that of the quarter before by three standard errors. A model that
     has learned what its pairs teach has stopped rising there, or has begun to learn single pairs by heart."""
-    assert isinstance(view.config, RewardConfig)
     values = [v for v in view.series.values("reward_model/accuracy") if v is not None]
     quarter = len(values) // 4
     pairs = quarter * view.config.reward_model.batch
@@ -541,9 +531,8 @@ RULES: dict[str, Rule] = {
 # ---------------------------------------------------------------- words and numbers
 
 
-def _precision(config: Config) -> Precision:
+def _precision(config: PPOConfig) -> Precision:
     """The compute precision; auto may be either, and is read as the coarser one."""
-    assert isinstance(config, PPOConfig)
     return "float32" if config.model.dtype == "float32" else "bfloat16"
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from tether.config import Config
 from tether.config.kinds import Kind
 from tether.diagnose.advice import ADVICE
 from tether.diagnose.series import Curve, Held, Series
@@ -42,7 +41,7 @@ class View:
     """A run, as rules see it."""
 
     kind: Kind
-    config: Config
+    config: Any  # of that kind
     series: Series
     events: Sequence[dict[str, Any]]
     status: dict[str, Any]
