@@ -138,7 +138,8 @@ def beside_policy(trained: Trained) -> list[Part]:
     parts = []
     if config.model.reference is not None or config.model.lora is None:
         frozen = architecture if config.model.reference is None else _read(config, config.model.reference)
-        parts.append(Part("reference", _reference_bytes(frozen, dtype, narrow=config.model.lora is not None)))
+        reference = freeze(_without_data(frozen), dtype, same_bits=config.model.lora is None)  # else as the base is
+        parts.append(Part("reference", sum(p.numel() * p.element_size() for p in reference.parameters())))
     if copied:
         parts.append(Part("engine's copy of the policy", step.parameters * item))
     s, prompt = config.sampling, trained.prompt_tokens or config.prompts.max_tokens
@@ -198,12 +199,6 @@ def _dtype(config: TrainingConfig, kind: str, architecture: Any) -> torch.dtype:
 def _count(architecture: Any) -> int:
     """Number of weights, counted on a model without data."""
     return sum(p.numel() for p in _without_data(architecture).parameters())
-
-
-def _reference_bytes(architecture: Any, dtype: torch.dtype, *, narrow: bool) -> int:
-    """narrow: all of its weights are in `dtype`, as the policy's frozen base is."""
-    reference = freeze(_without_data(architecture), dtype, same_bits=not narrow)
-    return sum(p.numel() * p.element_size() for p in reference.parameters())
 
 
 def _without_data(architecture: Any) -> Any:

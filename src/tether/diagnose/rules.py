@@ -106,7 +106,7 @@ def not_finite(view: View) -> Iterator[Alarm]:
 def skipped_steps(view: View) -> Iterator[Alarm]:
     """Optimizer steps whose gradient was not finite: the weights stay, the data is lost. One in a hundred is bad luck
     that costs little; more is a run that diverges (five in a row stop it)."""
-    steps = view.series.points("optim/skipped_steps", zeros=False)
+    steps = {c: n for c, n in view.series.points("optim/skipped_steps").items() if n}
     recorded = [c for c, _ in view.recorded("skipped-steps")]
     cycles = sorted({*steps, *recorded})
     if not cycles:
@@ -324,9 +324,7 @@ def reward_saturation(view: View) -> Iterator[Alarm]:
         return
     seen = max(high.levels) - min(low.levels)
     top = dict(zip(mean.first, high.levels, strict=True))
-    gap = Curve((), ())
-    gap.first, gap.last = mean.first, mean.last
-    gap.levels = [top[c] - m for c, m in zip(mean.first, mean.levels, strict=True)]
+    gap = mean.like([top[c] - m for c, m in zip(mean.first, mean.levels, strict=True)])
     held = gap.held(lambda g: g <= 0.01 * seen, least=_PERSIST) if seen > 1e-6 else None
     if held:
         level, clip = mean.levels[held.blocks[-1]], view.config.reward_shaping.clip
@@ -398,14 +396,11 @@ def loss_rising(view: View) -> Iterator[Alarm]:
     for first, level in zip(loss.first, loss.levels, strict=True):
         limit[first] = lowest + max(0.5 * (start - lowest), 0.1 * start, 5 * loss.noise)
         lowest = min(lowest, level)
-    above = Curve((), ())
-    above.first, above.last = loss.first, loss.last
-    above.levels = [level - limit[c] for c, level in zip(loss.first, loss.levels, strict=True)]
+    above = loss.like([level - limit[c] for c, level in zip(loss.first, loss.levels, strict=True)])
     held = above.held(lambda x: x > 0, least=_PERSIST)
     if held:
-        level = loss.levels[held.blocks[-1]]
-        what = f"The loss rose from {min(loss.levels[: held.blocks[-1]]):.3g} to {level:.3g} nats per token."
-        yield alarm("loss-rising", held, "serious", what)
+        low, level = min(loss.levels[: held.blocks[-1]]), loss.levels[held.blocks[-1]]
+        yield alarm("loss-rising", held, "serious", f"The loss rose from {low:.3g} to {level:.3g} nats per token.")
 
 
 def gradient_norm(view: View) -> Iterator[Alarm]:

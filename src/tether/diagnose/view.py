@@ -18,22 +18,14 @@ Severity = Literal["warning", "serious"]
 class Alarm:
     """One thing that went wrong."""
 
-    rule: str
-    """Short name, the same in every run: negative-kl."""
-    metric: str | None
-    """The curve that it shows in; None if in none."""
-    first: int
-    """First cycle (sft, reward: step) in which it held."""
-    last: int
-    """Last one: where it is the run's last, it may still hold."""
-    severity: Severity
-    """serious: what is trained now is not what was meant, or nothing is."""
-    what: str
-    """One sentence with the numbers."""
-    cause: str
-    """What it likely comes from."""
-    remedy: str
-    """The config key to turn, and in which direction."""
+    rule: str  # the same in every run: negative-kl
+    metric: str | None  # the curve that it shows in; None if in none
+    first: int  # first cycle (sft, reward: step) in which it held
+    last: int  # last one: where it is the run's last, it may still hold
+    severity: Severity  # serious: what is trained now is not what was meant, or nothing is
+    what: str  # one sentence with the numbers
+    cause: str  # what it likely comes from
+    remedy: str  # the config key to turn, and in which direction
 
 
 @dataclass(frozen=True, slots=True)
