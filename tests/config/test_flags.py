@@ -174,6 +174,19 @@ def test_a_bare_reward_is_told_a_list_that_is_accepted(file, given):
     assert given in (source.function, source.model)
 
 
+def test_a_key_of_several_commands_names_them_all(file):
+    with pytest.raises(
+        ConfigError, match=r"unknown key data\.path .*one of tether sft and tether reward\. Drop it, or"
+    ):
+        ppo(file, "--data.path", "d")
+
+
+def test_an_unknown_flag_is_unknown_with_or_without_a_value(file):
+    for argv in (["--nope"], ["--nope", "3"], ["--nope", "--fresh"], ["--nope=3"]):
+        with pytest.raises(ConfigError, match="unknown key nope for tether ppo"):
+            ppo(file, *argv)
+
+
 def test_a_key_of_another_command_is_told_apart(file):
     with pytest.raises(ConfigError, match=r"unknown key sft\.epochs for tether ppo: it is one of tether sft"):
         ppo(file, "--sft.epochs", "2")

@@ -266,7 +266,7 @@ def test_alarms_are_shown_with_cause_and_knob(tmp_path):
     with RunDirectory.open(ppo_config(tmp_path / "run"), command="ppo") as run:
         for cycle in range(1, 41):
             run.append_metrics(metrics(cycle, **{"policy/clip_fraction": 0.5, "check/sampler_gap": 1e-6}))
-        run.event("alarm", cycle=3, what="sampler gap 0.2 nats per token, above 0.05")
+        run.event("alarm", cycle=3, rule="sampler-gap", what="sampler gap 0.2 nats per token, above 0.05")
     html, page = read(report(tmp_path / "run"))
     assert "clip-fraction" in page.words
     assert "50% of the tokens have their gradient cut" in page.words

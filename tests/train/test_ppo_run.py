@@ -193,7 +193,8 @@ def test_optimizer_steps_are_cycles_times_epochs_times_minibatches_and_the_rate_
 def test_epochs_end_when_the_kl_passes_its_bound(tiny_model, tmp_path, monkeypatch):
     ppo = {"cycles": 2, "epochs": 4, "minibatch": 8, "stop_epoch_at_kl": 1e-12}
     config = tiny_config(tmp_path / "run", tiny_model(), ppo=ppo, evaluate={"every": 0})
-    _, rates = steps_of(monkeypatch, config)
+    run, rates = steps_of(monkeypatch, config)
+    assert [m["optim/steps"] for m in run.metrics] == [2, 2]
     assert len(rates) == 2 * 2  # the KL is 0 before the first step of a cycle, and not before the second
     assert rates == pytest.approx([1e-3 * (1 - i / 8) for i in (0, 1, 4, 5)])  # the schedule does not notice
 

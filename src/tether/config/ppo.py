@@ -99,6 +99,16 @@ class PPOSection(Section):
     """First cycles in which only the critic learns and a shared trunk is frozen."""
 
     @property
+    def steps_per_cycle(self) -> int:
+        """Optimizer steps in a cycle, unless stop_epoch_at_kl leaves some out."""
+        return self.epochs * (self.batch // self.minibatch)
+
+    @property
+    def steps(self) -> int:
+        """Those of the run."""
+        return self.cycles * self.steps_per_cycle
+
+    @property
     def clips(self) -> tuple[float, float]:
         """ε below and above 1."""
         return self.clip, self.clip if self.clip_high is None else self.clip_high
@@ -168,4 +178,13 @@ class PPOConfig(TrainingConfig):
     def check(self, key: str) -> None:
         super().check(key)
         check_names(self.reward)
-        check_warmup(self.optim, self.ppo.cycles * self.ppo.epochs * (self.ppo.batch // self.ppo.minibatch))
+        check_warmup(self.optim, self.ppo.steps)
+
+    @property
+    def steps_per_unit(self) -> int:
+        return self.ppo.steps_per_cycle
+
+    def microbatch(self, longest: int | None) -> tuple[int, int, int]:
+        new = self.sampling.max_new_tokens
+        width = (longest or self.prompts.max_tokens) + new
+        return min(self.ppo.minibatch, max(1, self.ppo.microbatch_tokens // width)), width, new

@@ -13,14 +13,10 @@ from dataclasses import dataclass
 class Advice:
     """The text of one alarm, or of one case of it (`negative-kl/truncated`)."""
 
-    metric: str | None
-    """The curve that it shows in; None if in none."""
-    meaning: str
-    """What the alarm says, for the table of the guide; empty for a case of an alarm."""
-    cause: str
-    """What it likely comes from."""
-    remedy: str
-    """The config key to turn, and in which direction."""
+    metric: str | None  # the curve that it shows in; None if in none
+    meaning: str  # what the alarm says, for the table of the guide; empty for a case of an alarm
+    cause: str  # what it likely comes from
+    remedy: str  # the config key to turn, and in which direction
 
 
 _DTYPE = "Set model.dtype to float32. If it stays, please report it."

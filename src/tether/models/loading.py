@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.utils import logging as transformers_logging
 
 from tether.config import LoraConfig
-from tether.data.tokenizer import looks_local
-from tether.errors import ConfigError, ModelError, did_you_mean_final, did_you_mean_path, first_line
+from tether.data.tokenizer import is_directory
+from tether.errors import ConfigError, ModelError, did_you_mean_final, first_line
 
 transformers_logging.disable_progress_bar()
 
@@ -72,25 +72,18 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 def model_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The transformers config of a model directory or hub id, without its weights."""
-    check_directory(path)
+    check_directory(path, revision)
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: no usable config.json: {first_line(error)}") from error
 
 
-def check_directory(path: str) -> None:
-    """Raise ModelError where `path` looks like a local directory that cannot hold a model we would load."""
+def check_directory(path: str, revision: str | None = None) -> None:
+    """Raise ModelError where `path` is neither a directory with a model that we would load nor one on the hub."""
+    if not is_directory(path, revision):
+        return
     directory = Path(path)
-    if directory.is_file():
-        raise ModelError(f"{path} is a file: a model is a directory with config.json and *.safetensors. Name that.")
-    if not directory.is_dir():
-        if looks_local(path):
-            raise ModelError(
-                f"{path} does not exist: there is no model to load.{did_you_mean_path(path)} Check the path; "
-                "a model on the hub is named owner/name."
-            )
-        return  # a hub id
     if not (directory / "config.json").is_file():
         raise ModelError(
             f"{path} has no config.json: it is not a model directory."

@@ -135,12 +135,34 @@ class Reference:
         return _fill(logprobs, rows.response_mask)
 
 
+def companions(config: ModelConfig) -> dict[str, Any]:
+    """Reference and critic where they are models of their own: `key=path` -> transformers config, without weights.
+
+    Raises ModelError where one has another vocabulary than the policy.
+    """
+    trust = config.trust_remote_code
+    found, ours = {}, None
+    for key, path in (("model.reference", config.reference), ("model.critic", config.critic)):
+        if path is None or path in ("shared", "separate"):
+            continue
+        ours = ours or model_config(config.policy, revision=config.revision, trust_remote_code=trust)
+        found[f"{key}={path}"] = other = model_config(path, trust_remote_code=trust)
+        sizes = [architecture.get_text_config().vocab_size for architecture in (other, ours)]
+        if sizes[0] != sizes[1]:
+            raise ModelError(
+                f"{key}={path} has a vocabulary of {sizes[0]} tokens, the policy one of {sizes[1]}: the same ids would "
+                "mean other words to it. Name a model with the policy's tokenizer."
+            )
+    return found
+
+
 def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tuple[Policy, Reference, list[str]]:
     """Load policy, critic and reference as the config says. The third value: notes on the fallbacks, for the log.
 
     Trained weights are float32; the frozen base under LoRA is in the compute precision, and so is the reference as far
     as that changes none of its bits: it must agree with the policy before anything is learned.
     """
+    companions(config)
     where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     dtype = resolve_dtype(config.dtype, device, model_config(config.policy, **where))
     lm: Any = load_causal_lm(config.policy, dtype=dtype if config.lora else torch.float32, device=device, **where)
@@ -151,7 +173,6 @@ def build_policy(config: ModelConfig, *, device: torch.device, seed: int) -> tup
             config.reference, dtype=lm.dtype, device=device, trust_remote_code=config.trust_remote_code
         )
         frozen = LanguageModel(freeze(other, dtype, same_bits=True), dtype)
-        _check_same_vocabulary("model.reference", config.reference, frozen.lm, lm)
     elif not config.lora:
         frozen = LanguageModel(freeze(copy.deepcopy(lm), dtype, same_bits=True), dtype)
 
@@ -185,17 +206,7 @@ def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, d
         saved = Path(config.critic) / _VALUE_HEAD  # another run's critic
         if saved.exists():
             head.load_state_dict(load_file(saved))
-    _check_same_vocabulary("model.critic", config.critic, trunk, lm)
     return SeparateCritic(trunk, head, dtype)
-
-
-def _check_same_vocabulary(key: str, path: str, other: PreTrainedModel, policy: PreTrainedModel) -> None:
-    theirs, ours = (m.config.get_text_config().vocab_size for m in (other, policy))
-    if theirs != ours:
-        raise ModelError(
-            f"{key}={path} has a vocabulary of {theirs} tokens, the policy one of {ours}: the same ids would mean "
-            "other words to it. Name a model with the policy's tokenizer."
-        )
 
 
 def _zero_head(width: int, device: torch.device) -> nn.Linear:

@@ -102,6 +102,12 @@ def load_reward_model(path: str, *, dtype: torch.dtype, device: torch.device, **
 
 def check_one_label(path: str, config: PretrainedConfig) -> None:
     """Raise ModelError unless a model of this transformers config gives one number."""
+    kind = (config.architectures or [""])[0]
+    if config.num_labels != 1 and kind and "Classification" not in kind:
+        raise ModelError(
+            f"{path} is a {kind}, a language model: it predicts tokens and has no score to give. Name a reward model: "
+            "`tether reward` trains one from it."
+        )
     if config.num_labels != 1:
         raise ModelError(
             f"{path} has {config.num_labels} labels: a reward model has one number to give. Name a sequence "

@@ -61,8 +61,8 @@ class ModelReward:
             if longest is not None and len(row) > longest:
                 raise RewardError(
                     f"reward model {self.name} has positions for {longest} tokens, but {describe_row(completions, i)} "
-                    f"and its completion are {len(row)}: the end would not be seen. Lower prompts.max_tokens or "
-                    "sampling.max_new_tokens, or use a reward model with a longer context."
+                    f"and its completion are {len(row)}: the end would not be seen. Lower "
+                    "sampling.max_new_tokens or prompts.max_tokens, or use a reward model with a longer context."
                 )
         scores = self.model.score(rows)
         if not scores.isfinite().all():

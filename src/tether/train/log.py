@@ -102,10 +102,10 @@ class Logger:
         self.run.event("fallback", what=text)
         self.note(text)
 
-    def alarms(self, step: int, texts: Sequence[str]) -> None:
-        """What should not be: an event each, and a line for the person."""
-        for text in texts:
-            self.run.event("alarm", **{self.unit: step}, what=text)
+    def alarms(self, step: int, found: Sequence[tuple[str, str]]) -> None:
+        """What should not be: an event each, and a line for the person. found: (rule of tether.diagnose, text)."""
+        for rule, text in found:
+            self.run.event("alarm", **{self.unit: step}, rule=rule, what=text)
             self.note(f"{self.unit} {step}: {text}")
 
     def phase(self, text: str) -> None:

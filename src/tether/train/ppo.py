@@ -74,7 +74,7 @@ def ppo(
             config.optim, policy.policy_parameters(), policy.critic_parameters(),
             lora=m.lora is not None, critic_is_head=policy.critic is None,
         )  # fmt: skip
-        steps = ScheduledOptimizer(optimizer, config.optim, p.cycles * p.epochs * p.batch // p.minibatch)
+        steps = ScheduledOptimizer(optimizer, config.optim, p.steps)
         state = TrainingState(run, policy.parts(), steps, tokenizer, kl_coef=p.kl.coef)
         state.restore()
         engine.load_weights(policy.model, version=state.done)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from tether.config import PPOConfig, RewardConfig, SFTConfig
+from tether.config import TrainingConfig
 from tether.errors import ConfigError, RunError
 from tether.runs import RunDirectory
 from tether.train.log import say
@@ -38,7 +38,7 @@ def check_parts(reward: object, sampler: object, sinks: Sequence[object]) -> Non
 
 @contextmanager
 def open_run(
-    config: PPOConfig | SFTConfig | RewardConfig, *, command: str, fresh: bool, inputs: dict[str, str]
+    config: TrainingConfig, *, command: str, fresh: bool, inputs: dict[str, str]
 ) -> Iterator[tuple[RunDirectory, Signals]]:
     """Create or continue the run in `config.run`. A run that is finished says so: the caller then has nothing to do.
 

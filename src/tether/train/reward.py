@@ -37,14 +37,14 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
     check(config)
     check_parts(None, None, sinks)
     section, device = config.reward_model, resolve_device(config.device)
-    inputs, pinned = input_hashes(config, fresh=fresh)
+    inputs = input_hashes(config, fresh=fresh)
     with open_run(config, command="reward", fresh=fresh, inputs=inputs) as (run, signals):
         if run.finished:
             return Run.open(run.path)
         model, adapter, tokenizer = load_model(config.model, device=device, seed=config.seed)
         stop_id = stop_token(config.model, tokenizer)
         context = context_length(model.classifier.config)
-        pairs = load_pairs(config.data, tokenizer, stop_id=stop_id, context=context, pinned=pinned)
+        pairs = load_pairs(config.data, tokenizer, stop_id=stop_id, context=context, pinned=inputs["data.path"])
         train, test = split_pairs(pairs, section.test_fraction, config.seed)
         if share_prompts(train, test):
             print(f"all {len(pairs)} pairs have one prompt: {len(test)} are held out by their answers", file=sys.stderr)
@@ -124,13 +124,11 @@ def finish(model: RewardModel, train: Sequence[Pair], test: Sequence[Pair]) -> P
     return report
 
 
-def input_hashes(config: RewardConfig, *, fresh: bool) -> tuple[dict[str, str], str | None]:
-    """(hashes of what a run reads, what `pin_labels` gives). A run that is continued reads the labels that it began on.
-
-    fresh: a run that is there is moved aside.
-    """
+def input_hashes(config: RewardConfig, *, fresh: bool = False) -> dict[str, str]:
+    """Hashes of what a run reads, by config key; of labels what `pin_labels` gives: a run that is continued reads those
+    that it began on. fresh: a run that is there is moved aside."""
     pinned = pin_labels(config.data, {} if fresh else recorded_inputs(config.run))
-    return sft.input_hashes(config.model, config.data) | ({"data.path": pinned} if pinned else {}), pinned
+    return sft.input_hashes(config) | ({"data.path": pinned} if pinned else {})
 
 
 def stop_token(config: SFTModelConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:

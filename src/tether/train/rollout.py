@@ -40,7 +40,7 @@ class Experience:
     advantages: Tensor  # [B, R] reward units, before whitening
     entropy: Tensor  # [B, R] nats, of the policy as it was when the cycle began
     metrics: Metrics
-    alarms: list[str]  # self-checks out of bounds
+    alarms: list[tuple[str, str]]  # self-checks out of bounds: rule, text
 
     def evaluation_metrics(self) -> Metrics:
         """The metrics of an evaluation, eval/*."""
@@ -142,7 +142,9 @@ def collect(
     # The engine and the trainer must give the same tokens the same log-probs, up to rounding.
     sampler_gap = metrics["check/sampler_gap"] or 0.0
     bound = SAMPLER_GAP["float32" if policy.model.dtype == torch.float32 else "bfloat16"]
-    alarms = [f"sampler gap {sampler_gap:.2g} nats per token, above {bound}"] if sampler_gap > bound else []
+    alarms = []
+    if sampler_gap > bound:
+        alarms.append(("sampler-gap", f"sampler gap {sampler_gap:.2g} nats per token, above {bound}"))
     return Experience(completions, scored, rollout, advantages, entropy, metrics, alarms)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.config import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig, check, check_warmup
+from tether.config import InitModelConfig, RewardConfig, SFTConfig, SFTModelConfig, check, check_warmup
 from tether.data.examples import Example, load_examples
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ConfigError
@@ -50,7 +50,7 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
     """
     check(config)
     check_parts(None, None, sinks)
-    inputs = input_hashes(config.model, config.data)
+    inputs = input_hashes(config)
     with open_run(config, command="sft", fresh=fresh, inputs=inputs) as (run, signals):
         if run.finished:
             return Run.open(run.path)
@@ -205,8 +205,9 @@ def init_architecture(config: InitModelConfig, tokenizer: PreTrainedTokenizerBas
         return init_model(config, tokenizer, seed=0).config
 
 
-def input_hashes(model: SFTModelConfig, data: DataConfig) -> dict[str, str]:
+def input_hashes(config: SFTConfig | RewardConfig) -> dict[str, str]:
     """Hashes of what a run reads, by config key: it continues only on the same."""
+    model, data = config.model, config.data
     if isinstance(model.policy, InitModelConfig):
         hashes = {"model.policy.tokenizer": hash_files(model.policy.tokenizer, model.revision)}
     else:

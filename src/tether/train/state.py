@@ -75,7 +75,7 @@ class TrainingState:
                 self.done += 1
                 log.write(self.done, metrics)
                 if self.steps.skipped:
-                    log.alarms(self.done, ["optimizer step skipped: its gradient is not finite"])
+                    log.alarms(self.done, [("skipped-steps", "optimizer step skipped: its gradient is not finite")])
                 self.steps.stop_if_broken()
                 self.save_if_due(len(plan))
 

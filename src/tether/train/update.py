@@ -24,7 +24,7 @@ from tether.types import Rollout, microbatches
 class Update:
     metrics: Metrics
     new_logprobs: Tensor  # [B, R] nats, from the last epoch's own passes
-    alarms: list[str]  # self-checks out of bounds, steps that were skipped
+    alarms: list[tuple[str, str]]  # self-checks out of bounds, steps that were skipped: rule, text
 
 
 def update(
@@ -42,7 +42,7 @@ def update(
     new_logprobs = rollout.old_logprobs.clone()
     done: list[tuple[dict[str, float], float]] = []  # metrics and tokens of every minibatch
     first_ratio_error = 0.0
-    alarms: list[str] = []
+    alarms: list[tuple[str, str]] = []
     policy.critic_only = cycle <= ppo.value_warmup_cycles
 
     for epoch in range(ppo.epochs):
@@ -60,7 +60,7 @@ def update(
             step = ((cycle - 1) * ppo.epochs + epoch) * per_epoch + m
             metrics |= steps.step(step)
             if steps.skipped:
-                alarms.append(f"optimizer step {step} skipped: its gradient is not finite")
+                alarms.append(("skipped-steps", f"optimizer step {step} skipped: its gradient is not finite"))
             steps.stop_if_broken()
             done.append((metrics, float(minibatch.rows.response_lengths.sum())))
         if ppo.stop_epoch_at_kl is not None and _means(done[-per_epoch:])["policy/kl_old_new"] > ppo.stop_epoch_at_kl:
@@ -72,6 +72,7 @@ def update(
         {
             **_means(done),
             "check/first_ratio_error": first_ratio_error,
+            **({} if ppo.stop_epoch_at_kl is None else {"optim/steps": len(done)}),
             "optim/skipped_steps": sum(int(metrics["optim/skipped_steps"]) for metrics, _ in done),
             "time/update_s": seconds,
             "tokens_per_s/update": sum(tokens for _, tokens in done) / max(seconds, 1e-9),
@@ -142,7 +143,7 @@ def _merge(total: dict[str, float], part: Mapping[str, float], *, weight: float 
             total[name] = total.get(name, 0.0) + weight * x
 
 
-def _check_first_ratio(logprobs: Tensor, minibatch: Rollout, policy: Policy, alarms: list[str]) -> float:
+def _check_first_ratio(logprobs: Tensor, minibatch: Rollout, policy: Policy, alarms: list[tuple[str, str]]) -> float:
     """Before anything is learned the ratio must be 1: anything else is a bug, in us or in a kernel. Mean of |ρ - 1|."""
     mask = minibatch.rows.response_mask
     error = ((logprobs - minibatch.old_logprobs)[mask].exp() - 1).abs()
@@ -156,5 +157,5 @@ def _check_first_ratio(logprobs: Tensor, minibatch: Rollout, policy: Policy, ala
     precise = policy.model.dtype == torch.float32
     bound = FIRST_RATIO_MEAN["float32" if precise else "bfloat16"]
     if mean > bound or (precise and largest > FIRST_RATIO_MAX_FLOAT32):
-        alarms.append(f"the first ratio is off 1 by {mean:.2g} on average, {largest:.2g} at most")
+        alarms.append(("first-ratio", f"the first ratio is off 1 by {mean:.2g} on average, {largest:.2g} at most"))
     return mean
