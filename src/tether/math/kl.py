@@ -18,6 +18,7 @@ Which one may be *optimized* is another question than which one estimates well, 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -57,3 +58,15 @@ def next_kl_coef(coef: float, kl: float, *, target: float, horizon: float, respo
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * responses / horizon)
+
+
+KP, KI, LO, HI, CAP = 1.5, 0.3, -2.0, 2.0, 3.0
+
+
+def kl_error(kl: float, *, target: float) -> float:
+    return min(max(math.log(kl / target), LO), HI) if kl > 0 else LO
+
+
+def hold_kl(coef: float, error: float, last_error: float, *, score_std: float, kl_std: float) -> float:
+    moved = coef * math.exp(KP * (error - last_error) + KI * min(max(error, -1.0), 1.0))
+    return min(moved, max(coef, CAP * score_std / kl_std)) if kl_std > 0 else moved

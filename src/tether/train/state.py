@@ -29,6 +29,7 @@ class TrainingState:
     steps    the optimizer, and the steps in a row that it skipped.
     done     cycles (or steps) that are done.
     kl_coef  PPO's β; 0 elsewhere.
+    kl_error how far the last cycle's KL was from its target, as `tether.math.hold_kl` returned it; -1 before the first.
     """
 
     run: RunDirectory
@@ -37,6 +38,7 @@ class TrainingState:
     tokenizer: PreTrainedTokenizerBase
     done: int = 0
     kl_coef: float = 0.0
+    kl_error: float = -2.0
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -48,7 +50,8 @@ class TrainingState:
             self.tokenizer.save_pretrained(directory / "policy")
             checkpoint.save_optimizer(self.steps.optimizer, self.steps.named, directory / "optimizer.safetensors")
 
-        numbers = {self.run.unit: self.done, "kl_coef": self.kl_coef, "skipped": self.steps.skipped}
+        numbers = {self.run.unit: self.done, "kl_coef": self.kl_coef, "kl_error": self.kl_error,
+                   "skipped": self.steps.skipped}  # fmt: skip
         name, keep = f"{self.run.unit}-{self.done:06d}", self.run.config.checkpoint.keep
         checkpoint.save(self.run.path, name, numbers, write, keep=keep)
 
@@ -86,8 +89,8 @@ class TrainingState:
             for name, model in self.models.items():
                 restore_weights(model, directory / name)
             checkpoint.load_optimizer(self.steps.optimizer, self.steps.named, directory / "optimizer.safetensors")
-            self.done, self.kl_coef = numbers[self.run.unit], numbers["kl_coef"]
-            self.steps.skipped = numbers["skipped"]
+            self.done, self.steps.skipped = numbers[self.run.unit], numbers["skipped"]
+            self.kl_coef, self.kl_error = numbers["kl_coef"], numbers["kl_error"]
         self.run.truncate_after(self.done)
 
     @contextmanager
