@@ -1,7 +1,7 @@
 """Does `ppo.kl.target` hold? A real language model learns to please VADER's lexicon under five settings.
 
-Each setting is run with `kl.horizon: null` (the default) and with Ziegler's formula at two horizons. A cycle counts from
-the second tenth of the run on; it is held if its KL, in nats per response, is within 25 % of the target.
+Each setting is run with `kl.horizon: null` (the default) and with Ziegler's formula at two horizons. Cycles count from
+the second tenth of the run on; a cycle is held if its KL, in nats per response, is within 25 % of the target.
 
     python bench/kl_target.py --model DIR [--settings 1 2] [--horizons none] [--prompts FILE] [--seed 0] [--curves]
 
@@ -54,11 +54,11 @@ class Setting:
 
 
 SETTINGS = [
-    Setting(batch=32, lr=1e-4, target=8, cycles=100),
-    Setting(batch=64, lr=2e-4, target=6, cycles=60),
-    Setting(batch=64, lr=5e-4, target=8, cycles=60),
-    Setting(batch=128, lr=5e-5, target=4, cycles=60, coef=0.002),
-    Setting(batch=256, lr=1e-5, target=2, cycles=60),
+    Setting(batch=32, minibatch=8, lr=1e-4, target=6, cycles=50),
+    Setting(batch=64, minibatch=32, lr=2e-4, target=5, cycles=50),
+    Setting(batch=64, minibatch=32, lr=5e-4, target=8, cycles=50),
+    Setting(batch=128, minibatch=16, lr=5e-5, target=4, cycles=50, coef=0.01),
+    Setting(batch=256, minibatch=16, lr=1e-5, target=1.5, cycles=50),
 ]
 
 

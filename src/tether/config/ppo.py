@@ -45,8 +45,7 @@ class KLConfig(Section):
     target: Annotated[float | None, positive("a KL of 0 is the untrained model")] = None
     """KL to hold, in nats per response, by adapting β; null keeps β."""
     horizon: Annotated[float | None, positive("β would jump by any amount")] = None
-    """null: β moves as fast as holding the target takes. A number: by at most 20 % while so many responses are sampled
-    (Ziegler et al. 2019)."""
+    """null: β moves as fast as the target takes. A number: by 20 % at most over so many responses (Ziegler 2019)."""
     place: Literal["reward", "loss"] = "reward"
     """reward: k1 in every token's reward, the one with the right optimum. loss: k2 in the loss."""
 

@@ -123,13 +123,12 @@ def ppo(
                 with signals.droppable():
                     experience = collect(asked, *parts, train, p, kl_coef=partial(_kl_coef, state, p), cycle=cycle,
                                          progress=log.phase)  # fmt: skip
-                beta = experience.kl_coef
                 log.alarms(cycle, experience.alarms)
                 with record.left_behind(experience, cycle):
-                    done = update(policy, steps, experience.rollout, p, cycle=cycle, kl_coef=beta,
+                    done = update(policy, steps, experience.rollout, p, cycle=cycle, kl_coef=experience.kl_coef,
                                   temperature=s.temperature, seed=config.seed, progress=log.phase)  # fmt: skip
                 log.alarms(cycle, done.alarms)
-                _adapt_kl_coef(state, experience, p)
+                _keep_kl_coef(state, p, experience)
                 state.done = cycle
                 engine.load_weights(policy.model, version=cycle)
                 record.rollouts(experience, cycle, done.new_logprobs)
@@ -145,7 +144,7 @@ def ppo(
 
 
 def _kl_coef(state: TrainingState, ppo: PPOSection, scores: Tensor, log_ratio_sums: Tensor) -> float:
-    """β of the next cycle."""
+    """β of the cycle that was just sampled. While the value warm-up freezes the policy it stays: the KL is 0 then."""
     if ppo.kl.target is None or ppo.kl.horizon is not None or state.done < ppo.value_warmup_cycles:
         return state.kl_coef
     error = kl_error(float(log_ratio_sums.mean()), target=ppo.kl.target)
@@ -153,8 +152,8 @@ def _kl_coef(state: TrainingState, ppo: PPOSection, scores: Tensor, log_ratio_su
     return hold_kl(state.kl_coef, error, state.kl_error, **stds)
 
 
-def _adapt_kl_coef(state: TrainingState, experience: Experience, ppo: PPOSection) -> None:
-    """Keep what the β of the cycles to come depends on. In the value warm-up the KL is 0 whatever β is: it stays."""
+def _keep_kl_coef(state: TrainingState, ppo: PPOSection, experience: Experience) -> None:
+    """What the next cycle's β depends on, into the state."""
     kl, measured = ppo.kl, experience.metrics["kl/ref_mean"]
     assert measured is not None
     if kl.target is None or state.done < ppo.value_warmup_cycles:
@@ -162,9 +161,7 @@ def _adapt_kl_coef(state: TrainingState, experience: Experience, ppo: PPOSection
     if kl.horizon is None:
         state.kl_coef, state.kl_error = experience.kl_coef, kl_error(measured, target=kl.target)
     else:
-        state.kl_coef = next_kl_coef(
-            state.kl_coef, measured, target=kl.target, horizon=kl.horizon, responses=ppo.batch
-        )
+        state.kl_coef = next_kl_coef(state.kl_coef, measured, target=kl.target, horizon=kl.horizon, responses=ppo.batch)
 
 
 def _prompts_of(cycle: int, prompts: list[Prompt], config: PPOConfig) -> list[Prompt]:

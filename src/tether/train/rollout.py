@@ -39,7 +39,7 @@ class Experience:
     rollout: Rollout
     advantages: Tensor  # [B, R] reward units, before whitening
     entropy: Tensor  # [B, R] nats, of the policy as it was when the cycle began
-    kl_coef: float  # β of the cycle
+    kl_coef: float  # β of the cycle, reward units per nat
     metrics: Metrics
     alarms: list[str]  # self-checks out of bounds
 
@@ -63,8 +63,8 @@ def collect(
 ) -> Experience:  # fmt: skip
     """Sample, score, value, and turn all three into advantages.
 
-    kl_coef: β of a cycle with these scores [B] and log-ratio sums [B]. The KL penalty is in the rewards unless ppo.kl.place says loss. Advantages are whitened over the cycle's counted
-    tokens, if the config says so.
+    kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B]. The KL penalty is in the rewards unless
+    ppo.kl.place says loss. Advantages are whitened over the cycle's counted tokens, if the config says so.
     """
     clock = _Clock()
     progress("sampling")

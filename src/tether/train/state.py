@@ -29,7 +29,7 @@ class TrainingState:
     steps    the optimizer, and the steps in a row that it skipped.
     done     cycles (or steps) that are done.
     kl_coef  PPO's β; 0 elsewhere.
-    kl_error how far the last cycle's KL was from its target, as `tether.math.hold_kl` returned it; -1 before the first.
+    kl_error `tether.math.kl_error` of the last cycle.
     """
 
     run: RunDirectory
