@@ -48,7 +48,7 @@ def test_the_last_of_two_flags_wins(file):
 def test_lists_and_mappings_are_replaced_whole(file):
     config = ppo(file, "--reward", "[{function: b.py:g}]", "--ppo.kl", "{coef: 0.1}")
     assert config.reward == [RewardSourceConfig(function="b.py:g")]
-    assert (config.ppo.kl.coef, config.ppo.kl.horizon) == (0.1, 10000.0)
+    assert (config.ppo.kl.coef, config.ppo.kl.horizon) == (0.1, None)
 
 
 def test_a_file_is_not_needed():

@@ -44,8 +44,8 @@ class KLConfig(Section):
     """β: reward units a nat. With a target, only the start."""
     target: Annotated[float | None, positive("a KL of 0 is the untrained model")] = None
     """KL to hold, in nats per response, by adapting β; null keeps β."""
-    horizon: Annotated[float, positive("β would jump by any amount")] = 10000.0
-    """Responses over which β can change by 20 % (Ziegler et al. 2019)."""
+    horizon: Annotated[float | None, positive("β would jump by any amount")] = None
+    """null: β moves as fast as the target takes. A number: by 20 % at most over so many responses (Ziegler 2019)."""
     place: Literal["reward", "loss"] = "reward"
     """reward: k1 in every token's reward, the one with the right optimum. loss: k2 in the loss."""
 
@@ -135,9 +135,10 @@ class PPOSection(Section):
                 f"{key}.clip={self.clip}: the lower ratio bound 1 - {self.clip} is not above 0, so it would never "
                 f"bind. Set {key}.clip below 1; {key}.clip_high may be larger."
             )
-        if self.kl.target is not None and self.batch >= 5 * self.kl.horizon:
+        horizon = self.kl.horizon
+        if self.kl.target is not None and horizon is not None and self.batch >= 5 * horizon:
             raise ConfigError(
-                f"{key}.kl.horizon={self.kl.horizon:g} is too short for {key}.batch={self.batch}: β changes by up to "
+                f"{key}.kl.horizon={horizon:g} is too short for {key}.batch={self.batch}: β changes by up to "
                 f"20 % a horizon, so one cycle could make it zero or negative. Set {key}.kl.horizon above "
                 f"{self.batch / 5:g}, better above {self.batch}."
             )

@@ -182,10 +182,10 @@ def runaway_kl(view: View) -> Iterator[Alarm]:
     """With a target: three times that, for 20 cycles. (Ziegler et al. 2019 held 6 and peaked at 7.3.) In any case: more
     than 20 nats per response, still growing, under a score that rises no more. Half the seeds of "The N+ Implementation
     Details of RLHF with PPO" (2403.17031) collapsed at 50 to 85."""
-    kl, target = view.curve("kl/ref_mean"), view.config.ppo.kl.target
+    kl, target, horizon = view.curve("kl/ref_mean"), view.config.ppo.kl.target, view.config.ppo.kl.horizon
     if target and (held := kl.held(lambda x: x > 3 * target, least=_PERSIST + 1)):
         yield alarm(
-            "runaway-kl/target", held, "serious",
+            "runaway-kl/target" if horizon is None else "runaway-kl/horizon", held, "serious",
             f"The KL to the reference is {median(held.levels):.3g} nats per response, "
             f"{median(held.levels) / target:.1f} times its target of {target:g}.",
         )  # fmt: skip

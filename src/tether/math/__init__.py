@@ -15,7 +15,7 @@ from tether.math.diagnostics import (
     optimality_gap_logmeanexp,
     shared_phrase,
 )
-from tether.math.kl import kl_k1, kl_k2, kl_k3, next_kl_coef
+from tether.math.kl import hold_kl, kl_error, kl_k1, kl_k2, kl_k3, next_kl_coef
 from tether.math.logprobs import Head, full_logprobs, token_logprobs
 from tether.math.losses import bradley_terry_loss, clipped_policy_loss, entropy_mean, kl_loss, nll_loss, value_loss
 from tether.math.masked import masked_mean, masked_sum, masked_var, whiten

@@ -39,6 +39,7 @@ class Experience:
     rollout: Rollout
     advantages: Tensor  # [B, R] reward units, before whitening
     entropy: Tensor  # [B, R] nats, of the policy as it was when the cycle began
+    kl_coef: float  # β of the cycle, reward units per nat
     metrics: Metrics
     alarms: list[tuple[str, str]]  # self-checks out of bounds: rule, text
 
@@ -57,10 +58,13 @@ class Experience:
 
 def collect(
     prompts: Sequence[Prompt], sampler: Sampler, reward: RewardSet, policy: Policy, reference: Reference,
-    sampling: Sampling, ppo: PPOSection, *, kl_coef: float, cycle: int,
+    sampling: Sampling, ppo: PPOSection, *, kl_coef: Callable[[Tensor, Tensor], float], cycle: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Experience:  # fmt: skip
-    """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens."""
+    """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens.
+
+    kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B].
+    """
     clock = _Clock()
     progress("sampling")
     completions = sampler.generate(prompts, sampling, cycle=cycle)
@@ -91,14 +95,15 @@ def collect(
         ref[index, :width] = reference.logprobs(part, temperature=sampling.temperature)
     clock.lap("time/forward_s")
 
-    in_reward = kl_coef if ppo.kl.place == "reward" else 0.0
+    log_ratio_sums = ((old - ref) * mask).sum(1)
+    beta = kl_coef(scored.scores, log_ratio_sums)
+    in_reward = beta if ppo.kl.place == "reward" else 0.0
     scores = scored.scores.to(old)
     rewards = place_rewards(scores, old, ref, mask, kl_coef=in_reward)
     _check_placement(rewards, -in_reward * (old - ref), scores, rows.response_lengths.to(mask.device))
     advantages, returns = estimate(rewards, values, mask, ppo)
     rollout = Rollout(rows, old, ref, values, rewards, whiten(advantages, mask) if ppo.whiten else advantages, returns)
 
-    log_ratio_sums = ((old - ref) * mask).sum(1)
     gap = None
     exact = ppo.gamma == 1 and ppo.entropy_coef == 0 and not sampling.top_k and sampling.top_p == 1
     if exact and in_reward > 0 and sampling.responses_per_prompt >= 2:
@@ -122,7 +127,7 @@ def collect(
         "reward/total_mean": float(rewards.sum(1).mean()),
         "kl/ref_mean": float(log_ratio_sums.mean()),
         "kl/ref_per_token": float(masked_mean(old - ref, mask)),
-        "kl/coef": kl_coef,
+        "kl/coef": beta,
         "policy/optimality_gap": gap,
         **critic,
         "advantage/mean": float(masked_mean(advantages, mask)),
@@ -145,7 +150,7 @@ def collect(
     alarms = []
     if sampler_gap > bound:
         alarms.append(("sampler-gap", f"sampler gap {sampler_gap:.2g} nats per token, above {bound}"))
-    return Experience(completions, scored, rollout, advantages, entropy, metrics, alarms)
+    return Experience(completions, scored, rollout, advantages, entropy, beta, metrics, alarms)
 
 
 def estimate(rewards: Tensor, values: Tensor | None, mask: Tensor, ppo: PPOSection) -> tuple[Tensor, Tensor | None]:

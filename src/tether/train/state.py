@@ -33,6 +33,7 @@ class TrainingState:
     tokenizer: PreTrainedTokenizerBase
     done: int = 0  # cycles (or steps)
     kl_coef: float = 0.0  # PPO's β; 0 elsewhere
+    kl_error: float = -2.0  # `tether.math.kl_error` of the last cycle
 
     def save(self) -> None:
         assert isinstance(self.run.config, TrainingConfig)
@@ -43,7 +44,8 @@ class TrainingState:
             self.tokenizer.save_pretrained(directory / "policy")
             checkpoint.save_optimizer(self.steps.optimizer, self.steps.named, directory / "optimizer.safetensors")
 
-        numbers = {self.run.unit: self.done, "kl_coef": self.kl_coef, "skipped": self.steps.skipped}
+        numbers = {self.run.unit: self.done, "kl_coef": self.kl_coef, "kl_error": self.kl_error,
+                   "skipped": self.steps.skipped}  # fmt: skip
         name, keep = f"{self.run.unit}-{self.done:06d}", self.run.config.checkpoint.keep
         checkpoint.save(self.run.path, name, numbers, write, keep=keep)
 
@@ -97,8 +99,8 @@ class TrainingState:
             for name, model in self.models.items():
                 checkpoint.restore_weights(model, directory / name)
             checkpoint.load_optimizer(self.steps.optimizer, self.steps.named, directory / "optimizer.safetensors")
-            self.done, self.kl_coef = numbers[self.run.unit], numbers["kl_coef"]
-            self.steps.skipped = numbers["skipped"]
+            self.done, self.steps.skipped = numbers[self.run.unit], numbers["skipped"]
+            self.kl_coef, self.kl_error = numbers["kl_coef"], numbers["kl_error"]
         self.run.truncate_after(self.done)
 
     @contextmanager
