@@ -91,7 +91,7 @@ class Cycles:
         return collect(
             self.prompts, self.sampler, self.reward, self.policy, self.reference,
             Sampling(max_new_tokens=self.config.sampling.max_new_tokens), self.config.ppo,
-            kl_coef=0.05, cycle=self.cycle,
+            kl_coef=lambda *_: 0.05, cycle=self.cycle,
         )  # fmt: skip
 
     def learn(self, experience: Experience) -> None:

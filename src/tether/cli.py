@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tether
-from tether.config import EvaluateConfig
 from tether.config.kinds import KINDS, resolve
 from tether.errors import ConfigError, Interrupted, RunError, TetherError
 
@@ -61,7 +60,7 @@ def _dispatch(argv: list[str]) -> None:
     elif name in COMMANDS:
         COMMANDS[name](rest)
     elif name in KINDS:
-        _train(name, rest)
+        _run(name, rest)
     else:
         commands = dict.fromkeys((*KINDS, *COMMANDS))
         near = difflib.get_close_matches(name, [*commands, "--help", "--version"], n=1)
@@ -72,12 +71,15 @@ def _dispatch(argv: list[str]) -> None:
 # ---------------------------------------------------------------- commands that take a config
 
 
-def _train(kind: str, argv: list[str]) -> None:
-    if _help_wanted(kind, argv):
+def _run(name: str, argv: list[str]) -> None:
+    if "-h" in argv or "--help" in argv:
+        from tether.config.help import help_text
+
+        print(help_text(name))
         return
     from tether.config.reading import parse_args, to_yaml
 
-    config, options = parse_args(kind, argv)
+    config, options = parse_args(name, argv)
     if options.print_config:
         print(to_yaml(config), end="")
     elif options.dry_run:
@@ -85,24 +87,9 @@ def _train(kind: str, argv: list[str]) -> None:
 
         print(dry_run(config, fresh=options.fresh))
     else:
-        resolve(KINDS[kind].run)(config, fresh=options.fresh)
-
-
-def _evaluate(argv: list[str]) -> None:
-    if _help_wanted("evaluate", argv):
-        return
-    from tether.config.reading import parse_args, to_yaml
-
-    config, options = parse_args("evaluate", argv)
-    if options.print_config:
-        print(to_yaml(config), end="")
-    elif options.dry_run:
-        from tether.diagnose import dry_run
-
-        print(dry_run(config))
-    else:
-        assert isinstance(config, EvaluateConfig)
-        print(tether.evaluate(config, fresh=options.fresh))
+        result = resolve(KINDS[name].run)(config, fresh=options.fresh)
+        if not KINDS[name].trains:
+            print(result)
 
 
 def _doctor(argv: list[str]) -> None:
@@ -121,15 +108,6 @@ def _doctor(argv: list[str]) -> None:
     from tether.diagnose import doctor
 
     print(doctor(config))
-
-
-def _help_wanted(kind: str, argv: list[str]) -> bool:
-    if "-h" not in argv and "--help" not in argv:
-        return False
-    from tether.config.help import help_text
-
-    print(help_text(kind))
-    return True
 
 
 # ---------------------------------------------------------------- commands with a few flags of their own
@@ -185,34 +163,22 @@ def _generate(argv: list[str]) -> None:
     parser.add_argument("--dtype", metavar="DTYPE", default="auto", help="auto, float32 or bfloat16 (%(default)s)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     args = parser.parse_args(argv)
-    prompts: list[Any] = list(args.prompt)
-    if prompts and not args.raw:
+    options = vars(args)
+    model, raw, file, prompts = (options.pop(name) for name in ("model", "raw", "prompts", "prompt"))
+    if prompts and not raw:
         from tether.data.tokenizer import load_tokenizer
 
-        if load_tokenizer(args.model, trust_remote_code=args.trust_remote_code).chat_template:
+        if load_tokenizer(model, trust_remote_code=args.trust_remote_code).chat_template:
             prompts = [[{"role": "user", "content": text}] for text in prompts]
-    if args.prompts:
+    if file:
         from tether.data.table import read_rows
 
-        prompts += [row["prompt"] for row in read_rows(args.prompts, "train", ["prompt"], None)]
+        prompts = prompts + [row["prompt"] for row in read_rows(file, columns=["prompt"])]
     if not prompts:
         raise ConfigError("no prompt: there is nothing to answer. Give --prompt TEXT or --prompts FILE.")
     from tether.reports.text import visible  # what a model wrote must not act on the terminal
 
-    generations = tether.generate(
-        args.model,
-        prompts,
-        samples=args.samples,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        device=args.device,
-        dtype=args.dtype,
-        stop_token_ids=args.stop_token_ids,
-        trust_remote_code=args.trust_remote_code,
-    )
+    generations = tether.generate(model, prompts, **options)
     for i, generation in enumerate(generations):
         if i % args.samples == 0:
             print(f"── {visible(_shown(generation.prompt))}")
@@ -344,10 +310,9 @@ def _studio(argv: list[str]) -> None:
     )  # fmt: skip
 
 
-COMMANDS = {  # beside the trainers, which are rows of KINDS
+COMMANDS = {  # beside the rows of KINDS
     "demo": _demo,
     "generate": _generate,
-    "evaluate": _evaluate,
     "label": _label,
     "report": _report,
     "studio": _studio,

@@ -36,7 +36,7 @@ ppo:
   value_clip: 0.2
   value_coef: 0.1
   entropy_coef: 0.0
-  kl: {coef: 0.05, target: null, horizon: 10000.0, place: reward}
+  kl: {coef: 0.05, target: null, horizon: null, place: reward}
   stop_epoch_at_kl: null
   value_warmup_cycles: 0
 optim: {lr: null, critic_lr: null, schedule: linear, warmup: 0, betas: [0.9, 0.95], eps: 1.0e-5, weight_decay: 0.0,

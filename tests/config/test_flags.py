@@ -48,7 +48,7 @@ def test_the_last_of_two_flags_wins(file):
 def test_lists_and_mappings_are_replaced_whole(file):
     config = ppo(file, "--reward", "[{function: b.py:g}]", "--ppo.kl", "{coef: 0.1}")
     assert config.reward == [RewardSourceConfig(function="b.py:g")]
-    assert (config.ppo.kl.coef, config.ppo.kl.horizon) == (0.1, 10000.0)
+    assert (config.ppo.kl.coef, config.ppo.kl.horizon) == (0.1, None)
 
 
 def test_a_file_is_not_needed():
@@ -172,6 +172,19 @@ def test_a_bare_reward_is_told_a_list_that_is_accepted(file, given):
     advice = str(caught.value).rpartition("--reward '")[2].removesuffix("'.")
     (source,) = ppo(file, "--reward", advice).reward
     assert given in (source.function, source.model)
+
+
+def test_a_key_of_several_commands_names_them_all(file):
+    with pytest.raises(
+        ConfigError, match=r"unknown key data\.path .*one of tether sft and tether reward\. Drop it, or"
+    ):
+        ppo(file, "--data.path", "d")
+
+
+def test_an_unknown_flag_is_unknown_with_or_without_a_value(file):
+    for argv in (["--nope"], ["--nope", "3"], ["--nope", "--fresh"], ["--nope=3"]):
+        with pytest.raises(ConfigError, match="unknown key nope for tether ppo"):
+            ppo(file, *argv)
 
 
 def test_a_key_of_another_command_is_told_apart(file):

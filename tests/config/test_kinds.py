@@ -9,11 +9,13 @@ import pytest
 import tether
 from tether.cli import main
 from tether.config import DataConfig, Section, SFTModelConfig, TrainingConfig
-from tether.config.kinds import KINDS, Kind, command_of, resolve
+from tether.config.kinds import KINDS, Kind, kind_of, resolve
 from tether.config.reading import load_config, parse_args, to_yaml
-from tether.diagnose import examine
+from tether.diagnose import doctor, dry_run, examine
+from tether.diagnose.inputs import Inputs, Start, render
 from tether.runs import Run, RunDirectory
 from tether.studio.index import Runs
+from tether.train.sft import input_hashes
 
 SOURCE = Path(tether.__file__).parent
 
@@ -33,12 +35,27 @@ class HumConfig(TrainingConfig):
     data: DataConfig
     hum: HumSection = field(default_factory=HumSection)
 
+    def microbatch(self, longest):
+        return 1, longest, longest - 1
+
 
 trained = []
 
 
 def hum(config, *, fresh=False):
     trained.append((config, fresh))
+
+
+def tunes(config, hashes):
+    start = Start.of(config)
+    tune = start.tokenizer("la la").input_ids
+    return Inputs(
+        [*start.facts, f"{config.hum.tunes} tunes"],
+        len(tune),
+        "hum them all",
+        render(start.tokenizer, tune, [True] * len(tune)),
+        "a tone",
+    )
 
 
 @pytest.fixture
@@ -50,11 +67,11 @@ def humming(monkeypatch):
         config=HumConfig,
         section="hum",
         run=f"{__name__}:hum",
+        inputs=f"{__name__}:tunes",
         headline=(("pitch", "hum/pitch", "Hz; higher is brighter"),),
         losses=("hum/loss",),
     )
     monkeypatch.setitem(KINDS, "hum", row)
-    monkeypatch.setattr("tether.cli.resolve", lambda name: {f"{__name__}:hum": hum}.get(name) or resolve(name))
     return row
 
 
@@ -83,11 +100,38 @@ def test_a_row_is_listed_by_help_and_runs(humming, capsys):
 
 def test_a_row_has_its_config_told_from_its_section(humming, tmp_path):
     config = parse_args("hum", ["--run", "r", "--model.policy", "m", "--data.path", "d"])[0]
-    assert command_of(config) == "hum"
+    assert kind_of(config).command == "hum"
     (tmp_path / "c.yaml").write_text("run: r\nmodel: {policy: m}\ndata: {path: d}\nhum: {tunes: 2}\n")
     loaded = load_config(tmp_path / "c.yaml")
     assert (type(loaded), loaded.hum.tunes) == (HumConfig, 2)
     assert "tunes: 2" in to_yaml(loaded)
+
+
+def test_a_row_has_a_dry_run_and_is_checked_by_doctor(humming, tiny_model, tmp_path, capsys):
+    (tmp_path / "d").touch()
+    flags = ["--run", str(tmp_path / "r"), "--model.policy", str(tiny_model()), "--data.path", str(tmp_path / "d")]
+    assert main(["hum", *flags, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    for part in (
+        "  hum:\n    tunes: 3",
+        "stop tokens: 1",
+        "3 tunes",
+        "1: a tone",
+        "hum them all",
+        "peak",
+        "fits: needs",
+    ):
+        assert part in told
+    config, _ = parse_args("hum", flags)
+    assert "hum them all" in doctor(config)
+    run = RunDirectory.open(config, command="hum", inputs=input_hashes(config))
+    run.append_metrics({"step": 1})
+    run.__exit__(tether.Interrupted, tether.Interrupted("by SIGTERM"), None)
+    dry_run(config)
+    (tmp_path / "d").write_text("another tune")
+    assert main(["hum", *flags, "--dry-run"]) == 2
+    assert "data.path has other content" in capsys.readouterr().err
+    assert main(["hum", *flags, "--dry-run", "--fresh"]) == 0
 
 
 def test_a_row_is_reported(humming, tmp_path):
@@ -118,7 +162,10 @@ def test_a_row_is_in_the_studios_list(humming, tmp_path):
 def test_what_a_row_names_exists(kind):
     from tether.diagnose.alarms import RULES
 
-    assert all(callable(resolve(name)) for name in (kind.run, *filter(None, [kind.page])))
+    assert all(
+        callable(resolve(name))
+        for name in (kind.run, kind.inputs, kind.hashes, *filter(None, [kind.page, kind.memory]))
+    )
     assert kind.curves is None or resolve(kind.curves)
     assert set(kind.alarms) <= set(RULES)
 

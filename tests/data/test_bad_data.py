@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tether.config import DataConfig, PromptsConfig
+from tether.config import DataConfig, PairsConfig, PromptsConfig
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
 from tether.data.prompts import load_prompts
@@ -219,7 +219,7 @@ def load(path: str, what: str, tokenizer):
         return load_prompts(PromptsConfig(path, max_tokens=20), tokenizer, context=None, max_new_tokens=8)
     if what == "examples":
         return load_examples(DataConfig(path), tokenizer, stop_id=1)
-    return load_pairs(DataConfig(path), tokenizer, stop_id=1)
+    return load_pairs(PairsConfig(path), tokenizer, stop_id=1)
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)

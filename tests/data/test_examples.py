@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tether.config import DataConfig
-from tether.data.chat import _Splitter, encode_completion, encode_conversations, encode_prompt
+from tether.data.chat import _Splitter, encode_completion, encode_conversations, encode_prompts
 from tether.data.examples import Example, load_examples
 from tether.errors import DataError, ModelError
 
@@ -272,7 +272,7 @@ def test_a_prompt_of_messages_is_followed_by_what_the_answer_adds_to_it(write, t
     examples = load(write("a.jsonl", rows), tiny_tokenizer)
     for example in examples:
         assert shown(tiny_tokenizer, example) == "<user>Hi<assistant>Yo<eos><user>Why<assistant>[So<eos>]"
-        prompt = encode_prompt(tiny_tokenizer, TURNS[:3])
+        prompt = encode_prompts(tiny_tokenizer, [TURNS[:3]])[0]
         assert example.ids == [*prompt, *encode_completion(tiny_tokenizer, "So"), STOP]
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.config import DataConfig
-from tether.data.chat import encode_completion, encode_prompt
+from tether.config import PairsConfig
+from tether.data.chat import encode_completion, encode_prompts
 from tether.data.pairs import Pair, load_pairs, split_transcripts
 from tether.data.split import share_prompts, split_pairs
 from tether.errors import DataError
@@ -17,7 +17,7 @@ STOP = 1
 
 
 def load(path, tokenizer, stop_id=STOP, context=None, **changes):
-    return load_pairs(DataConfig(path, **changes), tokenizer, stop_id=stop_id, context=context)
+    return load_pairs(PairsConfig(path, **changes), tokenizer, stop_id=stop_id, context=context)
 
 
 def user(text):
@@ -93,7 +93,7 @@ CHAT = {
 @pytest.mark.parametrize("row", CHAT.values(), ids=CHAT)
 def test_every_way_to_write_a_chat_pair_gives_the_ids_that_ppo_would_see(write, tiny_tokenizer, row):
     (pair,) = load(write("a.jsonl", [row]), tiny_tokenizer)
-    assert pair.prompt_ids == encode_prompt(tiny_tokenizer, [user("Hi")])
+    assert pair.prompt_ids == encode_prompts(tiny_tokenizer, [[user("Hi")]])[0]
     assert pair.chosen_ids == [*encode_completion(tiny_tokenizer, "Yo"), STOP]
     assert pair.rejected_ids == [*encode_completion(tiny_tokenizer, "No"), STOP]
 

@@ -3,7 +3,7 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tether.config import DataConfig, PromptsConfig
+from tether.config import DataConfig, PairsConfig, PromptsConfig
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
 from tether.data.prompts import load_prompts
@@ -22,7 +22,7 @@ def test_polite_style_gives_prompts_and_pairs(shared, tokenizer):
     assert prompts[0].columns["group"] == "rasbt/0"
     assert all(prompt.ids[0] == tokenizer.bos_token_id for prompt in prompts)
 
-    pairs = load_pairs(DataConfig(path, limit=300), tokenizer, stop_id=1)
+    pairs = load_pairs(PairsConfig(path, limit=300), tokenizer, stop_id=1)
     assert [tuple(pair.prompt_ids) for pair in pairs] == [prompt.ids for prompt in prompts]
     assert tokenizer.decode(pairs[1].chosen_ids) == "He goes to the park every day.<s>"
     train, test = split_pairs(pairs, 0.2, seed=0)
@@ -32,7 +32,7 @@ def test_polite_style_gives_prompts_and_pairs(shared, tokenizer):
 
 def test_harmless_transcripts_are_split_and_cut_and_none_is_lost(shared, tokenizer, capsys):
     path = str(shared / "data/preferences/hh_harmless_original.jsonl.gz")
-    pairs = load_pairs(DataConfig(path, max_tokens=256, overlong="cut_left", limit=400), tokenizer, stop_id=1)
+    pairs = load_pairs(PairsConfig(path, max_tokens=256, overlong="cut_left", limit=400), tokenizer, stop_id=1)
     assert [pair.row for pair in pairs] == list(range(400))
     longest = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
     assert longest == 256
@@ -43,7 +43,7 @@ def test_harmless_transcripts_are_split_and_cut_and_none_is_lost(shared, tokeniz
 
 def test_pairs_of_one_question_stay_on_one_side(shared, tokenizer):
     path = str(shared / "data/preferences/qa_feedback.jsonl.gz")
-    pairs = load_pairs(DataConfig(path, max_tokens=256, overlong="cut_left", limit=200), tokenizer, stop_id=1)
+    pairs = load_pairs(PairsConfig(path, max_tokens=256, overlong="cut_left", limit=200), tokenizer, stop_id=1)
     train, test = split_pairs(pairs, 0.1, seed=0)
     assert not {pair.group for pair in train} & {pair.group for pair in test}
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.config import DataConfig, PromptsConfig
+from tether.config import DataConfig, PairsConfig, PromptsConfig
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
 from tether.data.prompts import load_prompts
@@ -106,7 +106,7 @@ def test_split_and_limit_of_a_config_reach_the_reader(what, monkeypatch, tiny_to
     if what == "prompts":
         rows = load_prompts(PromptsConfig(**where), tiny_tokenizer, context=None, max_new_tokens=8)
     else:
-        rows = {"examples": load_examples, "pairs": load_pairs}[what](DataConfig(**where), tiny_tokenizer, stop_id=1)
+        rows = {"examples": load_examples, "pairs": load_pairs}[what](PairsConfig(**where), tiny_tokenizer, stop_id=1)
     assert ([r.row for r in rows], asked) == ([0, 1], ["test"])
 
 
@@ -121,7 +121,7 @@ def test_chat_template_kwargs_reach_prompt_and_answer_of_examples_and_pairs(writ
     user, yes, no = {"role": "user", "content": "Hi"}, *({"role": "assistant", "content": c} for c in ("Yo", "No"))
     path = write("a.jsonl", [{"prompt": [user], "completion": [yes], "chosen": [yes], "rejected": [no]}])
     marked = {"chat_template_kwargs": {"mark": "!"}}
-    (pair,) = load_pairs(DataConfig(path, **marked), tiny_tokenizer, stop_id=1)
+    (pair,) = load_pairs(PairsConfig(path, **marked), tiny_tokenizer, stop_id=1)
     decoded = [tiny_tokenizer.decode(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
     assert decoded == ["<user>!Hi<assistant>", "!Yo<eos>", "!No<eos>"]
     (example,) = load_examples(DataConfig(path, **marked), tiny_tokenizer, stop_id=1)
@@ -138,4 +138,4 @@ def test_an_answer_that_the_template_refuses_is_named_with_its_column(write, tin
     row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": "a", "chosen": "b", "rejected": "c"}
     load = load_examples if column == "completion" else load_pairs
     with pytest.raises(DataError, match=f"line 1, column '{column}': the tokenizer's chat template refuses"):
-        load(DataConfig(write("a.jsonl", [row | {column: "bad"}])), tiny_tokenizer, stop_id=1)
+        load(PairsConfig(write("a.jsonl", [row | {column: "bad"}])), tiny_tokenizer, stop_id=1)

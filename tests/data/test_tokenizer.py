@@ -1,6 +1,13 @@
 """The tokenizer itself: where it comes from, whether it fits the model, where responses stop."""
 
 import copy
+import os
+import re
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -44,8 +51,68 @@ def test_a_broken_tokenizer_file_is_no_traceback(tiny_tokenizer, tmp_path):
 
 def test_a_file_in_place_of_a_directory_is_told_apart(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ModelError, match="is a file, where a tokenizer is a directory"):
+    with pytest.raises(ModelError, match="is a file, where a model is a directory"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """A hub on loopback that has one model, me/tiny, in a directory here."""
+
+    def translate_path(self, path):
+        return super().translate_path(re.sub("^/me/tiny/resolve/[^/]*", "", path))
+
+    def end_headers(self):
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("ETag", f'"{abs(hash(self.path))}"')
+        if "/me/tiny/" not in f"{self.path}/":
+            self.send_header("X-Error-Code", "RepoNotFound")
+        super().end_headers()
+
+    def do_GET(self):
+        if self.path.startswith("/api/models/me/tiny"):
+            self.send_response(200)
+            self.end_headers()
+            answer = "[]" if "/tree/" in self.path else f'{{"id": "me/tiny", "sha": "{"a" * 40}", "siblings": []}}'
+            self.wfile.write(answer.encode())
+        elif self.path.startswith("/me/tiny/"):
+            super().do_GET()
+        else:
+            self.send_error(404)
+
+    def log_message(self, *args):
+        pass
+
+
+def load_from_hub(name, endpoint, cache):
+    """(what loading says on stderr, seconds) in a process of its own: the hub's client reads its settings once."""
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
+    code = f"from tether.data.tokenizer import *; began = __import__('time').time()\ntry: load_tokenizer({name!r})\n"
+    code += "finally: print(__import__('time').time() - began)"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=cache.parent)
+    return done.stderr, float(done.stdout)
+
+
+def test_a_name_that_is_no_directory_costs_no_minute_where_the_hub_is_out_of_reach(tmp_path):
+    (tmp_path / "stories260K").mkdir()
+    for name in ("stories26K", "owner/stories26K"):
+        told, seconds = load_from_hub(name, "http://127.0.0.1:9", tmp_path / "cache")  # nothing listens there
+        assert f"{name} is not a directory here, and the hub does not answer" in told
+        assert ("Did you mean 'stories260K'?" in told) == ("/" not in name)
+        assert seconds < 10
+
+
+def test_a_model_of_the_hub_is_loaded_from_there_and_one_that_it_lacks_is_said_so(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(tmp_path / "model"))) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{hub.server_port}"
+        told, _ = load_from_hub("me/tiny", endpoint, tmp_path / "cache")
+        assert "Error" not in told
+        told, _ = load_from_hub("me/tinny", endpoint, tmp_path / "cache")
+        hub.shutdown()
+    assert "me/tinny is not a directory here, and the hub has no such model that you may read" in told
 
 
 def test_a_hub_id_out_of_reach_says_what_works_offline():

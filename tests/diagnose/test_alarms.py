@@ -204,7 +204,9 @@ def test_a_kl_far_beyond_its_target_is_runaway_though_the_score_rises():
     (alarm,) = found(healthy(**curve), config=ppo(kl=KLConfig(target=6.0)))
     assert alarm.rule == "runaway-kl"
     assert "times its target of 6" in alarm.what
-    assert "ppo.kl.horizon" in alarm.remedy
+    assert "optim.lr" in alarm.remedy
+    (slow,) = found(healthy(**curve), config=ppo(kl=KLConfig(target=6.0, horizon=10_000)))
+    assert "ppo.kl.horizon to null" in slow.remedy
     assert found(healthy(kl__ref_mean=7.3), config=ppo(kl=KLConfig(target=6.0))) == []  # the peak of a published run
 
 
@@ -349,16 +351,16 @@ def test_a_reward_model_that_was_still_rising_and_knows_no_pair_by_heart_could_h
 # ---------------------------------------------------------------- events and status
 
 
-def told(cycle, what, unit="cycle"):
-    return {"time": NOW.isoformat(), "event": "alarm", unit: cycle, "what": what}
+def told(cycle, what, unit="cycle", rule=None):
+    return {"time": NOW.isoformat(), "event": "alarm", unit: cycle, "what": what} | ({"rule": rule} if rule else {})
 
 
 def test_what_the_trainer_recorded_is_folded_into_the_rule_of_its_kind():
     events = [
-        told(2, "sampler gap 0.002 nats per token, above 0.0001"),
-        told(4, "sampler gap 0.003 nats per token, above 0.0001"),
-        told(3, "the first ratio is off 1 by 0.00012 on average, 0.3 at most"),
-        told(3, "optimizer step 33 skipped: its gradient is not finite"),
+        told(2, "sampler gap 0.002 nats per token, above 0.0001", rule="sampler-gap"),
+        told(4, "sampler gap 0.003 nats per token, above 0.0001", rule="sampler-gap"),
+        told(3, "the first ratio is off 1 by 0.00012 on average, 0.3 at most", rule="first-ratio"),
+        told(3, "optimizer step 33 skipped: its gradient is not finite", rule="skipped-steps"),
         {"time": "", "event": "resumed", "cycle": 3},
     ]
     by_rule = {a.rule: a for a in found(healthy(n=4), events=events)}
@@ -373,6 +375,25 @@ def test_other_recorded_alarms_are_shown_once_a_kind_on_one_line():
     (alarm,) = found(healthy(n=4), events=events)
     assert (alarm.rule, alarm.first, alarm.last) == ("recorded", 1, 3)
     assert alarm.what == "The moon stood at 3 degrees (3 times)."
+
+
+def test_words_in_a_recorded_text_make_no_alarm_of_another_rule():
+    (alarm,) = found(healthy(n=4), events=[told(2, "two rows were skipped, the sampler gap is fine")])
+    assert (alarm.rule, alarm.what) == ("recorded", "Two rows were skipped, the sampler gap is fine.")
+
+
+def test_recorded_alarms_beyond_twenty_are_counted():
+    events = [told(i, f"odd {'x' * i}") for i in range(1, 26)]
+    first, *others = found(healthy(n=30), events=events)
+    assert first.what == "5 more alarms that differ in their words: see events.jsonl."
+    assert (first.first, first.last) == (1, 5)
+    assert [a.first for a in others] == list(range(6, 26))
+
+
+def test_skipped_steps_are_counted_among_those_that_were_made():
+    rows = [row | {"optim/steps": 2} for row in healthy(n=4)]
+    (alarm,) = found(rows, events=[told(3, "skipped", rule="skipped-steps")])
+    assert "1 optimizer step of 8 skipped" in alarm.what
 
 
 def test_the_events_of_a_run_are_the_ones_that_rules_know(tiny_model, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def label(item, annotator, choice="a", **changes) -> Label:
 def test_alpha_of_krippendorffs_published_example():
     alpha = krippendorff_alpha(published())
     assert round(alpha.value, 3) == 0.743
-    assert alpha.items == 11  # the twelfth was seen by one observer alone
+    assert alpha.count == 11  # the twelfth was seen by one observer alone
     assert alpha.low < 0.743 < alpha.high
 
 
@@ -161,7 +161,7 @@ def test_rankings_agree_on_the_pairs_that_they_order_alike():
     found = agreement([ranked("Ada", (0, 1, 2)), ranked("Bo", (1, 0, 2)), *other])
     assert found.kappas[0].items == 4  # 01 differs; 02 and 12 are alike, and so is the pair
     assert found.kappas[0].agreement == 0.75
-    assert found.alpha.items == 2
+    assert found.alpha.count == 2
 
 
 def test_rates_of_one_person_counted_by_hand():

@@ -51,7 +51,7 @@ def test_labels_are_pairs_and_what_is_left_out_is_counted(labeled, tiny_tokenize
     assert [tiny_tokenizer.decode(p.chosen_ids[:-1]) for p in found] == [row["chosen"] for row in rows]
     assert capsys.readouterr().err == f"{labeled.path}: 7 pairs by 3 annotators, of them 1 ties; left out: 1 skips\n"
     assert read_rows(str(labeled.path), columns=["chosen"]) == rows
-    assert len(load_pairs(DataConfig(str(labeled.path), limit=2), tiny_tokenizer, stop_id=1)) == 2
+    assert len(load_pairs(PairsConfig(str(labeled.path), limit=2), tiny_tokenizer, stop_id=1)) == 2
 
 
 def test_an_answer_that_was_cut_is_trained_on_without_a_stop_token(store, say, tiny_tokenizer):
@@ -114,7 +114,7 @@ def test_what_a_run_read_stays_the_same_whatever_is_labeled_since(labeled, say, 
     assert pin_labels(data, {"data.path": pinned}) == pinned
     assert load_pairs(data, tiny_tokenizer, stop_id=1, pinned=pinned) == before
     assert pin_labels(data, {}) != pinned
-    assert pin_labels(DataConfig("pairs.jsonl"), {}) is None
+    assert pin_labels(PairsConfig("pairs.jsonl"), {}) is None
 
 
 def test_a_run_goes_on_while_people_label_and_refuses_another_store(tmp_path, tiny_model, capsys):

@@ -27,7 +27,8 @@ from tether.diagnose import examine
 from tether.errors import Interrupted, RunError
 from tether.reports import report
 from tether.reports.held_out import Evaluation, best_of, win_share
-from tether.reports.page import _json, render
+from tether.reports.html import safe_json
+from tether.reports.page import render
 from tether.runs import Run, RunDirectory
 
 HOSTILE = [
@@ -150,8 +151,8 @@ def test_the_policy_of_the_page_lets_its_own_scripts_run_and_no_other(hostile_ru
 
 def test_numbers_cannot_end_the_script_element_that_they_are_in():
     value = {"</script>": "<!-- & <script>"}
-    assert not set("<>&") & set(_json(value))
-    assert json.loads(_json(value)) == value
+    assert not set("<>&") & set(safe_json(value))
+    assert json.loads(safe_json(value)) == value
 
 
 def test_the_file_needs_nothing_from_outside(hostile_run):
@@ -265,7 +266,7 @@ def test_alarms_are_shown_with_cause_and_knob(tmp_path):
     with RunDirectory.open(ppo_config(tmp_path / "run"), command="ppo") as run:
         for cycle in range(1, 41):
             run.append_metrics(metrics(cycle, **{"policy/clip_fraction": 0.5, "check/sampler_gap": 1e-6}))
-        run.event("alarm", cycle=3, what="sampler gap 0.2 nats per token, above 0.05")
+        run.event("alarm", cycle=3, rule="sampler-gap", what="sampler gap 0.2 nats per token, above 0.05")
     html, page = read(report(tmp_path / "run"))
     assert "clip-fraction" in page.words
     assert "50% of the tokens have their gradient cut" in page.words

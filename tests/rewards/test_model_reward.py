@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
-from tether.config import DataConfig, RewardShapingConfig, RewardSourceConfig
+from tether.config import PairsConfig, RewardShapingConfig, RewardSourceConfig
 from tether.data.pairs import load_pairs
 from tether.data.tokenizer import load_tokenizer
 from tether.errors import RewardError
@@ -101,7 +101,7 @@ def test_a_chat_answer_is_read_in_the_ids_that_reward_training_gives_it(
     batch = completions_of(tiny_tokenizer, ["good"], chat=True)
     data = tmp_path / "pairs.jsonl"
     data.write_text(json.dumps({"prompt": batch.prompts[0].source, "chosen": "good", "rejected": "bad"}))
-    (pair,) = load_pairs(DataConfig(str(data)), other_tokenizer, stop_id=other_tokenizer.eos_token_id)
+    (pair,) = load_pairs(PairsConfig(str(data)), other_tokenizer, stop_id=other_tokenizer.eos_token_id)
     raw = load_reward_model(str(path), dtype=torch.float32, device=CPU)([pair.prompt_ids + pair.chosen_ids])
     assert_close(score(path, tiny_tokenizer, batch), ((raw - 0.5) / 2.0).double(), atol=1e-6, rtol=0)
 

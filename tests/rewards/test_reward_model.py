@@ -153,8 +153,13 @@ def test_remote_code_that_was_asked_for_is_trusted_when_the_export_is_checked(
 def test_a_language_model_is_not_taken_for_a_reward_model(tiny_model):
     with pytest.raises(ModelError, match=r"lacks score\.weight: its scores would be random"):
         load_reward_model(str(tiny_model(num_labels=1)), **FLOAT)
-    with pytest.raises(ModelError, match="has 2 labels"):
+    with pytest.raises(ModelError, match=r"is a LlamaForCausalLM, a language model: .* `tether reward` trains one"):
         load_reward_model(str(tiny_model()), **FLOAT)
+    two = tiny_model()
+    told = (two / "config.json").read_text().replace("LlamaForCausalLM", "LlamaForSequenceClassification")
+    (two / "config.json").write_text(told)
+    with pytest.raises(ModelError, match="has 2 labels"):
+        load_reward_model(str(two), **FLOAT)
 
 
 def test_the_critics_head_says_the_normalized_score(tiny_model):

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from tether.errors import TrainingError
 from tether.samplers.draw import draw, truncate
-from tether.train.deterministic import deterministic
+from tether.train.preamble import deterministic
 
 LOGITS = torch.tensor([2.0, 0.1, -1.0, 1.3, 0.9, -0.4, -3.0, 0.5])
 

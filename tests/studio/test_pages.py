@@ -15,11 +15,12 @@ import pytest
 import tether
 from served import form_token, serve
 from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig
+from tether.config.ppo import PPOSection
 from tether.errors import StoreError
 from tether.feedback import agreement
 from tether.feedback.records import Answer, Item
 from tether.feedback.store import Store
-from tether.reports.signals import SIGNALS, STEPS, Knobs, Scale, arithmetic, knobs_of
+from tether.reports.signals import SIGNALS, STEPS, Scale, arithmetic, beta_of
 from tether.reports.text import visible
 from tether.runs import EvaluationDir, Run
 from tether.runs.files import write_table
@@ -167,19 +168,19 @@ ROW = {
 
 def test_the_board_says_what_was_worked_by_hand():
     # γ = 1, λ = 0.5, β = 0.1. δ₁ = 1.1 − 0.5 = 0.6 = A₁; δ₀ = −0.05 + 0.5 − 0.25 = 0.2; A₀ = 0.2 + 0.5·0.6 = 0.5
-    said = dict(arithmetic(ROW, 0, Knobs(1.0, (0.5, 0.5), (0.2, 0.2), 0.1)))
+    said = dict(arithmetic(ROW, 0, PPOSection(gamma=1.0, lam=0.5, clip=0.2), 0.1))
     assert said["δ"] == "r + γ·V′ − V = (−0.050) + 1·0.500 − 0.250 = 0.200"
     assert said["A"] == "δ + γλ·A′ = 0.200 + 0.5·0.600 = 0.500"
     assert said["KL"].endswith("= 0.500")
     assert said["reward"] == "r = −β·KL = −0.1·0.500 = (−0.050)"
     assert "clipped: above 1.2 with whitened A > 0" in said["ratio"]
-    last = dict(arithmetic(ROW, 1, Knobs(1.0, (0.5, 0.5), (0.2, 0.2), 0.1)))
+    last = dict(arithmetic(ROW, 1, PPOSection(gamma=1.0, lam=0.5, clip=0.2), 0.1))
     assert last["reward"] == "r = score − β·KL = 1.000 − 0.1·(−1.000) = 1.100"
     assert last["δ"] == "r + γ·V′ − V = 1.100 + 1·0.000 − 0.500 = 0.600"
 
 
 def test_the_critics_own_lambda_is_said_and_no_false_sum():
-    said = dict(arithmetic(ROW, 0, Knobs(1.0, (0.5, 1.0), (0.2, 0.2), 0.1)))
+    said = dict(arithmetic(ROW, 0, PPOSection(gamma=1.0, lam=0.5, critic_lam=1.0, clip=0.2), 0.1))
     assert said["return"] == "0.750, with the critic's own λ = 1"
 
 
@@ -188,14 +189,14 @@ def test_beta_is_read_off_the_row_where_a_controller_moves_it(trained):
     for cycle, line in zip((1, 2, 3, 4), run.metrics, strict=True):
         for row in run.rollouts(cycle).to_pylist():
             if max(abs(a - b) for a, b in zip(row["old_logprob"], row["ref_logprob"], strict=True)) > 1e-3:
-                assert knobs_of(run.config, row).beta == pytest.approx(line["kl/coef"], rel=1e-2)
+                assert beta_of(row, run.config.ppo) == pytest.approx(line["kl/coef"], rel=1e-2)
 
 
 def test_every_sum_on_the_board_is_true_of_a_real_run(trained):
     run = Run(trained / "first")
     row = run.rollouts(4).to_pylist()[0]
     for t in range(len(row["value"])):
-        said = dict(arithmetic(row, t, knobs_of(run.config, row)))
+        said = dict(arithmetic(row, t, run.config.ppo, beta_of(row, run.config.ppo)))
         for name in ("δ", "A", "return", "reward"):
             sum_, _, result = said[name].rpartition(" = ")
             plain = sum_.rpartition(" = ")[2].replace("−", "-").replace("·", "*")

@@ -16,7 +16,7 @@ from tether.config import (
     SamplingConfig,
 )
 from tether.diagnose import dry_run
-from tether.errors import ConfigError
+from tether.errors import ConfigError, ModelError
 from tether.models.reward_model import init_reward_model, save_reward_model
 from tether.train.ppo import ppo
 from tiny_ppo import id_score, tiny_config
@@ -53,11 +53,24 @@ def test_a_context_that_is_one_token_too_short_is_refused_by_the_run_and_by_the_
     config = config_of(kind, 25)
     said = []
     for begin in (run, lambda c: dry_run(replace(c, reward=c.reward or [_function(c)]))):
-        with pytest.raises(ConfigError, match=r"25 tokens.*16 tokens.*10.*prompts.max_tokens") as error:
+        with pytest.raises(
+            ConfigError,
+            match=r"25 tokens.*16 tokens.*10.*Lower sampling.max_new_tokens to 9 or prompts.max_tokens to 15",
+        ) as error:
             begin(config)
         said.append(str(error.value))
     assert said[0] == said[1]
     assert not (Path(config.run) / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["critic", "reference"])
+def test_another_vocabulary_is_refused_by_the_run_and_by_the_dry_run_alike(tiny_model, tmp_path, kind):
+    config = tiny_config(
+        tmp_path / "run", tiny_model(), model={"policy": str(tiny_model()), kind: str(tiny_model(vocab_size=300))}
+    )
+    for begin in (run, lambda c: dry_run(replace(c, reward=[_function(c)]))):
+        with pytest.raises(ModelError, match=rf"model\.{kind}=.* vocabulary of 300 tokens, the policy one of 258"):
+            begin(config)
 
 
 @pytest.mark.parametrize("kind", KINDS)

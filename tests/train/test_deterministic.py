@@ -9,7 +9,7 @@ import torch
 
 import tether
 from tether.config import DataConfig, LogConfig, RewardConfig, SFTConfig, SFTModelConfig
-from tether.train.deterministic import deterministic
+from tether.train.preamble import deterministic
 from tiny_ppo import id_score, tiny_config
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"

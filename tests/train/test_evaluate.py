@@ -305,7 +305,7 @@ def test_another_vocabulary_has_no_kl_and_says_so(models, prompts, tmp_path):
     kl = [EvaluationDir(run).answers(i)["kl"].to_pylist() for i in (0, 1)]
     assert set(kl[1]) == {None}
     assert kl[0] == [0.0] * len(kl[0])  # of the baseline to itself
-    assert "vocabulary is not the baseline's" in found.table()
+    assert "vocabulary is not the baseline's" in str(found)
     assert found.results[1].win_rate is not None
 
 
@@ -325,8 +325,7 @@ def test_the_table_and_the_file_say_the_same(models, prompts, tmp_path):
     assert saved["config"]["samples"] == 2
     for result, row in zip(found.results, saved["results"], strict=True):
         assert tuple(row["score"]) == result.score
-        assert f"{result.score.mean:.3f}" in found.table()
-    assert str(found) == found.table()
+        assert f"{result.score.mean:.3f}" in str(found)
 
 
 def test_the_answers_are_kept_beside_the_results_and_give_the_same_means(models, prompts, tmp_path):
@@ -375,4 +374,4 @@ def test_a_log_ratio_over_truncated_samples_is_not_passed_off_as_the_kl(models, 
     got = tether.evaluate(config(models, prompts, sampling=sampling), reward=length)
     assert "over truncated samples, which is not the KL" in got.results[1].note
     assert got.results[0].note is None
-    assert got.table().count("over truncated samples") == 1
+    assert str(got).count("over truncated samples") == 1

@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from statistics import pstdev
 
 import pyarrow.parquet as pq
 import pytest
@@ -193,7 +194,8 @@ def test_optimizer_steps_are_cycles_times_epochs_times_minibatches_and_the_rate_
 def test_epochs_end_when_the_kl_passes_its_bound(tiny_model, tmp_path, monkeypatch):
     ppo = {"cycles": 2, "epochs": 4, "minibatch": 8, "stop_epoch_at_kl": 1e-12}
     config = tiny_config(tmp_path / "run", tiny_model(), ppo=ppo, evaluate={"every": 0})
-    _, rates = steps_of(monkeypatch, config)
+    run, rates = steps_of(monkeypatch, config)
+    assert [m["optim/steps"] for m in run.metrics] == [2, 2]
     assert len(rates) == 2 * 2  # the KL is 0 before the first step of a cycle, and not before the second
     assert rates == pytest.approx([1e-3 * (1 - i / 8) for i in (0, 1, 4, 5)])  # the schedule does not notice
 
@@ -243,7 +245,7 @@ def test_with_the_kl_in_the_loss_rewards_are_the_scores_alone(tiny_model, tmp_pa
     assert share < 0.5  # over five seeds and two CPU paths: .05 to .22
 
 
-def test_the_kl_coefficient_moves_towards_the_target_by_the_formula(tiny_model, tmp_path):
+def test_the_kl_coefficient_moves_by_zieglers_formula_where_a_horizon_is_set(tiny_model, tmp_path):
     ppo = {"cycles": 5, "kl": KLConfig(coef=0.2, target=0.05, horizon=40)}
     run = tether.ppo(tiny_config(tmp_path / "run", tiny_model(), ppo=ppo), reward=id_score)
     coef = 0.2
@@ -251,6 +253,31 @@ def test_the_kl_coefficient_moves_towards_the_target_by_the_formula(tiny_model, 
         assert metrics["kl/coef"] == pytest.approx(coef)
         coef *= 1 + min(max(metrics["kl/ref_mean"] / 0.05 - 1, -0.2), 0.2) * 8 / 40
     assert len({m["kl/coef"] for m in run.metrics}) == 5
+
+
+def test_the_kl_coefficient_answers_to_the_kl_of_its_own_cycle_where_none_is(tiny_model, tmp_path):
+    ppo = {"cycles": 6, "kl": KLConfig(coef=0.2, target=0.05)}
+    run = tether.ppo(tiny_config(tmp_path / "run", tiny_model(), ppo=ppo), reward=id_score)
+    coef, last = 0.2, -2.0
+    for metrics in run.metrics:
+        kl = metrics["kl/ref_mean"]
+        error = min(max(math.log(kl / 0.05), -2), 2) if kl > 0 else -2.0
+        sums = [row["kl"] for row in rollouts(run, metrics["cycle"])]
+        if any(sums):
+            moved = coef * math.exp(1.5 * (error - last) + 0.4 * min(max(error, -1), 1))
+            even = metrics["reward/score_std"] / pstdev(sums)
+            coef = max(min(moved, max(coef, 3 * even)), min(coef, even / 10))
+        last = error
+        assert metrics["kl/coef"] == pytest.approx(coef, rel=1e-3)
+    assert len({m["kl/coef"] for m in run.metrics}) == 6
+
+
+def test_a_held_kl_leaves_the_coefficient_alone_while_the_policy_is_frozen(tiny_model, tmp_path):
+    ppo = {"cycles": 5, "value_warmup_cycles": 2, "kl": KLConfig(coef=0.2, target=0.05)}
+    run = tether.ppo(tiny_config(tmp_path / "run", tiny_model(), ppo=ppo, evaluate={"every": 0}), reward=id_score)
+    used = [m["kl/coef"] for m in run.metrics]
+    assert used[:3] == [0.2, 0.2, 0.2]  # the third cycle is the first that moves the policy: its KL is still 0
+    assert used[3] != used[2]
 
 
 def test_the_kl_coefficient_stands_still_while_the_policy_is_frozen(tiny_model, tmp_path):

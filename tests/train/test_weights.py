@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tether.config import LoraConfig
 from tether.errors import ModelError
 from tether.models.loading import add_lora
-from tether.train.weights import restore_weights, save_weights
+from tether.train.checkpoint import restore_weights, save_weights
 from tiny import language_model
 
 

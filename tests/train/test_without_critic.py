@@ -17,7 +17,7 @@ from tether.config import (
 from tether.diagnose.alarms import alarms
 from tether.errors import BatchError
 from tether.models.policy import Policy, Reference
-from tether.reports.signals import knobs_of, signals_of, surprise, tokens_of, value_curve
+from tether.reports.signals import signals_of, surprise, tokens_of, value_curve
 from tether.rewards import build_reward
 from tether.samplers.local import LocalSampler
 from tether.train.columns import rollout_columns
@@ -47,7 +47,7 @@ def experience(policy, tiny_tokenizer):
     sampling = Sampling(max_new_tokens=6, responses_per_prompt=2)
     return collect(
         prompts_of([3, 5]), LocalSampler(policy.model), rewards, policy, reference, sampling, CONFIG.ppo,
-        kl_coef=0.1, cycle=1,
+        kl_coef=lambda *_: 0.1, cycle=1,
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_pages_show_what_such_a_response_has(experience, tiny_tokenizer):
     assert all(len(signal.of(row)) == row["length"] for signal in signals.values())
     assert value_curve(row) == ""
     assert surprise(row) >= 0
-    first = tokens_of(row, [0] * row["length"], knobs_of(CONFIG, row))[0]
+    first = tokens_of(row, [0] * row["length"], CONFIG)[0]
     assert [what for what, _ in first["lines"]] == ["KL", "reward", "A", "ratio", "entropy"]
 
 

@@ -1,7 +1,7 @@
 """The kinds of run: one row a command that takes a config.
 
 cli, help, runs, diagnose, report and studio read these rows; none of them names a command. A new trainer is a row here,
-a config and a file in train/. Loads no torch: what a row runs is named, and imported when it is used.
+a config, and a file in train/ with what the row names. Loads no torch: what is named is imported when it is used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tether.config.evaluate import EvaluateConfig
 from tether.config.ppo import PPOConfig
 from tether.config.reward import RewardConfig
-from tether.config.sections import Config
+from tether.config.sections import Config, TrainingConfig
 from tether.config.sft import SFTConfig
 
 _OF_ANY_RUN = ("not_finite", "skipped_steps", "gradient_norm", "stale", "recorded")
@@ -34,8 +34,15 @@ class Kind:
     """The key of a YAML file that marks it as this command's."""
     run: str
     """module:function that takes the config."""
-    trains: bool = True
-    """Writes a run directory, and has --dry-run and --fresh."""
+    inputs: str
+    """module:function of config and hashes (`hashes`; {} for a new run) that reads the data as the run would and
+    returns `tether.diagnose.inputs.Inputs`, for --dry-run."""
+    hashes: str = "tether.train.sft:input_hashes"
+    """module:function of config that hashes what a run reads, by key: it continues only on the same."""
+    memory: str | None = None
+    """module:function of a `tether.diagnose.memory.Trained` that gives what takes memory beside the trained model."""
+    total: str | None = None
+    """The key that says how many cycles there are: it may grow."""
     unit: Literal["cycle", "step"] = "step"
     headline: tuple[tuple[str, str, str], ...] = ()
     """What a run is judged by: label, metric, note. The first is the small curve in the studio's list."""
@@ -53,6 +60,11 @@ class Kind:
     """The studio's "Try it" sets its final model beside the one that it began from."""
 
     @property
+    def trains(self) -> bool:
+        """Whether it writes a run directory, which can be continued."""
+        return issubclass(self.config, TrainingConfig)
+
+    @property
     def heading(self) -> str:
         """The title with a capital."""
         return self.title[:1].upper() + self.title[1:]
@@ -68,6 +80,7 @@ KINDS: dict[str, Kind] = {
             config=SFTConfig,
             section="sft",
             run="tether.train.sft:sft",
+            inputs="tether.diagnose.inputs:of_examples",
             headline=(("loss", "loss", "nats per token"),),
             losses=("loss",),
             alarms=("not_finite", "skipped_steps", "loss_rising", "gradient_norm", "stale", "recorded"),
@@ -81,6 +94,8 @@ KINDS: dict[str, Kind] = {
             config=RewardConfig,
             section="reward_model",
             run="tether.train.reward:reward_model",
+            inputs="tether.diagnose.inputs:of_pairs",
+            hashes="tether.train.reward:input_hashes",
             headline=(
                 ("loss", "reward_model/loss", "nats per pair; knowing nothing is 0.693"),
                 ("accuracy", "reward_model/accuracy", "on the pairs of each step"),
@@ -101,6 +116,10 @@ KINDS: dict[str, Kind] = {
             config=PPOConfig,
             section="ppo",
             run="tether.train.ppo:ppo",
+            inputs="tether.diagnose.inputs:of_ppo",
+            hashes="tether.train.ppo:input_hashes",
+            memory="tether.diagnose.memory:beside_policy",
+            total="ppo.cycles",
             unit="cycle",
             headline=(
                 ("score", "reward/score_mean", ""),
@@ -126,15 +145,15 @@ KINDS: dict[str, Kind] = {
             config=EvaluateConfig,
             section="models",
             run="tether.train.evaluate:evaluate",
-            trains=False,
+            inputs="tether.diagnose.inputs:of_evaluation",
         ),
     )
 }  # fmt: skip
 
 
-def command_of(config: Config) -> str:
-    """The command that a config is for."""
-    return next(kind.command for kind in KINDS.values() if type(config) is kind.config)
+def kind_of(config: Config) -> Kind:
+    """The kind of run that a config is for."""
+    return next(kind for kind in KINDS.values() if type(config) is kind.config)
 
 
 def resolve(name: str) -> Any:

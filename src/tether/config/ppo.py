@@ -44,8 +44,8 @@ class KLConfig(Section):
     """β: reward units a nat. With a target, only the start."""
     target: Annotated[float | None, positive("a KL of 0 is the untrained model")] = None
     """KL to hold, in nats per response, by adapting β; null keeps β."""
-    horizon: Annotated[float, positive("β would jump by any amount")] = 10000.0
-    """Responses over which β can change by 20 % (Ziegler et al. 2019)."""
+    horizon: Annotated[float | None, positive("β would jump by any amount")] = None
+    """null: β moves as fast as the target takes. A number: by 20 % at most over so many responses (Ziegler 2019)."""
     place: Literal["reward", "loss"] = "reward"
     """reward: k1 in every token's reward, the one with the right optimum. loss: k2 in the loss."""
 
@@ -108,6 +108,16 @@ class PPOSection(Section):
     """First cycles in which only the critic learns and a shared trunk is frozen."""
 
     @property
+    def steps_per_cycle(self) -> int:
+        """Optimizer steps in a cycle, unless stop_epoch_at_kl leaves some out."""
+        return self.epochs * (self.batch // self.minibatch)
+
+    @property
+    def steps(self) -> int:
+        """Those of the run."""
+        return self.cycles * self.steps_per_cycle
+
+    @property
     def clips(self) -> tuple[float, float]:
         """ε below and above 1."""
         return self.clip, self.clip if self.clip_high is None else self.clip_high
@@ -142,9 +152,10 @@ class PPOSection(Section):
                 f"{key}.clip={self.clip}: the lower ratio bound 1 - {self.clip} is not above 0, so it would never "
                 f"bind. Set {key}.clip below 1; {key}.clip_high may be larger."
             )
-        if self.kl.target is not None and self.batch >= 5 * self.kl.horizon:
+        horizon = self.kl.horizon
+        if self.kl.target is not None and horizon is not None and self.batch >= 5 * horizon:
             raise ConfigError(
-                f"{key}.kl.horizon={self.kl.horizon:g} is too short for {key}.batch={self.batch}: β changes by up to "
+                f"{key}.kl.horizon={horizon:g} is too short for {key}.batch={self.batch}: β changes by up to "
                 f"20 % a horizon, so one cycle could make it zero or negative. Set {key}.kl.horizon above "
                 f"{self.batch / 5:g}, better above {self.batch}."
             )
@@ -215,4 +226,13 @@ class PPOConfig(TrainingConfig):
                 f"model.critic={self.model.critic} with ppo.advantage={self.ppo.advantage}: nothing would use the "
                 "critic. Leave model.critic out, or set ppo.advantage to gae."
             )
-        check_warmup(self.optim, self.ppo.cycles * self.ppo.epochs * (self.ppo.batch // self.ppo.minibatch))
+        check_warmup(self.optim, self.ppo.steps)
+
+    @property
+    def steps_per_unit(self) -> int:
+        return self.ppo.steps_per_cycle
+
+    def microbatch(self, longest: int | None) -> tuple[int, int, int]:
+        new = self.sampling.max_new_tokens
+        width = (longest or self.prompts.max_tokens) + new
+        return min(self.ppo.minibatch, max(1, self.ppo.microbatch_tokens // width)), width, new

@@ -81,23 +81,22 @@ def to_yaml(config: Config) -> str:
 # ---------------------------------------------------------------- flags
 
 
-def _scan(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], Options]:
-    """Split the words into the file, (key, text) pairs and options."""
+def _scan(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str | None]], Options]:
+    """Split the words into the file, (key, text) pairs and options; text is None where a flag has no value."""
     files: list[str] = []
-    flags: list[tuple[str, str]] = []
+    flags: list[tuple[str, str | None]] = []
     options: dict[str, bool] = {}
-    words = iter(argv)
-    for word in words:
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         if word in _OPTIONS:
             options[word[2:].replace("-", "_")] = True
         elif meant := _near_option(word):
             raise ConfigError(f"unknown flag {word}: did you mean {meant}?")
         elif word.startswith("--"):
             key, given, text = word[2:].partition("=")
-            text = text if given else next(words, "--")
-            if not given and text.startswith("--"):
-                raise ConfigError(f"{word} has no value: nothing would be set. Write {word} VALUE.")
-            flags.append((key, text))
+            valued = given or (words and not words[0].startswith("--"))
+            flags.append((key, text if given else words.pop(0) if valued else None))
         elif word.startswith("-") and len(word) > 1:
             raise ConfigError(f"unknown flag {word}: keys are given as --section.key VALUE. See --help.")
         else:
@@ -122,7 +121,7 @@ def _near_option(word: str) -> str | None:
     return known[near[0]] if near else None
 
 
-def _assign(tree: dict[str, Any], key: str, text: str, kind: str) -> None:
+def _assign(tree: dict[str, Any], key: str, text: str | None, kind: str) -> None:
     """Set `key` in the tree, replacing whatever was there.
 
     The text is read as YAML; where that is nothing for a key that takes text, it is text after all: --run 7 is "7".
@@ -136,6 +135,8 @@ def _assign(tree: dict[str, Any], key: str, text: str, kind: str) -> None:
     hint = hint_at(cls, key)
     if hint is None or "[" in key:
         raise _unknown(key, kind)
+    if text is None:
+        raise ConfigError(f"--{key} has no value: nothing would be set. Write --{key} VALUE.")
     try:
         value = _yaml().load(text)
     except (YAMLError, ValueError, RecursionError):
@@ -262,11 +263,12 @@ def _misfit(key: str, value: Any, hint: Any) -> ConfigError:
 
 def _unknown(key: str, kind: str) -> ConfigError:
     """An unknown key, and the one that was probably meant."""
-    for other in KINDS.values():
-        if hint_at(other.config, key) is not None:
-            return ConfigError(
-                f"unknown key {key} for tether {kind}: it is one of tether {other.command}. Drop it, or run that."
-            )
+    others = [other.command for other in KINDS.values() if hint_at(other.config, key) is not None]
+    if others:
+        whose, those = " and tether ".join(others), "that" if len(others) == 1 else "one of those"
+        return ConfigError(
+            f"unknown key {key} for tether {kind}: it is one of tether {whose}. Drop it, or run {those}."
+        )
     meant = " or ".join(_meant(key, [k.name for k in keys(KINDS[kind].config)]))
     if meant:
         return ConfigError(f"unknown key {key} for tether {kind}: did you mean {meant}?")

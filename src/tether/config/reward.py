@@ -53,3 +53,7 @@ class RewardConfig(TrainingConfig):
             # A DataConfig is a PairsConfig without filters; as one it is written to YAML, and loads back equal.
             given = {f.name: getattr(self.data, f.name) for f in fields(self.data)}
             object.__setattr__(self, "data", PairsConfig(**given))
+
+    def microbatch(self, longest: int | None) -> tuple[int, int, int]:
+        width, section = longest or self.data.max_tokens, self.reward_model
+        return min(2 * section.batch, max(2, section.microbatch_tokens // width)), width, 0  # only a score is read

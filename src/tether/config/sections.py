@@ -391,3 +391,15 @@ class TrainingConfig(Config):
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def steps_per_unit(self) -> int:
+        """Optimizer steps in what metrics count: in a cycle; a step is one."""
+        return 1
+
+    def microbatch(self, longest: int | None) -> tuple[int, int, int]:
+        """The largest microbatch: (rows, tokens in a row, tokens in a row whose log-prob is wanted), for its memory.
+
+        longest: tokens of the longest prompt or example; None where it is not known.
+        """
+        raise NotImplementedError

@@ -25,7 +25,6 @@ def as_text(value: Any) -> str:
 
 
 def as_text_or_messages(value: Any) -> Text:
-    """Either of the two."""
     if isinstance(value, list):
         return as_messages(value)
     if isinstance(value, str):

@@ -46,13 +46,6 @@ def encode_prompts(
     return [next(templated) if c else next(plain) for c in chat]
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, source: Text, chat_template_kwargs: dict[str, Any] | None = None
-) -> list[int]:
-    """One prompt, as `encode_prompts` does many."""
-    return encode_prompts(tokenizer, [source], chat_template_kwargs)[0]
-
-
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """A completion's ids: no special tokens, no stop token."""
     return encode_texts(tokenizer, [text], special=False)[0]
@@ -95,9 +88,7 @@ def encode_conversations(
     """Every conversation as (ids, trained): True on what the assistant wrote, each turn's stop token included.
 
     What the assistant wrote is where the template says {% generation %}, else what each turn adds to the prompt before
-    it. Where the template leaves the last stop token off, it is appended. The ids end with the last trained token:
-    from nothing after it could anything be learned.
-
+    it. Where the template leaves the last stop token off, it is appended. The ids end with the last trained token.
     at: says where, in what is raised about conversation i.
     """
     rendered = []
@@ -139,9 +130,9 @@ def encode_answer(
     stop_id: int | None,
     kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
-    """The assistant's answer as it would be sampled after `encode_prompt`'s ids: up to and including its stop token."""
-    ids, _ = _up_to_stops([(_continue(tokenizer, *_parted(tokenizer, prompt, answer, kwargs)), True)], stop_id)
-    return ids
+    """The assistant's answer as it would be sampled after `encode_prompts`' ids: up to and including its stop token."""
+    ids = _continue(tokenizer, *_parted(tokenizer, prompt, answer, kwargs))
+    return _up_to_stops([(ids, True)], stop_id)[0]
 
 
 def _generation_spans(
@@ -199,15 +190,13 @@ def _parted(
 class _Splitter:
     """Texts that are tokenized once, and cut into pieces that have the ids `_continue` gives them, at a linear cost.
 
-    `_continue` tokenizes everything before a piece again. That is needless where the ids of a beginning of the text are
-    a beginning of its ids: tokenizers cut a text at special tokens first, and each stretch between two of them by
-    itself. So what stands before a border is tokenized from the last special token on, which is short (an opening like
-    "assistant\\n"), mostly known already, and compared. Where that does not hold, `_continue` decides.
+    Tokenizers cut a text at special tokens first, and each stretch between two of them by itself. So what stands before
+    a border is tokenized from the last special token on, which is short (an opening like "assistant\\n"), mostly known
+    already, and compared with the ids of the whole. Where they differ, `_continue` decides.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._texts = texts
+        self._tokenizer, self._texts = tokenizer, texts
         self._openings: dict[str, list[int]] = {}
         self._whole = None
         if tokenizer.is_fast:

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.data.chat import encode_answer, encode_prompt, encode_prompts, encode_texts
+from tether.data.chat import encode_answer, encode_prompts, encode_texts
 from tether.data.table import Table, kind
+from tether.data.text import without_stop
 from tether.errors import DataError
 from tether.types import Text
 
@@ -23,17 +24,15 @@ def encode_prompt_column(
     except DataError:  # all at once is fast, one by one tells which
         for i, source in enumerate(sources):
             with table.at(i, "prompt"):
-                encode_prompt(tokenizer, source, kwargs)
+                encode_prompts(tokenizer, [source], kwargs)
         raise
     for i, ids in enumerate(encoded):
         if not ids:
             bos = f", such as {tokenizer.bos_token!r}" if tokenizer.bos_token else ""
-            raise table.error(
-                i,
-                "prompt",
-                "is empty and the tokenizer adds no token of its own, so the first token of a response would follow "
-                f"nothing. Write at least one token{bos}.",
+            problem = (
+                "is empty and the tokenizer adds no token of its own, so the first token of a response would follow"
             )
+            raise table.error(i, "prompt", f"{problem} nothing. Write at least one token{bos}.")
     return encoded
 
 
@@ -59,7 +58,7 @@ def encode_answers(
             continue
         with at(i):
             encoded.append(encode_answer(tokenizer, prompt, answer, stop_id=stop_id, kwargs=kwargs))
-    return [without_stop(ids, stop_id) if was_cut else ids for ids, was_cut in zip(encoded, cut, strict=True)]
+    return [without_stop(ids, (stop_id,)) if was_cut else ids for ids, was_cut in zip(encoded, cut, strict=True)]
 
 
 def read_cut(table: Table, column: str = "finish_reason") -> list[bool]:
@@ -73,10 +72,4 @@ def read_cut(table: Table, column: str = "finish_reason") -> list[bool]:
 
 
 def stopped(ids: list[int], stop_id: int | None) -> list[int]:
-    """`ids` with a stop token at the end."""
     return ids if stop_id is None or ids[-1:] == [stop_id] else [*ids, stop_id]
-
-
-def without_stop(ids: list[int], stop_id: int | None) -> list[int]:
-    """`ids` without a stop token at the end."""
-    return ids[:-1] if stop_id is not None and ids[-1:] == [stop_id] else ids

@@ -20,6 +20,7 @@ class Limit:
     reason: str
     overlong: str
     section: str  # of the config, as the user writes it
+    remedy: str = "Raise the limit"
 
     @classmethod
     def of_prompts(cls, config: PromptsConfig, context: int | None, max_new_tokens: int) -> Limit:
@@ -31,9 +32,8 @@ class Limit:
             )
         if room < config.max_tokens:
             reason = f"the model's context of {context} less sampling.max_new_tokens={max_new_tokens}"
-        else:
-            reason = f"prompts.max_tokens={config.max_tokens}"
-        return cls(min(room, config.max_tokens), reason, config.overlong, "prompts")
+            return cls(room, reason, config.overlong, "prompts", "Lower sampling.max_new_tokens")
+        return cls(config.max_tokens, f"prompts.max_tokens={config.max_tokens}", config.overlong, "prompts")
 
     @classmethod
     def of_data(cls, config: DataConfig, context: int | None) -> Limit:
@@ -52,16 +52,16 @@ class Limit:
             raise table.error(
                 over[0],
                 column,
-                f"has {lengths[over[0]]} tokens{with_prompt}; {how_many}, the longest has {max(lengths)}. Shorten "
-                f"them, raise the limit, or set {self.section}.overlong to cut_left or drop.",
+                f"has {lengths[over[0]]} tokens{with_prompt}; {how_many}, the longest has {max(lengths)}. "
+                f"{self.remedy}, shorten them, or set {self.section}.overlong to cut_left or drop.",
             )
         if self.overlong == "cut_left":
             print(f"{table.path}: {how_many}: cut on the left", file=sys.stderr)
             return list(range(len(lengths)))
         if len(over) == len(lengths):
             raise DataError(
-                f"{table.path}: {how_many}, and {self.section}.overlong is drop: nothing would be left. Raise the "
-                "limit or set cut_left."
+                f"{table.path}: {how_many}, and {self.section}.overlong is drop: nothing would be left. "
+                f"{self.remedy}, or set cut_left."
             )
         print(f"{table.path}: {how_many}: dropped", file=sys.stderr)
         gone = set(over)

@@ -11,7 +11,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.config import DataConfig
+from tether.config import PairsConfig
 from tether.data.cells import as_answer, as_prompt, as_text_or_messages
 from tether.data.columns import encode_answers, encode_prompt_column, read_cut
 from tether.data.limit import Limit, keep_right
@@ -39,7 +39,7 @@ class Pair:
 
 
 def load_pairs(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, context: int | None = None,
+    config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, context: int | None = None,
     pinned: str | None = None,
 ) -> list[Pair]:  # fmt: skip
     """Every preference of a data set, tokenized; stop_id and context as in `load_examples`.
@@ -50,19 +50,14 @@ def load_pairs(
     table.require(["chosen", "rejected"], '{"prompt": "…", "chosen": "…", "rejected": "…"}')
     triples = [triple(table, i) for i in range(len(table))]
     prompts, chosen, rejected = (list(column) for column in zip(*triples, strict=True))
-    prompt_ids = encode_prompt_column(table, prompts, tokenizer, config.chat_template_kwargs)
-    chosen_ids, rejected_ids = (
-        encode_answers(
-            prompts,
-            answers,
-            tokenizer,
-            stop_id,
-            config.chat_template_kwargs,
-            partial(table.at, column=name),
-            cut=read_cut(table, f"{name}_finish_reason"),
-        )
-        for name, answers in (("chosen", chosen), ("rejected", rejected))
-    )
+    kwargs = config.chat_template_kwargs
+    prompt_ids = encode_prompt_column(table, prompts, tokenizer, kwargs)
+
+    def encode(column: str, answers: list[Text]) -> list[list[int]]:
+        at, was_cut = partial(table.at, column=column), read_cut(table, f"{column}_finish_reason")
+        return encode_answers(prompts, answers, tokenizer, stop_id, kwargs, at, cut=was_cut)
+
+    chosen_ids, rejected_ids = encode("chosen", chosen), encode("rejected", rejected)
     probability = _read_numbers(table, "probability", lambda p: 0 <= p <= 1, "a probability: write 0.5 for a tie")
     weight = _read_numbers(table, "weight", lambda w: 0 < w < math.inf, "a weight in the loss: write a number above 0")
     limit = Limit.of_data(config, context)

@@ -31,13 +31,9 @@ def prompts_of(
     context: int | None,
     max_new_tokens: int,
 ) -> list[Prompt]:
-    """The prompts of a table that has been read."""
     table.require(["prompt"], '{"prompt": "…"}')
     names = dict.fromkeys(name for row in table.rows for name in row if name != "prompt")
-    sources = []
-    for i, row in enumerate(table.rows):
-        with table.at(i, "prompt"):
-            sources.append(as_prompt(row["prompt"]))
+    sources = table.cells("prompt", as_prompt)
     ids = encode_prompt_column(table, sources, tokenizer, config.chat_template_kwargs)
     limit = Limit.of_prompts(config, context, max_new_tokens)
     kept = limit.apply(table, "prompt", [len(x) for x in ids])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tether.data.tokenizer import looks_local
 from tether.errors import DataError, did_you_mean, did_you_mean_path, first_line
@@ -18,6 +18,7 @@ from tether.feedback.schema import is_store
 from tether.feedback.store import Store
 
 Row = dict[str, Any]
+Cell = TypeVar("Cell")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,9 @@ class Table:
         return len(self.rows)
 
     def place(self, row: int) -> str:
-        """FILE, line N."""
         return f"{self.path}, " + (f"line {self.lines[row]}" if self.lines else f"row {row} (from 0)")
 
     def error(self, row: int, column: str, problem: str) -> DataError:
-        """What to raise about a cell."""
         return DataError(f"{self.place(row)}, column {column!r}: {problem}")
 
     @contextmanager
@@ -46,6 +45,14 @@ class Table:
             yield
         except DataError as error:
             raise self.error(row, column, str(error)) from error
+
+    def cells(self, column: str, read: Callable[[Any], Cell]) -> list[Cell]:
+        """What `read` makes of each row's cell of `column`; what it raises says where."""
+        found = []
+        for i, row in enumerate(self.rows):
+            with self.at(i, column):
+                found.append(read(row[column]))
+        return found
 
     def require(self, columns: Sequence[str], example: str = "") -> None:
         """Raise DataError at the first row that lacks one of `columns`; example: a row as it should be."""
@@ -156,9 +163,8 @@ def _parse(place: str, line: bytes, *, first: bool) -> Row:
     try:
         row = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        why = (
-            f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
-        )
+        at = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else None
+        why = at or first_line(error)
         if first and text.strip() in ("[", "{"):
             raise DataError(
                 f"{place} is only {text.strip()!r}: the file is one JSON document spread over lines. {_ONE_A_LINE} "
@@ -230,5 +236,4 @@ def kind(value: Any) -> str:
 
 
 def listed(row: Iterable[str]) -> str:
-    """Names as an error lists them."""
     return ", ".join(map(repr, row)) or "none at all"

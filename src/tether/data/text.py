@@ -14,17 +14,16 @@ from tether.data.chat import encode_completion
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Iterable[int]) -> str:
     """A response as people and reward functions read it: without its stop token, special tokens skipped."""
-    return _decode(tokenizer, _without_stop(ids, stop_ids))
+    return _decode(tokenizer, without_stop(ids, stop_ids))
 
 
 def fragments(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Iterable[int]) -> list[str]:
     """The text that each token adds to `completion_text`; joined they are exactly that.
 
     Tokens that show nothing (stop and special tokens) get "". Of tokens that make up one character together, the last
-    gets it. Every fragment is a slice of the decoded whole, so that the sum is exact whatever a decoder does at the
-    borders; only where the slices begin is worked out from short pieces.
+    gets it. Fragments are slices of the decoded whole; where they begin is worked out from short pieces.
     """
-    body = _without_stop(ids, stop_ids)
+    body = without_stop(ids, stop_ids)
     text = _decode(tokenizer, body)
     settled = [0]  # settled[i]: characters of text that stand once the first i tokens are decoded
     while len(settled) <= len(body):
@@ -88,5 +87,5 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return text
 
 
-def _without_stop(ids: Sequence[int], stop_ids: Iterable[int]) -> list[int]:
+def without_stop(ids: Sequence[int], stop_ids: Iterable[int | None]) -> list[int]:
     return list(ids[:-1] if ids and ids[-1] in set(stop_ids) else ids)

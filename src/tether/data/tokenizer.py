@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,7 @@ def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in a model directory or of a hub id."""
-    if Path(path).is_file():
-        raise ModelError(f"{path} is a file, where a tokenizer is a directory with tokenizer.json. Name the directory.")
-    local = Path(path).is_dir()
-    if not local and looks_local(path):
-        raise ModelError(
-            f"{path} does not exist, so there is no tokenizer to load.{did_you_mean_path(path)} "
-            "Check the path; a model on the hub is named owner/name."
-        )
+    local = is_directory(path, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly anything here, ImportError and KeyError included
@@ -32,7 +26,7 @@ def load_tokenizer(
             did_you_mean_final(path).strip()
             or "A tokenizer needs tokenizer.json (tokenizer.save_pretrained writes it): copy the one of its source."
             if local
-            else "Check the name and the network; offline, give a directory that holds the tokenizer."
+            else f"Check the name and the network; offline, give a directory that holds the tokenizer.{_neighbor(path)}"
         )
         raise ModelError(f"{path}: its tokenizer cannot be loaded ({first_line(error)}). {remedy}") from error
     if not tokenizer.get_vocab():
@@ -94,6 +88,53 @@ def stop_token_ids(
             )
     # Llama 3 lists <|end_of_text|> before the <|eot_id|> that ends a turn; the tokenizer's eos is the one to train.
     return tuple(sorted(dict.fromkeys(ids), key=lambda token: token != own))
+
+
+def is_directory(path: str, revision: str | None = None) -> bool:
+    """Whether a model is in a directory here, not on the hub; ModelError, at once, where it is in neither place."""
+    if Path(path).is_file():
+        raise ModelError(
+            f"{path} is a file, where a model is a directory with config.json, *.safetensors and "
+            "tokenizer.json. Name the directory."
+        )
+    if Path(path).is_dir():
+        return True
+    if looks_local(path):
+        raise ModelError(
+            f"{path} does not exist: there is no model to load.{did_you_mean_path(path)} Check the path; a model on "
+            "the hub is named owner/name."
+        )
+    if problem := _hub_problem(path, revision or "main"):
+        raise ModelError(
+            f"{path} is not a directory here, and {problem}.{_neighbor(path)} Check the path; a model on the hub is "
+            "named owner/name."
+        )
+    return False
+
+
+def _neighbor(name: str) -> str:
+    """' Did you mean …?' for a bare name, which may be that of a directory here."""
+    return "" if "/" in name else did_you_mean_path(name)
+
+
+@cache
+def _hub_problem(name: str, revision: str) -> str | None:
+    """Why the hub cannot give a model, by one request: loading it would try again for a minute. None where it can,
+    where the model is in the cache, and where loading will say at once what is wrong."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return None
+    try:
+        HfApi().repo_info(name, revision=revision, timeout=5)
+    except RepositoryNotFoundError:
+        return "the hub has no such model that you may read"
+    except HfHubHTTPError:
+        return None
+    except Exception as error:
+        return f"the hub does not answer ({first_line(error)})"
+    return None
 
 
 def looks_local(path: str) -> bool:

@@ -79,11 +79,8 @@ def agreement(pairs: Sequence[Pair]) -> float:
 
 def noise_ceiling(pairs: Sequence[Pair]) -> float:
     """Accuracy of the best possible predictor of a label by an annotator drawn at random: no reward model passes it."""
-    total = 0.0
-    for first, second in pairs:
-        p = sum(person.prefers_first(first, second) for person in PEOPLE) / len(PEOPLE)
-        total += max(p, 1 - p)
-    return total / len(pairs)
+    means = [sum(person.prefers_first(*pair) for person in PEOPLE) / len(PEOPLE) for pair in pairs]
+    return sum(max(p, 1 - p) for p in means) / len(pairs)
 
 
 def _sigmoid(x: float) -> float:

@@ -43,8 +43,6 @@ class Sentence:
 
 
 class Judge:
-    """Scores answers of one town."""
-
     def __init__(self, world: World) -> None:
         self.world = world
 
@@ -82,9 +80,6 @@ class Judge:
         if s.sort == "errand":
             return s.value == ask.topic  # the right advice for something else is the wrong advice
         return True
-
-
-# ---------------------------------------------------------------- reading
 
 
 def parse(answer: str) -> list[Sentence]:

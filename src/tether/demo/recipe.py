@@ -5,27 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tether.config import (
-    CheckpointConfig,
-    DataConfig,
-    HeldOutConfig,
-    InitModelConfig,
-    KLConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    PairsConfig,
-    PPOConfig,
-    PPOSection,
-    PromptsConfig,
-    RewardConfig,
-    RewardModelSection,
-    RewardSourceConfig,
-    SamplingConfig,
-    SFTConfig,
-    SFTModelConfig,
-    SFTSection,
-)
+from tether import config
 
 MAX_NEW_TOKENS = 48  # the town's longest answers; a clerk who never stops is cut there
 
@@ -41,46 +21,48 @@ ARCHITECTURE = {  # half a million weights: small enough for two CPU cores, larg
 }
 
 
-def sft_config(to: Path, seed: int) -> SFTConfig:
+def sft_config(to: Path, seed: int) -> config.SFTConfig:
     """Step 2: a language model from random weights, that talks like the town's texts."""
-    return SFTConfig(
+    return config.SFTConfig(
         run=str(to / "sft"),
         seed=seed,
-        model=SFTModelConfig(policy=InitModelConfig(init=ARCHITECTURE, tokenizer=str(to / "tokenizer"))),
-        data=DataConfig(path=str(to / "texts.jsonl")),
-        sft=SFTSection(epochs=4, batch=32),
-        optim=OptimConfig(lr=3e-3, warmup=30),
-        checkpoint=CheckpointConfig(every=250),
+        model=config.SFTModelConfig(policy=config.InitModelConfig(init=ARCHITECTURE, tokenizer=str(to / "tokenizer"))),
+        data=config.DataConfig(path=str(to / "texts.jsonl")),
+        sft=config.SFTSection(epochs=4, batch=32),
+        optim=config.OptimConfig(lr=3e-3, warmup=30),
+        checkpoint=config.CheckpointConfig(every=250),
     )
 
 
-def reward_config(to: Path, seed: int) -> RewardConfig:
+def reward_config(to: Path, seed: int) -> config.RewardConfig:
     """Step 4: the same model with a head that says one number, fitted to who was preferred."""
-    return RewardConfig(
+    return config.RewardConfig(
         run=str(to / "reward"),
         seed=seed,
-        model=SFTModelConfig(policy=str(to / "sft" / "final")),
-        data=PairsConfig(path=str(to / "pairs.jsonl")),
+        model=config.SFTModelConfig(policy=str(to / "sft" / "final")),
+        data=config.PairsConfig(path=str(to / "pairs.jsonl")),
         # Habits of an answer are learned in some 300 steps, what is true in 300 to 850 (docs/evidence.md). Two passes
         # (660 steps) end in the middle of that, where rounding decides how much was learned.
-        reward_model=RewardModelSection(epochs=4, batch=32, microbatch_tokens=1024),
-        optim=OptimConfig(lr=1e-3, critic_lr=1e-3, warmup=20),
-        checkpoint=CheckpointConfig(every=100),
+        reward_model=config.RewardModelSection(epochs=4, batch=32, microbatch_tokens=1024),
+        optim=config.OptimConfig(lr=1e-3, critic_lr=1e-3, warmup=20),
+        checkpoint=config.CheckpointConfig(every=100),
     )
 
 
-def ppo_config(to: Path, seed: int) -> PPOConfig:
+def ppo_config(to: Path, seed: int) -> config.PPOConfig:
     """Step 5: improve the model against the reward model, on a leash to where it began."""
-    return PPOConfig(
+    return config.PPOConfig(
         run=str(to / "ppo"),
         seed=seed,
-        model=ModelConfig(policy=str(to / "sft" / "final")),
-        prompts=PromptsConfig(path=str(to / "prompts.jsonl")),
-        reward=[RewardSourceConfig(model=str(to / "reward" / "final"))],
-        sampling=SamplingConfig(max_new_tokens=MAX_NEW_TOKENS),
-        ppo=PPOSection(cycles=40, batch=128, responses_per_prompt=2, epochs=2, minibatch=64, kl=KLConfig(coef=0.15)),
-        optim=OptimConfig(lr=7e-4, critic_lr=2e-3, warmup=16),
-        log=LogConfig(rollouts_every=10),
-        checkpoint=CheckpointConfig(every=20),
-        evaluate=HeldOutConfig(every=10, prompts=str(to / "held_out.jsonl"), samples=2),
+        model=config.ModelConfig(policy=str(to / "sft" / "final")),
+        prompts=config.PromptsConfig(path=str(to / "prompts.jsonl")),
+        reward=[config.RewardSourceConfig(model=str(to / "reward" / "final"))],
+        sampling=config.SamplingConfig(max_new_tokens=MAX_NEW_TOKENS),
+        ppo=config.PPOSection(
+            cycles=40, batch=128, responses_per_prompt=2, epochs=2, minibatch=64, kl=config.KLConfig(coef=0.15)
+        ),
+        optim=config.OptimConfig(lr=7e-4, critic_lr=2e-3, warmup=16),
+        log=config.LogConfig(rollouts_every=10),
+        checkpoint=config.CheckpointConfig(every=20),
+        evaluate=config.HeldOutConfig(every=10, prompts=str(to / "held_out.jsonl"), samples=2),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tether.demo.judge import Verdict, split
 
@@ -26,7 +26,6 @@ def heading(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """A paragraph."""
     print(textwrap.fill(" ".join(text.split()), 96) + "\n", flush=True)
 
 
@@ -49,33 +48,32 @@ def win_rate(before: Verdicts, after: Verdicts) -> float:
 
 
 def means(verdicts: Verdicts) -> dict[str, float]:
-    """Every axis, averaged over all answers."""
     flat = [v for samples in verdicts for v in samples]
     return {axis: mean(getattr(v, axis) for v in flat) for axis in AXES}
 
 
 def scores_table(before: Verdicts, after: Verdicts) -> None:
-    """The three axes and their mean."""
-    print(f"    {'':22}" + "".join(f"{axis:>10}" for axis in AXES))
-    for name, verdicts in (("before (sft)", before), ("after (ppo)", after)):
-        print(f"    {name:22}" + "".join(f"{value:10.2f}" for value in means(verdicts).values()))
-    print(flush=True)
+    rows = {"before (sft)": means(before).values(), "after (ppo)": means(after).values()}
+    _table("", AXES, rows, "10.2f")
 
 
 def habit(verdicts: Verdicts, sort: str) -> float:
-    """Sentences of this sort in an answer, on average."""
     return mean(v.habits[sort] for samples in verdicts for v in samples)
 
 
 def repeats(answers: Sequence[Sequence[str]]) -> float:
-    """Share of the answers that say a sentence twice."""
     sentences = [split(answer) for samples in answers for answer in samples]
     return mean(len(set(said)) < len(said) for said in sentences)
 
 
 def habits_table(before: Verdicts, after: Verdicts) -> None:
     """Sentences of each habit in 100 answers."""
-    print(f"    {'in 100 answers':22}{'before':>10}{'after':>10}")
-    for sort, name in HABITS.items():
-        print(f"    {name:22}" + "".join(f"{100 * habit(verdicts, sort):10.0f}" for verdicts in (before, after)))
+    rows = {name: [100 * habit(v, sort) for v in (before, after)] for sort, name in HABITS.items()}
+    _table("in 100 answers", ("before", "after"), rows, "10.0f")
+
+
+def _table(corner: str, head: Iterable[str], rows: Mapping[str, Iterable[float]], form: str) -> None:
+    print(f"    {corner:22}" + "".join(f"{name:>10}" for name in head))
+    for name, values in rows.items():
+        print(f"    {name:22}" + "".join(f"{value:{form}}" for value in values))
     print(flush=True)

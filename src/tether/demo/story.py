@@ -61,7 +61,6 @@ class Story:
     # ------------------------------------------------------------ the steps
 
     def write_texts(self) -> None:
-        """The mixed bag that the model will read, the prompts, and a tokenizer."""
         say(
             f"""Lanternwick is a harbour town made up for this demo. Its records hold {len(self.world.facts)} facts,
             so that every answer about it can be checked. Its clerks have answered visitors well and badly, kindly and
@@ -76,7 +75,6 @@ class Story:
             quote(*(row["prompt"] + row["completion"]).splitlines())
 
     def imitate(self) -> None:
-        """Supervised learning from random weights."""
         say(
             """A small Llama with random weights learns to continue these texts. It learns to speak, it picks up the
             facts, and it learns every bad habit as well: imitation does not know good from bad."""
@@ -84,31 +82,28 @@ class Story:
         tether.sft(sft_config(self.to, self.seed))
 
     def compare(self) -> None:
-        """Pairs of the model's own answers, and who liked which."""
         say(
             f"""The model answers every prompt {ANSWERS_PER_PROMPT} times, and one of {len(PEOPLE)} annotators says
             which of two answers is better. That is easier than writing a good one; but people slip, seldom look
             things up, like to be flattered, and take long for thorough."""
         )
-        pairs = once(self.to / "pairs.jsonl", self._pairs)
-        judged = self._judge_pairs(pairs)
+        judged = self._judged_pairs()
         say(
-            f"""{len(pairs)} comparisons. Two annotators agree on {agreement(judged):.0%} of the pairs, much as people
+            f"""{len(judged)} comparisons. Two annotators agree on {agreement(judged):.0%} of the pairs, much as people
             do (63 to 77 %). So whoever predicts them perfectly is right on {noise_ceiling(judged):.1%} and no more:
             the noise ceiling."""
         )
 
     def model_preferences(self) -> None:
-        """A reward model, fitted to the pairs."""
         say(
             """Nobody can compare a million answers. So a reward model learns to predict whom people prefer: the same
             network, with one number at its end. It never sees the town's records, only who was preferred."""
         )
         tether.reward_model(reward_config(self.to, self.seed))
-        say(f"Accuracy on held-out pairs: {self._accuracy():.1%}, beside a noise ceiling of {self._ceiling():.1%}.")
+        ceiling = noise_ceiling(self._judged_pairs())
+        say(f"Accuracy on held-out pairs: {self._accuracy():.1%}, beside a noise ceiling of {ceiling:.1%}.")
 
     def improve(self) -> None:
-        """PPO against the reward model."""
         say(
             """Now the model answers, the reward model scores, and PPO makes what scored well a little more likely,
             again and again. The KL term is the leash: drifting from where it began costs reward, because the reward
@@ -117,7 +112,6 @@ class Story:
         tether.ppo(ppo_config(self.to, self.seed))
 
     def look_again(self) -> None:
-        """The same prompts before and after, and what the hidden judge says of them."""
         before, after = self._answers("sft"), self._answers("ppo")
         say("The same questions before and after, in words that were in no training text:")
         for i in self._showcase():
@@ -141,7 +135,7 @@ class Story:
         run = Run.open(self.to / "ppo")
         result = {
             "reward_model": self._accuracy(),
-            "noise_ceiling": self._ceiling(),
+            "noise_ceiling": noise_ceiling(self._judged_pairs()),
             "win_rate": win_rate(was, now),
             "before": means(was),
             "after": means(now),
@@ -173,17 +167,11 @@ class Story:
         ]
 
     def _label(self, ask: Ask, first: str, second: str, draw: random.Random) -> dict[str, str]:
-        """One annotator's choice between two answers."""
         person = draw.choice(PEOPLE)
         likes_first = draw.random() < person.prefers_first(self.judge(ask, first), self.judge(ask, second))
         chosen, rejected = (first, second) if likes_first else (second, first)
-        return {
-            "prompt": ask.prompt,
-            "chosen": chosen,
-            "rejected": rejected,
-            "annotator": person.name,
-            "group": ask.question,
-        }
+        pair = {"prompt": ask.prompt, "chosen": chosen, "rejected": rejected}
+        return {**pair, "annotator": person.name, "group": ask.question}
 
     def _answers(self, run: str) -> list[list[str]]:
         """SAMPLES answers to every held-out prompt by a run's final model."""
@@ -198,18 +186,14 @@ class Story:
     # ------------------------------------------------------------ what is shown
 
     def _accuracy(self) -> float:
-        """How often the reward model is right on held-out pairs."""
         report = json.loads((self.to / "reward" / "reward_report.json").read_text(encoding="utf-8"))
         return float(report["accuracy"]["value"])
 
-    def _ceiling(self) -> float:
-        """How often anybody could be."""
-        return noise_ceiling(self._judge_pairs(once(self.to / "pairs.jsonl", self._pairs)))
-
-    def _judge_pairs(self, pairs: Rows) -> list[tuple[Verdict, Verdict]]:
+    def _judged_pairs(self) -> list[tuple[Verdict, Verdict]]:
+        """The hidden judge's verdicts on the chosen and the rejected answer of each pair."""
         return [
             (self.judge(self.asks[row["prompt"]], row["chosen"]), self.judge(self.asks[row["prompt"]], row["rejected"]))
-            for row in pairs
+            for row in once(self.to / "pairs.jsonl", self._pairs)
         ]
 
     def _verdicts(self, answers: list[list[str]]) -> list[list[Verdict]]:
@@ -251,9 +235,6 @@ class Story:
                 f"{self.to} tells the story of seed {told['seed']}, not of seed {self.seed}: the town would change in "
                 "the middle of it. Give another directory with --to."
             )
-
-
-# ---------------------------------------------------------------- files
 
 
 def once(file: Path, make: Callable[[], Rows]) -> Rows:

@@ -13,14 +13,10 @@ from dataclasses import dataclass
 class Advice:
     """The text of one alarm, or of one case of it (`negative-kl/truncated`)."""
 
-    metric: str | None
-    """The curve that it shows in; None if in none."""
-    meaning: str
-    """What the alarm says, for the table of the guide; empty for a case of an alarm."""
-    cause: str
-    """What it likely comes from."""
-    remedy: str
-    """The config key to turn, and in which direction."""
+    metric: str | None  # the curve that it shows in; None if in none
+    meaning: str  # what the alarm says, for the table of the guide; empty for a case of an alarm
+    cause: str  # what it likely comes from
+    remedy: str  # the config key to turn, and in which direction
 
 
 _DTYPE = "Set model.dtype to float32. If it stays, please report it."
@@ -72,9 +68,15 @@ ADVICE: dict[str, Advice] = {
     ),
     "runaway-kl/target": Advice(
         "kl/ref_mean", "",
+        "The updates are so large that the policy drifts whatever β is, or a critic on the policy's trunk shakes it "
+        "while it learns the penalty.",
+        "Lower optim.lr, or set model.critic to separate.",
+    ),
+    "runaway-kl/horizon": Advice(
+        "kl/ref_mean", "",
         "β adapts more slowly than the policy moves. The policy finds score where the reward was never right "
         "(over-optimization), or the updates are so large that it drifts.",
-        "Lower ppo.kl.horizon or raise ppo.kl.coef, where β starts; or lower optim.lr.",
+        "Set ppo.kl.horizon to null, or lower it; or raise ppo.kl.coef, where β starts; or lower optim.lr.",
     ),
     "entropy-collapse": Advice(
         "policy/entropy", "entropy fell to a tenth within a few cycles: one answer to everything",

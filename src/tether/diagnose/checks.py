@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tether.config import Config, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, TrainingConfig, check
+from tether.config import Config, TrainingConfig, check
+from tether.config.kinds import KINDS, kind_of, resolve
 from tether.config.reading import to_yaml
-from tether.diagnose.inputs import Inputs, check_evaluation, check_inputs, what_it_reads
+from tether.diagnose.inputs import Inputs
 from tether.diagnose.machine import machine, memory_of
 from tether.diagnose.memory import Memory, architecture_of, predict, size
 from tether.errors import ConfigError, TetherError
@@ -23,31 +24,23 @@ def dry_run(config: Config, *, fresh: bool = False) -> str:
     """
     check(config)
     resolve_device(config.device)
-    if isinstance(config, EvaluateConfig):
-        return _dry_evaluation(config)
-    assert isinstance(config, TrainingConfig)
-    check_place(Path(config.run))
-    pinned = None
-    if not fresh and has_something_to_continue(Path(config.run)):  # hashing takes a second a gigabyte
-        command, hashes, pinned = what_it_reads(config)
-        continuation(Path(config.run), command, config, hashes)
-    inputs = check_inputs(config, pinned)
-    return "\n\n".join(
-        [
-            f"config\n{_indented(to_yaml(config))}",
-            _data(inputs),
-            f"one row, token by token (1: {_MASK[type(config)]})\n{_indented(inputs.rendered)}",
-            f"plan\n  {inputs.plan}",
-            _memory(config, inputs),
-        ]
-    )
-
-
-def _dry_evaluation(config: EvaluateConfig) -> str:
-    if config.run is not None:
-        check_writable(Path(config.run))
-    inputs = check_evaluation(config)
-    return "\n\n".join([f"config\n{_indented(to_yaml(config))}", _data(inputs), f"plan\n  {inputs.plan}"])
+    kind, hashes = kind_of(config), dict[str, str]()
+    if not isinstance(config, TrainingConfig):
+        if config.run is not None:
+            check_writable(Path(config.run))
+    else:
+        check_place(Path(config.run))
+        if not fresh and has_something_to_continue(Path(config.run)):  # hashing takes a second a gigabyte
+            hashes = resolve(kind.hashes)(config)
+            continuation(Path(config.run), kind.command, config, hashes)
+    inputs: Inputs = resolve(kind.inputs)(config, hashes)
+    parts = [f"config\n{_indented(to_yaml(config))}", _data(inputs)]
+    if inputs.rendered:
+        parts.append(f"one row, token by token (1: {inputs.counts})\n{_indented(inputs.rendered)}")
+    parts.append(f"plan\n  {inputs.plan}")
+    if isinstance(config, TrainingConfig):
+        parts.append(_memory(config, inputs))
+    return "\n\n".join(parts)
 
 
 def doctor(config: Config | None = None) -> str:
@@ -56,20 +49,17 @@ def doctor(config: Config | None = None) -> str:
     if config is None:
         return text
     if not isinstance(config, TrainingConfig):
-        raise ConfigError("tether doctor checks runs that train: give it a config of tether ppo, sft or reward.")
+        *first, last = (kind.command for kind in KINDS.values() if kind.trains)
+        raise ConfigError(
+            f"tether doctor checks runs that train: give it a config of tether {', '.join(first)} or {last}."
+        )
     check(config)
-    inputs = check_inputs(config)
+    kind = kind_of(config)
+    inputs: Inputs = resolve(kind.inputs)(config, {})
     plan = f"plan\n  {inputs.plan}"
-    if not isinstance(config, RewardConfig) and (note := vllm_note(architecture_of(config))):
+    if kind.final == "language model" and (note := vllm_note(architecture_of(config))):
         plan += f"\n  {note}"
     return "\n\n".join([text, _data(inputs), plan, _memory(config, inputs)])
-
-
-_MASK = {
-    PPOConfig: "a response token, which the loss counts",
-    SFTConfig: "a token that is learned",
-    RewardConfig: "where the score is read",
-}
 
 
 def _data(inputs: Inputs) -> str:

@@ -6,10 +6,10 @@ import json
 import textwrap
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from tether.config import PPOConfig
 from tether.config.kinds import Kind
 from tether.diagnose.alarms import alarms
 from tether.diagnose.state import patience_s, silence_s, state
@@ -23,7 +23,7 @@ def examine(run: str | Path | Run) -> str:
     kind, status, metrics, now = run.kind, run.status, run.metrics, datetime.now(UTC)
     config, report = run.config, reward_report(run)
     found = alarms(kind.command, config, metrics, run.events, status, now=now, reward_report=report)
-    planned = f" of {config.ppo.cycles:,}" if isinstance(config, PPOConfig) else ""
+    planned = f" of {attrgetter(kind.total)(config):,}" if kind.total else ""
     done = metrics[-1][kind.unit] if metrics else 0
     head = f"{run.path}: {kind.title}, {_state(status, metrics, now)}, {done:,}{planned} {kind.unit}s done"
     parts = [head + _headline(run, metrics, report), *(_told(alarm, kind.unit) for alarm in found)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -14,10 +13,13 @@ import torch
 from tether.diagnose.memory import GIB, size
 from tether.runs.environment import describe_environment
 
+_PACKAGES = ("tether", "torch", "transformers", "peft")
+
 
 def machine() -> str:
     """Processor, memory, GPUs, versions and disk, as lines of text."""
-    hardware = describe_environment()["hardware"]
+    environment = describe_environment()
+    hardware, versions = environment["hardware"], environment["versions"]
     memory = psutil.virtual_memory()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else hardware["cpus"]
     fast = torch.backends.cpu.get_cpu_capability()
@@ -28,7 +30,7 @@ def machine() -> str:
         f"memory      {size(memory.available)} free of {size(memory.total)}",
         *_gpus(),
         f"disk        {size(shutil.disk_usage(Path.cwd()).free)} free in {Path.cwd()}",
-        "versions    " + ", ".join(f"{name} {_version(name)}" for name in ("tether", "torch", "transformers", "peft")),
+        "versions    " + ", ".join(f"{name} {versions.get(name, 'not installed')}" for name in _PACKAGES),
         f"threads     {torch.get_num_threads()} (OMP_NUM_THREADS sets them)",
     ]
     return "\n".join(lines)
@@ -52,10 +54,3 @@ def _gpus() -> list[str]:
         return ["GPU         Apple Metal"]
     built = "torch is built without CUDA" if torch.version.cuda is None else "none that torch can use"
     return [f"GPU         none ({built}): everything runs on the processor"]
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig, TrainingConfig, source_name
+from tether.config import InitModelConfig, ModelConfig, PPOConfig, TrainingConfig, source_name
+from tether.config.kinds import kind_of, resolve
 from tether.data.tokenizer import load_tokenizer
 from tether.diagnose.simulate import Shape, Step, simulate
 from tether.models.language_model import freeze
@@ -89,14 +90,13 @@ def predict(
     kind = device or resolve_device(config.device).type
     architecture = architecture or architecture_of(config)
     dtype = _dtype(config, kind, architecture)
-    shape = _shape(config, prompt_tokens)
     critic = _critic(config, architecture)
     checkpointing = config.model.gradient_checkpointing
     if checkpointing == "auto":
         checkpointing = kind == "cuda" and _count(architecture) > 1e9
     step = simulate(
-        architecture, shape, dtype=dtype, device=kind, lora=config.model.lora, checkpointing=bool(checkpointing),
-        critic=critic,
+        architecture, Shape(*config.microbatch(prompt_tokens)), dtype=dtype, device=kind, lora=config.model.lora,
+        checkpointing=bool(checkpointing), critic=critic,
     )  # fmt: skip
     trained = step.trained + step.critic
     parts = [
@@ -112,24 +112,37 @@ def predict(
         parts.append(Part("Python and libraries", _PROCESS_CPU))
         copies = 1 if config.model.lora is None else 2  # what was saved is loaded again; adapters are merged in a copy
         parts.append(Part("copies of the final model", 4 * step.parameters * copies, "saving"))
-    if isinstance(config, PPOConfig):
-        parts += _of_ppo(config, step, architecture, dtype, prompt_tokens, kind)
+    if beside := kind_of(config).memory:
+        parts += resolve(beside)(Trained(config, step, architecture, dtype, prompt_tokens, kind))
     return Memory(kind, parts)
 
 
-def _of_ppo(
-    config: PPOConfig, step: Step, architecture: Any, dtype: torch.dtype, prompt_tokens: int | None, kind: str
-) -> list[Part]:
-    """Reference, engine, cache and reward models."""
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The model that a run trains, as far as the memory of what stands beside it depends on it."""
+
+    config: Any
+    step: Step
+    architecture: Any  # transformers' config
+    dtype: torch.dtype  # compute precision
+    prompt_tokens: int | None  # of the longest prompt
+    device: str  # cpu or cuda
+
+
+def beside_policy(trained: Trained) -> list[Part]:
+    """Of PPO: reference, engine, cache and reward models."""
+    config: PPOConfig = trained.config
+    step, architecture, dtype, kind = trained.step, trained.architecture, trained.dtype, trained.device
     text = architecture.get_text_config()
     item, copied = dtype.itemsize, dtype != torch.float32 and config.model.lora is None
     parts = []
     if config.model.reference is not None or config.model.lora is None:
         frozen = architecture if config.model.reference is None else _read(config, config.model.reference)
-        parts.append(Part("reference", _reference_bytes(frozen, dtype, narrow=config.model.lora is not None)))
+        reference = freeze(_without_data(frozen), dtype, same_bits=config.model.lora is None)  # else as the base is
+        parts.append(Part("reference", sum(p.numel() * p.element_size() for p in reference.parameters())))
     if copied:
         parts.append(Part("engine's copy of the policy", step.parameters * item))
-    s, prompt = config.sampling, prompt_tokens or config.prompts.max_tokens
+    s, prompt = config.sampling, trained.prompt_tokens or config.prompts.max_tokens
     responses = max(config.ppo.batch, config.evaluate.count * config.evaluate.samples if config.evaluate.every else 0)
     width = prompt + s.max_new_tokens
     slots = count_slots(s.slots, responses, text, width, dtype, kind)
@@ -171,9 +184,10 @@ def _read(config: TrainingConfig, path: str) -> Any:
 
 def _critic(config: TrainingConfig, architecture: Any) -> Any:
     """The config of a separate critic's trunk; None where it is a head on the policy's."""
-    if not isinstance(config, PPOConfig) or config.model.critic == "shared":
+    critic = config.model.critic if isinstance(config.model, ModelConfig) else "shared"
+    if critic == "shared":
         return None
-    return architecture if config.model.critic == "separate" else _read(config, config.model.critic)
+    return architecture if critic == "separate" else _read(config, critic)
 
 
 def _dtype(config: TrainingConfig, kind: str, architecture: Any) -> torch.dtype:
@@ -182,31 +196,9 @@ def _dtype(config: TrainingConfig, kind: str, architecture: Any) -> torch.dtype:
     return resolve_dtype(config.model.dtype, torch.device("cpu"), architecture)
 
 
-def _shape(config: TrainingConfig, tokens: int | None) -> Shape:
-    """The largest microbatch."""
-    if isinstance(config, PPOConfig):
-        new = config.sampling.max_new_tokens
-        width = (tokens or config.prompts.max_tokens) + new
-        rows = min(config.ppo.minibatch, max(1, config.ppo.microbatch_tokens // width))
-        return Shape(rows, width, new)
-    assert isinstance(config, SFTConfig | RewardConfig)
-    width = tokens or config.data.max_tokens
-    if isinstance(config, SFTConfig):
-        rows = min(config.sft.batch, max(1, config.sft.microbatch_tokens // width))
-        return Shape(rows, width, width - 1)
-    section = config.reward_model
-    return Shape(min(2 * section.batch, max(2, section.microbatch_tokens // width)), width, 0)
-
-
 def _count(architecture: Any) -> int:
     """Number of weights, counted on a model without data."""
     return sum(p.numel() for p in _without_data(architecture).parameters())
-
-
-def _reference_bytes(architecture: Any, dtype: torch.dtype, *, narrow: bool) -> int:
-    """narrow: all of its weights are in `dtype`, as the policy's frozen base is."""
-    reference = freeze(_without_data(architecture), dtype, same_bits=not narrow)
-    return sum(p.numel() * p.element_size() for p in reference.parameters())
 
 
 def _without_data(architecture: Any) -> Any:

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tether.config import Config, PPOConfig, RewardConfig, TrainingConfig
+from tether.config import PPOConfig
 from tether.diagnose.series import Curve, correlation, median
 from tether.diagnose.state import RECENT, patience_s, silence_s, state
 from tether.diagnose.view import Alarm, Severity, View, alarm
@@ -106,15 +106,14 @@ def not_finite(view: View) -> Iterator[Alarm]:
 def skipped_steps(view: View) -> Iterator[Alarm]:
     """Optimizer steps whose gradient was not finite: the weights stay, the data is lost. One in a hundred is bad luck
     that costs little; more is a run that diverges (five in a row stop it)."""
-    steps = view.series.points("optim/skipped_steps", zeros=False)
-    recorded = [c for c, text in view.recorded() if "skipped" in text]
+    steps = {c: n for c, n in view.series.points("optim/skipped_steps").items() if n}
+    recorded = [c for c, _ in view.recorded("skipped-steps")]
     cycles = sorted({*steps, *recorded})
     if not cycles:
         return
     total = max(int(sum(steps.values())), len(recorded))
-    taken = max(1, view.series.done)
-    if isinstance(view.config, PPOConfig):
-        taken *= view.config.ppo.epochs * max(1, view.config.ppo.batch // view.config.ppo.minibatch)
+    made = view.series.points("optim/steps").values()  # where epochs may be left out
+    taken = round((view.series.done or 1) * (sum(made) / len(made) if made else view.config.steps_per_unit))
     yield alarm(
         "skipped-steps", (cycles[0], cycles[-1]), "serious" if total > max(1, 0.01 * taken) else "warning",
         f"{_count(total, 'optimizer step')} of {taken:,} skipped: the gradient was not finite.",
@@ -128,7 +127,7 @@ def first_ratio(view: View) -> Iterator[Alarm]:
     precision, has recorded what was above the stricter one."""
     bound = FIRST_RATIO_MEAN[_precision(view.config)]
     yield from _self_check(
-        view, "first-ratio", "check/first_ratio_error", "first ratio", bound,
+        view, "first-ratio", "check/first_ratio_error", bound,
         f"The first ratio of a cycle is off 1 by {{worst:.2g}} on average (bound {bound:g}; {FIRST_RATIO_STOP:g} stops "
         "the run)",
     )  # fmt: skip
@@ -139,15 +138,15 @@ def sampler_gap(view: View) -> Iterator[Alarm]:
     trained on samples of another one."""
     bound = SAMPLER_GAP[_precision(view.config)]
     yield from _self_check(
-        view, "sampler-gap", "check/sampler_gap", "sampler gap", bound,
+        view, "sampler-gap", "check/sampler_gap", bound,
         f"Sampler and trainer give the same tokens log-probs that differ by {{worst:.2g}} nats on average (bound "
         f"{bound:g})",
     )  # fmt: skip
 
 
-def _self_check(view: View, rule: str, metric: str, word: str, bound: float, what: str) -> Iterator[Alarm]:
+def _self_check(view: View, rule: str, metric: str, bound: float, what: str) -> Iterator[Alarm]:
     """A bound that holds cycle by cycle. What the trainer recorded counts at once; beside it, three cycles above."""
-    recorded = [(c, text) for c, text in view.recorded() if word in text]
+    recorded = view.recorded(rule)
     above = {c: v for c, v in zip(view.series.at, view.series.values(metric), strict=True) if v and v > bound}
     cycles = sorted({*(above if len(above) >= _PERSIST else []), *(c for c, _ in recorded)})
     if not cycles:
@@ -166,7 +165,6 @@ def negative_kl(view: View) -> Iterator[Alarm]:
     """kl/ref_mean is the mean of log(policy/reference) over samples of the policy, so its expectation is not below 0.
     Of B responses at a true KL of κ nats it scatters by about √(2κ/B), so a level reaches -1.3/B at three deviations,
     whatever κ is; -(0.1 + 2/B) leaves room for heavy tails. (TRL warns below -1, for one batch.)"""
-    assert isinstance(view.config, PPOConfig)
     bound = -(0.1 + 2 / view.config.ppo.batch)
     held = view.curve("kl/ref_mean").held(lambda kl: kl < bound, least=_PERSIST)
     if held is None:
@@ -184,11 +182,10 @@ def runaway_kl(view: View) -> Iterator[Alarm]:
     """With a target: three times that, for 20 cycles. (Ziegler et al. 2019 held 6 and peaked at 7.3.) In any case: more
     than 20 nats per response, still growing, under a score that rises no more. Half the seeds of "The N+ Implementation
     Details of RLHF with PPO" (2403.17031) collapsed at 50 to 85."""
-    assert isinstance(view.config, PPOConfig)
-    kl, target = view.curve("kl/ref_mean"), view.config.ppo.kl.target
+    kl, target, horizon = view.curve("kl/ref_mean"), view.config.ppo.kl.target, view.config.ppo.kl.horizon
     if target and (held := kl.held(lambda x: x > 3 * target, least=_PERSIST + 1)):
         yield alarm(
-            "runaway-kl/target", held, "serious",
+            "runaway-kl/target" if horizon is None else "runaway-kl/horizon", held, "serious",
             f"The KL to the reference is {median(held.levels):.3g} nats per response, "
             f"{median(held.levels) / target:.1f} times its target of {target:g}.",
         )  # fmt: skip
@@ -217,7 +214,6 @@ def entropy_collapse(view: View) -> Iterator[Alarm]:
     """From a half of its start to a tenth within 15 cycles, or within a tenth of the run if that is longer; and it
     stays there. A policy that converges gets there too, but takes a fifth of the run or longer for that part of the
     way: an exponential fall to a thousandth takes 23 %."""
-    assert isinstance(view.config, PPOConfig)
     entropy = view.curve("policy/entropy")
     if not len(entropy) or (start := entropy.levels[0]) < 0.05:
         return
@@ -290,10 +286,10 @@ def length_runaway(view: View) -> Iterator[Alarm]:
 
 
 def dead_critic(view: View) -> Iterator[Alarm]:
-    """Explained variance at most 0.02 for 30 cycles, the first 20 (and ppo.value_warmup_cycles) left out: by then
-    critics of healthy runs see something, 0.1 and more, and end at about 0.75 (Ziegler et al. 2019). At 0 its baseline
-    is no better than a constant; below -1 it adds more noise to the advantages than there was, which is serious."""
-    assert isinstance(view.config, PPOConfig)
+    """Explained variance at most 0.02 for 30 cycles: the critic predicts returns no better than a constant does. Below
+    -1 for 15 cycles is serious: it adds more noise to the advantages than it takes away. The first 20 cycles (or
+    ppo.value_warmup_cycles and 10) do not count: a critic starts at zero. After them, critics of healthy runs explain
+    0.1 and more, and end at about 0.75 (Ziegler et al. 2019)."""
     after = max(20, view.config.ppo.value_warmup_cycles + 10)
     curve = view.curve("value/explained_variance")
     worse = curve.held(lambda v: v < -1, least=_PERSIST, after=after)
@@ -310,7 +306,6 @@ def reward_saturation(view: View) -> Iterator[Alarm]:
     """Scores that tell no answers apart: their standard deviation is below a fiftieth of the start's, or their mean
     within 1 % of the highest (of the range of all scores that the run has seen). Advantages vanish there, and whitening
     blows up what is left, which is noise (2403.17031 names it for the end of training)."""
-    assert isinstance(view.config, PPOConfig)
     spread = view.curve("reward/score_std")
     if len(spread):
         start = spread.levels[0]
@@ -329,9 +324,7 @@ def reward_saturation(view: View) -> Iterator[Alarm]:
         return
     seen = max(high.levels) - min(low.levels)
     top = dict(zip(mean.first, high.levels, strict=True))
-    gap = Curve((), ())
-    gap.first, gap.last = mean.first, mean.last
-    gap.levels = [top[c] - m for c, m in zip(mean.first, mean.levels, strict=True)]
+    gap = mean.like([top[c] - m for c, m in zip(mean.first, mean.levels, strict=True)])
     held = gap.held(lambda g: g <= 0.01 * seen, least=_PERSIST) if seen > 1e-6 else None
     if held:
         level, clip = mean.levels[held.blocks[-1]], view.config.reward_shaping.clip
@@ -403,20 +396,16 @@ def loss_rising(view: View) -> Iterator[Alarm]:
     for first, level in zip(loss.first, loss.levels, strict=True):
         limit[first] = lowest + max(0.5 * (start - lowest), 0.1 * start, 5 * loss.noise)
         lowest = min(lowest, level)
-    above = Curve((), ())
-    above.first, above.last = loss.first, loss.last
-    above.levels = [level - limit[c] for c, level in zip(loss.first, loss.levels, strict=True)]
+    above = loss.like([level - limit[c] for c, level in zip(loss.first, loss.levels, strict=True)])
     held = above.held(lambda x: x > 0, least=_PERSIST)
     if held:
-        level = loss.levels[held.blocks[-1]]
-        what = f"The loss rose from {min(loss.levels[: held.blocks[-1]]):.3g} to {level:.3g} nats per token."
-        yield alarm("loss-rising", held, "serious", what)
+        low, level = min(loss.levels[: held.blocks[-1]]), loss.levels[held.blocks[-1]]
+        yield alarm("loss-rising", held, "serious", f"The loss rose from {low:.3g} to {level:.3g} nats per token.")
 
 
 def gradient_norm(view: View) -> Iterator[Alarm]:
     """Ten times the median of the first quarter and above optim.max_grad_norm, for 15 steps: every step is then cut to
     its direction alone, and the loss has become steep. Single spikes are single odd examples."""
-    assert isinstance(view.config, TrainingConfig)
     norm, most = view.curve("optim/grad_norm"), view.config.optim.max_grad_norm
     usual = median(norm.levels[: max(_PERSIST, len(norm) // 4)])
     held = norm.held(lambda g: g > max(10 * usual, most), least=_PERSIST)
@@ -431,7 +420,6 @@ def at_chance(view: View) -> Iterator[Alarm]:
     """Once judged on 50 held-out pairs or more: `learned` is false, that is, the interval of the accuracy reaches down
     to 0.5 or the loss is not below log 2. Before: over the last half of the steps, with 1,000 pairs or more in it, the
     training accuracy is within two standard errors of 0.5."""
-    assert isinstance(view.config, RewardConfig)
     report, accuracy = view.reward_report, view.curve("reward_model/accuracy")
     if report is not None and report["test_pairs"] >= 50:
         if report["learned"] is False:
@@ -461,7 +449,6 @@ def still_learning(view: View) -> Iterator[Alarm]:
     """It is no better on its own training pairs than on held-out ones, and was still rising when it ended: the training
     accuracy of the last quarter of the steps is above that of the quarter before by three standard errors. A model that
     has learned what its pairs teach has stopped rising there, or has begun to learn single pairs by heart."""
-    assert isinstance(view.config, RewardConfig)
     values = [v for v in view.series.values("reward_model/accuracy") if v is not None]
     quarter = len(values) // 4
     pairs = quarter * view.config.reward_model.batch
@@ -513,13 +500,16 @@ def stale(view: View) -> Iterator[Alarm]:
 def recorded(view: View) -> Iterator[Alarm]:
     """What the trainer recorded and no rule above has told already; texts that differ in their numbers are one."""
     texts: dict[str, list[tuple[int, str]]] = {}
-    for cycle, text in view.recorded():
-        if not any(word in text for word in ("skipped", "first ratio", "sampler gap")):
-            texts.setdefault(re.sub(r"\d[\d.,e+-]*", "#", text), []).append((cycle, text))
-    for found in list(texts.values())[-20:]:
-        often = f" ({len(found)} times)" if len(found) > 1 else ""
-        span = (min(c for c, _ in found), max(c for c, _ in found))
-        yield alarm("recorded", span, "warning", _sentence(found[-1][1] + often))
+    for cycle, text in view.recorded(None):
+        texts.setdefault(re.sub(r"\d[\d.,e+-]*", "#", text), []).append((cycle, text))
+    kinds = list(texts.values())
+    told = [(found, found[-1][1] + (f" ({len(found)} times)" if len(found) > 1 else "")) for found in kinds[-20:]]
+    if earlier := kinds[:-20]:
+        told.insert(0, ([entry for found in earlier for entry in found],
+                        f"{len(earlier)} more alarms that differ in their words: see events.jsonl"))  # fmt: skip
+    for found, what in told:
+        cycles = [cycle for cycle, _ in found]
+        yield alarm("recorded", (min(cycles), max(cycles)), "warning", _sentence(what))
 
 
 RULES: dict[str, Rule] = {
@@ -536,9 +526,8 @@ RULES: dict[str, Rule] = {
 # ---------------------------------------------------------------- words and numbers
 
 
-def _precision(config: Config) -> Precision:
+def _precision(config: PPOConfig) -> Precision:
     """The compute precision; auto may be either, and is read as the coarser one."""
-    assert isinstance(config, PPOConfig)
     return "float32" if config.model.dtype == "float32" else "bfloat16"
 
 

@@ -7,6 +7,7 @@ row, and ask that a condition holds for several levels in a row.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -54,13 +55,15 @@ class Curve:
         plain = math.sqrt(sum((b - center) ** 2 for b in bends) / len(bends))
         return max(1.4826 * _deviation(bends), 0.5 * plain) / math.sqrt(6)
 
+    def like(self, levels: Sequence[float]) -> Curve:
+        """Other levels at the same cycles."""
+        curve = Curve((), ())
+        curve.first, curve.last, curve.levels = self.first, self.last, list(levels)
+        return curve
+
     def coarse(self, most: int = 20) -> Curve:
         """The same in at most `most` blocks: of so few, one that is extreme by chance is not very extreme."""
-        return self.merged(max(1, math.ceil(len(self) / most)))
-
-    def merged(self, together: int) -> Curve:
-        """The same, `together` blocks made one."""
-        curve = Curve((), ())
+        together, curve = max(1, math.ceil(len(self) / most)), Curve((), ())
         for i in range(0, len(self) - together + 1, together):
             curve.first.append(self.first[i])
             curve.last.append(self.last[i + together - 1])
@@ -114,12 +117,9 @@ class Series:
         """Cycles in which a metric is there and is not a number."""
         return [m[self.unit] for m in self._rows if name in m and m[name] is None]
 
-    def points(self, name: str, *, zeros: bool = True) -> dict[int, Any]:
-        """cycle -> value over every cycle that has the metric; without zeros: and in which it is not 0."""
-        unit = self.unit
-        if zeros:
-            return {m[unit]: v for m in self._metrics if (v := m.get(name)) is not None}
-        return {m[unit]: v for m in self._metrics if (v := m.get(name))}
+    def points(self, name: str) -> dict[int, Any]:
+        """cycle -> value over every cycle that has the metric."""
+        return {m[self.unit]: v for m in self._metrics if (v := m.get(name)) is not None}
 
     def sparse(self, name: str) -> Curve:
         """A metric that few cycles have: each value of it is a level, of more than 1,000 every k-th."""
@@ -134,16 +134,15 @@ class Series:
 
 def median(values: Sequence[float]) -> float:
     """The middle value; of an even number the upper one of the two, 0 of none."""
-    return sorted(values)[len(values) // 2] if values else 0.0
+    return statistics.median_high(values) if values else 0.0
 
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Pearson's; 0 where one does not vary."""
-    n = len(a)
-    mean_a, mean_b = sum(a) / n, sum(b) / n
-    both = sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True))
-    spread = math.sqrt(sum((x - mean_a) ** 2 for x in a) * sum((y - mean_b) ** 2 for y in b))
-    return both / spread if spread > 0 else 0.0
+    try:
+        return statistics.correlation(a, b)
+    except statistics.StatisticsError:
+        return 0.0
 
 
 def _deviation(values: Sequence[float]) -> float:

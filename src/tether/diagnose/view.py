@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from tether.config import Config
 from tether.config.kinds import Kind
 from tether.diagnose.advice import ADVICE
 from tether.diagnose.series import Curve, Held, Series
@@ -19,22 +18,14 @@ Severity = Literal["warning", "serious"]
 class Alarm:
     """One thing that went wrong."""
 
-    rule: str
-    """Short name, the same in every run: negative-kl."""
-    metric: str | None
-    """The curve that it shows in; None if in none."""
-    first: int
-    """First cycle (sft, reward: step) in which it held."""
-    last: int
-    """Last one: where it is the run's last, it may still hold."""
-    severity: Severity
-    """serious: what is trained now is not what was meant, or nothing is."""
-    what: str
-    """One sentence with the numbers."""
-    cause: str
-    """What it likely comes from."""
-    remedy: str
-    """The config key to turn, and in which direction."""
+    rule: str  # the same in every run: negative-kl
+    metric: str | None  # the curve that it shows in; None if in none
+    first: int  # first cycle (sft, reward: step) in which it held
+    last: int  # last one: where it is the run's last, it may still hold
+    severity: Severity  # serious: what is trained now is not what was meant, or nothing is
+    what: str  # one sentence with the numbers
+    cause: str  # what it likely comes from
+    remedy: str  # the config key to turn, and in which direction
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +33,7 @@ class View:
     """A run, as rules see it."""
 
     kind: Kind
-    config: Config
+    config: Any  # of that kind
     series: Series
     events: Sequence[dict[str, Any]]
     status: dict[str, Any]
@@ -56,12 +47,13 @@ class View:
     def curve(self, name: str) -> Curve:
         return self.series.curve(name)
 
-    def recorded(self) -> list[tuple[int, str]]:
-        """(cycle, text) of the alarms that the trainer raised while it ran."""
+    def recorded(self, rule: str | None) -> list[tuple[int, str]]:
+        """(cycle, text) of the alarms of a rule that the trainer raised while it ran; None: those of no rule here."""
+        own = [name.replace("_", "-") for name in self.kind.alarms]
         return [
             (e[self.unit] if isinstance(e.get(self.unit), int) else self.series.done, str(e.get("what", "")))
             for e in self.events
-            if e.get("event") == "alarm"
+            if e.get("event") == "alarm" and (e.get("rule") if e.get("rule") in own else None) == rule
         ]
 
 

@@ -22,30 +22,20 @@ from itertools import combinations
 from statistics import median
 from typing import Any
 
-from tether.feedback.records import RANKING, TIES, Label
+from tether.feedback.records import TIES, Label
 from tether.statistics import wilson_interval
 
 _FEWEST = 2  # items, before an agreement means anything at all
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
-    """A share with Wilson's 95 % interval."""
+class Estimate:
+    """A figure with its 95 % interval: a share with Wilson's, α with the bootstrap's over items."""
 
     value: float
     low: float
     high: float
-    count: int  # of what it is a share
-
-
-@dataclass(frozen=True, slots=True)
-class Alpha:
-    """Krippendorff's α with its 95 % bootstrap interval over items."""
-
-    value: float
-    low: float
-    high: float
-    items: int  # with two labels or more
+    count: int  # of what it is a share; for α the items with two labels or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +57,10 @@ class Quality:
     labels: int  # that stand, skips not
     skips: int
     ties: int
-    consistency: Rate | None
-    left: Rate | None  # of pairs that were decided, the left answer
-    longer: Rate | None  # of pairs that were decided and whose answers differ in length, the longer one
-    gold: Rate | None
+    consistency: Estimate | None
+    left: Estimate | None  # of pairs that were decided, the left answer
+    longer: Estimate | None  # of pairs that were decided and whose answers differ in length, the longer one
+    gold: Estimate | None
     seconds: float | None  # an item, median
 
 
@@ -78,7 +68,7 @@ class Quality:
 class Agreement:
     """How far people agree."""
 
-    alpha: Alpha | None
+    alpha: Estimate | None
     kappas: tuple[Kappa, ...]  # of every two who share items, by name
     overall: Quality
     annotators: tuple[Quality, ...]  # by name
@@ -117,21 +107,15 @@ def _units(labels: Iterable[Label]) -> dict[Unit, dict[str, str]]:
     for label in judged:
         if people[label.item] < 2:
             continue  # nobody to agree with
-        if label.kind == "pair":
-            side = "tie" if label.choice in TIES else label.choice
-            units.setdefault((label.item, 0, 1), {})[label.annotator] = side
-            continue
         for i, j in combinations(range(len(label.order)), 2):
-            if label.choice == RANKING:
-                assert label.ranking is not None
+            side = "tie" if label.choice in TIES else label.choice
+            if label.ranking is not None:
                 side = "a" if label.ranking.index(i) < label.ranking.index(j) else "b"
-            else:
-                side = "tie"
             units.setdefault((label.item, i, j), {})[label.annotator] = side
     return units
 
 
-def krippendorff_alpha(units: Units, *, seed: int = 0, draws: int = 1000) -> Alpha | None:
+def krippendorff_alpha(units: Units, *, seed: int = 0, draws: int = 1000) -> Estimate | None:
     """α over the units that two people or more judged; None below two items, or where all chose the same.
 
     Items are drawn, not units: the pairs of one ranking are not independent. Items with the same coincidences are
@@ -156,7 +140,7 @@ def krippendorff_alpha(units: Units, *, seed: int = 0, draws: int = 1000) -> Alp
     drawn = np.random.default_rng(seed).multinomial(len(judged), frequency / frequency.sum(), size=draws)
     alphas = _alpha_of(np.tensordot(drawn, each, axes=1))
     low, high = np.nanquantile(alphas, [0.025, 0.975]) if not np.isnan(alphas).all() else (value, value)
-    return Alpha(value, float(low), float(high), len(judged))
+    return Estimate(value, float(low), float(high), len(judged))
 
 
 def _coincidences(counts: Any) -> Any:
@@ -207,6 +191,8 @@ def _quality(annotator: str | None, labels: Sequence[Label]) -> Quality:
     judged = [label for label in labels if label.choice != "skip"]
     plain = [label for label in judged if label.gold is None and label.repeat_of is None]
     decided = [label for label in plain if label.choice in ("a", "b")]
+    uneven = [label for label in decided if label.longer is not None]
+    gold = [label for label in judged if label.gold is not None]
     seconds = [label.seconds for label in judged if label.seconds is not None]
     first = {(label.annotator, label.item): label.choice for label in plain}
     again = [
@@ -221,31 +207,22 @@ def _quality(annotator: str | None, labels: Sequence[Label]) -> Quality:
         ties=sum(label.choice in TIES for label in judged),
         consistency=wilson(sum(again), len(again)),
         left=wilson(sum(_index(x) == x.order[0] for x in decided), len(decided)),
-        longer=_longer([x for x in decided if x.longer is not None]),
-        gold=_gold([x for x in judged if x.gold is not None]),
+        longer=wilson(sum(_index(x) == x.longer for x in uneven), len(uneven)),
+        gold=wilson(sum(_index(x) == x.gold for x in gold), len(gold)),
         seconds=median(seconds) if seconds else None,
     )
 
 
-def _longer(labels: Sequence[Label]) -> Rate | None:
-    return wilson(sum(_index(label) == label.longer for label in labels), len(labels))
-
-
-def _gold(labels: Sequence[Label]) -> Rate | None:
-    return wilson(sum(_index(label) == label.gold for label in labels), len(labels))
-
-
 def _index(label: Label) -> int | None:
     """The answer put first; None for a tie."""
-    if label.choice == RANKING:
-        assert label.ranking is not None
+    if label.ranking is not None:
         return label.ranking[0]
     return "ab".index(label.choice) if label.choice in ("a", "b") else None
 
 
-def wilson(successes: int, count: int) -> Rate | None:
+def wilson(successes: int, count: int) -> Estimate | None:
     """A share with Wilson's 95 % interval; None of nothing."""
     if count == 0:
         return None
     share = successes / count
-    return Rate(share, *wilson_interval(share, count), count)
+    return Estimate(share, *wilson_interval(share, count), count)

@@ -16,10 +16,7 @@ from tether.feedback.records import Exported, Filters
 
 
 def export(connection: sqlite3.Connection, to: Path, filters: Filters) -> Exported:
-    """Write preferences.jsonl, events.jsonl and items.jsonl, all of one moment, each whole or not at all.
-
-    filters: of preferences.jsonl; events and items are all of them.
-    """
+    """Write each file whole or not at all; filters: of preferences.jsonl, events and items are all of them."""
     try:
         to.mkdir(parents=True, exist_ok=True)
         return Exported(

@@ -42,7 +42,7 @@ def label(
     Everything is read before anything is written: a mistake in the third file leaves the store as it was.
     """
     check_fraction("overlap", overlap)
-    checked = read_gold(gold) if gold else None
+    checked = read_items(gold, gold=True) if gold else None
     text = _read_text(guidelines) if guidelines else None
     adds = bool(source or checked or text or annotators)
     if not (adds or export or status):
@@ -103,16 +103,14 @@ def _read_text(path: str) -> str:
 # ---------------------------------------------------------------- from a file
 
 
-def read_items(path: str, limit: int | None = None) -> ItemBatch:
-    """Items of a JSONL or Parquet file; which answer was preferred there is not shown to anybody."""
+def read_items(path: str, limit: int | None = None, *, gold: bool = False) -> ItemBatch:
+    """Items of a JSONL or Parquet file; which answer was preferred there is not shown to anybody.
+
+    gold: the better answer is known: `chosen`, or `gold`, an index or a, b.
+    """
     table = read_table(path, limit=limit)
-    return ItemBatch([_item(table, row, gold=False) for row in range(len(table))], path)
-
-
-def read_gold(path: str) -> ItemBatch:
-    """Items whose better answer is known: `chosen`, or `gold`, an index or a, b."""
-    table = read_table(path)
-    return ItemBatch([_item(table, row, gold=True) for row in range(len(table))], f"{path} (gold)")
+    items = [_item(table, row, gold=gold) for row in range(len(table))]
+    return ItemBatch(items, f"{path} (gold)" if gold else path)
 
 
 def _item(table: Table, row: int, *, gold: bool) -> Item:

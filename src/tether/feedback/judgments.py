@@ -7,12 +7,13 @@ same key: it finds the first event, changes nothing, and is answered as before.
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 from typing import Any
 
 from tether.errors import LabelError
 from tether.feedback.queue import REPEAT_AFTER, REPEAT_SPREAD, Mix, chance, draw, may_take, person_of, take_lease
-from tether.feedback.records import RANKING, Judgment, Receipt, check_seconds, check_text
+from tether.feedback.records import RANKING, Judgment, Receipt, check_text, iso_time
 from tether.feedback.schema import GOLD, MAIN, REPEAT, to_json
 
 _LONGEST_KEY = 200  # characters
@@ -20,7 +21,7 @@ _LONGEST_KEY = 200  # characters
 
 def record(
     connection: sqlite3.Connection, annotator: str, item: int, key: str, judgment: Judgment,
-    *, on_screen: bool, seconds: float | None, now: float, at: str, mix: Mix,
+    *, on_screen: bool, seconds: float | None, now: float, mix: Mix,
 ) -> Receipt:  # fmt: skip
     """Add a label event for the item that the annotator holds.
 
@@ -43,14 +44,15 @@ def record(
         )
     row = connection.execute("SELECT * FROM items WHERE id = ?", (item,)).fetchone()
     judgment = _checked(judgment, json.loads(lease["shown"]), on_screen)
-    check_seconds(seconds)
+    if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
+        raise LabelError(f"seconds={seconds} is no time that a person can have spent. Give a number from 0 on.")
     decided = judgment.choice != "skip"
     if decided and not may_take(connection, item, person["id"], now):
         raise LabelError(
             f"item {item} went to somebody else after {annotator}'s {mix.lease_s / 60:g} minutes: it would have more "
             "labels than it is to have. Nothing was recorded; ask for the next task."
         )
-    at = _not_before_the_last(connection, at)
+    at = _not_before_the_last(connection, now)
     event = _append(
         connection, kind="label", annotator=person["id"], item=item, key=key, at=at, guideline=lease["guideline"],
         shown=lease["shown"], seconds=seconds, **_columns(judgment),
@@ -68,11 +70,8 @@ def record(
     return Receipt(event, "label", item, annotator, at)
 
 
-def undo(connection: sqlite3.Connection, annotator: str, key: str, *, now: float, at: str, mix: Mix) -> Receipt | None:
-    """Withdraw the annotator's latest label that stands, and give them its item back; None if none stands.
-
-    A skipped item that somebody else has taken since stays with them: it would have more labels than it is to have.
-    """
+def undo(connection: sqlite3.Connection, annotator: str, key: str, *, now: float, mix: Mix) -> Receipt | None:
+    """See `Store.undo`. A skipped item that somebody else has would get more labels than it is to have."""
     person = person_of(connection, annotator)
     if earlier := _earlier(connection, person, key):
         if earlier["kind"] != "undo":
@@ -84,7 +83,7 @@ def undo(connection: sqlite3.Connection, annotator: str, key: str, *, now: float
     if last is None:
         return None
     row = connection.execute("SELECT * FROM items WHERE id = ?", (last["item"],)).fetchone()
-    at = _not_before_the_last(connection, at)
+    at = _not_before_the_last(connection, now)
     event = _append(
         connection, kind="undo", annotator=person["id"], item=row["id"], key=key, at=at, undoes=last["event"]
     )
@@ -135,10 +134,10 @@ def _receipt(event: sqlite3.Row, annotator: str) -> Receipt:
     return Receipt(event["id"], event["kind"], event["item"], annotator, event["at"])
 
 
-def _not_before_the_last(connection: sqlite3.Connection, at: str) -> str:
+def _not_before_the_last(connection: sqlite3.Connection, now: float) -> str:
     """A time that does not go back, though a machine's clock may: the order of events is that of their times."""
     last = connection.execute("SELECT at FROM events ORDER BY id DESC LIMIT 1").fetchone()
-    return max(at, last["at"]) if last else at
+    return max(iso_time(now), last["at"]) if last else iso_time(now)
 
 
 def _append(connection: sqlite3.Connection, **columns: Any) -> int:

@@ -13,12 +13,11 @@ import json
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any
 
 from tether.errors import StoreError, did_you_mean
-from tether.feedback.records import Added, Answer, Item, Task, utc_iso
+from tether.feedback.records import Added, Answer, Item, Task, iso_time
 from tether.feedback.schema import GOLD, MAIN, REPEAT, to_json
 
 BLOCK = 64  # neighbors in the queue whose order is each annotator's own
@@ -75,19 +74,15 @@ def add_items(
     connection: sqlite3.Connection, items: Iterable[Item], *, overlap: float, seed: int, first: bool = False
 ) -> Added:
     """Queue what is not there yet, behind what is; `first`: before it."""
-    order: list[str] = []
+    order = [(fingerprint(item), item) for item in items]
     new: dict[str, Item] = {}
     ids: dict[str, int] = {}
-    for item in items:
-        mark = fingerprint(item)
-        order.append(mark)
-        if mark in ids or mark in new:
-            continue
+    for mark, item in order:
         known = connection.execute("SELECT id FROM items WHERE fingerprint = ? AND repeat_of IS NULL", (mark,))
         if row := known.fetchone():
             ids[mark] = row["id"]
         else:
-            new[mark] = item
+            new.setdefault(mark, item)
     twice: set[str] = set()
     for pool in (MAIN, GOLD):
         batch = sorted(
@@ -98,7 +93,7 @@ def add_items(
             continue
         if pool == MAIN:
             twice = _chosen(batch, overlap, seed)
-        start = _first_position(connection, pool, len(batch)) if first else _last_position(connection, pool)
+        start = _start(connection, pool, len(batch), first=first)
         ids |= _insert(connection, pool, [(mark, new[mark]) for mark in batch], twice, start=start, seed=seed)
     golds = sum(item.gold is not None for item in new.values())
     wanted = len(new) - golds + len(twice)
@@ -106,7 +101,7 @@ def add_items(
         "UPDATE totals SET items = items + ?, gold = gold + ?, wanted = wanted + ?, remaining = remaining + ?",
         (len(new) - golds, golds, wanted, wanted),
     )
-    return Added(tuple(ids[mark] for mark in order), len(new), len(order) - len(new), len(twice))
+    return Added(tuple(ids[mark] for mark, _ in order), len(new), len(order) - len(new), len(twice))
 
 
 def fingerprint(item: Item) -> str:
@@ -118,20 +113,16 @@ def _chosen(batch: Sequence[str], fraction: float, seed: int) -> set[str]:
     """`fraction` of the batch; what is left of a whole item is drawn, so items added one by one have their share."""
     exact = fraction * len(batch)
     count = int(exact)
-    if batch and chance(seed, "overlap", *batch[:1]) < exact - count:
+    if chance(seed, "overlap", batch[0]) < exact - count:
         count += 1
     return set(sorted(batch, key=lambda mark: draw(seed, "twice", mark))[:count])
 
 
-def _last_position(connection: sqlite3.Connection, pool: int) -> int:
-    """Where the next item goes: behind everything, since positions count from 0, those put first from -1 down."""
-    totals = connection.execute("SELECT items, gold FROM totals").fetchone()
-    position: int = totals["gold" if pool == GOLD else "items"]
-    return position
-
-
-def _first_position(connection: sqlite3.Connection, pool: int, count: int) -> int:
-    """Where `count` items go before everything; everybody looks there next."""
+def _start(connection: sqlite3.Connection, pool: int, count: int, *, first: bool) -> int:
+    """Where `count` items begin: behind everything, or before it, where everybody looks next."""
+    if not first:  # positions count from 0, those put first from -1 down
+        totals = connection.execute("SELECT items, gold FROM totals").fetchone()
+        return int(totals["gold" if pool == GOLD else "items"])
     (least,) = connection.execute("SELECT min(position) FROM items WHERE pool = ?", (pool,)).fetchone()
     position: int = min(least or 0, 0) - count
     column = _CURSOR[pool]
@@ -306,6 +297,6 @@ def _task(connection: sqlite3.Connection, person: sqlite3.Row, lease: sqlite3.Ro
         answers=tuple(answers[i]["text"] for i in order),
         order=order,
         guideline=lease["guideline"],
-        expires=utc_iso(datetime.fromtimestamp(lease["expires"], UTC)),
+        expires=iso_time(lease["expires"]),
         number=person["labels"] + person["skips"] + 1,
     )

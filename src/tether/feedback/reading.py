@@ -1,4 +1,4 @@
-"""Reading the store: progress, labels that stand, rows for a reward model, raw events.
+"""Reading the store: items, labels that stand, rows for a reward model, raw events.
 
 What stands is asked for now, or as of an event: since events are only added, the labels that stood when event N was
 the newest can be read for ever, however much has been labeled and taken back since.
@@ -20,19 +20,17 @@ from tether.feedback.queue import guideline_now, person_of
 from tether.feedback.records import (
     RANKING,
     TIES,
-    AnnotatorProgress,
     Answer,
     Filters,
     Label,
     Preferences,
-    Progress,
     StoredItem,
     time_bounds,
 )
 
 _LABEL = (
     "SELECT e.id AS event, e.item, a.name AS annotator, i.kind, e.choice, e.ranking, e.strength, e.axes, e.note, "
-    "e.reason, e.shown, e.seconds, e.guideline, e.at, i.gold, i.repeat_of, i.longer"
+    'e.reason, e.shown AS "order", e.seconds, e.guideline, e.at, i.gold, i.repeat_of, i.longer'
 )
 _PAIR = _LABEL + ", i.prompt, i.answers, i.grp"
 _OF = " JOIN items i ON i.id = e.item JOIN annotators a ON a.id = e.annotator"
@@ -40,54 +38,20 @@ _NOW = f" FROM standing s CROSS JOIN events e ON e.id = s.event{_OF}"  # CROSS: 
 _THEN = f" FROM events e{_OF}"
 
 
-# ---------------------------------------------------------------- progress
-
-
-def progress_of(connection: sqlite3.Connection, annotator: str) -> AnnotatorProgress:
-    row = person_of(connection, annotator)
-    return AnnotatorProgress(row["name"], row["labels"], row["skips"])
-
-
-def overview(connection: sqlite3.Connection) -> Progress:
-    totals = connection.execute("SELECT * FROM totals").fetchone()
-    people = connection.execute("SELECT name, labels, skips FROM annotators ORDER BY name").fetchall()
-    return Progress(
-        items=totals["items"],
-        gold=totals["gold"],
-        wanted=totals["wanted"],
-        remaining=totals["remaining"],
-        annotators=tuple(AnnotatorProgress(*row) for row in people),
-        guideline=guideline_now(connection),
-    )
-
-
 # ---------------------------------------------------------------- items
 
 
-def item(connection: sqlite3.Connection, number: int) -> StoredItem:
-    row = connection.execute("SELECT * FROM items WHERE id = ?", (number,)).fetchone()
-    if row is None:
-        raise StoreError(f"there is no item {number} in this store. Is it an item of another one?")
-    return _item(row)
-
-
-def items(connection: sqlite3.Connection) -> Iterator[StoredItem]:
-    """In the order of their queues: what is labeled, gold, repeats."""
-    return map(_item, connection.execute("SELECT * FROM items ORDER BY pool, position, id"))
-
-
-def _item(row: sqlite3.Row) -> StoredItem:
-    return StoredItem(
-        id=row["id"],
-        kind=row["kind"],
-        prompt=json.loads(row["prompt"]),
-        answers=_answers(row),
-        group=row["grp"],
-        gold=row["gold"],
-        repeat_of=row["repeat_of"],
-        source=None if row["source"] is None else json.loads(row["source"]),
-        target=row["target"],
-    )
+def items(connection: sqlite3.Connection, number: int | None = None) -> Iterator[StoredItem]:
+    """In the order of their queues: what is labeled, gold, repeats; number: only this one."""
+    query = 'SELECT id, kind, prompt, answers, grp AS "group", gold, repeat_of, source, target FROM items'
+    if number is None:
+        rows = connection.execute(f"{query} ORDER BY pool, position, id")
+    else:
+        rows = connection.execute(f"{query} WHERE id = ?", (number,))
+    for row in rows:
+        source = None if row["source"] is None else json.loads(row["source"])
+        parsed = {"prompt": json.loads(row["prompt"]), "answers": _answers(row), "source": source}
+        yield StoredItem(**dict(row) | parsed)
 
 
 def _answers(row: sqlite3.Row) -> tuple[Answer, ...]:
@@ -163,25 +127,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _label(row: sqlite3.Row) -> Label:
-    return Label(
-        event=row["event"],
-        item=row["item"],
-        annotator=row["annotator"],
-        kind=row["kind"],
-        choice=row["choice"],
-        ranking=_numbers(row["ranking"]) if row["ranking"] else None,
-        strength=row["strength"],
-        axes=json.loads(row["axes"]) if row["axes"] else {},
-        note=row["note"],
-        reason=row["reason"],
-        order=_numbers(row["shown"]),
-        seconds=row["seconds"],
-        guideline=row["guideline"],
-        at=row["at"],
-        gold=row["gold"],
-        repeat_of=row["repeat_of"],
-        longer=row["longer"],
-    )
+    ranking = _numbers(row["ranking"]) if row["ranking"] else None
+    axes = json.loads(row["axes"]) if row["axes"] else {}
+    return Label(**dict(row) | {"ranking": ranking, "axes": axes, "order": _numbers(row["order"])})
 
 
 # ---------------------------------------------------------------- preferences
@@ -256,13 +204,12 @@ def last_event(connection: sqlite3.Connection) -> int:
     return newest
 
 
-def events(connection: sqlite3.Connection, *, after: int = 0, limit: int | None = None) -> Iterator[dict[str, Any]]:
+def events(connection: sqlite3.Connection) -> Iterator[dict[str, Any]]:
     """What happened, oldest first, as JSON can hold it."""
     rows = connection.execute(
         "SELECT e.id AS event, e.kind, a.name AS annotator, e.item, e.key, e.at, e.guideline, e.choice, e.ranking, "
         "e.strength, e.axes, e.note, e.reason, e.shown, e.seconds, e.undoes FROM events e JOIN annotators a "
-        "ON a.id = e.annotator WHERE e.id > ? ORDER BY e.id LIMIT ?",
-        (after, -1 if limit is None else limit),
+        "ON a.id = e.annotator ORDER BY e.id"
     )
     for row in rows:
         event = {name: row[name] for name in row.keys() if row[name] is not None}  # noqa: SIM118  a Row iterates values

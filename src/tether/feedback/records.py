@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
@@ -164,12 +163,6 @@ def check_text(name: str, text: str, longest: int) -> None:
         raise LabelError(
             f"{name} holds {text[error.start]!r}, half a character, which no file can hold. Write it whole."
         ) from error
-
-
-def check_seconds(seconds: float | None) -> None:
-    """Raise LabelError for a time that nobody can have spent."""
-    if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
-        raise LabelError(f"seconds={seconds} is no time that a person can have spent. Give a number from 0 on.")
 
 
 # ---------------------------------------------------------------- out, to the person who labels
@@ -333,6 +326,11 @@ def time_bounds(since: str | None, until: str | None) -> tuple[str | None, str |
         return first, None
     step = timedelta(days=1) if _is_date(until) else timedelta(milliseconds=1)  # the store's times have milliseconds
     return first, utc_iso(_time("until", until) + step)
+
+
+def iso_time(seconds: float) -> str:
+    """Seconds since 1970 as the store writes them."""
+    return utc_iso(datetime.fromtimestamp(seconds, UTC))
 
 
 def utc_iso(time: datetime) -> str:

@@ -292,12 +292,8 @@ def _statements(script: str) -> Iterator[str]:
 def to_json(value: Any) -> str:
     """JSON that any SQLite can hold: half a character, which UTF-8 cannot, is written as its escape."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text if _is_utf8(text) else json.dumps(value, separators=(",", ":"))
-
-
-def _is_utf8(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return json.dumps(value, separators=(",", ":"))
+    return text

@@ -13,11 +13,9 @@ is for whoever runs the project.
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,13 +37,14 @@ from tether.feedback.records import (
     Receipt,
     StoredItem,
     Task,
-    utc_iso,
+    iso_time,
 )
 from tether.feedback.schema import Database
 
 _LARGEST = 2**63 - 1  # of SQLite's integers: a number from an address may be anything
 LEASE_S = 600.0  # seconds: long enough for two long answers, short enough that nobody waits for one who has left
 _MADE_WITH = {"seed": 0, "gold_fraction": 0.1, "repeat_fraction": 0.05}
+_SETTINGS = "SELECT name, value FROM settings"
 _EVERYTHING = Filters()
 
 
@@ -77,13 +76,13 @@ class Store:
     def _settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings that the file was made with; into a new file, those asked for."""
         with self._database.read() as c:
-            kept = _settings(c)
+            kept = dict(c.execute(_SETTINGS))
         if not kept:
             with self._database.write() as c:
                 for name, default in _MADE_WITH.items():
                     value = default if settings[name] is None else settings[name]
                     c.execute("INSERT INTO settings VALUES (?, ?) ON CONFLICT DO NOTHING", (name, value))
-                kept = _settings(c)
+                kept = dict(c.execute(_SETTINGS))
         for name, wanted in settings.items():
             if wanted is not None and wanted != kept[name]:
                 raise StoreError(
@@ -127,7 +126,7 @@ class Store:
         with self._database.write() as c:
             added = c.execute(
                 "INSERT INTO annotators (name, at, cursor, gold_cursor) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (name, self._now(), -_LARGEST, -_LARGEST),  # before every position, of items put first too
+                (name, iso_time(self._clock()), -_LARGEST, -_LARGEST),  # before every position, of items put first too
             )
             return added.rowcount == 1
 
@@ -140,7 +139,7 @@ class Store:
             if newest and newest["text"] == text:
                 return int(newest["version"])
             version = int(newest["version"]) + 1 if newest else 1
-            c.execute("INSERT INTO guidelines VALUES (?, ?, ?)", (version, text, self._now()))
+            c.execute("INSERT INTO guidelines VALUES (?, ?, ?)", (version, text, iso_time(self._clock())))
             return version
 
     # ------------------------------------------------------------ for the person who labels
@@ -174,9 +173,8 @@ class Store:
         judgment = Judgment.of(choice, strength=strength, axes=axes or {}, note=note, reason=reason)
         with self._database.write() as c:
             return judgments.record(
-                c, annotator, item, key, judgment, on_screen=on_screen, seconds=seconds, now=self._clock(),
-                at=self._now(), mix=self.mix,
-            )  # fmt: skip
+                c, annotator, item, key, judgment, on_screen=on_screen, seconds=seconds, now=self._clock(), mix=self.mix
+            )
 
     def undo(self, annotator: str, *, key: str) -> Receipt | None:
         """Withdraw the annotator's latest label or skip; `next_task` gives its item back. None: none stands.
@@ -185,7 +183,7 @@ class Store:
         key: as for `record`, so that a request sent twice undoes one label.
         """
         with self._database.write() as c:
-            return judgments.undo(c, annotator, key, now=self._clock(), at=self._now(), mix=self.mix)
+            return judgments.undo(c, annotator, key, now=self._clock(), mix=self.mix)
 
     def history(self, annotator: str, *, before: int | None = None, limit: int = 50) -> list[Label]:
         """The annotator's own labels that stand, newest first; before: an event number, for the next page.
@@ -201,7 +199,8 @@ class Store:
     def progress(self, annotator: str) -> AnnotatorProgress:
         """How much this annotator has done."""
         with self._database.read() as c:
-            return reading.progress_of(c, annotator)
+            row = queue.person_of(c, annotator)
+            return AnnotatorProgress(row["name"], row["labels"], row["skips"])
 
     def guideline(self, version: int | None = None) -> Guideline | None:
         """A version of the guidelines; None the one in force, if there is any."""
@@ -212,25 +211,21 @@ class Store:
 
     # ------------------------------------------------------------ for whoever runs the project
 
-    def guidelines(self) -> list[Guideline]:
-        """Every version, oldest first."""
-        with self._database.read() as c:
-            return [Guideline(*r) for r in c.execute("SELECT version, text, at FROM guidelines ORDER BY version")]
-
-    def annotators(self) -> list[str]:
-        """Everybody who is registered, by name."""
-        with self._database.read() as c:
-            return [row["name"] for row in c.execute("SELECT name FROM annotators ORDER BY name")]
-
     def overview(self) -> Progress:
         """How far the whole project is, from counters."""
         with self._database.read() as c:
-            return reading.overview(c)
+            totals = c.execute("SELECT items, gold, wanted, remaining FROM totals").fetchone()
+            people = c.execute("SELECT name, labels, skips FROM annotators ORDER BY name")
+            annotators = tuple(AnnotatorProgress(*row) for row in people)
+            return Progress(**dict(totals), annotators=annotators, guideline=queue.guideline_now(c))
 
     def item(self, number: int) -> StoredItem:
         """One item with everything that is known of it."""
         with self._database.read() as c:
-            return reading.item(c, min(number, _LARGEST))
+            found = next(reading.items(c, min(number, _LARGEST)), None)
+        if found is None:
+            raise StoreError(f"there is no item {number} in this store. Is it an item of another one?")
+        return found
 
     def labels(
         self, filters: Filters = _EVERYTHING, *, as_of: int | None = None, before: int | None = None,
@@ -257,10 +252,10 @@ class Store:
         """The rows of `preferences`."""
         return self.preferences(filters, **options).rows
 
-    def events(self, *, after: int = 0, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    def events(self) -> Iterator[dict[str, Any]]:
         """Every label and undo, oldest first."""
         with self._database.snapshot() as c:
-            yield from reading.events(c, after=after, limit=limit)
+            yield from reading.events(c)
 
     def last_event(self) -> int:
         """The newest event's number: as long as it is the same, so is everything that follows from labels."""
@@ -271,13 +266,6 @@ class Store:
         """Write preferences.jsonl, events.jsonl and items.jsonl into a directory, all of one moment."""
         with self._database.snapshot() as c:
             return export(c, Path(to), filters)
-
-    def _now(self) -> str:
-        return utc_iso(datetime.fromtimestamp(self._clock(), UTC))
-
-
-def _settings(connection: sqlite3.Connection) -> dict[str, Any]:
-    return {row["name"]: row["value"] for row in connection.execute("SELECT name, value FROM settings")}
 
 
 def check_fraction(name: str, fraction: float | None) -> None:

@@ -1,13 +1,5 @@
 """The arithmetic of RLHF: pure functions of tensors, torch only. No config, no I/O, no model.
 
-    masked       sums, means, variances and whitening where only some positions count
-    logprobs     log-probability and entropy of each token from hidden states, without the logits ever in memory at once
-    kl           three estimators of a KL divergence, and the controller that holds one at a target
-    advantages   rewards per token, generalized advantage estimation, group baselines
-    losses       policy, value, entropy, KL, preference and likelihood
-    diagnostics  how good the critic is, and how far the policy is from the optimum
-    bootstrap    how sure a mean is
-
 Shape letters: `B` rows, `R` response positions, `N` tokens, `D` hidden width, `V` vocabulary; `*S` is any
 shape, `""` a scalar. These annotations are checked while the tests run and cost nothing else.
 In a mask, True means *counts*, and a response's mask is True from its first token to its last: a prefix of each row.
@@ -23,7 +15,7 @@ from tether.math.diagnostics import (
     optimality_gap_logmeanexp,
     shared_phrase,
 )
-from tether.math.kl import kl_k1, kl_k2, kl_k3, next_kl_coef
+from tether.math.kl import hold_kl, kl_error, kl_k1, kl_k2, kl_k3, next_kl_coef
 from tether.math.logprobs import Head, full_logprobs, token_logprobs
 from tether.math.losses import (
     bradley_terry_loss,
@@ -35,34 +27,3 @@ from tether.math.losses import (
     value_loss,
 )
 from tether.math.masked import masked_mean, masked_sum, masked_var, whiten
-
-__all__ = [
-    "Head",
-    "Interval",
-    "bootstrap_mean",
-    "bradley_terry_loss",
-    "cispo_loss",
-    "clipped_policy_loss",
-    "distinct_pairs",
-    "entropy_mean",
-    "explained_variance",
-    "full_logprobs",
-    "gae",
-    "group_advantages",
-    "kl_k1",
-    "kl_k2",
-    "kl_k3",
-    "kl_loss",
-    "masked_mean",
-    "masked_sum",
-    "masked_var",
-    "next_kl_coef",
-    "nll_loss",
-    "optimality_gap",
-    "optimality_gap_logmeanexp",
-    "place_rewards",
-    "shared_phrase",
-    "token_logprobs",
-    "value_loss",
-    "whiten",
-]

@@ -27,18 +27,10 @@ def place_rewards(
         r_t = -β · (old_t - ref_t) + [t is the last counted token] · score
 
     so that a response's rewards sum to score - β · Σ log(π/ref), whose expectation is the objective. The penalty is
-    k1: no other estimator has the right optimum here (see `tether.math.kl`). The score is *on* the last token, the stop
-    token or where the response was cut, not one past it.
+    k1: no other estimator has the right optimum here (see `tether.math.kl`).
     Source: Ziegler et al. 2019, eq. 2 (arXiv:1909.08593); arXiv:2403.17031.
 
-    Arguments:
-        scores        reward units.
-        old_logprobs  nats: the policy that sampled.
-        ref_logprobs  nats.
-        mask          a prefix of each row.
-        kl_coef       β ≥ 0, reward units a nat; 0 when the KL is in the loss.
-
-    Returns rewards, 0 where nothing counts.
+    kl_coef: β ≥ 0, reward units per nat; 0 when the KL is in the loss. Returns rewards, 0 where nothing counts.
     """
     penalty = torch.where(mask, kl_coef * kl_k1(old_logprobs, ref_logprobs), 0.0)
     is_last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
@@ -56,17 +48,11 @@ def gae(
 
     V after the last counted token is 0, whether the response stopped or was cut: the length limit is part of the task,
     and the score on the last token already is all that is to come. λ = 1 gives Monte-Carlo returns, λ = 0 gives A = δ.
-    Source: Schulman et al. 2015, eq. 16 (arXiv:1506.02438).
+    Source: Schulman et al. 2015, eq. 16 (arXiv:1506.02438). Where actor and critic differ in λ (arXiv:2503.01491), call
+    it twice.
 
-    Actor and critic may differ in λ (arXiv:2503.01491): call twice, take the advantages of one and the returns of the
-    other.
-
-    Arguments:
-        rewards  reward units.
-        values   reward units; values[t] = V(prompt + response[:t]), before token t is chosen.
-        mask     a prefix of each row.
-        gamma    discount a token, in [0, 1].
-        lam      λ in [0, 1]: how far credit travels past the critic.
+    rewards, values  reward units; values[t] = V(prompt + response[:t]), before token t is chosen.
+    gamma, lam       in [0, 1]: discount per token; how far credit travels past the critic.
 
     Returns (advantages, returns), before any whitening; 0 where nothing counts.
     """

@@ -30,17 +30,12 @@ def bootstrap_mean(
     value says nothing of its own spread: low = mean = high. The same seed gives the same interval.
     Source: Efron 1979.
     """
-    count = len(values)
-    generator = torch.Generator().manual_seed(seed)
-    values = values.double()
+    count, values = len(values), values.double()
+    generator, at_once = torch.Generator().manual_seed(seed), max(1, _AT_ONCE // count)
     means = [
-        values[torch.randint(count, (part, count), generator=generator)].mean(1)
-        for part in _parts(draws, max(1, _AT_ONCE // count))
+        values[torch.randint(count, (min(at_once, draws - start), count), generator=generator)].mean(1)
+        for start in range(0, draws, at_once)
     ]
     tail = (1 - level) / 2
     low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(float(values.mean()), low, high)
-
-
-def _parts(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]

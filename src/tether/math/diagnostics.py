@@ -44,10 +44,7 @@ def optimality_gap(
     It cannot see what π no longer samples: a collapsed policy reads as optimal, so read it beside the entropy.
     Derivation: docs/algorithm.md.
 
-    scores                reward units; the responses to a prompt are neighbors.
-    log_ratio_sums        nats: Σ (old - ref) over a response's tokens.
-    responses_per_prompt  ≥ 2; divides B.
-    kl_coef               β > 0.
+    scores: reward units; the responses to a prompt are neighbors. log_ratio_sums: nats, Σ (old - ref) over a response.
     """
     g = (scores.double() - kl_coef * log_ratio_sums.double()).view(-1, responses_per_prompt)
     return float(g.var(dim=1, correction=1).mean()) / (2 * kl_coef**2)
@@ -56,9 +53,7 @@ def optimality_gap(
 def optimality_gap_logmeanexp(g: Float[Tensor, "*prompts n"], kl_coef: float) -> float:
     """KL(π‖π*), nats per response, exactly but for sampling noise: log mean e^(g/β) - mean(g)/β.
 
-    Needs thousands of responses to one prompt: below that it is biased towards 0. See `optimality_gap`.
-
-    g: reward units; of several prompts, the mean.
+    Needs thousands of responses to one prompt: below that it is biased to 0. g: reward units, see `optimality_gap`.
     """
     x = g.double() / kl_coef
     log_mean_exp = torch.logsumexp(x, dim=-1) - math.log(x.shape[-1])

@@ -18,6 +18,7 @@ Which one may be *optimized* is another question than which one estimates well, 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -57,3 +58,36 @@ def next_kl_coef(coef: float, kl: float, *, target: float, horizon: float, respo
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * responses / horizon)
+
+
+def kl_error(kl: float, *, target: float) -> float:
+    """log(KL/target), clipped to ±2; -2 where an estimate is not above 0. Both in nats per response."""
+    return min(max(math.log(kl / target), -2.0), 2.0) if kl > 0 else -2.0
+
+
+def hold_kl(coef: float, error: float, last_error: float, *, score_std: float, kl_std: float) -> float:
+    """β for the cycle that was just sampled: PI control of log KL by log β, in velocity form.
+
+        log β ← log β + 1.5·(e - e_last) + 0.4·clip(e, ±1),   e = `kl_error` of this cycle
+
+    The first part answers to a KL that rises before it is there, the second removes what error is left. Waiting a cycle
+    (β for the next cycle from this one's KL) would make fast policies swing.
+
+    Where the penalty outweighs the score, β·kl_std > 3·score_std, advantages are the penalty's alone and a larger β
+    only shakes the critic; where it is outweighed, β·kl_std < score_std/10, a smaller one frees nothing. β moves no
+    further there, so that it need not come back from far away (anti-windup).
+
+    Source: Åström & Hägglund 1995, PID Controllers, sections 3.3 and 3.5, for the velocity form and anti-windup; gains
+    by `bench/kl_target.py`.
+
+    coef        β of the cycle before, reward units per nat.
+    error       of this cycle.
+    last_error  of the cycle before; -2 before the first.
+    score_std   standard deviation of this cycle's scores, reward units.
+    kl_std      the same of its responses' sums of log π - log ref, nats; 0 in the first cycle: β stays.
+    """
+    if kl_std == 0:
+        return coef
+    moved = coef * math.exp(1.5 * (error - last_error) + 0.4 * min(max(error, -1.0), 1.0))
+    even = score_std / kl_std
+    return max(min(moved, max(coef, 3 * even)), min(coef, even / 10))

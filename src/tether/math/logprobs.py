@@ -48,17 +48,13 @@ def token_logprobs(
         ∂logprob/∂z_v = [v = target] - p_v
         ∂entropy/∂z_v = -p_v·(z_v - Σ_u p_u·z_u)
 
-    Arguments:
-        hidden       the hidden state *before* each target. To its dtype (or autocast's) the matmul's factors are
-                     rounded.
-        weight, bias the output head, see `Head`. Logits and softmax are fp32 in any case, and so is the sum of the
-                     weight's gradient over chunks.
-        temperature  > 0, divides the logits.
-        scale        multiplies the logits, as Granite and Cohere do.
-        softcap      soft limit of the logits, as in Gemma 2; None: no limit.
-        entropy      False saves the work and returns zeros.
-        chunk        rows at a time: memory and speed, never the result; None: by the size of the vocabulary.
-        device       cpu or cuda: compute as there; None: where `hidden` is. For tensors without data, see `Head`.
+    hidden   the hidden state *before* each target. To its dtype (or autocast's) the matmul's factors are rounded;
+             logits, softmax and the sum of the weight's gradient over chunks are fp32 in any case.
+    scale    multiplies the logits, as Granite and Cohere do.
+    softcap  soft limit of the logits, as in Gemma 2; None: no limit.
+    entropy  False saves the work and returns zeros.
+    chunk    rows at a time: memory and speed, never the result; None: by the size of the vocabulary.
+    device   cpu or cuda: compute as there; None: where `hidden` is. For tensors without data, see `Head`.
 
     Returns (logprobs, entropy), nats, fp32 (fp64 if hidden is).
     """

@@ -34,20 +34,17 @@ def clipped_policy_loss(
 
         L = Σ mask · max(-A·ρ, -A·clip(ρ, 1-ε_low, 1+ε_high)) / denominator,   ρ = exp(new - old)
 
-    The gradient of a token is cut once the ratio has moved past the clip in the direction that its advantage asks for;
-    it never is when the ratio has moved the wrong way. At ρ = 1 the gradient is REINFORCE's, -A·∇log π.
+    The gradient of a token is cut once the ratio has moved past the clip in the direction that its advantage asks for,
+    never when it has moved the wrong way. At ρ = 1 the gradient is REINFORCE's, -A·∇log π.
     Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347); apart for low and high: DAPO (arXiv:2503.14476).
 
-    Arguments:
-        new_logprobs  nats; carries the gradient.
-        old_logprobs  nats; detached. The policy as it was when the cycle began, not the reference.
-        advantages    reward units, whitened or not; detached.
-        mask          positions that do not count may hold anything, NaN included.
-        clip          ε > 0, no unit, 0.2 in the paper; or (ε_low, ε_high).
-        denominator   response tokens in the whole optimizer step.
+    new_logprobs  nats; carries the gradient.
+    old_logprobs  nats: the policy as it was when the cycle began, not the reference.
+    advantages    reward units, whitened or not.
+    clip          ε > 0, no unit, 0.2 in the paper; or (ε_low, ε_high).
+    denominator   response tokens in the whole optimizer step.
 
-    Returns (loss, metrics): policy/loss, policy/kl_old_new (k3, nats per token), policy/clip_fraction (tokens whose
-    gradient is cut), policy/ratio_mean, policy/ratio_min, policy/ratio_max.
+    Returns (loss, metrics).
     """
     low, high = (clip, clip) if isinstance(clip, (int, float)) else clip
     log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0.0)  # before exp: padding may be -inf
@@ -95,8 +92,8 @@ def _ratio_metrics(
     with torch.no_grad():
         return {
             "policy/loss": loss.detach(),
-            "policy/kl_old_new": masked_sum(kl_k3(old_logprobs, new_logprobs), mask) / denominator,
-            "policy/clip_fraction": masked_sum(cut.float(), mask) / denominator,
+            "policy/kl_old_new": masked_sum(kl_k3(old_logprobs, new_logprobs), mask) / denominator,  # nats per token
+            "policy/clip_fraction": masked_sum(cut.float(), mask) / denominator,  # tokens whose gradient is cut
             "policy/ratio_mean": masked_sum(ratio, mask) / denominator,
             "policy/ratio_min": torch.where(mask, ratio, torch.inf).min(),
             "policy/ratio_max": torch.where(mask, ratio, -torch.inf).max(),
@@ -119,14 +116,13 @@ def value_loss(
     Once a value has moved by ε towards its return, the clipped branch is the larger one and has no gradient.
     Source: the code of Schulman et al. 2017; Ziegler et al. 2019.
 
-    Arguments:
-        values       reward units; carries the gradient.
-        old_values   reward units; detached. What the critic said when the cycle began.
-        returns      reward units; detached. From `gae`, never whitened.
-        clip         ε > 0 in reward units: it depends on the scale of the scores. None: plain squared error.
-        denominator  response tokens in the whole optimizer step.
+    values       reward units; carries the gradient.
+    old_values   reward units: what the critic said when the cycle began.
+    returns      reward units: from `gae`, never whitened.
+    clip         ε > 0 in reward units: it depends on the scale of the scores. None: plain squared error.
+    denominator  response tokens in the whole optimizer step.
 
-    Returns (loss, metrics): value/loss, value/clip_fraction (tokens whose gradient is cut).
+    Returns (loss, metrics).
     """
     errors = torch.where(mask, values - returns, 0.0) ** 2
     clipped_errors = errors
@@ -134,7 +130,7 @@ def value_loss(
         clipped_values = torch.clamp(values, old_values - clip, old_values + clip)
         clipped_errors = torch.where(mask, clipped_values - returns, 0.0) ** 2
     loss = masked_sum(torch.maximum(errors, clipped_errors), mask) / 2 / denominator
-    cut = (clipped_errors > errors).float()
+    cut = (clipped_errors > errors).float()  # tokens whose gradient is cut
     return loss, {"value/loss": loss.detach(), "value/clip_fraction": masked_sum(cut, mask) / denominator}
 
 
@@ -158,9 +154,7 @@ def kl_loss(
 
     On tokens of π its gradient is E[(log π - log ref)·∇log π] = ∇KL(π‖ref), token by token; k1 would have none and k3
     that of KL(ref‖π). What it misses is how a token changes the KL of the tokens after it: only the reward sees that.
-    Source: Schulman 2020; checked by enumeration in tests/math.
-
-    new_logprobs carries the gradient.
+    Source: Schulman 2020; checked by enumeration in tests/math. new_logprobs carries the gradient.
     """
     new_logprobs, ref_logprobs = (torch.where(mask, x, 0.0) for x in (new_logprobs, ref_logprobs))
     return kl_k2(new_logprobs, ref_logprobs).sum() / denominator
@@ -185,23 +179,20 @@ def bradley_terry_loss(
     Source: Bradley & Terry 1952; Ouyang et al. 2022, eq. 1 (arXiv:2203.02155); centering: Eisenstein et al. 2023
     (arXiv:2312.09244).
 
-    Arguments:
-        chosen, rejected  scores in reward units; carry the gradient.
-        targets           T: probability in [0, 1] that the chosen one is preferred.
-        weights           w > 0: a pair of weight 2 counts as two pairs.
-        center            ≥ 0; 0 turns it off.
-        denominator       sum of the weights in the whole optimizer step.
-        decided           pairs with T ≠ 0.5 in the whole optimizer step; at least 1.
+    chosen, rejected  scores in reward units; carry the gradient.
+    targets, weights  T, in [0, 1]; w > 0: a pair of weight 2 counts as two pairs.
+    center            ≥ 0; 0 turns it off.
+    denominator       sum of the weights in the whole optimizer step.
+    decided           pairs with T ≠ 0.5 in the whole optimizer step; at least 1.
 
-    Returns (loss, metrics): reward_model/loss (without centering, so that log 2 ≈ 0.693 means knowing nothing),
-    reward_model/accuracy (of decided pairs; strictly greater: a constant model scores 0), reward_model/margin (mean of
-    r_w - r_l).
+    Returns (loss, metrics).
     """
     margin = chosen - rejected
     preference = -(weights * (targets * logsigmoid(margin) + (1 - targets) * logsigmoid(-margin))).sum() / denominator
     loss = preference + center * (weights * (chosen + rejected) ** 2).sum() / denominator
     metrics = {
-        "reward_model/loss": preference.detach(),
+        "reward_model/loss": preference.detach(),  # without centering: log 2 ≈ 0.693 means knowing nothing
+        # Of decided pairs; strictly greater, so that a constant model scores 0:
         "reward_model/accuracy": (margin * (targets - 0.5) > 0).float().sum() / decided,
         "reward_model/margin": (weights * margin.detach()).sum() / denominator,
     }
@@ -209,8 +200,5 @@ def bradley_terry_loss(
 
 
 def nll_loss(logprobs: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"], *, denominator: float) -> Float[Tensor, ""]:
-    """Negative log-likelihood, nats per token, for supervised fine-tuning: -Σ mask · log π / denominator.
-
-    denominator counts trained tokens of the whole optimizer step.
-    """
+    """Negative log-likelihood, -Σ mask · log π / denominator, nats per token; denominator: trained tokens of a step."""
     return -masked_sum(logprobs, mask) / denominator

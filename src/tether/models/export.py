@@ -26,27 +26,26 @@ def save_model(
 ) -> None:  # fmt: skip
     """Write weights (adapters merged), tokenizer, generation_config and model card, then reload and compare.
 
-    add: writes what else belongs in the directory.
-    The generation config samples as training did: at its temperature, without top-k or top-p. A directory appears whole
-    or not at all, with the checksums of its files. Raises ModelError when the reloaded model's logits differ.
+    add: writes what else belongs in the directory. The generation config samples as training did. A directory appears
+    whole or not at all, with the checksums of its files. Raises ModelError when the reloaded model's logits differ.
     """
-    plain = merged(model)
-    before, generation = plain.generation_config, copy.deepcopy(plain.generation_config)
+    hf_model = merged(model)
+    before, generation = hf_model.generation_config, copy.deepcopy(hf_model.generation_config)
     if temperature is not None:
         generation.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens)
         generation.max_length = None  # its default would speak against max_new_tokens
     if stop_ids:
         generation.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
     with wrap_os_errors(directory), replacing_directory(directory) as partial:
-        plain.generation_config = generation
+        hf_model.generation_config = generation
         try:
-            plain.save_pretrained(partial)
+            hf_model.save_pretrained(partial)
         finally:
-            plain.generation_config = before
+            hf_model.generation_config = before
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         add(partial)
-        check_reload(plain, partial)
+        check_reload(hf_model, partial)
         write_sums(partial)
 
 
@@ -64,22 +63,21 @@ def merged(model: LanguageModel) -> Any:
 
 
 @torch.no_grad()
-def check_reload(plain: Any, directory: Path) -> None:
-    """Raise ModelError unless `directory`, loaded by transformers, has the weights of `plain` and gives its logits.
+def check_reload(hf_model: Any, directory: Path) -> None:
+    """Raise ModelError unless `directory`, loaded by transformers, has the weights of `hf_model` and gives its logits.
 
-    It is loaded on the CPU, in the precision it was saved in: the device that trained the model may not hold it twice.
-    Weights must be equal to the bit; logits but for the rounding of two devices.
+    It is loaded on the CPU: the device that trained the model may not hold it twice, and rounds logits in another way.
     """
-    own_code = not type(plain).__module__.startswith("transformers.models")  # trusted once, when it was loaded
-    loader: Any = type(plain) if own_code else AutoModelForCausalLM
-    again = without_dropout(loader.from_pretrained(directory, dtype=plain.dtype))
-    want, got = plain.state_dict(), again.state_dict()
+    own_code = not type(hf_model).__module__.startswith("transformers.models")  # trusted once, when it was loaded
+    loader: Any = type(hf_model) if own_code else AutoModelForCausalLM
+    again = without_dropout(loader.from_pretrained(directory, dtype=hf_model.dtype))
+    want, got = hf_model.state_dict(), again.state_dict()
     for name in sorted(want.keys() | got.keys()):
         if name not in want or name not in got or not torch.equal(want[name].cpu(), got[name]):
             raise ModelError(f"{directory}: {name} is not what was trained: it must not be used.")
-    tokens = torch.arange(8)[None] * 7919 % plain.config.get_text_config().vocab_size
-    a, b = (m(input_ids=tokens.to(m.device), use_cache=False).logits.float().cpu() for m in (plain, again))
-    gap, allowed = (a - b).abs().max().item(), (1e-4 if plain.dtype == torch.float32 else 2e-2)
+    tokens = torch.arange(8)[None] * 7919 % hf_model.config.get_text_config().vocab_size
+    a, b = (m(input_ids=tokens.to(m.device), use_cache=False).logits.float().cpu() for m in (hf_model, again))
+    gap, allowed = (a - b).abs().max().item(), (1e-4 if hf_model.dtype == torch.float32 else 2e-2)
     if not gap <= allowed * max(1.0, a.abs().max().item()):
         raise ModelError(f"{directory} gives other logits than the trained model (by {gap:.2g}): it must not be used.")
 
@@ -87,9 +85,7 @@ def check_reload(plain: Any, directory: Path) -> None:
 def export(run: str | Path | Run, to: str | Path, *, best: bool = False) -> Path:
     """Copy a finished run's final model to `to`, and check that it loads as it was.
 
-    best: the best evaluated policy of a PPO run instead, which is there while the run is still going.
-
-    Raises RunError when there is nothing to export or `to` is not empty.
+    best: the best evaluated policy of a PPO run instead. Raises RunError where there is none, or `to` is not empty.
     """
     run = Run.open(run) if not isinstance(run, Run) else run
     to = Path(to)

@@ -8,7 +8,6 @@ causal attention no token sees what comes after it (see `tether.types`).
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -54,15 +53,14 @@ class LanguageModel:
         return device
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context of a forward pass in the compute precision."""
         return autocast(self.dtype, self.device)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, the model is in eval mode, without gradient checkpointing, and no other thread's `evaluating`.
+        """Inside, the model is in eval mode, without gradient checkpointing.
 
-        Mode, attention implementation and (in `full_precision`) precision are state of the model itself, which threads
-        that share it cannot have at once: they take turns. Threads with models of their own do not wait for each other.
+        Mode, attention implementation and (in `full_precision`) precision are state of the model itself: threads that
+        share it take turns.
         """
         with _locks.setdefault(self.hf_model, threading.RLock()):
             training = [module for module in self.lm.modules() if module.training]
@@ -162,8 +160,8 @@ class LanguageModel:
     def check_head(self) -> str | None:
         """Compare our log-probs with the model's own logits on a probe; on a mismatch use those, and say so.
 
-        Some architectures scale, cap or otherwise change logits after the head in ways that no config key names. Both
-        sides are in float32 from the head on, whatever the compute precision: rounding would hide a small change.
+        Some architectures change logits after the head in ways that no config key names. Both sides are in float32 from
+        the head on: rounding would hide a small change.
         """
         output = self.hf_model.get_output_embeddings()
         if not hasattr(output, "weight") or type(output).__module__.startswith("peft"):
@@ -193,11 +191,6 @@ class LanguageModel:
             f"chunked log-probs differ from {type(self.hf_model).__name__}'s own by {gap:.2g} nats: "
             "log-probs come from full logits, which takes more memory"
         )
-
-
-def frozen_copy(lm: Any, dtype: torch.dtype, *, same_bits: bool = False) -> Any:
-    """A frozen copy of `lm` with its weights in `dtype`; see `freeze`."""
-    return freeze(copy.deepcopy(lm), dtype, same_bits=same_bits)
 
 
 def freeze(lm: Any, dtype: torch.dtype, *, same_bits: bool = False) -> Any:

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.utils import logging as transformers_logging
 
 from tether.config import LoraConfig
-from tether.data.tokenizer import looks_local
-from tether.errors import ConfigError, ModelError, did_you_mean_final, did_you_mean_path, first_line
+from tether.data.tokenizer import is_directory
+from tether.errors import ConfigError, ModelError, did_you_mean_final, first_line
 
 transformers_logging.disable_progress_bar()
 
@@ -72,25 +72,18 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 def model_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The transformers config of a model directory or hub id, without its weights."""
-    check_directory(path)
+    check_directory(path, revision)
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: no usable config.json: {first_line(error)}") from error
 
 
-def check_directory(path: str) -> None:
-    """Raise ModelError where `path` looks like a local directory that cannot hold a model we would load."""
+def check_directory(path: str, revision: str | None = None) -> None:
+    """Raise ModelError where `path` is neither a directory with a model that we would load nor one on the hub."""
+    if not is_directory(path, revision):
+        return
     directory = Path(path)
-    if directory.is_file():
-        raise ModelError(f"{path} is a file: a model is a directory with config.json and *.safetensors. Name that.")
-    if not directory.is_dir():
-        if looks_local(path):
-            raise ModelError(
-                f"{path} does not exist: there is no model to load.{did_you_mean_path(path)} Check the path; "
-                "a model on the hub is named owner/name."
-            )
-        return  # a hub id
     if not (directory / "config.json").is_file():
         raise ModelError(
             f"{path} has no config.json: it is not a model directory."
@@ -107,30 +100,20 @@ def check_directory(path: str) -> None:
 
 
 def load_causal_lm(
-    path: str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    trunk_only: bool = False,
+    path: str, *, dtype: torch.dtype, device: torch.device, trunk_only: bool = False, **where: Any
 ) -> PreTrainedModel:
     """A causal language model from a directory or hub id; safetensors only, every dropout 0.
 
-    trunk_only: without its head, and from a directory that need not have one.
+    trunk_only: without its head, and from a directory that need not have one. where: revision and trust_remote_code.
     Raises ModelError where it cannot be loaded, or where weights are missing (they would be random).
     """
-    model_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    where = {"trust_remote_code": False, **where}  # where it is left out, transformers asks at the terminal
+    model_config(path, **where)
     auto: Any = AutoModel if trunk_only else AutoModelForCausalLM
     with quiet_transformers():
         try:
             model, info = auto.from_pretrained(
-                path,
-                dtype=dtype,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
+                path, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
             )
         except Exception as error:
             raise ModelError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tether.config import ModelConfig
 from tether.errors import ModelError
-from tether.models.language_model import LanguageModel, freeze, frozen_copy
+from tether.models.language_model import LanguageModel, freeze
 from tether.models.loading import (
     add_lora,
     autocast,
@@ -83,12 +83,6 @@ class Policy(nn.Module):
         trunk = {"critic": self.critic.trunk} if self.critic else {}
         return {"policy": self.lm, **trunk, **({"critic/value_head": self._head()} if self.has_critic else {})}
 
-    @contextmanager
-    def as_reference(self) -> Iterator[LanguageModel]:
-        """Under LoRA: the model without its adapter, which is the model that the run began with."""
-        with self.lm.disable_adapter():
-            yield self.model
-
     def save_critic(self, directory: Path) -> None:
         """Write the critic: its head, and its trunk if it has one of its own. Without a critic, nothing."""
         if not self.has_critic:
@@ -125,18 +119,41 @@ class SeparateCritic(nn.Module):
         return read_values(self.head, hidden[rows.before_targets])
 
 
+@dataclass(frozen=True)
 class Reference:
-    """The frozen model that the KL is measured to."""
+    """The frozen model that the KL is measured to; None is the policy without its LoRA adapter, as the run began."""
 
-    def __init__(self, policy: Policy, frozen: LanguageModel | None) -> None:
-        self.policy, self.frozen = policy, frozen
+    policy: Policy
+    frozen: LanguageModel | None
 
     @torch.no_grad()
     def logprobs(self, rows: Rows, *, temperature: float) -> Tensor:
         """[B, R] nats, 0 outside the mask."""
-        with nullcontext(self.frozen) if self.frozen else self.policy.as_reference() as model:
+        model = self.frozen or self.policy.model
+        with nullcontext() if self.frozen else model.lm.disable_adapter():
             logprobs, _, _ = model.response_logprobs(rows, temperature=temperature, entropy=False)
         return _fill(logprobs, rows.response_mask)
+
+
+def companions(config: ModelConfig) -> dict[str, Any]:
+    """Reference and critic where they are models of their own: `key=path` -> transformers config, without weights.
+
+    Raises ModelError where one has another vocabulary than the policy.
+    """
+    trust = config.trust_remote_code
+    found, ours = {}, None
+    for key, path in (("model.reference", config.reference), ("model.critic", config.critic)):
+        if path is None or path in ("shared", "separate"):
+            continue
+        ours = ours or model_config(config.policy, revision=config.revision, trust_remote_code=trust)
+        found[f"{key}={path}"] = other = model_config(path, trust_remote_code=trust)
+        sizes = [architecture.get_text_config().vocab_size for architecture in (other, ours)]
+        if sizes[0] != sizes[1]:
+            raise ModelError(
+                f"{key}={path} has a vocabulary of {sizes[0]} tokens, the policy one of {sizes[1]}: the same ids would "
+                "mean other words to it. Name a model with the policy's tokenizer."
+            )
+    return found
 
 
 def build_policy(
@@ -147,6 +164,7 @@ def build_policy(
     Trained weights are float32; the frozen base under LoRA is in the compute precision, and so is the reference as far
     as that changes none of its bits: it must agree with the policy before anything is learned.
     """
+    companions(config)
     where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     dtype = resolve_dtype(config.dtype, device, model_config(config.policy, **where))
     lm: Any = load_causal_lm(config.policy, dtype=dtype if config.lora else torch.float32, device=device, **where)
@@ -157,13 +175,10 @@ def build_policy(
             config.reference, dtype=lm.dtype, device=device, trust_remote_code=config.trust_remote_code
         )
         frozen = LanguageModel(freeze(other, dtype, same_bits=True), dtype)
-        _check_same_vocabulary("model.reference", config.reference, frozen.lm, lm)
     elif not config.lora:
-        frozen = LanguageModel(frozen_copy(lm, dtype, same_bits=True), dtype)
+        frozen = LanguageModel(freeze(copy.deepcopy(lm), dtype, same_bits=True), dtype)
 
-    critic = None
-    if config.critic != "shared":
-        critic = _load_critic(config, lm, dtype, device)
+    critic = None if config.critic == "shared" else _load_critic(config, lm, dtype, device)
     if config.lora:
         lm = add_lora(lm, config.lora, seed=seed)
     set_checkpointing(config.gradient_checkpointing, device, lm, *([critic.trunk] if critic else []))
@@ -193,17 +208,7 @@ def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, d
         saved = Path(config.critic) / _VALUE_HEAD  # another run's critic
         if saved.exists():
             head.load_state_dict(load_file(saved))
-    _check_same_vocabulary("model.critic", config.critic, trunk, lm)
     return SeparateCritic(trunk, head, dtype)
-
-
-def _check_same_vocabulary(key: str, path: str, other: PreTrainedModel, policy: PreTrainedModel) -> None:
-    theirs, ours = (m.config.get_text_config().vocab_size for m in (other, policy))
-    if theirs != ours:
-        raise ModelError(
-            f"{key}={path} has a vocabulary of {theirs} tokens, the policy one of {ours}: the same ids would mean "
-            "other words to it. Name a model with the policy's tokenizer."
-        )
 
 
 def _zero_head(width: int, device: torch.device) -> nn.Linear:

@@ -1,8 +1,8 @@
 """A reward model: a causal trunk and one number, read at the last real token.
 
-The model is transformers' sequence classifier with one label. What is ours is where it is read: at the last token by
-length. The stock forward pass looks for the last token that is not the pad id instead, and skips a final stop token
-where pad and eos are the same; `save_reward_model` chooses a pad id with which both agree, and checks that they do.
+The model is transformers' sequence classifier with one label, read at the last token by length. The stock forward pass
+looks for the last token that is not the pad id instead, and skips a final stop token where pad and eos are the same;
+`save_reward_model` chooses a pad id with which both agree, and checks that they do.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
@@ -48,7 +49,6 @@ class RewardModel(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """The linear layer from width to one number."""
         head = self.classifier.score
         assert isinstance(head, nn.Linear)
         return head
@@ -67,15 +67,9 @@ class RewardModel(nn.Module):
         return head
 
     def forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Raw scores [B] of B ragged sequences of ids; float32 or wider.
-
-        Rows are padded on the right and no attention mask is needed: attention is causal, and the score is read at the
-        last real token, which sees nothing after it. Only those B hidden states go through the head.
-        """
+        """Raw scores [B] of B ragged sequences of ids, float32 or wider; padded right, they need no attention mask."""
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         with autocast(self.dtype, self.device):
             hidden = self.trunk(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
         pooled = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
@@ -92,19 +86,8 @@ class RewardModel(nn.Module):
         return (scores - self.mean) / self.std
 
 
-# ---------------------------------------------------------------- loading
-
-
-def load_reward_model(
-    path: str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> RewardModel:
-    """A trained reward model with its normalization; weights in `dtype`, dropout 0."""
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+def load_reward_model(path: str, *, dtype: torch.dtype, device: torch.device, **where: Any) -> RewardModel:
+    """A trained reward model with its normalization; weights in `dtype`, dropout 0. where: as in `load_causal_lm`."""
     config = model_config(path, **where)
     check_one_label(path, config)
     classifier, missing = _load_classifier(path, config, dtype, **where)
@@ -119,6 +102,12 @@ def load_reward_model(
 
 def check_one_label(path: str, config: PretrainedConfig) -> None:
     """Raise ModelError unless a model of this transformers config gives one number."""
+    kind = (config.architectures or [""])[0]
+    if config.num_labels != 1 and kind and "Classification" not in kind:
+        raise ModelError(
+            f"{path} is a {kind}, a language model: it predicts tokens and has no score to give. Name a reward model: "
+            "`tether reward` trains one from it."
+        )
     if config.num_labels != 1:
         raise ModelError(
             f"{path} has {config.num_labels} labels: a reward model has one number to give. Name a sequence "
@@ -127,20 +116,12 @@ def check_one_label(path: str, config: PretrainedConfig) -> None:
 
 
 def init_reward_model(
-    path: str,
-    *,
-    dtype: torch.dtype,
-    weights_dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    path: str, *, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device, seed: int, **where: Any
 ) -> RewardModel:
     """A reward model to train: the trunk of a language model and a fresh head, or a reward model with its own head.
 
     dtype: compute precision. weights_dtype: float32 for masters, the compute precision for a frozen base.
     """
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = model_config(path, **where)
     config.num_labels = 1
     classifier, missing = _load_classifier(path, config, weights_dtype, **where)
@@ -178,6 +159,7 @@ def init_head(classifier: PreTrainedModel, seed: int) -> None:
 def _load_classifier(path: str, config: PretrainedConfig, dtype: torch.dtype, **where: Any) -> tuple[Any, list[str]]:
     """(classifier, names of the weights that the directory did not have)."""
     _ensure_classifier(config)
+    where = {"trust_remote_code": False, **where}  # where it is left out, transformers asks at the terminal
     with quiet_transformers():
         try:
             classifier, info = AutoModelForSequenceClassification.from_pretrained(
@@ -207,19 +189,14 @@ def _ensure_classifier(config: PretrainedConfig) -> None:
     AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
 
 
-# ---------------------------------------------------------------- saving
-
-
 def save_reward_model(
     model: RewardModel, tokenizer: PreTrainedTokenizerBase, directory: Path,
     *, stop_id: int | None, card: str = "", trust_remote_code: bool = False,
 ) -> None:  # fmt: skip
     """Write a Hugging Face directory that the stock classifier scores as we do, normalization in its config.json.
 
-    stop_id: the token that ended the sequences it was trained on. card: the model card.
-    Stock scores are raw; a normalized one is (raw - tether_reward_mean) / tether_reward_std. A directory appears whole
-    or not at all, with the checksums of its files. Raises ModelError where the reloaded stock model scores a probe
-    differently.
+    stop_id: the token that ended the sequences it was trained on. A directory appears whole or not at all, with the
+    checksums of its files. Raises ModelError where the reloaded stock model scores a probe differently.
     """
     config = model.classifier.config
     pad_id = choose_pad_id(tokenizer, stop_id=stop_id, vocab_size=config.get_text_config().vocab_size)
@@ -239,16 +216,12 @@ def save_reward_model(
 def choose_pad_id(tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, vocab_size: int) -> int | None:
     """A pad id that no scored sequence ends with: the tokenizer's own, else unk, else another special token.
 
-    None if there is no such token: the stock model then scores one sequence at a time and refuses padded batches, which
-    is better than reading them one token too early.
+    None if there is no such token: the stock model then refuses padded batches, and reads none one token too early.
     """
     special = sorted(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
     ends = {stop_id, tokenizer.eos_token_id}
     candidates: list[int | None] = [tokenizer.pad_token_id, tokenizer.unk_token_id, *special]
-    for candidate in candidates:
-        if candidate is not None and candidate not in ends and candidate < vocab_size:
-            return candidate
-    return None
+    return next((c for c in candidates if c is not None and c not in ends and c < vocab_size), None)
 
 
 def compare_with_stock(
@@ -256,8 +229,7 @@ def compare_with_stock(
 ) -> None:
     """Reload `directory` in plain transformers and compare raw scores on a padded batch with rows that end with a stop.
 
-    Both compute in the precision of the weights, whatever that of training: rounding would hide a small difference.
-    Raises ModelError where they differ by more than what is left of it.
+    Both compute in the precision of the weights: rounding would hide a small difference. Raises ModelError.
     """
     weights = model.head.weight.dtype
     with quiet_transformers():
@@ -275,10 +247,9 @@ def compare_with_stock(
         if pad_id is None:
             theirs = torch.cat([stock(torch.tensor([row], device=model.device)).logits[:, 0] for row in rows])
         else:
-            width = max(len(row) for row in rows)
-            tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=model.device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-            theirs = stock(tokens, attention_mask=mask).logits[:, 0]
+            tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
+            mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+            theirs = stock(tokens.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0]
     gap = (ours - theirs.to(ours.dtype)).abs().max().item()
     allowed = (5e-2 if weights == torch.bfloat16 else 1e-3) * max(1.0, ours.abs().max().item())
     if not gap <= allowed:

@@ -24,16 +24,11 @@ class Curve:
 
     metric: str
     title: str
-    says: str
-    """One sentence: what it is and how it should look."""
-    healthy: tuple[float, float] | None = None
-    """Range to shade."""
-    spread: tuple[str, str] | None = None
-    """Metrics of the band's lower and upper edge."""
-    mark: float | None = None
-    """A level to draw: a target."""
-    shows: tuple[float, ...] = ()
-    """Levels that the axis always reaches, so that small changes look small."""
+    says: str  # what it is and how it should look
+    healthy: tuple[float, float] | None = None  # range to shade
+    spread: tuple[str, str] | None = None  # metrics of the band's lower and upper edge
+    mark: float | None = None  # a level to draw: a target
+    shows: tuple[float, ...] = ()  # levels that the axis always reaches, so that small changes look small
 
     @property
     def notes(self) -> list[str]:
@@ -120,24 +115,24 @@ def ppo_curves(config: PPOConfig, metrics: Metrics) -> list[Curve]:
     found = [replace(c, mark=target) if c.metric == "kl/ref_mean" else c for c in PPO]
     if target is None:
         found = [c for c in found if c.metric != "kl/coef"]
-    sums = {"reward/score_mean", "reward/total_mean"}
-    names = dict.fromkeys(name for m in metrics for name in m if re.fullmatch(r"reward/.*_mean", name))
-    parts = [name for name in names if name not in sums]
-    if len(parts) > 1:
+    sources = sources_of(metrics)
+    if len(sources) > 1:
         says = "Mean answer of this reward source, before its weight and before clipping."
-        found += [Curve(name, f"Source: {name[len('reward/') : -len('_mean')]}", says) for name in parts]
+        found += [Curve(f"reward/{name}_mean", f"Source: {name}", says) for name in sources]
     return found
+
+
+def sources_of(metrics: Metrics) -> list[str]:
+    """Names of the reward sources that have a mean in `metrics`."""
+    means = (re.fullmatch(r"reward/(.*)_mean", name) for name in dict.fromkeys(name for m in metrics for name in m))
+    return [mean[1] for mean in means if mean and mean[1] not in ("score", "total")]
 
 
 def _plot(curve: Curve, unit: str, metrics: Metrics) -> Plot:
     x = [m[unit] for m in metrics]
     y = [m.get(curve.metric) for m in metrics]
-    low: list[float | None] = []
-    high: list[float | None] = []
+    low, high = ([m.get(name) for m in metrics] for name in curve.spread) if curve.spread else ([], [])
     if curve.metric == "reward/score_mean":
         spread = [(m.get("reward/score_std") or 0.0) for m in metrics]
-        low = [None if v is None else v - s for v, s in zip(y, spread, strict=True)]
-        high = [None if v is None else v + s for v, s in zip(y, spread, strict=True)]
-    elif curve.spread:
-        low, high = ([m.get(name) for m in metrics] for name in curve.spread)
+        low, high = ([None if v is None else v + sign * s for v, s in zip(y, spread, strict=True)] for sign in (-1, 1))
     return line(x, y, unit=unit, low=low, high=high, healthy=curve.healthy, mark=curve.mark, shows=curve.shows)

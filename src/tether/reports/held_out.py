@@ -20,8 +20,7 @@ class Evaluation:
     """One evaluation: its rows by prompt."""
 
     cycle: int
-    answers: dict[int, list[dict[str, Any]]]
-    """prompt_index -> its sampled answers, in the order they were drawn."""
+    answers: dict[int, list[dict[str, Any]]]  # prompt_index -> its sampled answers, in the order they were drawn
 
     @classmethod
     def read(cls, run: Run, cycle: int) -> Evaluation:

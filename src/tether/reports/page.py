@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
@@ -21,17 +21,17 @@ from tether.config.reading import to_yaml
 from tether.diagnose.alarms import alarms
 from tether.diagnose.diagnosis import reward_report
 from tether.errors import RunError
-from tether.reports.curves import curves
+from tether.reports.curves import curves, sources_of
 from tether.reports.held_out import Evaluation, best_of, win_share
+from tether.reports.html import safe_json, templates
 from tether.reports.plots import Plot, calibration, frontier, points
-from tether.reports.signals import SIGNALS, Scale, knobs_of, surprise, tokens_of, value_curve
-from tether.reports.text import prompt_text, visible
+from tether.reports.signals import SIGNALS, Scale, surprise, tokens_of, value_curve
+from tether.reports.text import prompt_text
 from tether.runs import Run, to_plain
 from tether.runs.durations import format_duration
 from tether.runs.files import replacing
 
 _MOST_PROMPTS = 24  # shown before and after
-_MOST_EVENTS = 200
 _MOST_TOKENS = 500  # of a response that is shown token by token
 
 
@@ -60,26 +60,21 @@ class Look:
     title: str
     row: dict[str, Any]
     prompt: str
-    tokens: list[dict[str, Any]]
-    """Colored by advantage; see `tokens_of`."""
-    curve: Markup
-    """V(t), with the score at its end."""
+    tokens: list[dict[str, Any]]  # colored by advantage; see `tokens_of`
+    curve: Markup  # V(t), with the score at its end
 
 
 @dataclass(frozen=True)
 class Page:
     """What is particular to one kind of run."""
 
-    lede: str
-    """One sentence: what was trained, from what, on what."""
+    lede: str  # one sentence: what was trained, from what, on what
     headlines: list[Headline]
-    figures: list[Figure]
-    facts: dict[str, str] = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
     before: Evaluation | None = None
     after: Evaluation | None = None
     looks: list[Look] = field(default_factory=list)
-    evaluated: bool = False
-    """Whether it answers held-out prompts as it goes; the page says where it did not."""
+    evaluated: bool = False  # whether it answers held-out prompts as it goes; the page says where it did not
 
 
 def report(run: str | Path | Run, to: str | Path | None = None) -> Path:
@@ -107,35 +102,31 @@ def render(run: Run) -> str:
     from plotly.offline import get_plotlyjs
 
     kind, config, status, metrics = run.kind, run.config, run.status, run.metrics
-    page = resolve(kind.page)(run, config, metrics) if kind.page else _any_page(run, kind, metrics)
+    page = resolve(kind.page)(run, config, metrics) if kind.page else _any_page(kind, metrics)
     figures = page.figures + [Figure(c.title, c.says, plot) for c, plot in curves(kind.command, config, metrics)]
     here = Path(__file__).parent
-    ours = "".join((here / name).read_text(encoding="utf-8") for name in ("paint.js", "page.js"))
-    scripts = [get_plotlyjs(), ours]
-    environment = jinja2.Environment(
-        autoescape=True, loader=jinja2.FileSystemLoader(here), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else visible(value),
-    )  # fmt: skip
-    environment.filters["number"] = _number
-    return environment.get_template("page.html.j2").render(
+    script, style = (
+        "".join((here / name).read_text(encoding="utf-8") for name in names)
+        for names in (("static/paint.js", "page.js"), ("page.css", "static/tokens.css"))
+    )
+    scripts = [get_plotlyjs(), script]
+    template = templates(here, number=_number).get_template("page.html.j2")
+    return template.render(
         name=run.path.resolve().name,
         page=page,
         figures=figures,
         status=status,
-        environment=run.environment,
         config=to_yaml(config),
         checks=_checks(metrics),
         alarms=alarms(
             kind.command, config, metrics, run.events, status, now=datetime.now(UTC), reward_report=reward_report(run)
         ),
         kind=kind,
-        unit=kind.unit,
-        events=run.events[-_MOST_EVENTS:],
-        event_count=len(run.events),
+        facts=_facts(run, metrics),
+        events=run.events,
         pairs=_pairs(page),
-        prompt_count=len(page.after.answers) if page.after else 0,
-        plots=_json({f"plot-{i}": figure.plot for i, figure in enumerate(figures)}),
-        style=Markup("".join((here / name).read_text(encoding="utf-8") for name in ("page.css", "tokens.css"))),
+        plots=safe_json(to_plain({f"plot-{i}": figure.plot for i, figure in enumerate(figures)})),
+        style=Markup(style),
         scripts=[Markup(script) for script in scripts],
         hashes=[f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts],
     )
@@ -144,23 +135,21 @@ def render(run: Run) -> str:
 # ---------------------------------------------------------------- kinds of run
 
 
-def _any_page(run: Run, kind: Kind, metrics: Sequence[dict[str, Any]]) -> Page:
+def _any_page(kind: Kind, metrics: Sequence[dict[str, Any]]) -> Page:
     """For a kind without a page of its own: its headline, from the first tenth to the last."""
     headlines = [
         Headline(label, _change(*_ends(metrics, name)), note)
         for label, name, note in kind.headline
         if any(m.get(name) is not None for m in metrics)
     ]
-    return Page(f"{kind.heading}.", headlines, [], _facts(run, metrics))
+    return Page(f"{kind.heading}.", headlines)
 
 
 def ppo_page(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> Page:
     evaluations = [Evaluation.read(run, cycle) for cycle in run.evaluation_cycles]
     before, after = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
     done = metrics[-1]["cycle"] if metrics else 0
-    sums = ("reward/score_mean", "reward/total_mean")
-    sources = [k[len("reward/") : -len("_mean")] for k in (metrics[-1] if metrics else {})
-               if k.startswith("reward/") and k.endswith("_mean") and k not in sums]  # fmt: skip
+    sources = sources_of(metrics[-1:])
     lora = " with LoRA" if config.model.lora else ""
     lede = (
         f"PPO on {config.model.policy}{lora}: {done} of {config.ppo.cycles} cycles of {config.ppo.batch} responses "
@@ -170,23 +159,15 @@ def ppo_page(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> 
     figures: list[Figure] = []
     if before and after:
         first, last = before.mean(), after.mean()
-        headlines.append(
-            Headline(
-                "Score on held-out prompts",
-                _change(first.mean, last.mean),
-                f"95 % interval at the end {_interval(last.low, last.high)}",
-            )
-        )
+        note = f"95 % interval at the end {_interval(last.low, last.high)}"
+        headlines.append(Headline("Score on held-out prompts", _change(first.mean, last.mean), note))
         share = win_share(before, after) if after.cycle > before.cycle else None
         if share:
             doubt = f"; 95 % interval {_interval(share.low, share.high, '.0%')}" if share.low < share.high else ""
             note = f"of {len(after.answers)} held-out prompts answered better than at the start, ties half{doubt}"
             headlines.append(Headline("Win share", f"{share.mean:.0%}", note))
-        headlines.append(
-            Headline(
-                "KL spent", f"{_number(after.mean('kl').mean)} nats", "a response, to the reference, held-out prompts"
-            )
-        )
+        kl = _number(after.mean("kl").mean)
+        headlines.append(Headline("KL spent", f"{kl} nats", "a response, to the reference, held-out prompts"))
         figures += _held_out_figures(run, evaluations)
     elif metrics:
         score = [m["reward/score_mean"] for m in metrics]
@@ -196,7 +177,7 @@ def ppo_page(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> 
     if metrics:
         entropy = [m["policy/entropy"] for m in metrics]
         headlines.append(Headline("Entropy", _change(entropy[0], entropy[-1]), "nats per token"))
-    return Page(lede, headlines, figures, _facts(run, metrics), before, after, _looks(run, config), evaluated=True)
+    return Page(lede, headlines, figures, before, after, _looks(run, config), evaluated=True)
 
 
 def _held_out_figures(run: Run, evaluations: Sequence[Evaluation]) -> list[Figure]:
@@ -233,10 +214,8 @@ def _looks(run: Run, config: PPOConfig) -> list[Look]:
         return []
     signal = SIGNALS["advantage"]
     scale = Scale.of(signal, rows)
-    chosen = {
-        "the best": max(rows, key=lambda r: r["score"]),
-        "the worst": min(rows, key=lambda r: r["score"]),
-    }
+    score = itemgetter("score")
+    chosen = {"the best": max(rows, key=score), "the worst": min(rows, key=score)}
     if "value" in rows[0]:
         chosen["the one that surprised the critic most"] = max(rows, key=surprise)
     return [
@@ -244,7 +223,7 @@ def _looks(run: Run, config: PPOConfig) -> list[Look]:
             title=f"Cycle {cycle}, {which}",
             row=row,
             prompt=prompt_text(row["prompt"]),
-            tokens=tokens_of(row, [scale.step(v) for v in signal.of(row)[:_MOST_TOKENS]], knobs_of(config, row)),
+            tokens=tokens_of(row, [scale.step(v) for v in signal.of(row)[:_MOST_TOKENS]], config),
             curve=value_curve(row, _MOST_TOKENS),
         )
         for which, row in chosen.items()
@@ -256,14 +235,13 @@ def sft_page(run: Run, config: SFTConfig, metrics: Sequence[dict[str, Any]]) -> 
     headlines = []
     if metrics:
         loss = _ends(metrics, "loss")
+        trained = sum(m.get("tokens/trained") or 0 for m in metrics)
         headlines = [
             Headline("Loss", _change(*loss), "nats per token, first and last tenth of the steps"),
             Headline("Steps", f"{metrics[-1]['step']:,}", f"of {config.sft.batch} examples"),
-            Headline(
-                "Trained tokens", f"{sum(m.get('tokens/trained') or 0 for m in metrics):,.0f}", "seen in all epochs"
-            ),
+            Headline("Trained tokens", f"{trained:,.0f}", "seen in all epochs"),
         ]
-    return Page(lede, headlines, [], _facts(run, metrics))
+    return Page(lede, headlines)
 
 
 def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]]) -> Page:
@@ -273,11 +251,9 @@ def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]
     )
     path = run.path / "reward_report.json"
     if not path.exists():
-        ends = _ends(metrics, "reward_model/loss") if metrics else None
-        headlines = (
-            [Headline("Loss", _change(*ends), "nats per pair, first and last tenth of the steps")] if ends else []
-        )
-        return Page(lede, headlines, [], _facts(run, metrics))
+        change = _change(*_ends(metrics, "reward_model/loss"))
+        loss = Headline("Loss", change, "nats per pair, first and last tenth of the steps")
+        return Page(lede, [loss] if metrics else [])
     found = json.loads(path.read_text(encoding="utf-8"))
     accuracy, length = found["accuracy"], found["length_accuracy"]
     if accuracy is None:
@@ -286,7 +262,7 @@ def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]
             Headline("Held-out accuracy", "none", "no pairs were held out: nothing is known about other pairs"),
             Headline("Training accuracy", right, f"on {found['train_pairs']} pairs; people agree on 63 to 77 %"),
         ]
-        return Page(lede, headlines, [], _facts(run, metrics))
+        return Page(lede, headlines)
     verdict = "" if found["learned"] else " Nothing was learned that can be told from chance."
     if found.get("same_prompts"):
         verdict += " Held out by answers: all pairs have one prompt, and the figure is for it alone."
@@ -307,7 +283,7 @@ def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]
         "it says; below, it is too sure of itself.",
         calibration(found["calibration"]),
     )
-    return Page(lede, headlines, [figure], _facts(run, metrics))
+    return Page(lede, headlines, [figure])
 
 
 # ---------------------------------------------------------------- parts
@@ -395,8 +371,3 @@ def _change(first: float | None, last: float | None) -> str:
 def _number(value: float | None, form: str = ".3g") -> str:
     """A metric in few digits; what was not finite is null in the run."""
     return "not finite" if value is None or not math.isfinite(value) else f"{value:{form}}"
-
-
-def _json(value: Any) -> Markup:
-    """JSON for inside a script element: no character of it can end the element or open a comment."""
-    return Markup(json.dumps(to_plain(value)).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

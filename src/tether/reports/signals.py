@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tether.config import PPOConfig
+from tether.config.ppo import PPOSection
 from tether.reports.text import visible
 
 Row = Mapping[str, Any]
@@ -20,23 +21,18 @@ STEPS = 8  # colors on either side of the middle
 
 @dataclass(frozen=True)
 class Signal:
-    """One number a token.
-
-    column  of a row that has it: without a critic there is no value.
-    of      its values in a row; None where it has none.
-    middle  the value without color; None: the mean over the cycle.
-    """
+    """One number a token."""
 
     key: str
     name: str
     says: str
-    column: str
-    of: Callable[[Row], list[float | None]]
-    middle: float | None = 0.0
+    column: str  # of a row that has it: without a critic there is no value
+    derived: Callable[[Row], list[float | None]] | None = None  # from a row, where it is not the column itself
+    middle: float | None = 0.0  # the value without color; None: the mean over the cycle
 
-
-def _column(name: str) -> Callable[[Row], list[float | None]]:
-    return lambda row: list(row[name])
+    def of(self, row: Row) -> list[float | None]:
+        """Its values in a row; None where it has none."""
+        return self.derived(row) if self.derived else list(row[self.column])
 
 
 def _kl(row: Row) -> list[float | None]:
@@ -51,19 +47,18 @@ SIGNALS = {
     s.key: s
     for s in (
         Signal("value", "Value V", "What the critic expected still to come, before this token was chosen.",
-               "value", _column("value"), middle=None),
+               "value", middle=None),
         Signal("advantage", "Advantage A", "How much better things went from this token on than the critic expected, "
                "colored around the cycle's mean, as whitening sees it: training makes blue tokens likelier, orange "
-               "ones less likely.", "advantage", _column("advantage"), middle=None),
-        Signal("delta", "Surprise δ", "What this one token changed in the critic's estimate.", "delta",
-               _column("delta")),
+               "ones less likely.", "advantage", middle=None),
+        Signal("delta", "Surprise δ", "What this one token changed in the critic's estimate.", "delta"),
         Signal("ratio", "Ratio, log", "How much likelier this cycle's update made the token; underlined where the clip "
                "cut its gradient.", "ratio", _log_ratio),
         Signal("kl", "KL to the reference", "How much likelier the token is than under the reference, in nats: summed "
                "over the response, what it paid.", "old_logprob", _kl),
-        Signal("entropy", "Entropy", "How open the choice was, in nats.", "entropy", _column("entropy")),
+        Signal("entropy", "Entropy", "How open the choice was, in nats.", "entropy"),
         Signal("reward", "Reward", "What the token was paid: the KL's price, and the score at the last one.",
-               "reward", _column("reward")),
+               "reward"),
     )
 }  # fmt: skip
 
@@ -75,14 +70,10 @@ def signals_of(row: Row) -> dict[str, Signal]:
 
 @dataclass(frozen=True)
 class Scale:
-    """From a signal's value to a color, the same for a whole cycle.
+    """From a signal's value to a color, the same for a whole cycle."""
 
-    middle  the value without color.
-    reach   distance from it at which the color is full: the 98th percentile, so that one outlier does not gray all.
-    """
-
-    middle: float
-    reach: float
+    middle: float  # the value without color
+    reach: float  # distance from it at which the color is full: the 98th percentile, so that no outlier grays the rest
 
     @classmethod
     def of(cls, signal: Signal, rows: Sequence[Row]) -> Scale:
@@ -101,67 +92,54 @@ class Scale:
         return round(max(-1.0, min(1.0, (value - self.middle) / self.reach)) * STEPS)
 
 
-@dataclass(frozen=True)
-class Knobs:
-    """Of the run that a row is from.
+def beta_of(row: Row, ppo: PPOSection) -> float | None:
+    """β as the row was paid, off the row itself where its KL is largest: a controller moves it from cycle to cycle.
 
-    gamma, clip (low, high)   as in the config.
-    lam                       (the actor's λ, the critic's).
-    beta                      β as this row was paid; None where the KL is not in the reward.
+    None where the KL is not in the reward.
     """
-
-    gamma: float
-    lam: tuple[float, float]
-    clip: tuple[float, float]
-    beta: float | None
-
-
-def knobs_of(config: PPOConfig, row: Row) -> Knobs:
-    """The knobs behind a row."""
-    p = config.ppo
-    return Knobs(p.gamma, p.lams, p.clips, _beta(row, p.kl.coef) if p.kl.place == "reward" else None)
-
-
-def _beta(row: Row, otherwise: float) -> float:
-    """β off the row itself, where its KL is largest: a controller moves it from cycle to cycle."""
+    if ppo.kl.place != "reward":
+        return None
     kl = _kl(row)
     t = max(range(len(kl)), key=lambda i: abs(kl[i] or 0.0), default=0)
     if not kl or not kl[t] or row["score"] is None:
-        return otherwise
+        return ppo.kl.coef
     return float((row["score"] * (t == len(kl) - 1) - row["reward"][t]) / kl[t])
 
 
-def arithmetic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
-    """(what, the sum with this token's numbers) of token `t`, as a lecturer would write them on the board."""
+def arithmetic(row: Row, t: int, ppo: PPOSection, beta: float | None) -> list[tuple[str, str]]:
+    """(what, the sum with this token's numbers) of token `t`, as a lecturer would write them on the board.
+
+    beta: see `beta_of`.
+    """
     reward, advantage = row["reward"], row["advantage"]
     last = t == len(reward) - 1
     kl = row["old_logprob"][t] - row["ref_logprob"][t]
     lines = [("KL", f"ln π − ln π_ref = {_n(row['old_logprob'][t])} − {_n(row['ref_logprob'][t])} = {_n(kl)}")]
     score = f"score = {_n(row['score'])}" if last and row["score"] is not None else ""
-    if knobs.beta is None:
+    if beta is None:
         lines.append(("reward", f"r = {score}" if score else f"r = {_n(reward[t])}: nothing before the end"))
     elif score:
-        said = f"{_n(row['score'])} − {knobs.beta:.3g}·{_n(kl)}"
+        said = f"{_n(row['score'])} − {beta:.3g}·{_n(kl)}"
         lines.append(("reward", f"r = score − β·KL = {said} = {_n(reward[t])}"))
     else:
-        lines.append(("reward", f"r = −β·KL = −{knobs.beta:.3g}·{_n(kl)} = {_n(reward[t])}"))
-    lines += _of_the_critic(row, t, knobs) if "value" in row else [("A", _n(advantage[t]))]
+        lines.append(("reward", f"r = −β·KL = −{beta:.3g}·{_n(kl)} = {_n(reward[t])}"))
+    lines += _of_the_critic(row, t, ppo) if "value" in row else [("A", _n(advantage[t]))]
     ratio = row["ratio"][t]
     if ratio is not None:
         new, old = row["new_logprob"][t], row["old_logprob"][t]
-        lines.append(("ratio", f"exp(new − old) = exp({_n(new)} − {_n(old)}) = {_n(ratio)}; {_clipped(row, t, knobs)}"))
+        lines.append(("ratio", f"exp(new − old) = exp({_n(new)} − {_n(old)}) = {_n(ratio)}; {_clipped(row, t, ppo)}"))
     lines.append(("entropy", f"{_n(row['entropy'][t])} nats"))
     return lines
 
 
-def _of_the_critic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
+def _of_the_critic(row: Row, t: int, ppo: PPOSection) -> list[tuple[str, str]]:
     """δ, A and the return of token `t`: they follow from the critic's values."""
     value, reward, delta, advantage = row["value"], row["reward"], row["delta"], row["advantage"]
     after, next_advantage = (0.0, 0.0) if t == len(value) - 1 else (value[t + 1], advantage[t + 1])
-    actor, critic = knobs.lam
+    actor, critic = ppo.lams
     lines = [
-        ("δ", f"r + γ·V′ − V = {_n(reward[t])} + {knobs.gamma:g}·{_n(after)} − {_n(value[t])} = {_n(delta[t])}"),
-        ("A", f"δ + γλ·A′ = {_n(delta[t])} + {knobs.gamma * actor:g}·{_n(next_advantage)} = {_n(advantage[t])}"),
+        ("δ", f"r + γ·V′ − V = {_n(reward[t])} + {ppo.gamma:g}·{_n(after)} − {_n(value[t])} = {_n(delta[t])}"),
+        ("A", f"δ + γλ·A′ = {_n(delta[t])} + {ppo.gamma * actor:g}·{_n(next_advantage)} = {_n(advantage[t])}"),
     ]
     if actor == critic:
         lines.append(("return", f"A + V = {_n(advantage[t])} + {_n(value[t])} = {_n(row['return'][t])}"))
@@ -170,8 +148,8 @@ def _of_the_critic(row: Row, t: int, knobs: Knobs) -> list[tuple[str, str]]:
     return lines
 
 
-def _clipped(row: Row, t: int, knobs: Knobs) -> str:
-    low, high = 1 - knobs.clip[0], 1 + knobs.clip[1]
+def _clipped(row: Row, t: int, ppo: PPOSection) -> str:
+    low, high = 1 - ppo.clips[0], 1 + ppo.clips[1]
     if not row["clipped"][t]:
         return f"inside the clip [{low:g}, {high:g}], or on the side where it does not hold back"
     side = f"above {high:g} with whitened A > 0" if row["ratio"][t] > high else f"below {low:g} with whitened A < 0"
@@ -183,12 +161,13 @@ def _n(value: float) -> str:
     return f"({text})".replace("-", "−") if text.startswith("-") else text
 
 
-def tokens_of(row: Row, steps: Sequence[int], knobs: Knobs) -> list[dict[str, Any]]:
+def tokens_of(row: Row, steps: Sequence[int], config: PPOConfig) -> list[dict[str, Any]]:
     """What a page shows of each token: its text, color and arithmetic. As many as there are steps."""
+    beta = beta_of(row, config.ppo)
     return [
         {
             "t": t, "text": visible(text) or "∅", "blank": not text.strip(), "clipped": bool(row["clipped"][t]),
-            "step": step, "lines": arithmetic(row, t, knobs),
+            "step": step, "lines": arithmetic(row, t, config.ppo, beta),
         }
         for t, (text, step) in enumerate(zip(row["text"], steps, strict=False))
     ]  # fmt: skip

@@ -16,11 +16,6 @@ from tether.rewards.function import FunctionReward, ObjectReward, function_file,
 from tether.rewards.model import ModelReward
 from tether.types import Reward
 
-__all__ = [
-    "FunctionReward", "ModelReward", "RewardSet", "ScoredBatch", "build_reward", "function_file", "load_function",
-    "shape_scores",
-]  # fmt: skip
-
 
 def build_reward(
     sources: Sequence[RewardSourceConfig],
@@ -36,21 +31,15 @@ def build_reward(
     an object with the methods of `Reward`, called by its `name` or that of its class.
     """
     built: dict[str, tuple[Reward, float]] = {}
+    policy: dict[str, Any] = {"tokenizer": tokenizer, "stop_ids": stop_ids}
     for source in sorted(sources, key=lambda s: s.function is None):
         name = source_name(source)
+        scorer: Reward
         if source.function is not None:
-            scorer: Reward = FunctionReward(
-                load_function(source.function),
-                name=name,
-                tokenizer=tokenizer,
-                stop_ids=stop_ids,
-                timeout_s=source.timeout_s,
-            )
+            scorer = FunctionReward(load_function(source.function), name=name, timeout_s=source.timeout_s, **policy)
         else:
             assert source.model is not None
-            scorer = ModelReward.load(
-                source.model, name=name, dtype=source.dtype, device=device, tokenizer=tokenizer, stop_ids=stop_ids
-            )
+            scorer = ModelReward(source.model, name=name, dtype=source.dtype, device=device, **policy)
         built[name] = (scorer, source.weight)
     if given is not None:
         is_object = hasattr(given, "check") and hasattr(given, "score")
@@ -64,8 +53,8 @@ def build_reward(
         if is_object:
             scorer = ObjectReward(cast(Reward, given), name=name)
         else:
-            function, timeout_s = cast(Callable[..., Any], given), threading.TIMEOUT_MAX
-            scorer = FunctionReward(function, name=name, tokenizer=tokenizer, stop_ids=stop_ids, timeout_s=timeout_s)
+            function = cast(Callable[..., Any], given)
+            scorer = FunctionReward(function, name=name, timeout_s=threading.TIMEOUT_MAX, **policy)
         built[name] = (scorer, 1.0)
     order = [*(source_name(s) for s in sources), *built]  # as the config lists them, in metrics and rollouts too
     optional = {source_name(s) for s in sources if s.optional}

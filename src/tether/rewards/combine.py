@@ -1,4 +1,4 @@
-"""From several sources to one score a response: weighted sum, then clip, then the rule for a missing stop token."""
+"""From several sources to one score per response: weighted sum, then clip, then the rule for a missing stop token."""
 
 from __future__ import annotations
 
@@ -23,25 +23,18 @@ class ScoredBatch:
     missing: dict[str, int] = field(default_factory=dict)  # optional source name -> responses that it did not score
 
 
+@dataclass(frozen=True, slots=True)
 class RewardSet:
     """All sources of a run with their weights and shaping.
 
     score = Σ weight·source. Where a source answers None beside another's score, the response would be worth more or
     less than its siblings for no reason, so that is an error, unless the source is optional: it then adds nothing. The
     weights are not renormalized.
-
-    optional: names of the sources that may answer None.
     """
 
-    def __init__(
-        self,
-        sources: Mapping[str, tuple[Reward, float]],
-        shaping: RewardShapingConfig,
-        optional: Collection[str] = (),
-    ) -> None:
-        self.sources = dict(sources)
-        self.shaping = shaping
-        self.optional = optional
+    sources: Mapping[str, tuple[Reward, float]]  # by name, with their weights
+    shaping: RewardShapingConfig
+    optional: Collection[str] = ()  # names of the sources that may answer None
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise RewardError if a source cannot score these prompts: before anything is sampled."""
@@ -49,7 +42,6 @@ class RewardSet:
             source.check(prompts)
 
     def score(self, completions: Completions) -> ScoredBatch:
-        """Ask every source once."""
         parts = {name: list(source.score(completions)) for name, (source, _) in self.sources.items()}
         for row, answers in enumerate(zip(*parts.values(), strict=True)):
             if all(answer is None for answer in answers):

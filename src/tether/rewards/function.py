@@ -2,7 +2,7 @@
 
     def helpful(prompts, completions, completion_ids, **columns) -> list[float | None]
 
-It is called once a cycle with all rows in order, may be async, and may answer None for a row it has no opinion on.
+It is called once per cycle with all rows in order, may be async, and may answer None for a row it has no opinion on.
 Whatever else it does (raise, hang, return one number too few, NaN) becomes a `RewardError` that names row or line.
 """
 
@@ -19,6 +19,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -28,31 +29,26 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.data.text import completion_text
 from tether.errors import RewardError, TetherError, did_you_mean, did_you_mean_path
-from tether.types import Completions, Prompt, Reward
+from tether.types import Completions, Prompt, Reward, Text
 
 RewardFunction = Callable[..., Any]
 
 _ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 
+@dataclass
 class FunctionReward:
-    """One Python function as a source of scores."""
+    """One Python function as a source of scores. tokenizer, stop_ids: the policy's."""
 
-    def __init__(
-        self,
-        function: RewardFunction,
-        *,
-        name: str,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: Sequence[int],
-        timeout_s: float = 60.0,
-    ) -> None:
-        self.function = function
-        self.name = name
-        self.timeout_s = timeout_s
-        self._tokenizer = tokenizer
-        self._stop_ids = stop_ids
-        self._wanted, self._required = _parameters(function)
+    function: RewardFunction
+    _: KW_ONLY
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: Sequence[int]
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        self._wanted, self._required = _parameters(self.function)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise RewardError if the prompts' columns do not fill the parameters, before anything is sampled."""
@@ -77,21 +73,13 @@ class FunctionReward:
         columns = sorted({column for prompt in completions.prompts for column in prompt.columns})
         arguments: dict[str, list[Any]] = {
             "prompts": [prompt.source for prompt in completions.prompts],
-            "completions": self._texts(completions),
+            "completions": read_answers(completions, self.tokenizer, self.stop_ids),
             "completion_ids": [list(ids) for ids in completions.response_ids],
             **{column: [prompt.columns.get(column) for prompt in completions.prompts] for column in columns},
         }
         if self._wanted is not None:
             arguments = {name: value for name, value in arguments.items() if name in self._wanted}
         return read_scores(self._call(arguments), self.name, completions)
-
-    def _texts(self, completions: Completions) -> list[Any]:
-        """B texts without the stop token; as the assistant's message where the prompt is messages."""
-        texts = [completion_text(self._tokenizer, ids, self._stop_ids) for ids in completions.response_ids]
-        return [
-            text if isinstance(prompt.source, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(completions.prompts, texts, strict=True)
-        ]
 
     def _call(self, arguments: dict[str, list[Any]]) -> Any:
         """Call the function in a thread of its own: Python cannot stop a function, but we can stop waiting for it."""
@@ -122,19 +110,18 @@ class FunctionReward:
         return answer[0]
 
 
+@dataclass
 class ObjectReward:
     """Somebody's own object with the methods of `Reward`: what it does wrong becomes a RewardError that names it."""
 
-    def __init__(self, reward: Reward, *, name: str) -> None:
-        self.reward, self.name = reward, name
+    reward: Reward
+    name: str
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Ask the object."""
         with self._blamed():
             self.reward.check(prompts)
 
     def score(self, completions: Completions) -> list[float | None]:
-        """B finite scores, None where the object does not answer."""
         with self._blamed():
             answer = self.reward.score(completions)
         return read_scores(answer, self.name, completions)
@@ -213,6 +200,15 @@ def _read_score(value: Any, name: str, completions: Completions, row: int) -> fl
             "weight NaN. Return a finite number, or None for no score."
         )
     return score
+
+
+def read_answers(completions: Completions, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> list[Text]:
+    """B texts without the stop token; as the assistant's message where the prompt is messages."""
+    texts = [completion_text(tokenizer, ids, stop_ids) for ids in completions.response_ids]
+    return [
+        text if isinstance(prompt.source, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(completions.prompts, texts, strict=True)
+    ]
 
 
 def describe_row(completions: Completions, row: int) -> str:
@@ -316,10 +312,11 @@ def _where(error: BaseException, function: RewardFunction | None) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
     own = [f for f in frames if code is not None and f.filename == code.co_filename]
-    outside = [f for f in frames if not _is_library(f.filename)]
+    library = ("<frozen", sys.base_prefix)
+    outside = [
+        f
+        for f in frames
+        if f.filename != __file__ and "site-packages" not in f.filename and not f.filename.startswith(library)
+    ]
     frame = (own or outside or list(frames))[-1]
     return f"{frame.filename}:{frame.lineno}"
-
-
-def _is_library(filename: str) -> bool:
-    return filename == __file__ or "site-packages" in filename or filename.startswith(("<frozen", sys.base_prefix))

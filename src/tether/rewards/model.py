@@ -11,12 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.data.chat import encode_prompts
 from tether.data.columns import encode_answers
-from tether.data.text import completion_text
 from tether.data.tokenizer import load_tokenizer, stop_token_ids
 from tether.errors import DataError, RewardError
 from tether.models.loading import context_length, model_config, resolve_dtype
-from tether.models.reward_model import RewardModel, load_reward_model
-from tether.rewards.function import describe_row
+from tether.models.reward_model import load_reward_model
+from tether.rewards.function import describe_row, read_answers
 from tether.types import Completions, Prompt, Text
 
 
@@ -25,23 +24,6 @@ class ModelReward:
 
     def __init__(
         self,
-        model: RewardModel,
-        model_tokenizer: PreTrainedTokenizerBase,
-        *,
-        name: str,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: Sequence[int],
-    ) -> None:
-        self.model = model
-        self.name = name
-        self.same_tokens = same_tokens(tokenizer, model_tokenizer)
-        self._model_tokenizer = model_tokenizer
-        self._tokenizer = tokenizer
-        self._stop_ids = stop_ids
-
-    @classmethod
-    def load(
-        cls,
         path: str,
         *,
         name: str,
@@ -49,11 +31,13 @@ class ModelReward:
         device: torch.device,
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Sequence[int],
-    ) -> ModelReward:
-        """From a directory or hub id; tokenizer and stop_ids are the policy's."""
-        model = load_reward_model(path, dtype=resolve_dtype(dtype, device, model_config(path)), device=device)
-        model.requires_grad_(False)
-        return cls(model, load_tokenizer(path), name=name, tokenizer=tokenizer, stop_ids=stop_ids)
+    ) -> None:
+        """path: a directory or hub id. tokenizer, stop_ids: the policy's."""
+        self.model = load_reward_model(path, dtype=resolve_dtype(dtype, device, model_config(path)), device=device)
+        self.model.requires_grad_(False)
+        self.name = name
+        self._model_tokenizer, self._tokenizer, self._stop_ids = load_tokenizer(path), tokenizer, stop_ids
+        self.same_tokens = same_tokens(tokenizer, self._model_tokenizer)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise RewardError where the model could not be shown what the policy saw of a prompt."""
@@ -68,14 +52,17 @@ class ModelReward:
 
     def score(self, completions: Completions) -> list[float | None]:
         """B scores. The policy's ids go straight through where the tokenizers agree: nothing is tokenized twice."""
-        rows = self._pass_through(completions) if self.same_tokens else self._encode_again(completions)
+        if self.same_tokens:
+            rows = [[*p.ids, *ids] for p, ids in zip(completions.prompts, completions.response_ids, strict=True)]
+        else:
+            rows = self._encode_again(completions)
         longest = context_length(self.model.classifier.config)
         for i, row in enumerate(rows):
             if longest is not None and len(row) > longest:
                 raise RewardError(
                     f"reward model {self.name} has positions for {longest} tokens, but {describe_row(completions, i)} "
-                    f"and its completion are {len(row)}: the end would not be seen. Lower prompts.max_tokens or "
-                    "sampling.max_new_tokens, or use a reward model with a longer context."
+                    f"and its completion are {len(row)}: the end would not be seen. Lower "
+                    "sampling.max_new_tokens or prompts.max_tokens, or use a reward model with a longer context."
                 )
         scores = self.model.score(rows)
         if not scores.isfinite().all():
@@ -87,19 +74,12 @@ class ModelReward:
             )
         return scores.double().tolist()
 
-    def _pass_through(self, completions: Completions) -> list[list[int]]:
-        return [[*p.ids, *ids] for p, ids in zip(completions.prompts, completions.response_ids, strict=True)]
-
     def _encode_again(self, completions: Completions) -> list[list[int]]:
         """The same text in the model's own tokens, as in its training; its stop token only where the policy set one."""
         self.check(completions.prompts)
         tokenizer = self._model_tokenizer
         sources = [self._seen(prompt) for prompt in completions.prompts]
-        texts = [completion_text(self._tokenizer, ids, self._stop_ids) for ids in completions.response_ids]
-        answers: list[Text] = [
-            text if isinstance(source, str) else [{"role": "assistant", "content": text}]
-            for source, text in zip(sources, texts, strict=True)
-        ]
+        answers = read_answers(completions, self._tokenizer, self._stop_ids)
         stop = next(iter(stop_token_ids(tokenizer, self.model.classifier.config, None)), None)
         cut = [reason == "length" for reason in completions.finish_reasons]
         encoded = encode_answers(sources, answers, tokenizer, stop, None, partial(self._at, completions), cut=cut)

@@ -10,11 +10,9 @@ from typing import Literal
 
 Precision = Literal["float32", "bfloat16"]
 
+# Mean of |ρ - 1| over the first minibatch of a cycle, before anything is learned.
 FIRST_RATIO_MEAN: dict[Precision, float] = {"float32": 1e-5, "bfloat16": 1e-2}
-"""Mean of |ρ - 1| over the first minibatch of a cycle, before anything is learned."""
-FIRST_RATIO_MAX_FLOAT32 = 1e-4
-"""Its largest, in float32."""
-FIRST_RATIO_STOP = 5e-2
-"""A mean above this stops the run, whatever the precision: the objective would be another."""
+FIRST_RATIO_MAX_FLOAT32 = 1e-4  # its largest, in float32
+FIRST_RATIO_STOP = 5e-2  # a mean above this stops the run, whatever the precision: the objective would be another
+# Mean |log-probability of the trainer - of the sampler|, nats per token.
 SAMPLER_GAP: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Mean |log-probability of the trainer - of the sampler|, nats per token."""

@@ -106,28 +106,34 @@ class Run:
     @property
     def rollout_cycles(self) -> list[int]:
         """Cycles whose rollouts were written, ascending."""
-        return self._cycles("rollouts")
+        return self.cycles("rollouts")
 
     @property
     def evaluation_cycles(self) -> list[int]:
         """Cycles that were evaluated, ascending."""
-        return self._cycles("evaluations")
+        return self.cycles("evaluations")
 
     def rollouts(self, cycle: int) -> pyarrow.Table:
         """A cycle's responses, one a row; `.to_pylist()` makes dicts of them, `.to_pandas()` a frame."""
-        return self._table("rollouts", cycle)
+        return self.table("rollouts", cycle)
 
     def evaluations(self, cycle: int) -> pyarrow.Table:
         """A cycle's evaluation, one response a row."""
-        return self._table("evaluations", cycle)
+        return self.table("evaluations", cycle)
 
-    def _cycles(self, folder: str) -> list[int]:
+    def cycles(self, folder: str) -> list[int]:
+        """Cycles of which there is a table in rollouts or evaluations, ascending."""
         return sorted(int(file.stem.removeprefix("cycle-")) for file in (self.path / folder).glob("cycle-*.parquet"))
 
-    def _table(self, folder: str, cycle: int) -> pyarrow.Table:
-        file = self.path / folder / f"cycle-{cycle:06d}.parquet"
+    def table_file(self, folder: str, cycle: int) -> Path:
+        """Where a cycle's table is."""
+        return self.path / folder / f"cycle-{cycle:06d}.parquet"
+
+    def table(self, folder: str, cycle: int) -> pyarrow.Table:
+        """A cycle's table."""
+        file = self.table_file(folder, cycle)
         if not file.exists():
-            there = ", ".join(map(str, self._cycles(folder))) or "none"
+            there = ", ".join(map(str, self.cycles(folder))) or "none"
             raise RunError(
                 f"{file} does not exist: {folder} were written of these cycles: {there}. Ask for one of them."
             )

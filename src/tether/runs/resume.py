@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tether.config import Config
+from tether.config.kinds import KINDS, kind_of
 from tether.errors import RunError
 from tether.runs.files import SCHEMA, damage, read_environment, read_lines, read_status
 from tether.runs.reader import recorded_config
@@ -22,7 +23,7 @@ Change = tuple[str, Any, Any]  # dotted key, value when the run began, value now
 # `run` is where the directory is now: it may have been moved. What a revision stands for is among the inputs.
 _MAY_CHANGE = re.compile(
     r"run$|model\.revision$|(log|checkpoint)(\.|$)|evaluate\.(every|samples)$|reward\[\d+\]\.(timeout_s|dtype|optional)$"
-    r"|(ppo|sft|reward_model)\.microbatch_tokens$|model\.gradient_checkpointing$|sampling\.slots$"
+    r"|\w+\.microbatch_tokens$|model\.gradient_checkpointing$|sampling\.slots$"
 )
 # These change rounding or the order of floating-point sums.
 _NOT_BIT_EQUAL = re.compile(r".*\.(microbatch_tokens|gradient_checkpointing|slots|dtype)$")
@@ -39,14 +40,10 @@ _BEFORE_CONFIG = {"lock", "environment.json", "status.json", "events.jsonl", "me
 class Continuation:
     """How a run that is there goes on."""
 
-    changed: list[Change]
-    """Config keys that changed, and may."""
-    grew: bool
-    """More cycles are asked for than before."""
-    damaged: str | None
-    """What is wrong with the final/ of a run that had finished."""
-    finished: bool
-    """Nothing is left to do."""
+    changed: list[Change]  # config keys that changed, and may
+    grew: bool  # more cycles are asked for than before
+    damaged: str | None  # what is wrong with the final/ of a run that had finished
+    finished: bool  # nothing is left to do
 
 
 def check_place(path: Path) -> None:
@@ -87,7 +84,7 @@ def continuation(path: Path, command: str, config: Config, inputs: dict[str, str
         )
     changed = config_changes(path, recorded_config(path, command), config)
     check_inputs(path, environment["inputs"], inputs)
-    grew = any(key == "ppo.cycles" for key, _, _ in changed)
+    grew = any(key == KINDS[command].total for key, _, _ in changed)
     ended, final = status["state"] == "finished", path / "final"
     damaged = damage(final) if ended else None
     if damaged and not _has_checkpoint(path):
@@ -117,13 +114,13 @@ def config_changes(path: Path, old: Config, new: Config) -> list[Change]:
     found = changes(asdict(old), asdict(new))
     constant = asdict(new)["optim"]["schedule"] == "constant"
     for key, before, now in found:
-        grew = key == "ppo.cycles" and now > before
+        grew = key == kind_of(new).total and now > before
         switched = key == "evaluate.every" and bool(before) != bool(now)  # 0 holds no prompts out
         if (_MAY_CHANGE.match(key) and not switched) or (grew and constant):
             continue
         why = "its curves would mix two experiments"
         if grew:
-            why = "the learning rate falls towards the old end, so cycles may grow under optim.schedule: constant alone"
+            why = f"the learning rate falls towards the old end, so {key} may grow under optim.schedule: constant alone"
         if key.startswith("evaluate."):
             why = "other prompts would be held out, and some of them have been trained on"
         raise RunError(

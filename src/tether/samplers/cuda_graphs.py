@@ -20,15 +20,11 @@ Step = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class CudaGraphRunner:
-    """A step, recorded for each shape it is called with.
+    """A step, recorded for each shape it is called with: recorded(step, tokens, at, reach) == step(tokens, at, reach).
 
-        recorded(step, tokens, at, reach) == step(tokens, at, reach)
-
-    step    (tokens [n], at [n], reach) -> hidden [n, D]: token i becomes number at[i] of slot i and attends to no key
-            beyond `reach`. It must not read a number off the device; always the same one.
-    slots   rows of the cache behind it; width: tokens of each.
-
-    On a CPU nothing is gained by it and nothing is recorded: the same shapes run step by step.
+    step: (tokens [n], at [n], reach) -> hidden [n, D]: token i becomes number at[i] of slot i and attends to no key
+    beyond `reach`. It must not read a number off the device; always the same one.
+    slots, width: rows of the cache behind it, and tokens of each. On a CPU nothing is recorded.
     """
 
     def __init__(self, *, slots: int, width: int, device: torch.device) -> None:

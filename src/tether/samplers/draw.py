@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, top-k, top-p, and one uniform a row."""
+"""From logits to tokens: temperature, top-k, top-p, and one uniform per row."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Draw(NamedTuple):
 
 
 def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Draw:
-    """Draw one token a row by inverting the cumulative distribution at that row's uniform.
+    """Draw one token per row by inverting the cumulative distribution at that row's uniform.
 
     logits [B, V] float32; uniforms [B] in [0, 1), float64 where the device has it: probabilities are summed in their
-    precision. One uniform a row is enough, where adding Gumbel noise would need V of them.
+    precision. One uniform per row is enough, where adding Gumbel noise would need V of them.
 
     Raises TrainingError when a row's logits are not finite.
     """

@@ -8,6 +8,7 @@ Left out: paging (a slot is as wide as the longest prompt plus the length limit)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tether.models.language_model import LanguageModel, frozen_copy
+from tether.models.language_model import LanguageModel, freeze
 from tether.models.loading import head_size
 from tether.samplers.draw import draw
 from tether.samplers.slots import SlotCache
@@ -45,24 +46,19 @@ class Decoder(Protocol):
         """Append one token [n] to each active slot; [n, D]."""
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy slots `source` [k] over slots `target` [k]."""
+        """Copy slots `source` [k] over slots `target` [k]: finished rows leave no hole among the active ones."""
 
 
 class LocalSampler:
-    """Samples from a language model that lives in this process.
-
-    slots  rows decoded at once; "auto" takes as many as there are responses, up to 256, or up to 64 where their cache
-           would be large (see `slot_bytes`).
-    note   the fallbacks, for the log; None if nothing did.
-    """
+    """Samples from a language model that lives in this process."""
 
     def __init__(self, model: LanguageModel, *, slots: int | str = "auto") -> None:
-        self.slots = slots
+        self.slots = slots  # rows decoded at once, see `count_slots`
         self._copied = model.dtype == torch.bfloat16 and model.hf_model.dtype == torch.float32
         self.model = model
         if self._copied:
-            self.model = LanguageModel(frozen_copy(model.lm, model.dtype), model.dtype, model.use_full_logits)
-        self.note = _why_not_cached(model)
+            self.model = LanguageModel(freeze(copy.deepcopy(model.lm), model.dtype), model.dtype, model.use_full_logits)
+        self.note = _why_not_cached(model)  # the fallback, for the log
         self.cached = self.note is None
         self.recorded = self.cached and model.device.type == "cuda"
         if self.recorded:
@@ -70,11 +66,7 @@ class LocalSampler:
             self.recorded = self.note is None
 
     def load_weights(self, weights: LanguageModel, version: int = 0) -> None:
-        """Sample from `weights` as they are now.
-
-        In float32, and under LoRA, its very storage is used and this costs nothing; else the copy in the compute
-        precision is refreshed.
-        """
+        """Sample from `weights` as they are now: from their very storage, or from the copy in the compute precision."""
         if not self._copied:
             self.model = weights
             return
@@ -83,11 +75,7 @@ class LocalSampler:
                 ours.copy_(theirs)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0) -> Completions:
-        """Draw `responses_per_prompt` responses to each prompt, in the prompts' order.
-
-        The uniform behind token t of response i = first + prompt × n + k is a function of (seed, stream, cycle, i, t)
-        alone.
-        """
+        """Draw `responses_per_prompt` responses to each prompt, in the prompts' order; see `tether.types.Sampler`."""
         for batch in self.steps(prompts, sampling, cycle=cycle, first=first):  # noqa: B007
             pass
         return batch.completions()
@@ -139,8 +127,7 @@ def slot_bytes(config: Any, width: int, dtype: torch.dtype) -> tuple[int, int]:
 def _why_not_cached(model: LanguageModel) -> str | None:
     """Decode a few tokens through the cache and compare with a plain forward pass; None if they agree.
 
-    Unknown kinds of attention (or none at all) are then sampled by recomputing, which is slow and always right. What a
-    few tokens cannot show is read off the config: kinds of layers, and windows that the mask knows and we do not.
+    What a few tokens cannot show is read off the config: kinds of layers, and windows of the mask that we do not know.
     """
     slow = "sampling recomputes every token, which is slow"
     if model.use_full_logits:

@@ -24,10 +24,7 @@ _NAME = "tether_slots"
 
 
 class SlotCache:
-    """Keys and values of up to `slots` sequences of up to `width` tokens. The active ones are always slots 0 … n-1.
-
-    recorded: decode steps are recorded and replayed, which is what a GPU wants.
-    """
+    """Keys and values of up to `slots` sequences of up to `width` tokens. recorded: decode steps as CUDA graphs."""
 
     def __init__(self, model: LanguageModel, *, slots: int, width: int, recorded: bool = False) -> None:
         self.model, self.slots, self.width = model, slots, width
@@ -44,10 +41,9 @@ class SlotCache:
         self._target: dict[int, Tensor] = {}  # key heads -> where keys and values go
         self._bias: dict[tuple[int | None, int], Tensor] = {}  # (sliding window, key heads) -> what may be looked at
 
-    # ------------------------------------------------ what the engine calls
+    # ------------------------------------------------ what the engine calls, see `tether.samplers.local.Decoder`
 
     def prefill(self, tokens: Tensor, lengths: Tensor, first: int, copies: Tensor) -> Tensor:
-        """Encode prompts [m, P] (padded right), prompt copies[j] into slot first+j; [k, D] at their last tokens."""
         self.first, self.decoding, self._reach = first, False, None
         m, width = tokens.shape
         end = first + len(copies)
@@ -62,13 +58,10 @@ class SlotCache:
         return hidden[copies, lengths[copies] - 1]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append one token [n] to each of the active slots 0 … n-1; their hidden states [n, D]."""
         at = self.lengths[: len(tokens)]
         self._reach = 1 + (int(at.max()) if self._reach is None else self._reach)  # every active row grows by one
-        if self._recorded:
-            hidden = self._recorded(self._run, tokens, at, self._reach)
-        else:
-            hidden = self._run(tokens, at, self._reach)
+        arguments = tokens, at, self._reach
+        hidden = self._recorded(self._run, *arguments) if self._recorded else self._run(*arguments)
         at += 1
         return hidden
 
@@ -80,7 +73,6 @@ class SlotCache:
             return self.model.hidden(tokens[:, None], position_ids=at[:, None])[:, 0]
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy slots `source` [k] over slots `target` [k]: finished rows leave no hole among the active ones."""
         self._reach = None
         if len(source) == 0:
             return
@@ -118,7 +110,7 @@ class SlotCache:
                     query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] > heads
                 )
                 return attended.transpose(1, 2)
-            bias = _causal(q, window, query.dtype, key.device)
+            bias = _causal_bias(torch.arange(q, device=key.device), q, window, query.dtype)
         # Query heads that share a key head become rows of one product; slots and heads its batch.
         query = query.reshape(n * heads, -1, q, dim)
         shape = query.shape
@@ -141,29 +133,21 @@ class SlotCache:
         return self._target[heads]
 
     def _bias_of(self, window: int | None, heads: int, dtype: torch.dtype) -> Tensor:
-        """[n·H, 1, 1, L] added to the scores: 0 where a decoding row may look, which is at its own tokens within the
-        layer's sliding window, and -∞ elsewhere."""
+        """[n·H, 1, 1, L] added to the scores of a decode step: see `_causal_bias`."""
         if (window, heads) not in self._bias:
-            column, at = torch.arange(self._visible, device=self._at.device), self._at[:, None]
-            visible = column <= at
-            if window is not None:
-                visible &= column > at - window
-            bias = _minus_infinity_unless(visible, dtype)
+            bias = _causal_bias(self._at, self._visible, window, dtype)
             self._bias[window, heads] = bias.repeat_interleave(heads, dim=0)[:, None, None]
         return self._bias[window, heads]
 
 
-def _causal(width: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[P, P] added to the scores: 0 where prompt position q may look at position k, and -∞ elsewhere."""
-    q, k = torch.arange(width, device=device)[:, None], torch.arange(width, device=device)[None]
-    visible = k <= q
+def _causal_bias(at: Tensor, width: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[q, width] added to the scores: 0 where position at[q] may look, at itself and what is before it within the
+    sliding window, and -∞ elsewhere."""
+    column, at = torch.arange(width, device=at.device), at[:, None]
+    visible = column <= at
     if window is not None:
-        visible &= k > q - window
-    return _minus_infinity_unless(visible, dtype)
-
-
-def _minus_infinity_unless(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+        visible &= column > at - window
+    return torch.zeros(visible.shape, dtype=dtype, device=at.device).masked_fill_(~visible, float("-inf"))
 
 
 # ---------------------------------------------------------------- the hook into transformers

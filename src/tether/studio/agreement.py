@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
@@ -65,8 +65,7 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.get("/agreement")
     def page(request: Request) -> HTMLResponse:
-        there = studio.labels.there
-        store = studio.labels() if there else None
+        store = studio.labels() if studio.has_labels else None
         found = computed.of(store) if store else None
         return studio.page(
             request, "agreement.html.j2", overview=store.overview() if store else None,
@@ -74,18 +73,11 @@ def routes(studio: Studio) -> APIRouter:
             models=reward_models(studio),
         )  # fmt: skip
 
-    @router.get("/agreement/preferences.jsonl")
-    def export() -> StreamingResponse:
-        rows = studio.labels().preference_rows() if studio.labels.there else []
-        lines = (json.dumps(row) + "\n" for row in rows)
-        headers = {"content-disposition": "attachment; filename=preferences.jsonl"}
-        return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
-
-    @router.get("/agreement/events.jsonl")
-    def events() -> StreamingResponse:
-        found = studio.labels().events() if studio.labels.there else iter(())
-        lines = (json.dumps(event) + "\n" for event in found)
-        headers = {"content-disposition": "attachment; filename=events.jsonl"}
+    @router.get("/agreement/{name}.jsonl")
+    def export(name: Literal["preferences", "events"]) -> StreamingResponse:
+        read = Store.preference_rows if name == "preferences" else Store.events
+        lines = (json.dumps(row) + "\n" for row in (read(studio.labels()) if studio.has_labels else ()))
+        headers = {"content-disposition": f"attachment; filename={name}.jsonl"}
         return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 
     return router
@@ -98,9 +90,8 @@ def reward_models(studio: Studio) -> list[dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RunError):
             run = studio.runs.open(run_id)
             path = run.path / "reward_report.json"
-            if path.exists():
-                content = json.loads(path.read_text(encoding="utf-8"))
-                shown = {key: float(content["accuracy"][key]) for key in ("low", "value", "high")}
-                row = {"id": run_id, "name": studio.runs.name(run), "pairs": content["test_pairs"], "accuracy": shown}
-                found.append((path.stat().st_mtime, row))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            shown = {key: float(content["accuracy"][key]) for key in ("low", "value", "high")}
+            row = {"id": run_id, "name": studio.runs.name(run), "pairs": content["test_pairs"], "accuracy": shown}
+            found.append((path.stat().st_mtime, row))
     return [row for _, row in sorted(found, key=lambda f: -f[0])[:_MOST_REWARD_RUNS]]

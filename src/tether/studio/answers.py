@@ -23,10 +23,8 @@ class Answers:
     key: str
     name: str
     rows: list[dict[str, Any]]
-    source: dict[str, Any]
-    """Where they come from, as the store of labels keeps it."""
-    page: str | None
-    """Address below which each has its page, token by token; None where it has none."""
+    source: dict[str, Any]  # where they come from, as the store of labels keeps it
+    page: str | None  # address below which each has its page, token by token; None where it has none
 
     @classmethod
     def of(cls, studio: Studio, key: str) -> Answers:
@@ -41,7 +39,9 @@ class Answers:
             if index >= len(models):
                 raise RunError(f"{name} compares {len(models)} models: there is no number {index}.")
             source: dict[str, Any] = {"evaluation": name, "model": models[index]}
-            return cls(key, f"{name}: {short_name(models[index])}", _answers_of(found, index), source, None)
+            file = found.file(index)
+            rows = _read(str(found.path), index, file.stat().st_mtime_ns if file.exists() else 0)
+            return cls(key, f"{name}: {short_name(models[index])}", rows, source, None)
         run = studio.runs.open(whose)
         rows = read(run, cast(Folder, folder), index).rows
         name = studio.runs.name(run)
@@ -63,11 +63,6 @@ def answer(studio: Studio, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if not is_count(number) or int(number) >= len(found.rows):
         raise RunError(f"{found.name} has {len(found.rows)} responses: there is no number {number[:20]}.")
     return found.source | {"row": int(number)}, found.rows[int(number)]
-
-
-def _answers_of(found: EvaluationDir, index: int) -> list[dict[str, Any]]:
-    file = found.file(index)
-    return _read(str(found.path), index, file.stat().st_mtime_ns if file.exists() else 0)
 
 
 @lru_cache(maxsize=8)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from tether.errors import LabelError, RunError, StoreError, TetherError
 from tether.studio import agreement, compare, label, security, tokens, watch
 from tether.studio import playground as talk
 from tether.studio.shared import Studio
 
-_HERE = Path(__file__).parent
 _OPEN = {"/sign-in", "/static/studio.css"}
+_FOLDERS: list[str | tuple[str, str]] = [(f"tether.{room}", "static") for room in ("studio", "reports")]
+_CODES = {LabelError: 400, StoreError: 503, RunError: 404}  # 503: locked, or its disk is full
 
 
-def create_app(studio: Studio) -> security.App:
+def create_app(studio: Studio) -> ASGIApp:
     """The ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     # The label page first: it is asked for most, and routes are tried in order.
@@ -30,17 +30,12 @@ def create_app(studio: Studio) -> security.App:
 
     @app.get("/")
     def home(request: Request) -> RedirectResponse:
-        return RedirectResponse("/runs" if request.scope["state"]["owner"] else "/label")
+        return RedirectResponse("/runs" if request.state.owner else "/label")
 
-    @app.get("/sign-in")
-    def follow_link(request: Request, token: str = "") -> Response:
-        return _signed_in(request, token)
-
-    @app.post("/sign-in")
-    def sign_in(request: Request) -> Response:  # a users token stays out of the URL
-        return _signed_in(request, request.scope["state"]["form"].get("token", ""))
-
-    def _signed_in(request: Request, token: str) -> Response:
+    @app.api_route("/sign-in", methods=["GET", "POST"])
+    def sign_in(request: Request, token: str = "") -> Response:
+        if request.method == "POST":  # a users token stays out of the URL
+            token = request.state.form.get("token", "")
         session = studio.gate.redeem(token) if token else None
         if session is None:
             why = "This link was used before, or is of another start of the studio. Take a new one from its terminal."
@@ -51,66 +46,33 @@ def create_app(studio: Studio) -> security.App:
         response.set_cookie(name, session, httponly=True, samesite="strict", path="/")
         return response
 
-    @app.get("/static/{name}")
-    def static(request: Request, name: str) -> Response:
-        found = _static_files().get(name)
-        if found is None:
-            return _refusal(request, 404, f"there is no file {name[:40]!r}")
-        content, kind, tag = found
-        if request.headers.get("if-none-match") == tag:
-            return Response(status_code=304, headers={"etag": tag})
-        return Response(content, media_type=kind, headers={"etag": tag, "cache-control": "private, max-age=60"})
+    app.mount("/static", _Static(packages=[*_FOLDERS, ("plotly", "package_data")]))
 
     def _refusal(request: Request, status: int, why: str) -> HTMLResponse:
         return studio.page(request, "refused.html.j2", status, why=why, code=status)
 
-    @app.exception_handler(TetherError)
-    def on_error(request: Request, error: TetherError) -> HTMLResponse:
-        kinds = {LabelError: 400, StoreError: 503, RunError: 404}  # 503: locked, or its disk is full
-        code = next((code for kind, code in kinds.items() if isinstance(error, kind)), 400)
-        return _refusal(request, code, str(error))
-
-    @app.exception_handler(RequestValidationError)
-    def on_nonsense(request: Request, error: RequestValidationError) -> HTMLResponse:
-        return _refusal(request, 404, "This address or form holds something that is not what it should be.")
-
-    @app.exception_handler(404)
-    def on_nothing(request: Request, error: Exception) -> HTMLResponse:
-        return _refusal(request, 404, "There is no such page.")
-
-    @app.exception_handler(500)
-    def on_failure(request: Request, error: Exception) -> HTMLResponse:
+    def on_error(request: Request, error: Exception) -> HTMLResponse:
+        if isinstance(error, TetherError):
+            return _refusal(request, _CODES.get(type(error), 400), str(error))
+        if isinstance(error, RequestValidationError):
+            return _refusal(request, 404, "This address or form holds something that is not what it should be.")
+        if isinstance(error, HTTPException):
+            return _refusal(request, 404, "There is no such page.")
         return _refusal(request, 500, f"The studio failed here ({type(error).__name__}): its terminal says where.")
 
-    def refuse(status: int, why: str) -> security.App:
-        async def answer(scope: Any, receive: Any, send: Any) -> None:
-            await _refusal(Request(scope), status, why)(scope, receive, send)
+    for kind in (TetherError, RequestValidationError, 404, 500):
+        app.add_exception_handler(kind, on_error)
 
-        return answer
+    def refuse(status: int, why: str) -> ASGIApp:
+        return lambda scope, receive, send: _refusal(Request(scope), status, why)(scope, receive, send)
 
     return security.Guard(app, studio.gate, refuse, _OPEN)
 
 
-# ---------------------------------------------------------------- files
+class _Static(StaticFiles):
+    """Files that a browser asks for again after a minute: another tether may have been installed."""
 
-
-_KINDS = {".css": "text/css", ".js": "text/javascript"}
-
-
-@cache
-def _static_files() -> dict[str, tuple[bytes, str, str]]:
-    """name -> (content, media type, etag): everything that a page may ask for, and nothing else."""
-    from plotly.offline import get_plotlyjs
-
-    paths = [
-        *sorted((_HERE / "static").iterdir()),
-        *(_HERE.parent / "reports" / name for name in ("tokens.css", "paint.js")),
-    ]
-    files: dict[str, Callable[[], bytes]] = {path.name: path.read_bytes for path in paths}
-    files["plotly.js"] = lambda: get_plotlyjs().encode()
-    found = {}
-    for name, read in files.items():
-        content = read()
-        tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-        found[name] = content, _KINDS[Path(name).suffix], tag
-    return found
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers["cache-control"] = "private, max-age=60"
+        return response

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import hashlib
 import re
+from itertools import islice
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +17,7 @@ from tether.errors import RunError
 from tether.reports.text import prompt_text, visible
 from tether.runs import short_name
 from tether.studio.answers import Answers
-from tether.studio.shared import Studio
+from tether.studio.shared import Studio, paged
 
 _A_PAGE = 10  # prompts
 _MOST = 200  # runs, and evaluations, to choose from
@@ -29,23 +30,18 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.get("/compare")
     def compare(request: Request, a: str = "", b: str = "", blind: bool = False, page: int = 1) -> HTMLResponse:
-        choices = _choices(studio, a, b)
-        if not (a and b):
-            return studio.page(request, "compare.html.j2", choices=choices, a=a, b=b, blind=blind, sides=(), pairs=[],
-                               page=1, pages=1, count=0, means=())  # fmt: skip
-        sides = (Answers.of(studio, a), Answers.of(studio, b))
+        sides = [Answers.of(studio, key) for key in (a, b)] if a and b else []
         answers = [side.by_prompt() for side in sides]
-        common = [prompt for prompt in answers[0] if prompt in answers[1]]
-        pages = max(1, -(-len(common) // _A_PAGE))
-        page = min(max(page, 1), pages)
+        common = [prompt for prompt in answers[0] if prompt in answers[1]] if sides else []
+        prompts, page, pages = paged(common, page, _A_PAGE)
         shown = [
             _pair(prompt, answers[0][prompt], answers[1][prompt], swapped=blind and coin(prompt, a, b))
-            for prompt in common[(page - 1) * _A_PAGE : page * _A_PAGE]
+            for prompt in prompts
         ]
         means = [_mean([r["score"] for p in common for r in found[p]]) for found in answers]
         return studio.page(
-            request, "compare.html.j2", choices=choices, a=a, b=b, blind=blind, sides=sides, pairs=shown, page=page,
-            pages=pages, count=len(common), means=means,
+            request, "compare.html.j2", choices=_choices(studio, a, b), a=a, b=b, blind=blind, sides=sides, pairs=shown,
+            page=page, pages=pages, count=len(common), means=means,
         )  # fmt: skip
 
     return router
@@ -62,14 +58,14 @@ def _choices(studio: Studio, *chosen: str) -> list[tuple[str, str]]:
     named = {
         kind: [key.partition(":")[0] for key in chosen if f":{kind}:" in key] for kind in ("answers", "evaluations")
     }
-    for evaluation_id in dict.fromkeys([*studio.runs.evaluations()[:_MOST], *named["answers"]]):
+    for evaluation_id in dict.fromkeys([*islice(studio.runs.evaluations(), _MOST), *named["answers"]]):
         with contextlib.suppress(RunError):  # damaged: there is nothing to choose
             evaluation = studio.runs.evaluation(evaluation_id)
             name = studio.runs.name(evaluation)
             for i, model in enumerate(evaluation.models):
                 if evaluation.file(i).exists():
                     found.append((f"{evaluation_id}:answers:{i}", f"{name}: {short_name(model)}"))
-    for run_id in dict.fromkeys([*studio.runs.all()[:_MOST], *named["evaluations"]]):
+    for run_id in dict.fromkeys([*islice(studio.runs.all(), _MOST), *named["evaluations"]]):
         run = studio.runs.open(run_id)
         cycles = run.evaluation_cycles
         every = max(1, -(-len(cycles) // 8))  # the first, the last, and some between

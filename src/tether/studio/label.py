@@ -36,14 +36,14 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.get("/label")
     def label(request: Request, done: str = "") -> HTMLResponse:
-        person = request.scope["state"]["person"]
-        if not store.there:
+        person, owner = request.state.person, request.state.owner
+        if not studio.has_labels:
             return studio.page(request, "label.html.j2", task=None, progress=None, overview=None, done=done)
         labels = store()
         if person not in registered:
             labels.add_annotator(person)
             registered.add(person)
-        task, owner = labels.next_task(person), request.scope["state"]["owner"]
+        task = labels.next_task(person)
         return studio.page(
             request, "label.html.j2", task=task, prompt=_shown(task.prompt) if task else "",
             choices=part("choices.html.j2", kind=task.kind, axes=AXES, strengths=STRENGTHS) if task else None,
@@ -54,13 +54,13 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.post("/label")
     def record(request: Request) -> Response:
-        record_form(store(), request.scope["state"]["person"], request.scope["state"]["form"])
+        record_form(store(), request.state.person, request.state.form)
         return RedirectResponse("/label?done=saved", 303)
 
     @router.post("/label/undo")
     def undo(request: Request) -> Response:
-        person, labels = request.scope["state"]["person"], store()
-        undone = labels.undo(person, key=request.scope["state"]["form"].get("key", ""))
+        person, labels = request.state.person, store()
+        undone = labels.undo(person, key=request.state.form.get("key", ""))
         if undone is None:
             return RedirectResponse("/label?done=nothing", 303)
         task = labels.next_task(person)
@@ -68,7 +68,7 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.post("/queue")
     def queue(request: Request) -> Response:
-        rows = [answer(studio, request.scope["state"]["form"].get(name, "")) for name in ("a", "b")]
+        rows = [answer(studio, request.state.form.get(name, "")) for name in ("a", "b")]
         if rows[0][1]["prompt"] != rows[1][1]["prompt"]:
             raise LabelError("these two answer different prompts: nobody could say which is better. Choose two of one.")
         if rows[0][1]["completion"] == rows[1][1]["completion"]:

@@ -23,10 +23,10 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 
 from tether.config import ModelConfig, PPOConfig, PromptsConfig, RewardSourceConfig
 from tether.errors import DataError, RunError, TetherError, first_line
+from tether.reports.html import safe_json
 from tether.reports.text import visible
 from tether.runs import Run
 from tether.studio.shared import Studio
-from tether.studio.tokens import safe_json
 
 _LONGEST_PROMPT = 20_000  # characters
 _MOST_TOKENS = 512

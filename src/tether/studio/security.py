@@ -16,18 +16,12 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import parse_qsl
 
-from starlette.requests import cookie_parser
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FORM_TOKEN = "form_token"
 MOST_FIELDS = 1000  # of a form: a ranking of as many answers is more than anybody reads
@@ -115,27 +109,25 @@ class Guard:
     open_paths: those that need no session.
     """
 
-    def __init__(self, app: App, gate: Gate, refuse: Callable[[int, str], App], open_paths: set[str]) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, refuse: Callable[[int, str], ASGIApp], open_paths: set[str]) -> None:
         self.app, self.gate, self.refuse, self.open_paths = app, gate, refuse, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body: bytes | None = b""
         form: dict[str, str] = {}
         try:
-            headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
-            self._check_host(headers)
-            person = self._person(scope, headers)
+            request = Request(scope)
+            self._check_host(request.headers.get("host", ""))
+            person = self._person(request)
             owner = person in self.gate.owners
             if not owner and not scope["path"].startswith(_OF_ALL) and scope["path"] not in (*self.open_paths, "/"):
                 raise _Refused(403, "This page is for whoever runs the project: it would show you what others said. "
                                     "Yours is the label page.")  # fmt: skip
             if scope["method"] not in ("GET", "HEAD"):
-                self._check_origin(headers)
-                body = sent = await _whole_body(headers, receive)
-                form = _fields(headers, sent)
+                self._check_origin(request)
+                form = await _form(request, receive)
                 if scope["path"] not in self.open_paths:
                     self._check_form_token(form, person)
             scope.setdefault("state", {}).update(
@@ -145,37 +137,28 @@ class Guard:
         except _Refused as refused:
             app = self.refuse(refused.status, refused.why)
 
-        async def replay() -> Message:
-            nonlocal body
-            if body is None:
-                return await receive()
-            message = {"type": "http.request", "body": body, "more_body": False}
-            body = None
-            return message
-
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *HEADERS]
             await send(message)
 
-        await app(scope, replay if scope["method"] not in ("GET", "HEAD") else receive, send_with_headers)
+        await app(scope, receive, send_with_headers)
 
-    def _check_host(self, headers: dict[str, str]) -> None:
-        host = headers.get("host", "")
+    def _check_host(self, host: str) -> None:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if name.lower() not in self.gate.hosts:
             raise _Refused(421, f"This studio is not served under the name {host[:80]!r}. Open it by the link that it "
                                 "printed; if the name is right, start it with --name.")  # fmt: skip
 
-    def _person(self, scope: Scope, headers: dict[str, str]) -> str:
-        person = self.gate.person(cookie_parser(headers.get("cookie", "")).get(cookie_name(headers["host"]), ""))
-        if person is None and scope["path"] not in self.open_paths:
+    def _person(self, request: Request) -> str:
+        person = self.gate.person(request.cookies.get(cookie_name(request.headers["host"]), ""))
+        if person is None and request.scope["path"] not in self.open_paths:
             raise _Refused(401, "Open the studio by the link that it printed when it was started: it signs you in.")
         return person or ""
 
-    def _check_origin(self, headers: dict[str, str]) -> None:
-        origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != headers["host"]:
+    def _check_origin(self, request: Request) -> None:
+        origin = request.headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != request.headers["host"]:
             raise _Refused(403, "This came from a page that is not the studio's. Nothing was changed.")
 
     def _check_form_token(self, form: dict[str, str], person: str) -> None:
@@ -190,8 +173,10 @@ class _Refused(Exception):
         self.status, self.why = status, why
 
 
-def _fields(headers: dict[str, str], body: bytes) -> dict[str, str]:
-    if not headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
+async def _form(request: Request, receive: Receive) -> dict[str, str]:
+    """The fields that were sent."""
+    body = await _whole_body(request.headers.get("content-length", "0"), receive)
+    if not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
         return {}
     try:
         found = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MOST_FIELDS)
@@ -202,8 +187,7 @@ def _fields(headers: dict[str, str], body: bytes) -> dict[str, str]:
     return dict(found)
 
 
-async def _whole_body(headers: dict[str, str], receive: Receive) -> bytes:
-    length = headers.get("content-length", "0")
+async def _whole_body(length: str, receive: Receive) -> bytes:
     if not length.isdigit() or int(length) > MOST_BYTES:
         raise _Refused(413, f"More than {MOST_BYTES:,} bytes: nothing was changed. Shorten the text.")
     body = bytearray()

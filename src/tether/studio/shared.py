@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from fastapi import Request
@@ -16,28 +16,11 @@ from fastapi.responses import HTMLResponse
 from markupsafe import Markup
 
 from tether.feedback.store import Store
-from tether.reports.text import visible
+from tether.reports.html import templates
 from tether.studio.index import Runs
 from tether.studio.security import Gate
 
-
-class OpenStore:
-    """The store, opened when it is first needed."""
-
-    def __init__(self, path: Path, busy_s: float) -> None:
-        self._path, self._busy_s, self._lock = path, busy_s, Lock()
-        self._store: Store | None = None
-
-    def __call__(self) -> Store:
-        with self._lock:
-            if self._store is None:
-                self._store = Store(self._path, busy_s=self._busy_s)
-            return self._store
-
-    @property
-    def there(self) -> bool:
-        """Whether anything was ever put into it."""
-        return self._store is not None or self._path.exists()
+Row = TypeVar("Row")
 
 
 @dataclass
@@ -56,24 +39,25 @@ class Studio:
     gate: Gate
     busy_s: float = 5.0
     device: str = "cpu"
+    _open: Store | None = field(default=None, init=False)
+    _opening: Lock = field(default_factory=Lock, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        self.labels = OpenStore(self.store, self.busy_s)
+    def labels(self) -> Store:
+        """The store, opened when it is first needed."""
+        with self._opening:
+            if self._open is None:
+                self._open = Store(self.store, busy_s=self.busy_s)
+            return self._open
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether anything was ever put into the store."""
+        return self._open is not None or self.store.exists()
 
     def page(self, request: Request, template: str, status_code: int = 200, **values: Any) -> HTMLResponse:
         """A page from its template."""
-        state = request.scope.get("state", {})
-        html = (
-            _templates()
-            .get_template(template)
-            .render(
-                person=state.get("person", ""),
-                owner=state.get("owner", False),
-                form_token=state.get("form_token", ""),
-                path=request.url.path,
-                **values,
-            )
-        )
+        values |= {"person": "", "owner": False, "form_token": ""} | request.scope.get("state", {})
+        html = _templates().get_template(template).render(values, path=request.url.path)
         return HTMLResponse(html.encode("utf-8", "backslashreplace"), status_code)
 
 
@@ -88,13 +72,7 @@ def part(template: str, **values: Hashable) -> Markup:
 
 @cache
 def _templates() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        autoescape=True, loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
-    )  # fmt: skip
-    environment.filters["number"] = number
-    return environment
+    return templates(Path(__file__).parent / "templates", number=number)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -102,6 +80,13 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "–"
     return f"{value:.{digits}f}".replace("-", "−")
+
+
+def paged(rows: Sequence[Row], page: int, size: int) -> tuple[Sequence[Row], int, int]:
+    """(the rows of a page, its number, how many pages there are); beyond the first or last page, that one."""
+    pages = max(1, -(-len(rows) // size))
+    page = min(max(page, 1), pages)
+    return rows[(page - 1) * size : page * size], page, pages
 
 
 def is_count(text: str) -> bool:

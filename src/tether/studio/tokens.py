@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse
-from markupsafe import Markup
 
 from tether.config import PPOConfig
 from tether.errors import RunError
-from tether.reports.signals import SIGNALS, Row, Scale, knobs_of, signals_of, surprise, tokens_of, value_curve
+from tether.reports.html import safe_json
+from tether.reports.signals import SIGNALS, Row, Scale, signals_of, surprise, tokens_of, value_curve
 from tether.reports.text import prompt_text
 from tether.runs import Run
 from tether.runs.files import read_table
-from tether.studio.shared import Studio
+from tether.studio.shared import Studio, paged
 
 _A_PAGE = 50  # responses
 _MOST_SHOWN = 4000  # tokens of a response with numbers; the rest is there as text
@@ -27,8 +26,8 @@ _MOST_SEARCHED = 100  # cycles looked through for it
 Folder = Literal["rollouts", "evaluations"]
 
 SORTS = {
-    "best": ("best first", lambda r: -_or_zero(r["score"])),
-    "worst": ("worst first", lambda r: _or_zero(r["score"])),
+    "best": ("best first", lambda r: -(r["score"] or 0.0)),
+    "worst": ("worst first", lambda r: r["score"] or 0.0),
     "surprise": ("most surprising to the critic first", lambda r: -r["surprise"]),
     "kl": ("highest KL first", lambda r: -r["kl"]),
     "length": ("longest first", lambda r: -r["length"]),
@@ -42,7 +41,7 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.get("/runs/{run_id}/rollouts")
     def to_cycle(run_id: str, cycle: int) -> RedirectResponse:
-        return RedirectResponse(f"/runs/{studio.runs.checked(run_id)}/rollouts/{cycle}")
+        return RedirectResponse(f"/runs/{run_id}/rollouts/{cycle}")
 
     @router.get("/runs/{run_id}/{folder}/{cycle}")
     def cycle_page(
@@ -50,7 +49,7 @@ def routes(studio: Studio) -> APIRouter:
         sort: str = "best", find: str = "", finish: str = "", page: int = 1,
     ) -> Any:  # fmt: skip
         run = studio.runs.open(run_id)
-        there = run.rollout_cycles if folder == "rollouts" else run.evaluation_cycles
+        there = run.cycles(folder)
         if there and cycle not in there:  # a point of a curve between two that were written
             return RedirectResponse(f"/runs/{run_id}/{folder}/{min(there, key=lambda c: abs(c - cycle))}")
         content = read(run, folder, cycle)
@@ -61,11 +60,10 @@ def routes(studio: Studio) -> APIRouter:
             and find.lower() in f"{r['prompt']}\n{r['completion']}".lower()
         ]  # fmt: skip
         rows.sort(key=SORTS[sort][1])
-        pages = max(1, -(-len(rows) // _A_PAGE))
-        page = min(max(page, 1), pages)
+        shown, page, pages = paged(rows, page, _A_PAGE)
         return studio.page(
             request, "cycle.html.j2", id=run_id, name=studio.runs.name(run), folder=folder, cycle=cycle, there=there,
-            rows=rows[(page - 1) * _A_PAGE : page * _A_PAGE], count=len(rows), total=len(content.rows), page=page,
+            rows=shown, count=len(rows), total=len(content.rows), page=page,
             pages=pages, sort=sort, sorts={k: v[0] for k, v in SORTS.items()}, find=find, finish=finish,
             parts=content.parts, prompt_text=prompt_text,
         )  # fmt: skip
@@ -85,26 +83,17 @@ def routes(studio: Studio) -> APIRouter:
         signals = signals_of(row)
         signal = signal if signal in signals else next(iter(signals))
         steps = {key: [content.scale(key).step(v) for v in s.of(row)[:_MOST_SHOWN]] for key, s in signals.items()}
-        tokens = tokens_of(row, steps[signal], knobs_of(config, row))
-        data = {
-            "steps": steps,
-            "lines": [t["lines"] for t in tokens],
-            "says": {key: s.says for key, s in signals.items()},
-        }
+        tokens = tokens_of(row, steps[signal], config)
+        says = {key: s.says for key, s in signals.items()}
         return studio.page(
             request, "completion.html.j2", id=run_id, name=studio.runs.name(run), folder=folder, cycle=cycle,
             number=number, count=len(content.rows), row=row, tokens=tokens, signal=signal, signals=signals,
             scale=content.scale(signal), curve=value_curve(row, _MOST_SHOWN), rest="".join(row["text"][_MOST_SHOWN:]),
             strip=_strip(run, folder, row), prompt=prompt_text(row["prompt"]), parts=content.parts,
-            data=Markup(safe_json(data)),
+            data=safe_json({"steps": steps, "lines": [t["lines"] for t in tokens], "says": says}),
         )  # fmt: skip
 
     return router
-
-
-def safe_json(value: Any) -> str:
-    """JSON for inside a script element or an event: no character of it can end the element, nor the line."""
-    return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 # ---------------------------------------------------------------- what is read
@@ -114,12 +103,9 @@ def safe_json(value: Any) -> str:
 class Content:
     """A cycle's responses."""
 
-    rows: list[dict[str, Any]]
-    """With `number`, their place in the file, and `surprise`."""
-    parts: list[str]
-    """Names of the reward sources."""
-    scales: dict[str, Scale]
-    """Filled as signals are asked for."""
+    rows: list[dict[str, Any]]  # with `number`, their place in the file, and `surprise`
+    parts: list[str]  # names of the reward sources
+    scales: dict[str, Scale]  # filled as signals are asked for
 
     def scale(self, key: str) -> Scale:
         """A signal's colors over the cycle."""
@@ -130,17 +116,16 @@ class Content:
 
 def read(run: Run, folder: Folder, cycle: int) -> Content:
     """A cycle's responses; kept in memory while the file is the same. RunError where the cycle was not written."""
-    there = run.rollout_cycles if folder == "rollouts" else run.evaluation_cycles
+    there = run.cycles(folder)
     if cycle not in there:
         raise RunError(f"cycle {str(cycle)[:20]} is not among the {folder} that were written ({len(there)} are).")
-    stamp = (run.path / folder / f"cycle-{cycle:06d}.parquet").stat().st_mtime_ns
+    stamp = run.table_file(folder, cycle).stat().st_mtime_ns
     return _read(str(run.path), folder, cycle, stamp)
 
 
 @lru_cache(maxsize=8)
 def _read(path: str, folder: Folder, cycle: int, stamp: int) -> Content:
-    run = Run(path)
-    table = run.rollouts(cycle) if folder == "rollouts" else run.evaluations(cycle)
+    table = Run(path).table(folder, cycle)
     rows = table.to_pylist()
     for number, row in enumerate(rows):
         row |= {"number": number, "surprise": surprise(row)}
@@ -149,22 +134,17 @@ def _read(path: str, folder: Folder, cycle: int, stamp: int) -> Content:
 
 def _strip(run: Run, folder: Folder, row: Row) -> list[dict[str, Any]]:
     """The same prompt at other cycles, evenly over at most `_STRIP` of them: so one sees it learn."""
-    cycles = run.evaluation_cycles if folder == "evaluations" else run.rollout_cycles
+    cycles = run.cycles(folder)
     every = max(1, -(-len(cycles) // (_STRIP if folder == "evaluations" else _MOST_SEARCHED)))
     found = []
     for cycle in sorted({*cycles[::every], *cycles[-1:]}):
-        file = run.path / folder / f"cycle-{cycle:06d}.parquet"
+        file = run.table_file(folder, cycle)
         prompts = read_table(file, columns=["prompt"])["prompt"].to_pylist()
         numbers = [i for i, prompt in enumerate(prompts) if prompt == row["prompt"]]
         if numbers:  # which prompts are asked may change when a run is continued
-            answers = read_table(file, columns=["completion", "score"])
-            rows = [answers.slice(i, 1).to_pylist()[0] for i in numbers]
+            rows = read_table(file, columns=["completion", "score"]).take(numbers).to_pylist()
             scores = [answer["score"] for answer in rows if answer["score"] is not None]
             mean = sum(scores) / len(scores) if scores else None
             found.append({"cycle": cycle, "number": numbers[0], "completion": rows[0]["completion"], "mean": mean})
     thin = max(1, -(-len(found) // _STRIP))
     return [at for i, at in enumerate(found) if i % thin == 0 or at is found[-1]]
-
-
-def _or_zero(value: float | None) -> float:
-    return 0.0 if value is None else value

@@ -22,7 +22,7 @@ from tether.runs import Run
 from tether.runs.resume import changes
 from tether.runs.tail import lines_since, sample_lines
 from tether.studio.index import RunRow
-from tether.studio.shared import Studio, is_count
+from tether.studio.shared import Studio, is_count, paged
 
 _A_PAGE = 50  # runs
 _POINTS = 1000  # of a curve; the alarms, too, are judged by so many lines, all of a shorter run
@@ -38,13 +38,11 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.get("/runs")
     def runs(request: Request, page: int = 1, find: str = "") -> HTMLResponse:
-        ids = [i for i in studio.runs.all() if find.lower() in studio.runs.shown(i).lower()]
-        pages = max(1, -(-len(ids) // _A_PAGE))
-        page = min(max(page, 1), pages)
-        shown = [_row(studio, i) for i in ids[(page - 1) * _A_PAGE : page * _A_PAGE]]
+        ids = [run_id for run_id, name in studio.runs.all().items() if find.lower() in name.lower()]
+        shown, page, pages = paged(ids, page, _A_PAGE)
         return studio.page(
-            request, "runs.html.j2", runs=shown, count=len(ids), page=page, pages=pages, find=find,
-            root=studio.runs.given, spark=spark,
+            request, "runs.html.j2", runs=[_row(studio, i) for i in shown], count=len(ids), page=page, pages=pages,
+            find=find, root=studio.runs.given, spark=spark,
         )  # fmt: skip
 
     @router.get("/runs/differences")

@@ -15,12 +15,12 @@ from tether.train.card import ppo_card
 
 def keep_best(
     run: RunDirectory, config: PPOConfig, cycle: int, metrics: dict[str, Any],
-    write_model: Callable[[Path, str, Callable[[Path], None]], None],
+    write_model: Callable[[Path, str, Callable[[Path], object]], None],
 ) -> None:  # fmt: skip
-    """Write best/ where this cycle was evaluated and scored higher than the one in it. Call before metrics are logged:
-    what they say is best is then there.
+    """Write best/ where this cycle was evaluated and scored higher than the one in it, or is done again after a kill.
 
-    write_model(directory, card, add) writes the policy. A cycle that is done again after a kill is written again.
+    Call before metrics are logged: what they say is best is then there. write_model(directory, card, add) writes the
+    policy.
     """
     score = metrics.get("eval/score_mean")
     if score is None or not math.isfinite(score):
@@ -31,9 +31,5 @@ def keep_best(
     record = json.dumps({"cycle": cycle, "score": float(score)}) + "\n"
     which = f"cycle {cycle}, the best on held-out prompts"
     card = ppo_card(run.path.name, [*run.metrics(), {"cycle": cycle, **metrics}], config, which)
-    write_model(run.path / "best", card, lambda directory: _write(directory / "best.json", record))
+    write_model(run.path / "best", card, lambda directory: (directory / "best.json").write_text(record))
     run.event("best", cycle=cycle, score=score)
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")

@@ -8,6 +8,14 @@ from typing import Any
 from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.runs import Run
 
+_MOVED = {
+    "reward/score_mean": "score",
+    "kl/ref_mean": "KL to the reference, nats per response",
+    "policy/entropy": "entropy, nats per token",
+    "response/length_mean": "length, tokens",
+    "response/truncated_fraction": "cut at the limit, share",
+}
+
 
 def ppo_card(
     name: str, metrics: Sequence[dict[str, Any]], config: PPOConfig, which: str, best: dict[str, Any] | None = None
@@ -17,94 +25,68 @@ def ppo_card(
     name: of the run. metrics: up to the cycle that the model is of. which: whose policy it is.
     best: what `Run.best` says.
     """
-    first, last = metrics[0], metrics[-1]
-    evaluated = [m for m in metrics if m.get("eval/score_mean") is not None]
-    lines = [
-        "---",
-        f"base_model: {config.model.policy}",
-        "library_name: transformers",
-        "tags: [tether, ppo, rlhf]",
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"Trained with PPO by Tether from `{config.model.policy}`.",
-        f"This is the policy of {which}.",
-        "",
-        f"| | cycle {first['cycle']} | cycle {last['cycle']} |",
-        "|---|---|---|",
-    ]
-    for label, metric in (
-        ("score", "reward/score_mean"), ("KL to the reference, nats per response", "kl/ref_mean"),
-        ("entropy, nats per token", "policy/entropy"), ("length, tokens", "response/length_mean"),
-        ("cut at the limit, share", "response/truncated_fraction"),
-    ):  # fmt: skip
-        lines.append(f"| {label} | {_shown(first[metric])} | {_shown(last[metric])} |")
+    first, last, s = metrics[0], metrics[-1], config.sampling
+    table = [f"| | cycle {first['cycle']} | cycle {last['cycle']} |", "|---|---|---|"]
+    table += [f"| {label} | {_shown(first[key])} | {_shown(last[key])} |" for key, label in _MOVED.items()]
+    evaluated = [m["eval/score_mean"] for m in metrics if m.get("eval/score_mean") is not None]
+    compared = []
     if best and evaluated:
-        lines += ["", f"Best on the held-out prompts: cycle {best['cycle']} (score {best['score']:.4g}), kept in the "
-                      f"run's `best/`; the last one scores {evaluated[-1]['eval/score_mean']:.4g}."]  # fmt: skip
-    lines += [
-        "",
+        compared.append(
+            f"Best on the held-out prompts: cycle {best['cycle']} (score {best['score']:.4g}), kept in the "
+            f"run's `best/`; the last one scores {evaluated[-1]:.4g}."
+        )
+    return _card(
+        name,
+        config.model.policy,
+        "ppo, rlhf",
+        f"Trained with PPO by Tether from `{config.model.policy}`.\nThis is the policy of {which}.",
+        "\n".join(table),
+        *compared,
         f"Prompts: `{config.prompts.path}`. {config.ppo.cycles} cycles of {config.ppo.batch} responses, "
-        f"seed {config.seed}.",
-        f"Sampled at temperature {config.sampling.temperature:g}, at most {config.sampling.max_new_tokens} new tokens; "
+        f"seed {config.seed}.\nSampled at temperature {s.temperature:g}, at most {s.max_new_tokens} new tokens; "
         "generation_config.json says the same.",
-        "",
         "A score is what the reward sources say, not what people would: look at samples before you trust it.",
-        "",
-    ]
-    return "\n".join(lines)
+    )
 
 
 def sft_card(run: Run, config: SFTConfig) -> str:
     """A model card: what was imitated, and how the loss fell."""
     metrics, policy = run.metrics, config.model.policy
-    scratch = isinstance(policy, InitModelConfig)
-    start = "random weights" if isinstance(policy, InitModelConfig) else f"`{policy}`"
-    lines = [
-        "---",
-        *([] if scratch else [f"base_model: {policy}"]),
-        "library_name: transformers",
-        "tags: [tether, sft]",
-        "---",
-        "",
-        f"# {run.path.name}",
-        "",
-        f"Supervised fine-tuning by Tether from {start} on `{config.data.path}`: {config.sft.epochs} epochs, "
+    return _card(
+        run.path.name,
+        policy,
+        "sft",
+        f"Supervised fine-tuning by Tether from {_start(policy)} on `{config.data.path}`: {config.sft.epochs} epochs, "
         f"{len(metrics)} optimizer steps, seed {config.seed}.",
-        "",
         f"Loss, nats per token: {_shown(metrics[0]['loss'])} before the first step, {_shown(metrics[-1]['loss'])} "
         "before the last.",
-        "",
-    ]
-    return "\n".join(lines)
+    )
 
 
 def reward_card(run: Run, config: RewardConfig, report: str) -> str:
     """A model card: what the reward model learned, as its own report says, and how to read its scores."""
-    policy = config.model.policy
-    start = "random weights" if isinstance(policy, InitModelConfig) else f"`{policy}`"
-    lines = [
-        "---",
-        *([] if isinstance(policy, InitModelConfig) else [f"base_model: {policy}"]),
-        "library_name: transformers",
-        "tags: [tether, reward-model]",
-        "---",
-        "",
-        f"# {run.path.name}",
-        "",
-        f"A reward model fitted by Tether from {start} to the preferences in `{config.data.path}`, seed {config.seed}.",
-        "",
+    return _card(
+        run.path.name,
+        config.model.policy,
+        "reward-model",
+        f"A reward model fitted by Tether from {_start(config.model.policy)} to the preferences in "
+        f"`{config.data.path}`, seed {config.seed}.",
         report,
-        "",
         "The score is read at the last token, stop token included. Plain transformers gives it raw; normalized it is "
         "(raw - tether_reward_mean) / tether_reward_std, both in config.json.",
-        "",
         "It says what the people who labeled these pairs would prefer among answers like theirs, and nothing about "
         "others.",
-        "",
-    ]
-    return "\n".join(lines)
+    )
+
+
+def _card(name: str, policy: str | InitModelConfig, tags: str, *paragraphs: str) -> str:
+    base = "" if isinstance(policy, InitModelConfig) else f"base_model: {policy}\n"
+    front = f"---\n{base}library_name: transformers\ntags: [tether, {tags}]\n---"
+    return "\n\n".join([front, f"# {name}", *paragraphs]) + "\n"
+
+
+def _start(policy: str | InitModelConfig) -> str:
+    return "random weights" if isinstance(policy, InitModelConfig) else f"`{policy}`"
 
 
 def _shown(value: float | None) -> str:

@@ -1,10 +1,8 @@
 """Checkpoints that survive anything: written beside, checksummed, fsynced, renamed.
 
-A checkpoint is a directory, `checkpoints/cycle-000050/`. What is in it is the trainer's business; `state.json` in it
-holds the trainer's small state and the sha256 of every other file. A directory without a leading dot is whole: a
-process killed while writing leaves `.cycle-000050.partial`, which nobody reads and the next save removes.
-
-Tensors are safetensors, the rest is JSON: nothing here is ever unpickled.
+A checkpoint is a directory, `checkpoints/cycle-000050/`, whose `state.json` holds the trainer's small state and the
+sha256 of every other file. A process killed while writing leaves `.cycle-000050.partial`, which nobody reads and the
+next save removes. Tensors are safetensors, the rest is JSON: nothing here is ever unpickled.
 """
 
 from __future__ import annotations
@@ -13,30 +11,28 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from tether.errors import RunError
+from tether.errors import ModelError, RunError, first_line
+from tether.models.loading import load_weights, quiet_transformers
 from tether.runs.files import SCHEMA, damaged_file, file_hashes, is_os_error, replacing_directory, sync
+from tether.train.optim import Named
 
 _ADAM = ("exp_avg", "exp_avg_sq", "step")
 
 
 def save(run: Path, name: str, state: dict[str, Any], write: Callable[[Path], None], *, keep: int = 2) -> Path:
-    """Write checkpoint `name` and drop all but the newest `keep`.
+    """Write checkpoint `name`, such as "cycle-000050", and drop all but the newest `keep`.
 
-    name   a word and a number, "cycle-000050": the number tells which is newer.
-    state  what JSON can hold.
-    write  called with an empty directory to put the files in.
-
-    A name stands for one moment of a run, so one that is there and whole is not written again: to replace it would
-    leave an instant without it. On any failure the directory is as before, less what earlier failures left. A full disk
-    is a RunError.
+    state: what JSON can hold. write: called with an empty directory to put the files in.
+    One that is there and whole is not written again: to replace it would leave an instant without it. On any failure
+    the directory is as before; a full disk is a RunError.
     """
     folder = Path(run) / "checkpoints"
     target = folder / name
@@ -48,7 +44,9 @@ def save(run: Path, name: str, state: dict[str, Any], write: Callable[[Path], No
         _remove_hidden(folder)
         with replacing_directory(target) as partial:
             write(partial)
-            (partial / "state.json").write_text(_seal(state, file_hashes(partial)), encoding="utf-8")
+            body = {"schema": SCHEMA, "state": state, "files": file_hashes(partial)}
+            sealed = json.dumps(body | {"sha256": _digest(body)}, indent=2)
+            (partial / "state.json").write_text(sealed, encoding="utf-8")
             sync(Path(run) / "metrics.jsonl")  # a checkpoint must not outlive the metrics that led to it
     except Exception as error:
         if not is_os_error(error):
@@ -113,16 +111,45 @@ def _number(name: str) -> int:
     return int(found[0]) if found else -1
 
 
-# ---------------------------------------------------------------- the optimizer
+# ---------------------------------------------------------------- weights and optimizer
 
 
-def save_optimizer(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]], path: Path
-) -> None:
-    """AdamW's moments and step counts in one safetensors file, by parameter name.
+def save_weights(model: Any, directory: Path) -> None:
+    """Write a transformers model or a peft model's adapter; any other module, a head, becomes DIRECTORY.safetensors."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if not hasattr(model, "save_pretrained"):
+        save_file(dict(model.state_dict()), directory.with_suffix(".safetensors"))
+        return
+    with quiet_transformers():
+        model.save_pretrained(directory)
 
-    Learning rate and other group settings are not in it: they follow from the config and the number of steps done.
-    """
+
+def restore_weights(model: Any, directory: Path) -> None:
+    """Read back what `save_weights` wrote, in place and bit for bit."""
+    if not hasattr(model, "save_pretrained"):
+        model.load_state_dict(load_file(directory.with_suffix(".safetensors")))
+        return
+    if not hasattr(model, "peft_config"):
+        load_weights(model, directory)
+        return
+    from peft import set_peft_model_state_dict
+
+    file = directory / "adapter_model.safetensors"
+    try:
+        result: Any = set_peft_model_state_dict(model, load_file(file))
+    except RuntimeError as error:  # of another shape
+        raise ModelError(f"{file} does not fit the adapter: {first_line(error)}. Was it edited?") from error
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for names, what in ((trained.intersection(result.missing_keys), "lacks"), (result.unexpected_keys, "has besides")):
+        if names:
+            raise ModelError(
+                f"{file} does not fit the adapter: it {what} {min(names)}, and training would go on with other weights "
+                "than it stopped with. Continue with the model and the model.lora that the run began with."
+            )
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, named_parameters: Named, path: Path) -> None:
+    """AdamW's moments and step counts in one safetensors file; learning rates follow from the steps that are done."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters:
         moments = optimizer.state.get(parameter, {})  # empty for a parameter that never had a gradient
@@ -130,9 +157,7 @@ def save_optimizer(
     save_file(tensors, path)
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]], path: Path
-) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, named_parameters: Named, path: Path) -> None:
     """Put back what `save_optimizer` wrote, bit for bit; raises RunError if the parameters are not the same."""
     tensors = load_file(path)
     steps_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
@@ -154,14 +179,6 @@ def load_optimizer(
             f"{path} has moments of {next(iter(tensors))}, which the model has not: they belong to another model. "
             "Continue with the model that the run began with."
         )
-
-
-# ---------------------------------------------------------------- checksums
-
-
-def _seal(state: dict[str, Any], files: dict[str, str]) -> str:
-    body = {"schema": SCHEMA, "state": state, "files": files}
-    return json.dumps(body | {"sha256": _digest(body)}, indent=2)
 
 
 def _open_seal(folder: Path) -> dict[str, Any]:

@@ -18,18 +18,21 @@ from tether.errors import TrainingError
 from tether.rewards import ScoredBatch
 from tether.runs import RunDirectory
 from tether.train.rollout import Experience
-from tether.types import Completions, Text
+from tether.types import Completions
 
 
 def response_columns(
     completions: Completions, scored: ScoredBatch, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...],
     *, responses_per_prompt: int,
 ) -> dict[str, list[Any]]:  # fmt: skip
-    """Columns of B rows, one a response: what was asked, answered and scored, without a number for each token."""
+    """Columns of B rows, one per response: what was asked, answered and scored, without a number for each token."""
     return {
         "prompt_index": [p.row for p in completions.prompts],
         "response_index": [i % responses_per_prompt for i in range(len(completions))],
-        "prompt": [_as_text(p.source) for p in completions.prompts],
+        "prompt": [
+            p.source if isinstance(p.source, str) else json.dumps(p.source, ensure_ascii=False)
+            for p in completions.prompts
+        ],
         "completion": [completion_text(tokenizer, ids, stop_ids) for ids in completions.response_ids],
         "finish_reason": completions.finish_reasons,
         "length": completions.lengths,
@@ -42,10 +45,9 @@ def rollout_columns(
     experience: Experience, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], ppo: PPOSection,
     *, cycle: int, responses_per_prompt: int, new_logprobs: Tensor | None = None,
 ) -> dict[str, list[Any]]:  # fmt: skip
-    """Columns of B rows, one a response; per-token columns are lists as long as the response.
+    """Columns of B rows, one per response; per-token columns are lists as long as the response.
 
-    Without a critic there are no columns value, delta and return. new_logprobs [B, R]: of the last epoch's own passes;
-    in evaluations there are none, and their columns are lists of nulls.
+    new_logprobs [B, R]: of the last epoch's own passes; in evaluations there are none, and their columns hold nulls.
     """
     completions, rollout = experience.completions, experience.rollout
     lengths = completions.lengths
@@ -58,11 +60,12 @@ def rollout_columns(
         next_values = pad(rollout.values[:, 1:], (0, 1))  # 0 after the last token: values are 0 outside the mask
         delta = rollout.rewards + ppo.gamma * next_values - rollout.values
         of_critic = {"value": ragged(rollout.values), "delta": ragged(delta), "return": ragged(rollout.returns)}
+    responses = response_columns(
+        completions, experience.scored, tokenizer, stop_ids, responses_per_prompt=responses_per_prompt
+    )
     columns: dict[str, list[Any]] = {
         "cycle": [cycle] * len(completions),
-        **response_columns(
-            completions, experience.scored, tokenizer, stop_ids, responses_per_prompt=responses_per_prompt
-        ),
+        **responses,
         "kl": (rollout.old_logprobs - rollout.ref_logprobs).sum(1).tolist(),
         "token_id": completions.response_ids,
         "text": [fragments(tokenizer, ids, stop_ids) for ids in completions.response_ids],
@@ -99,15 +102,10 @@ class Record:
         """The cycle's rollout file, when the config asks for one."""
         every = self.config.log.rollouts_every
         if every and (cycle % every == 0 or cycle == 1):
-            self.run.write_rollouts(cycle, self._table(experience, cycle, new_logprobs))
+            self.run.write_rollouts(cycle, self._columns(experience, cycle, new_logprobs))
 
     def evaluation(self, experience: Experience, cycle: int) -> None:
-        """The file of an evaluation."""
-        samples = self.config.evaluate.samples
-        columns = rollout_columns(
-            experience, self.tokenizer, self.stop_ids, self.config.ppo, cycle=cycle, responses_per_prompt=samples
-        )
-        self.run.write_evaluation(cycle, columns)
+        self.run.write_evaluation(cycle, self._columns(experience, cycle, samples=self.config.evaluate.samples))
 
     @contextmanager
     def left_behind(self, experience: Experience, cycle: int) -> Iterator[None]:
@@ -115,17 +113,14 @@ class Record:
         try:
             yield
         except TrainingError:
-            self.run.write_rollouts(cycle, self._table(experience, cycle, None))
+            self.run.write_rollouts(cycle, self._columns(experience, cycle))
             raise
 
-    def _table(self, experience: Experience, cycle: int, new_logprobs: Tensor | None) -> dict[str, list[Any]]:
+    def _columns(
+        self, experience: Experience, cycle: int, new_logprobs: Tensor | None = None, samples: int | None = None
+    ) -> dict[str, list[Any]]:
         ppo = self.config.ppo
         return rollout_columns(
-            experience, self.tokenizer, self.stop_ids, ppo,
-            cycle=cycle, responses_per_prompt=ppo.responses_per_prompt, new_logprobs=new_logprobs,
+            experience, self.tokenizer, self.stop_ids, ppo, cycle=cycle, new_logprobs=new_logprobs,
+            responses_per_prompt=samples or ppo.responses_per_prompt,
         )  # fmt: skip
-
-
-def _as_text(source: Text) -> str:
-    """A prompt as one string; messages as JSON."""
-    return source if isinstance(source, str) else json.dumps(source, ensure_ascii=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from tether.data.chat import encode_prompts, encode_texts
 from tether.data.tokenizer import load_tokenizer
 from tether.errors import ConfigError, DataError
 from tether.models.loading import context_length, model_config
+from tether.models.policy import companions
 from tether.rewards.model import same_tokens
 from tether.types import Prompt
 
@@ -30,28 +32,27 @@ def check_contexts(
     new = config.sampling.max_new_tokens
     longest = max(len(prompt.ids) for prompt in prompts)
     if isinstance(config, PPOConfig):
-        m = config.model
-        for key, path in (("model.reference", m.reference), ("model.critic", m.critic)):
-            if path not in (None, "shared", "separate"):
-                assert path is not None
-                _check(f"{key}={path}", path, longest, new)
+        for what, other in companions(config.model).items():
+            _check(what, other, longest, new)
     for source in config.reward:
         if source.model is not None:
             name, own = f"reward model {source_name(source)}", load_tokenizer(source.model)
             if same_tokens(tokenizer, own):
-                _check(name, source.model, longest, new)
+                _check(name, model_config(source.model), longest, new)
             else:
-                _check(name, source.model, *_in_tokens_of(own, name, prompts, longest, tokenizer, new))
+                _check(name, model_config(source.model), *_in_tokens_of(own, name, prompts, longest, tokenizer, new))
 
 
-def _check(what: str, path: str, longest: int, new: int) -> None:
-    context = context_length(model_config(path))
+def _check(what: str, architecture: Any, longest: int, new: int) -> None:
+    context = context_length(architecture)
     if context is not None and longest + new > context:
-        fits = f"prompts.max_tokens to {context - new}" if context > new else "sampling.max_new_tokens"
+        lower = [f"sampling.max_new_tokens to {context - longest}"] if context > longest else []
+        lower += [f"prompts.max_tokens to {context - new} (with prompts.overlong: drop)"] if context > new else []
         raise ConfigError(
             f"{what} has a context of {context} tokens, but the longest prompt has {longest} tokens and up to {new} "
-            f"are sampled after it: a later cycle would end the run for good. Lower {fits} (with prompts.overlong: "
-            "drop), lower sampling.max_new_tokens, or name a model with a longer context."
+            f"are sampled after it: a later cycle would end the run for good. Lower "
+            f"{' or '.join(lower) or 'sampling.max_new_tokens and prompts.max_tokens'}, or name a model with a longer "
+            "context."
         )
 
 

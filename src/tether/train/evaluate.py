@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig, check
 from tether.data.prompts import load_prompts, prompts_of
@@ -26,28 +26,20 @@ from tether.models.loading import context_length, load_causal_lm, model_config, 
 from tether.rewards import build_reward
 from tether.runs import EvaluationDir, aside, short_name
 from tether.runs.files import write_atomically, write_table
-from tether.samplers.build import build_sampler
+from tether.samplers import build_sampler
 from tether.train.columns import response_columns
 from tether.train.contexts import check_contexts
 from tether.types import EVALUATE, GENERATE, Completions, Prompt, Rows, Sampling, Text, microbatches
 
 _FORWARD_TOKENS = 8192  # padded tokens in one forward pass without gradient
 
-# ---------------------------------------------------------------- generate
-
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One sampled response."""
-
-    prompt: Text
-    """As it was given."""
-    completion: str
-    """Without its stop token, special tokens skipped."""
-    token_ids: list[int]
-    """With its stop token."""
-    finish_reason: str
-    """stop, or length: cut at max_new_tokens."""
+    prompt: Text  # as it was given
+    completion: str  # without its stop token, special tokens skipped
+    token_ids: list[int]  # with its stop token
+    finish_reason: str  # stop, or length: cut at max_new_tokens
 
 
 def generate(
@@ -72,7 +64,7 @@ def generate(
     )
     if not prompts:
         return []
-    source = Source.of(str(model), sampling, trust_remote_code)
+    source = Source(str(model), sampling, trust_remote_code)
     table = Table(anywhere.path, [{"prompt": prompt} for prompt in prompts])
     asked = prompts_of(table, anywhere, source.tokenizer, **source.room)
     loaded = source.load(resolve_device(device), dtype)
@@ -84,26 +76,17 @@ def generate(
     ]
 
 
-# ---------------------------------------------------------------- evaluate
-
-
 @dataclass(frozen=True, slots=True)
 class Result:
     """One model. Every interval is a 95 % bootstrap over prompts."""
 
     model: str
-    score: Interval
-    """Mean of the prompts' mean scores."""
-    kl: Interval | None
-    """KL(model‖baseline) in nats per response, from the model's own samples; `note` says why where it is None, or is
-    less than that: under top_k or top_p a mean log-ratio over truncated samples."""
-    win_rate: Interval | None
-    """Share of prompts whose mean score is above the baseline's, ties half; None for the baseline."""
-    length: float
-    """Tokens a response."""
-    truncated: float
-    """Share of responses cut at the length limit."""
-    note: str | None = None
+    score: Interval  # mean of the prompts' mean scores
+    kl: Interval | None  # KL(model‖baseline) in nats per response, from the model's own samples
+    win_rate: Interval | None  # share of prompts with a mean score above the baseline's, ties half; None: the baseline
+    length: float  # tokens per response
+    truncated: float  # share of responses cut at the length limit
+    note: str | None = None  # why there is no KL; or what it is instead, where samples are truncated
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,35 +95,20 @@ class Evaluation:
 
     baseline: str
     prompts: int
-    samples: int
-    """Responses to each prompt."""
-    results: list[Result]
-    """The baseline first."""
+    samples: int  # responses to each prompt
+    results: list[Result]  # the baseline first
 
     def __str__(self) -> str:
-        return self.table()
-
-    def table(self) -> str:
-        """The results as lines of text."""
-        head = ("model", "score", "KL to baseline", "win rate", "length", "cut")
-        rows = [
-            (
-                short_name(r.model) + (" (baseline)" if r.model == self.baseline else ""),
-                _shown(r.score, ".3f"),
-                _shown(r.kl, ".2f"),
-                _shown(r.win_rate, ".2f"),
-                f"{r.length:.1f}",
-                f"{r.truncated:.0%}",
-            )
-            for r in self.results
-        ]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-        ]
+        rows = [("model", "score", "KL to baseline", "win rate", "length", "cut")]
+        for r in self.results:
+            name = short_name(r.model) + (" (baseline)" if r.model == self.baseline else "")
+            intervals = _shown(r.score, ".3f"), _shown(r.kl, ".2f"), _shown(r.win_rate, ".2f")
+            rows.append((name, *intervals, f"{r.length:.1f}", f"{r.truncated:.0%}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += [f"{short_name(r.model)}: {r.note}" for r in self.results if r.note]
         lines.append(
-            f"{self.prompts} prompts, {self.samples} responses to each; [95 % intervals] over prompts; KL in nats a "
+            f"{self.prompts} prompts, {self.samples} responses to each; [95 % intervals] over prompts; KL in nats per "
             "response"
         )
         return "\n".join(lines)
@@ -149,9 +117,8 @@ class Evaluation:
 def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None, fresh: bool = False) -> Evaluation:
     """Sample from every model, score the answers, and compare with the baseline.
 
-    reward: a reward function as one more source, as in `tether.ppo`. With config.run, evaluation.json is written there,
-    and the answers themselves, which `tether studio` shows side by side. fresh: move what is there to RUN.old-N first;
-    else it is replaced.
+    reward: one more source, as in `tether.ppo`. With config.run, evaluation.json and the answers are written there,
+    which `tether studio` shows side by side. fresh: move what is there to RUN.old-N first; else it is replaced.
     At most two models are in memory, the baseline and another, beside the reward sources.
     """
     check(config, reward_given=reward is not None)
@@ -186,10 +153,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
         if name == baseline:
             base_scores = scores
         wins = (scores > base_scores).double() + 0.5 * (scores == base_scores)
-
-        def interval(values: Tensor) -> Interval:
-            return bootstrap_mean(values, seed=config.seed)
-
+        interval = partial(bootstrap_mean, seed=config.seed)
         results.append(
             Result(
                 model=name,
@@ -211,7 +175,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
 def load_inputs(config: EvaluateConfig) -> tuple[dict[str, Source], dict[str, list[Prompt]]]:
     """(the models, the baseline first; the prompts as each of them reads them). Loads no weights."""
     names = dict.fromkeys([config.baseline or config.models[0], *config.models])
-    sources = {name: Source.of(name, config.sampling, config.trust_remote_code) for name in names}
+    sources = {name: Source(name, config.sampling, config.trust_remote_code) for name in names}
     prompts = _common({name: load_prompts(config.prompts, s.tokenizer, **s.room) for name, s in sources.items()})
     for name, source in sources.items():
         check_contexts(config, prompts[name], source.tokenizer)
@@ -290,7 +254,7 @@ def _report_write_failure(config: EvaluateConfig, evaluation: Evaluation | None 
         yield
     except (OSError, RunError) as error:
         if evaluation is not None:
-            print(evaluation.table())
+            print(evaluation)
         cause = error if isinstance(error, OSError) else error.__cause__
         raise RunError(
             f"run={config.run} cannot be written ({getattr(cause, 'strerror', None) or cause}): "
@@ -302,22 +266,14 @@ def _report_write_failure(config: EvaluateConfig, evaluation: Evaluation | None 
 # ---------------------------------------------------------------- a model and what surrounds it
 
 
-@dataclass(frozen=True, slots=True)
 class Source:
     """A model that need not be loaded yet: its tokenizer and its config answer what can be answered early."""
 
-    path: str
-    tokenizer: PreTrainedTokenizerBase
-    config: Any  # transformers' own
-    sampling: SamplingConfig
-    trust_remote_code: bool
-
-    @classmethod
-    def of(cls, path: str, sampling: SamplingConfig, trust_remote_code: bool) -> Source:
-        config = model_config(path, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        check_vocabulary(tokenizer, config.get_text_config().vocab_size)
-        return cls(path, tokenizer, config, sampling, trust_remote_code)
+    def __init__(self, path: str, sampling: SamplingConfig, trust_remote_code: bool) -> None:
+        self.path, self.sampling, self.trust_remote_code = path, sampling, trust_remote_code
+        self.config = model_config(path, trust_remote_code=trust_remote_code)
+        self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        check_vocabulary(self.tokenizer, self.config.get_text_config().vocab_size)
 
     @property
     def room(self) -> dict[str, Any]:
@@ -328,8 +284,7 @@ class Source:
         resolved = resolve_dtype(dtype, device, self.config)
         lm = load_causal_lm(self.path, dtype=resolved, device=device, trust_remote_code=self.trust_remote_code)
         model = LanguageModel(lm.eval().requires_grad_(False), resolved)
-        _say(model.check_head())
-        _say(_unlike_its_own(self.path, lm.generation_config, self.sampling))
+        _say(model.check_head(), _unlike_its_own(self.path, lm.generation_config, self.sampling))
         return model
 
     def stop_ids(self, model: LanguageModel) -> tuple[int, ...]:
@@ -340,8 +295,7 @@ class Source:
     ) -> Completions:
         s = self.sampling
         sampler, notes = build_sampler(model, s)
-        for note in notes:
-            _say(note)
+        _say(*notes)
         drawn = Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, self.stop_ids(model), samples, seed, stream)
         return sampler.generate(prompts, drawn, cycle=0)
 
@@ -367,8 +321,8 @@ def _unlike_its_own(path: str, own: Any, used: SamplingConfig) -> str | None:
     )
 
 
-def _say(note: str | None) -> None:
-    if note:
+def _say(*notes: str | None) -> None:
+    for note in filter(None, notes):
         print(note, file=sys.stderr)
 
 

@@ -19,15 +19,15 @@ from tether.types import Prompt
 
 @dataclass(frozen=True, slots=True)
 class PromptSets:
-    """A run's prompts."""
-
-    loaded: list[Prompt]
-    """Every row of `prompts.path` that is short enough."""
+    loaded: list[Prompt]  # every row of `prompts.path` that is short enough
     train: list[Prompt]
-    held_out: list[Prompt]
-    """To evaluate on."""
-    note: str | None
-    """What is not as the config asks."""
+    held_out: list[Prompt]  # to evaluate on
+    note: str | None  # what is not as the config asks
+
+    def record(self, run: RunDirectory) -> None:
+        """An event of how many prompts there are, and how many of those that are evaluated on are trained on too."""
+        both = len(self.held_out) - len(without(self.held_out, self.train))
+        run.event("prompts", train=len(self.train), held_out=len(self.held_out), trained_on=both)
 
 
 def load_prompt_sets(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, context: int | None) -> PromptSets:
@@ -65,9 +65,9 @@ def hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt]
     chosen = permutation(len(distinct), seed=seed, stream=HELD_OUT)[: min(count, len(distinct) // 4)]
     held_out = [distinct[i] for i in sorted(chosen)]
     train = without(prompts, held_out)
-    notes = (
-        [] if len(held_out) == count else [f"only {len(distinct)} prompts: {len(held_out)} are held out, not {count}"]
-    )
+    notes = []
+    if len(held_out) < count:
+        notes.append(f"only {len(distinct)} prompts: {len(held_out)} are held out, not {count}")
     if repeats := len(prompts) - len(train) - len(held_out):
         notes.append(f"{repeats} rows repeat a held-out prompt: not trained on")
     return train, held_out, "; ".join(notes) or None
@@ -77,9 +77,3 @@ def without(prompts: list[Prompt], held_out: list[Prompt]) -> list[Prompt]:
     """The rows whose prompt is none of the held-out ones, as the model reads it."""
     taken = {p.ids for p in held_out}
     return [p for p in prompts if p.ids not in taken]
-
-
-def record_prompt_sets(run: RunDirectory, train: list[Prompt], held_out: list[Prompt]) -> None:
-    """An event of how many prompts there are, and how many of those that are evaluated on are trained on too."""
-    both = len(held_out) - len(without(held_out, train))
-    run.event("prompts", train=len(train), held_out=len(held_out), trained_on=both)

@@ -7,36 +7,38 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from tether.config import LogConfig
-from tether.runs import RunDirectory, to_plain
+from tether.config import LogConfig, WandbConfig
+from tether.errors import ConfigError
+from tether.runs import Run, RunDirectory, to_plain
 from tether.runs.durations import format_duration
-from tether.train.sinks import TensorBoard, WeightsAndBiases
 from tether.types import LogSink
 
-# Shown on the console: label, metric, format. For sft and reward the metric's last word decides.
-_CYCLE_COLUMNS = [
-    ("score", "reward/score_mean", ".3f"),
-    ("KL", "kl/ref_mean", ".3f"),
-    ("entropy", "policy/entropy", ".3f"),
-    ("expl. var.", "value/explained_variance", ".2f"),
-    ("tokens/s", "tokens_per_s/rollout", ",.0f"),
-]
-_STEP_COLUMNS = [
-    ("loss", "loss", ".4f"),
-    ("accuracy", "accuracy", ".3f"),
-    ("lr", "lr", ".2e"),
-    ("tokens/s", "update", ",.0f"),  # tokens_per_s/update
-]
+_COLUMNS = {  # shown on the console, by the run's unit: label, metric (of steps its last word), format
+    "cycle": [
+        ("score", "reward/score_mean", ".3f"),
+        ("KL", "kl/ref_mean", ".3f"),
+        ("entropy", "policy/entropy", ".3f"),
+        ("expl. var.", "value/explained_variance", ".2f"),
+        ("tokens/s", "tokens_per_s/rollout", ",.0f"),
+    ],
+    "step": [
+        ("loss", "loss", ".4f"),
+        ("accuracy", "accuracy", ".3f"),
+        ("lr", "lr", ".2e"),
+        ("tokens/s", "update", ",.0f"),  # tokens_per_s/update
+    ],
+}
 _PHASE_SILENCE_S = 30.0  # without a terminal a long phase says where it is this often
 _STEP_SILENCE_S = 5.0  # and steps, which may take milliseconds, write a line this often
 
@@ -44,22 +46,11 @@ _STEP_SILENCE_S = 5.0  # and steps, which may take milliseconds, write a line th
 class Logger:
     """Writes metrics everywhere, and shows progress: a bar on a terminal, else a plain line a write.
 
-        with Logger(run, config.log, total=config.ppo.cycles) as log:
-            log.phase("sampling")
-            with log.writing(cycle, metrics) as metrics:
-                metrics |= evaluate()
-            log.note("3 prompts dropped")
-
-    total  cycles (or steps) of the whole run.
-    unit   "cycle" or "step"; the run's own by default.
-    sinks  where metrics go besides what `config` asks for.
+    total: cycles (or steps) of the whole run. sinks: where metrics go besides what `config` asks for.
     """
 
-    def __init__(
-        self, run: RunDirectory, config: LogConfig, *, total: int, unit: str | None = None,
-        sinks: Sequence[LogSink] = (),
-    ) -> None:  # fmt: skip
-        self.run, self.total, self.unit = run, total, unit or run.unit
+    def __init__(self, run: RunDirectory, config: LogConfig, *, total: int, sinks: Sequence[LogSink] = ()) -> None:
+        self.run, self.total, self.unit = run, total, run.unit
         past = run.metrics()
         self._first = self._done = past[-1][self.unit] if past else 0
         self._own: list[TensorBoard | WeightsAndBiases] = []
@@ -79,9 +70,7 @@ class Logger:
             self.note(text)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._screen.close()
         for sink in self._own:
             sink.close()
@@ -113,10 +102,10 @@ class Logger:
         self.run.event("fallback", what=text)
         self.note(text)
 
-    def alarms(self, step: int, texts: Sequence[str]) -> None:
-        """What should not be: an event each, and a line for the person."""
-        for text in texts:
-            self.run.event("alarm", **{self.unit: step}, what=text)
+    def alarms(self, step: int, found: Sequence[tuple[str, str]]) -> None:
+        """What should not be: an event each, and a line for the person. found: (rule of tether.diagnose, text)."""
+        for rule, text in found:
+            self.run.event("alarm", **{self.unit: step}, rule=rule, what=text)
             self.note(f"{self.unit} {step}: {text}")
 
     def phase(self, text: str) -> None:
@@ -126,19 +115,66 @@ class Logger:
         self._screen.phase(f"{self.unit} {min(self._done + 1, self.total)}/{self.total}: {text}")
 
     def _summary(self, step: int, metrics: dict[str, Any]) -> str:
-        parts = []
-        if self.unit == "cycle":
-            found = [(label, metrics.get(name), form) for label, name, form in _CYCLE_COLUMNS]
-        else:
-            by_word = {key.rpartition("/")[2]: value for key, value in metrics.items()}
-            found = [(label, by_word.get(word), form) for label, word, form in _STEP_COLUMNS]
-        for label, value, form in found:
-            if value is not None:
-                parts.append(f"{label} {value:{form}}")
+        named = metrics if self.unit == "cycle" else {key.rpartition("/")[2]: value for key, value in metrics.items()}
+        shown = [(label, named.get(name), form) for label, name, form in _COLUMNS[self.unit]]
+        parts = [f"{label} {value:{form}}" for label, value, form in shown if value is not None]
         if step < self.total and step > self._first:
             seconds = (time.monotonic() - self._began) / (step - self._first) * (self.total - step)
             parts.append(f"left {format_duration(seconds)}")
         return "  ".join(parts)
+
+
+# ---------------------------------------------------------------- sinks, each with `close` for the end of the run
+
+
+class TensorBoard:
+    """Event files in the run directory, written again from `past` when a run continues: none is left of a cycle that
+    was cut back."""
+
+    def __init__(self, run: RunDirectory, past: list[dict[str, Any]], unit: str):
+        from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is wanted
+
+        folder = run.path / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = SummaryWriter(str(folder))
+        for metrics in past:
+            self.write(metrics[unit], metrics)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run at Weights & Biases, the same one after a resume."""
+
+    def __init__(self, run: RunDirectory, config: WandbConfig):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "log.wandb is set, but the package wandb is not installed: no metrics would arrive there. Install it "
+                "with `pip install tether[wandb]`, or set log.wandb to null."
+            ) from error
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=run.path.name,
+            id=Run(run.path).environment["id"],  # the same after a resume, another after --fresh
+            resume="allow",
+            dir=str(run.path),
+            config=asdict(run.config),
+        )
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 # ---------------------------------------------------------------- screens

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tether.config import PPOConfig, RewardConfig, SFTConfig
+from tether.config import PPOConfig
 from tether.errors import TrainingError
 from tether.runs import RunDirectory
 
@@ -48,10 +48,8 @@ def explaining_out_of_memory(run: RunDirectory) -> Iterator[None]:
 def _knob(run: RunDirectory) -> str:
     """What to change for the phase that the run is in; all of it may change when a run is continued."""
     config = run.config
-    assert isinstance(config, PPOConfig | SFTConfig | RewardConfig)
-    section = config.ppo if isinstance(config, PPOConfig) else config.sft if isinstance(config, SFTConfig) else None
-    tokens = (section or config.reward_model).microbatch_tokens  # type: ignore[union-attr]
     name = {"ppo": "ppo", "sft": "sft", "reward": "reward_model"}[run.command]
+    tokens = getattr(config, name).microbatch_tokens
     if "loading" in run.phase:
         return "Free the GPU of other programs, train with model.lora, or take a smaller model"
     if "scoring" in run.phase:

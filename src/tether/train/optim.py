@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tether.config import OptimConfig
 from tether.errors import TrainingError
@@ -44,19 +44,14 @@ def build_optimizer(
 
 
 class ScheduledOptimizer:
-    """The optimizer of a run with its learning rates, and what becomes of a gradient that is not finite.
-
-    optimizer  what steps.
-    skipped    steps in a row whose gradient was not finite; a checkpoint keeps it.
-    """
+    """The optimizer of a run with its learning rates, and what becomes of a gradient that is not finite."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: OptimConfig, total: int) -> None:
         self.optimizer, self.config, self.total = optimizer, config, total
-        self.skipped = 0
+        self.skipped = 0  # steps in a row whose gradient was not finite; a checkpoint keeps it
 
     @property
     def named(self) -> Named:
-        """The weights that are trained, by name."""
         return [item for g in self.optimizer.param_groups for item in zip(g["names"], g["params"], strict=True)]
 
     def step(self, step: int) -> dict[str, float]:
@@ -83,6 +78,12 @@ class ScheduledOptimizer:
                 f"more. Look at the data or the scores of these steps; or lower optim.lr, or set model.dtype to "
                 f"float32, and {RESTART_HINT}."
             )
+
+
+def read_numbers(metrics: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """Scalars as numbers, all at once: reading one off a GPU waits for all that it has to do."""
+    rows = torch.stack([torch.stack(list(m.values())) for m in metrics]).tolist()
+    return [dict(zip(m, row, strict=True)) for m, row in zip(metrics, rows, strict=True)]
 
 
 def lr_factor(config: OptimConfig, step: int, total: int) -> float:

@@ -10,24 +10,26 @@ The loop below is all of it. What a run needs besides (models, data, the run dir
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from tether.config import PPOConfig, check
+from torch import Tensor
+
+from tether.config import PPOConfig, PPOSection, check
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
-from tether.math import next_kl_coef
+from tether.math import hold_kl, kl_error, next_kl_coef
 from tether.models.export import save_model
 from tether.models.loading import context_length, model_config, resolve_device
 from tether.models.policy import build_policy
 from tether.rewards import build_reward, function_file
 from tether.runs import Run, hash_files
-from tether.samplers.build import build_sampler
+from tether.samplers import build_sampler
 from tether.train.best import keep_best
 from tether.train.card import ppo_card
 from tether.train.columns import Record
 from tether.train.contexts import check_contexts
-from tether.train.held_out import load_prompt_sets, record_prompt_sets
+from tether.train.held_out import load_prompt_sets
 from tether.train.log import Logger
 from tether.train.optim import PROMPTS, ScheduledOptimizer, build_optimizer, permutation
 from tether.train.preamble import check_parts, open_run
@@ -74,7 +76,7 @@ def ppo(
             config.optim, policy.policy_parameters(), policy.critic_parameters(),
             lora=m.lora is not None, critic_is_head=policy.critic is None,
         )  # fmt: skip
-        steps = ScheduledOptimizer(optimizer, config.optim, p.cycles * p.epochs * p.batch // p.minibatch)
+        steps = ScheduledOptimizer(optimizer, config.optim, p.steps)
         state = TrainingState(run, policy.parts(), steps, tokenizer, kl_coef=p.kl.coef)
         state.restore()
         engine.load_weights(policy.model, version=state.done)
@@ -89,7 +91,7 @@ def ppo(
             same every time: what differs is the policy."""
             if not config.evaluate.every or (state.done % config.evaluate.every and state.done != p.cycles):
                 return metrics
-            experience = collect(sets.held_out, *parts, test, p, kl_coef=state.kl_coef, cycle=0,
+            experience = collect(sets.held_out, *parts, test, p, kl_coef=lambda *_: state.kl_coef, cycle=0,
                                  progress=lambda phase: log.phase(f"evaluating, {phase}"))  # fmt: skip
             record.evaluation(experience, state.done)
             metrics = metrics | experience.evaluation_metrics()
@@ -97,7 +99,7 @@ def ppo(
                 keep_best(run, config, state.done, metrics, write_model)
             return metrics
 
-        def write_model(directory: Path, card: str, add: Callable[[Path], None] = lambda directory: None) -> None:
+        def write_model(directory: Path, card: str, add: Callable[[Path], object] = lambda directory: None) -> None:
             """A plain Hugging Face directory with the critic beside it. add: writes what else belongs there."""
 
             def beside(directory: Path) -> None:
@@ -107,7 +109,7 @@ def ppo(
             save_model(policy.model, tokenizer, directory, card=card, temperature=s.temperature,
                        max_new_tokens=s.max_new_tokens, stop_ids=stop_ids, add=beside)  # fmt: skip
 
-        record_prompt_sets(run, sets.train, sets.held_out)
+        sets.record(run)
         with Logger(run, config.log, total=p.cycles, sinks=sinks) as log, state.saved_when_stopped():
             for text in [*notes, *([sets.note] if sets.note else []), *fallbacks]:
                 log.fallback(text)
@@ -116,16 +118,18 @@ def ppo(
                     evaluate({})
 
             while state.done < p.cycles:
-                cycle, beta = state.done + 1, state.kl_coef
+                cycle = state.done + 1
                 asked = _prompts_of(cycle, sets.train, config)
                 with signals.droppable():
-                    experience = collect(asked, *parts, train, p, kl_coef=beta, cycle=cycle, progress=log.phase)
+                    experience = collect(asked, *parts, train, p, kl_coef=partial(_kl_coef, state, p), cycle=cycle,
+                                         progress=log.phase)  # fmt: skip
                 log.alarms(cycle, experience.alarms)
                 with record.left_behind(experience, cycle):
-                    done = update(policy, steps, experience.rollout, p, cycle=cycle, kl_coef=beta,
+                    done = update(policy, steps, experience.rollout, p, cycle=cycle, kl_coef=experience.kl_coef,
                                   temperature=s.temperature, seed=config.seed, progress=log.phase)  # fmt: skip
                 log.alarms(cycle, done.alarms)
-                state.done, state.kl_coef = cycle, _next_kl_coef(experience, config, cycle)
+                _keep_kl_coef(state, p, experience)
+                state.done = cycle
                 engine.load_weights(policy.model, version=cycle)
                 record.rollouts(experience, cycle, done.new_logprobs)
                 with log.writing(cycle, {**experience.metrics, **done.metrics}) as metrics:
@@ -139,14 +143,25 @@ def ppo(
     return Run.open(run.path)
 
 
-def _next_kl_coef(experience: Experience, config: PPOConfig, cycle: int) -> float:
-    """β for the cycle after `cycle`."""
-    kl, coef, measured = config.ppo.kl, experience.metrics["kl/coef"], experience.metrics["kl/ref_mean"]
-    assert coef is not None
+def _kl_coef(state: TrainingState, ppo: PPOSection, scores: Tensor, log_ratio_sums: Tensor) -> float:
+    """β of the cycle that was just sampled. While the value warm-up freezes the policy it stays: the KL is 0 then."""
+    if ppo.kl.target is None or ppo.kl.horizon is not None or state.done < ppo.value_warmup_cycles:
+        return state.kl_coef
+    error = kl_error(float(log_ratio_sums.mean()), target=ppo.kl.target)
+    stds = {"score_std": float(scores.std(correction=0)), "kl_std": float(log_ratio_sums.std(correction=0))}
+    return hold_kl(state.kl_coef, error, state.kl_error, **stds)
+
+
+def _keep_kl_coef(state: TrainingState, ppo: PPOSection, experience: Experience) -> None:
+    """What the next cycle's β depends on, into the state."""
+    kl, measured = ppo.kl, experience.metrics["kl/ref_mean"]
     assert measured is not None
-    if kl.target is None or cycle <= config.ppo.value_warmup_cycles:  # there the KL is 0, whatever β is
-        return coef
-    return next_kl_coef(coef, measured, target=kl.target, horizon=kl.horizon, responses=config.ppo.batch)
+    if kl.target is None or state.done < ppo.value_warmup_cycles:
+        return
+    if kl.horizon is None:
+        state.kl_coef, state.kl_error = experience.kl_coef, kl_error(measured, target=kl.target)
+    else:
+        state.kl_coef = next_kl_coef(state.kl_coef, measured, target=kl.target, horizon=kl.horizon, responses=ppo.batch)
 
 
 def _prompts_of(cycle: int, prompts: list[Prompt], config: PPOConfig) -> list[Prompt]:
@@ -158,7 +173,6 @@ def _prompts_of(cycle: int, prompts: list[Prompt], config: PPOConfig) -> list[Pr
 
 @lru_cache(maxsize=2)  # a cycle may begin in one pass and end in the next
 def _pass(number: int, size: int, seed: int) -> list[int]:
-    """The order of one pass over the prompts."""
     return permutation(size, seed=seed, stream=PROMPTS, counter=(number,))
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from tether.config import PPOConfig, RewardConfig, SFTConfig
+import torch
+
+from tether.config import TrainingConfig
 from tether.errors import ConfigError, RunError
 from tether.runs import RunDirectory
-from tether.train.deterministic import deterministic
 from tether.train.log import say
 from tether.train.memory import explaining_out_of_memory
 from tether.train.signals import Signals
 
 _BEAT_S = 5.0
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def check_parts(reward: object, sampler: object, sinks: Sequence[object]) -> None:
@@ -35,7 +38,7 @@ def check_parts(reward: object, sampler: object, sinks: Sequence[object]) -> Non
 
 @contextmanager
 def open_run(
-    config: PPOConfig | SFTConfig | RewardConfig, *, command: str, fresh: bool, inputs: dict[str, str]
+    config: TrainingConfig, *, command: str, fresh: bool, inputs: dict[str, str]
 ) -> Iterator[tuple[RunDirectory, Signals]]:
     """Create or continue the run in `config.run`. A run that is finished says so: the caller then has nothing to do.
 
@@ -72,3 +75,26 @@ def _beating(run: RunDirectory) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, torch takes no algorithm whose result depends on timing, if that is wanted; after, all is as before.
+
+    To enter before the run's first matmul: cuBLAS reads how much workspace it has once, when it starts, and only with
+    an amount of its own for each stream are its sums in a fixed order. A fixed amount that is set already is left.
+    """
+    if not wanted:
+        yield
+        return
+    mode, workspace = torch.get_deterministic_debug_mode(), os.environ.get(_CUBLAS)
+    if workspace not in (":4096:8", ":16:8"):
+        os.environ[_CUBLAS] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        del os.environ[_CUBLAS]
+        if workspace is not None:
+            os.environ[_CUBLAS] = workspace

@@ -111,6 +111,7 @@ def build_report(
     accuracy = clustered_interval((margin > 0).double(), clusters) if clusters else None
     loss = _loss(test, test_scores) if test else None
     bins = calibrate(margin, clusters)
+    error = sum(b.pairs * abs(b.confidence - b.accuracy.value) for b in bins)
     trained = (_margin(train_scores) * _preferred(train))[_preferred(train) != 0]
     std = train_scores.std().item()
     return PreferenceReport(
@@ -123,9 +124,7 @@ def build_report(
         loss=loss,
         length_prefers=prefers,
         length_accuracy=clustered_interval(by_length, clusters) if clusters else None,
-        calibration_error=sum(b.pairs * abs(b.confidence - b.accuracy.value) for b in bins) / len(margin)
-        if bins
-        else None,
+        calibration_error=error / len(margin) if bins else None,
         calibration=bins,
         mean=train_scores.mean().item(),
         std=std if std > 1e-6 else 1.0,  # a constant model has no scale to bring to 1
@@ -145,12 +144,7 @@ def clustered_interval(success: Tensor, clusters: Sequence[str]) -> Share:
         sums[cluster] = sums.get(cluster, 0.0) + value - p
     independent = p * (1 - p) * n
     effect = sum(s * s for s in sums.values()) / independent if independent > 0 else n / len(sums)
-    return wilson(p, n / max(1.0, effect))
-
-
-def wilson(p: float, n: float) -> Share:
-    """A share p among n, with Wilson's 95 % interval."""
-    return Share(p, *wilson_interval(p, n))
+    return Share(p, *wilson_interval(p, n / max(1.0, effect)))
 
 
 def calibrate(margin: Tensor, clusters: Sequence[str], bins: int = 5) -> list[Bin]:

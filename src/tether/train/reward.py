@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,18 +15,12 @@ from tether.data.snapshot import pin_labels
 from tether.data.split import share_prompts, split_pairs
 from tether.data.tokenizer import check_vocabulary, load_generation_config, stop_token_ids
 from tether.math import bradley_terry_loss
-from tether.models.loading import (
-    add_lora,
-    context_length,
-    resolve_device,
-    set_checkpointing,
-)
+from tether.models.loading import add_lora, context_length, resolve_device, set_checkpointing
 from tether.models.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
 from tether.runs import Run, recorded_inputs
 from tether.train import sft
 from tether.train.card import reward_card
-from tether.train.log import Logger
-from tether.train.optim import SHUFFLE, Named, ScheduledOptimizer, build_optimizer, permutation
+from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation, read_numbers
 from tether.train.preamble import check_parts, open_run
 from tether.train.preference_report import PreferenceReport, build_report
 from tether.train.state import TrainingState
@@ -37,37 +30,37 @@ from tether.types import LogSink, microbatches
 def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False) -> Run:
     """Train, or continue the run in `config.run`; returns it, with the reward model in `.final`.
 
-    Held-out accuracy with its interval, the length-only baseline and calibration are printed, and written to
-    reward_report.json and calibration.html in the run directory.
+    What it learned is printed, and written to reward_report.json and calibration.html in the run directory.
 
     sinks: get every step's metrics; see `tether.types.LogSink`. fresh: move a run that is there aside first.
     """
     check(config)
     check_parts(None, None, sinks)
     section, device = config.reward_model, resolve_device(config.device)
-    inputs, pinned = input_hashes(config, fresh=fresh)
+    inputs = input_hashes(config, fresh=fresh)
     with open_run(config, command="reward", fresh=fresh, inputs=inputs) as (run, signals):
         if run.finished:
             return Run.open(run.path)
         model, adapter, tokenizer = load_model(config.model, device=device, seed=config.seed)
         stop_id = stop_token(config.model, tokenizer)
         context = context_length(model.classifier.config)
-        pairs = load_pairs(config.data, tokenizer, stop_id=stop_id, context=context, pinned=pinned)
+        pairs = load_pairs(config.data, tokenizer, stop_id=stop_id, context=context, pinned=inputs["data.path"])
         train, test = split_pairs(pairs, section.test_fraction, config.seed)
         if share_prompts(train, test):
             print(f"all {len(pairs)} pairs have one prompt: {len(test)} are held out by their answers", file=sys.stderr)
         plan = plan_steps(len(train), config)
         check_warmup(config.optim, len(plan))
-        trunk, head = trained_parameters(model)
+        named = [(name, p) for name, p in model.classifier.named_parameters() if p.requires_grad]
+        trunk = [(name, p) for name, p in named if not name.startswith("score.")]
+        head = [(name, p) for name, p in named if name.startswith("score.")]  # learns faster
         optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
+        steps = ScheduledOptimizer(optimizer, config.optim, len(plan))
         parts = {"policy": adapter or model.classifier, "head": model.head}  # an adapter does not hold the head
-        state = TrainingState(run, parts, ScheduledOptimizer(optimizer, config.optim, len(plan)), tokenizer)
-        state.restore()
-        with Logger(run, config.log, total=len(plan), sinks=sinks) as log, state.saved_when_stopped():
-            while state.done < len(plan):
-                signals.stop_if_requested()
-                began, batch = time.perf_counter(), [train[i] for i in plan[state.done]]
-                state.finish_step(accumulate(model, batch, section.center, section.microbatch_tokens), began, log)
+
+        def learn(batch: list[int]) -> dict[str, float | None]:
+            return accumulate(model, [train[i] for i in batch], section.center, section.microbatch_tokens)
+
+        TrainingState(run, parts, steps, tokenizer).run_steps(plan, learn, signals, sinks)
         if adapter is not None:
             # In place: the classifier's own layers are whole again. In float32: bfloat16 would lose a small update.
             adapter.float().merge_and_unload()
@@ -83,11 +76,7 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
 def accumulate(
     model: RewardModel, pairs: Sequence[Pair], center: float, microbatch_tokens: int
 ) -> dict[str, float | None]:
-    """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step.
-
-    Returns the step's metrics: reward_model/loss, reward_model/accuracy (None where all pairs are ties),
-    reward_model/margin.
-    """
+    """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step. Returns its metrics."""
     widths = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs]
     total, decided = sum(pair.weight for pair in pairs), sum(pair.probability != 0.5 for pair in pairs)
     found: list[dict[str, torch.Tensor]] = []
@@ -100,8 +89,8 @@ def accumulate(
         )
         loss.backward()
         found.append(sums)
-    columns = zip(*torch.stack([torch.stack(list(sums.values())) for sums in found]).tolist(), strict=True)
-    metrics: dict[str, float | None] = {name: sum(column) for name, column in zip(found[0], columns, strict=True)}
+    numbers = read_numbers(found)
+    metrics: dict[str, float | None] = {name: sum(sums[name] for sums in numbers) for name in found[0]}
     if not decided:  # of ties alone no accuracy is known
         metrics["reward_model/accuracy"] = None
     return metrics
@@ -135,16 +124,11 @@ def finish(model: RewardModel, train: Sequence[Pair], test: Sequence[Pair]) -> P
     return report
 
 
-def input_hashes(config: RewardConfig, *, fresh: bool) -> tuple[dict[str, str], str | None]:
-    """(hashes of what a run reads, what `pin_labels` gives). A run that is continued reads the labels that it began on.
-
-    fresh: a run that is there is moved aside.
-    """
+def input_hashes(config: RewardConfig, *, fresh: bool = False) -> dict[str, str]:
+    """Hashes of what a run reads, by config key; of labels what `pin_labels` gives: a run that is continued reads those
+    that it began on. fresh: a run that is there is moved aside."""
     pinned = pin_labels(config.data, {} if fresh else recorded_inputs(config.run))
-    return sft.input_hashes(config.model, config.data) | ({"data.path": pinned} if pinned else {}), pinned
-
-
-# ---------------------------------------------------------------- loading and saving
+    return sft.input_hashes(config) | ({"data.path": pinned} if pinned else {})
 
 
 def stop_token(config: SFTModelConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -171,13 +155,3 @@ def load_model(
         model.head.float()
     set_checkpointing(config.gradient_checkpointing, device, model.classifier)
     return model.train(), adapter, tokenizer
-
-
-def trained_parameters(model: RewardModel) -> tuple[Named, Named]:
-    """(trunk, head): weights that are trained, by name; the head learns faster."""
-    named = [(name, p) for name, p in model.classifier.named_parameters() if p.requires_grad]
-    is_head = [name.startswith("score.") for name, _ in named]
-    return (
-        [item for item, head in zip(named, is_head, strict=True) if not head],
-        [item for item, head in zip(named, is_head, strict=True) if head],
-    )

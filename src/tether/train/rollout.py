@@ -40,8 +40,9 @@ class Experience:
     rollout: Rollout
     advantages: Tensor  # [B, R] reward units, before whitening
     entropy: Tensor  # [B, R] nats, of the policy as it was when the cycle began
+    kl_coef: float  # β of the cycle, reward units per nat
     metrics: Metrics
-    alarms: list[str]  # self-checks out of bounds
+    alarms: list[tuple[str, str]]  # self-checks out of bounds: rule, text
 
     def evaluation_metrics(self) -> Metrics:
         """The metrics of an evaluation, eval/*."""
@@ -58,13 +59,12 @@ class Experience:
 
 def collect(
     prompts: Sequence[Prompt], sampler: Sampler, reward: RewardSet, policy: Policy, reference: Reference,
-    sampling: Sampling, ppo: PPOSection, *, kl_coef: float, cycle: int,
+    sampling: Sampling, ppo: PPOSection, *, kl_coef: Callable[[Tensor, Tensor], float], cycle: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Experience:  # fmt: skip
-    """Sample, score, value, and turn all three into advantages.
+    """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens.
 
-    The KL penalty is in the rewards unless ppo.kl.place says loss. Advantages are whitened over the cycle's counted
-    tokens, if the config says so.
+    kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B].
     """
     clock = _Clock()
     progress("sampling")
@@ -96,20 +96,24 @@ def collect(
         ref[index, :width] = reference.logprobs(part, temperature=sampling.temperature)
     clock.lap("time/forward_s")
 
-    in_reward = kl_coef if ppo.kl.place == "reward" else 0.0
+    log_ratio_sums = ((old - ref) * mask).sum(1)
+    beta = kl_coef(scored.scores, log_ratio_sums)
+    in_reward = beta if ppo.kl.place == "reward" else 0.0
     scores = scored.scores.to(old)
     rewards = place_rewards(scores, old, ref, mask, kl_coef=in_reward)
     _check_placement(rewards, -in_reward * (old - ref), scores, rows.response_lengths.to(mask.device))
     advantages, returns = estimate(rewards, values, mask, ppo, responses_per_prompt=sampling.responses_per_prompt)
     rollout = Rollout(rows, old, ref, values, rewards, whiten(advantages, mask) if ppo.whitens else advantages, returns)
 
-    log_ratio_sums = ((old - ref) * mask).sum(1)
     gap = None
     exact = ppo.gamma == 1 and ppo.entropy_coef == 0 and not sampling.top_k and sampling.top_p == 1
     if exact and in_reward > 0 and sampling.responses_per_prompt >= 2:
         gap = optimality_gap(
             scored.scores, log_ratio_sums.cpu(), responses_per_prompt=sampling.responses_per_prompt, kl_coef=in_reward
         )
+    critic: Metrics = {}
+    if values is not None and returns is not None:
+        critic["value/explained_variance"] = explained_variance(values, returns, mask)
     sampled = torch.zeros_like(old)
     sampled[mask] = torch.tensor([x for row in completions.sampler_logprobs for x in row], device=mask.device)
     cut = [x for row in completions.truncated_mass for x in row]
@@ -124,9 +128,9 @@ def collect(
         "reward/total_mean": float(rewards.sum(1).mean()),
         "kl/ref_mean": float(log_ratio_sums.mean()),
         "kl/ref_per_token": float(masked_mean(old - ref, mask)),
-        "kl/coef": kl_coef,
+        "kl/coef": beta,
         "policy/optimality_gap": gap,
-        **_of_the_critic(values, returns, mask),
+        **critic,
         "advantage/mean": float(masked_mean(advantages, mask)),
         "advantage/std": float(masked_var(advantages, mask).sqrt()),
         **_of_the_groups(advantages, ppo, sampling.responses_per_prompt),
@@ -142,7 +146,13 @@ def collect(
         "tokens_per_s/rollout": float(lengths.sum()) / max(clock.laps["time/rollout_s"], 1e-9),
         **clock.laps,
     }
-    return Experience(completions, scored, rollout, advantages, entropy, metrics, _check_sampler(metrics, policy))
+    # The engine and the trainer must give the same tokens the same log-probs, up to rounding.
+    sampler_gap = metrics["check/sampler_gap"] or 0.0
+    bound = SAMPLER_GAP["float32" if policy.model.dtype == torch.float32 else "bfloat16"]
+    alarms = []
+    if sampler_gap > bound:
+        alarms.append(("sampler-gap", f"sampler gap {sampler_gap:.2g} nats per token, above {bound}"))
+    return Experience(completions, scored, rollout, advantages, entropy, beta, metrics, alarms)
 
 
 def estimate(
@@ -163,25 +173,12 @@ def estimate(
     return advantages, returns
 
 
-def _of_the_critic(values: Tensor | None, returns: Tensor | None, mask: Tensor) -> Metrics:
-    if values is None or returns is None:
-        return {}
-    return {"value/explained_variance": explained_variance(values, returns, mask)}
-
-
 def _of_the_groups(advantages: Tensor, ppo: PPOSection, responses_per_prompt: int) -> Metrics:
     """Prompts whose responses are all worth the same: nothing is learned from them."""
     if ppo.advantage != "group":
         return {}
     dead = (advantages == 0).all(1).view(-1, responses_per_prompt).all(1)
     return {"advantage/dead_groups": float(dead.sum())}
-
-
-def _check_sampler(metrics: Metrics, policy: Policy) -> list[str]:
-    """The engine and the trainer must give the same tokens the same log-probs, up to rounding."""
-    gap = metrics["check/sampler_gap"] or 0.0
-    bound = SAMPLER_GAP["float32" if policy.model.dtype == torch.float32 else "bfloat16"]
-    return [f"sampler gap {gap:.2g} nats per token, above {bound}"] if gap > bound else []
 
 
 def _check_placement(rewards: Tensor, penalties: Tensor, scores: Tensor, lengths: Tensor) -> None:

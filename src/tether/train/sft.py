@@ -1,23 +1,22 @@
 """Supervised fine-tuning: imitate examples, from a checkpoint or from scratch.
 
-The loss is the mean over the trained tokens of the whole optimizer step, so it does not matter how a step is cut into
-microbatches, nor how long its examples are. Which examples a step sees follows from (seed, epoch) alone; a run that is
-killed and continued therefore ends with the same bits.
+The loss is the mean over the trained tokens of the whole optimizer step, however it is cut into microbatches. Which
+examples a step sees follows from (seed, epoch) alone: a run that is continued ends with the same bits.
 """
 
 from __future__ import annotations
 
 import bisect
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.config import DataConfig, InitModelConfig, SFTConfig, SFTModelConfig, check, check_warmup
+from tether.config import InitModelConfig, RewardConfig, SFTConfig, SFTModelConfig, check, check_warmup
 from tether.data.examples import Example, load_examples
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ConfigError
@@ -36,8 +35,7 @@ from tether.models.loading import (
 )
 from tether.runs import Run, hash_files
 from tether.train.card import sft_card
-from tether.train.log import Logger
-from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation
+from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation, read_numbers
 from tether.train.preamble import check_parts, open_run
 from tether.train.state import TrainingState
 from tether.types import LogSink, microbatches
@@ -52,7 +50,7 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
     """
     check(config)
     check_parts(None, None, sinks)
-    inputs = input_hashes(config.model, config.data)
+    inputs = input_hashes(config)
     with open_run(config, command="sft", fresh=fresh, inputs=inputs) as (run, signals):
         if run.finished:
             return Run.open(run.path)
@@ -66,37 +64,30 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
         check_warmup(config.optim, len(plan))
         named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
         optimizer = build_optimizer(config.optim, named, lora=config.model.lora is not None)
-        state = TrainingState(
-            run, {"policy": model.lm}, ScheduledOptimizer(optimizer, config.optim, len(plan)), tokenizer
-        )
-        state.restore()
-        with Logger(run, config.log, total=len(plan), sinks=sinks) as log, state.saved_when_stopped():
-            for note in notes:
-                log.fallback(note)
-            while state.done < len(plan):
-                signals.stop_if_requested()
-                began, rows = time.perf_counter(), [[examples[i] for i in row] for row in plan[state.done]]
-                state.finish_step(accumulate(model, rows, config.sft.microbatch_tokens), began, log)
+        steps = ScheduledOptimizer(optimizer, config.optim, len(plan))
+
+        def learn(batch: list[list[int]]) -> dict[str, float]:
+            return accumulate(model, [[examples[i] for i in row] for row in batch], config.sft.microbatch_tokens)
+
+        TrainingState(run, {"policy": model.lm}, steps, tokenizer).run_steps(plan, learn, signals, sinks, notes)
         save_model(model, tokenizer, run.path / "final", card=sft_card(Run(run.path), config), stop_ids=stop_ids)
     return Run.open(run.path)
 
 
 def accumulate(model: LanguageModel, rows: Sequence[Row], microbatch_tokens: int) -> dict[str, float]:
-    """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step.
+    """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step. Returns its metrics.
 
-        L = - Σ log π(token | what precedes it in its example) / trained tokens of the step
-
-    Returns the step's metrics: loss in nats per token, trained tokens.
+    L = - Σ log π(token | what precedes it in its example) / trained tokens of the step
     """
     total = sum(sum(example.trained) for row in rows for example in row)
-    losses: list[Tensor] = []
+    losses: list[dict[str, Tensor]] = []
     for index in microbatches([sum(len(e.ids) for e in row) for row in rows], microbatch_tokens):
         batch = Batch.of([rows[i] for i in index.tolist()], model.device)
         logprobs, _, _ = model.logprobs(batch.tokens, batch.before, batch.targets, **batch.positions)
         loss = nll_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator=total)
         loss.backward()
-        losses.append(loss.detach())
-    return {"loss": sum(torch.stack(losses).tolist()), "tokens/trained": total}
+        losses.append({"loss": loss.detach()})
+    return {"loss": sum(numbers["loss"] for numbers in read_numbers(losses)), "tokens/trained": total}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,28 +103,16 @@ class Batch:
     def of(cls, rows: Sequence[Row], device: torch.device) -> Batch:
         """Position ids start over with every example: without an attention mask, transformers takes that as the border
         between sequences that must not see each other."""
-        width = max(sum(len(e.ids) for e in row) for row in rows)
-        tokens, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
-        trained = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            start = 0
-            for example in row:
-                end = start + len(example.ids)
-                tokens[i, start:end] = torch.tensor(example.ids)
-                positions[i, start:end] = torch.arange(end - start)
-                trained[i, start:end] = torch.tensor(example.trained)
-                start = end
-        packed = any(len(row) > 1 for row in rows)
-        row_index, column = trained.nonzero(as_tuple=True)
-        return cls(
-            tokens.to(device),
-            (row_index.to(device), column.to(device) - 1),
-            tokens[row_index, column].to(device),
-            {"position_ids": positions.to(device)} if packed else {},
-        )
-
-
-# ---------------------------------------------------------------- which examples a step sees
+        ids = [torch.tensor([token for example in row for token in example.ids]) for row in rows]
+        tokens = pad_sequence(ids, batch_first=True)
+        flags = [torch.tensor([flag for example in row for flag in example.trained]) for row in rows]
+        row_index, column = pad_sequence(flags, batch_first=True).nonzero(as_tuple=True)
+        positions = {}
+        if any(len(row) > 1 for row in rows):
+            counts = [torch.cat([torch.arange(len(example.ids)) for example in row]) for row in rows]
+            positions["position_ids"] = pad_sequence(counts, batch_first=True).to(device)
+        before = (row_index.to(device), column.to(device) - 1)
+        return cls(tokens.to(device), before, tokens[row_index, column].to(device), positions)
 
 
 def plan_steps(lengths: Sequence[int], config: SFTConfig) -> list[list[list[int]]]:
@@ -181,9 +160,6 @@ def check_packing(model: LanguageModel) -> None:
         )
 
 
-# ---------------------------------------------------------------- loading and saving
-
-
 def load_model(
     config: SFTModelConfig, *, device: torch.device, seed: int
 ) -> tuple[LanguageModel, PreTrainedTokenizerBase, list[str]]:
@@ -229,8 +205,9 @@ def init_architecture(config: InitModelConfig, tokenizer: PreTrainedTokenizerBas
         return init_model(config, tokenizer, seed=0).config
 
 
-def input_hashes(model: SFTModelConfig, data: DataConfig) -> dict[str, str]:
+def input_hashes(config: SFTConfig | RewardConfig) -> dict[str, str]:
     """Hashes of what a run reads, by config key: it continues only on the same."""
+    model, data = config.model, config.data
     if isinstance(model.policy, InitModelConfig):
         hashes = {"model.policy.tokenizer": hash_files(model.policy.tokenizer, model.revision)}
     else:

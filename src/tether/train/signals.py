@@ -17,7 +17,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -33,13 +33,11 @@ class StopRequested(KeyboardInterrupt):
 class Signals:
     """Catches SIGINT and SIGTERM while the block runs, and puts the handlers back that were there.
 
-    requested  a signal has arrived.
-
-    Python delivers signals to the main thread alone; in any other, nothing is caught and `requested` stays False.
+    Python delivers signals to the main thread alone; in any other, nothing is caught.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = False  # a signal has arrived
         self._droppable = False
         self._previous: dict[int, Any] = {}
 
@@ -48,9 +46,7 @@ class Signals:
             self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
@@ -66,7 +62,6 @@ class Signals:
         self.stop_if_requested()  # someone inside may have swallowed it
 
     def stop_if_requested(self) -> None:
-        """Raise StopRequested if a signal has arrived."""
         if self.requested:
             raise StopRequested
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,56 +17,69 @@ from tether.runs import RunDirectory
 from tether.train import checkpoint
 from tether.train.log import Logger, say
 from tether.train.optim import ScheduledOptimizer
-from tether.train.signals import StopRequested
-from tether.train.weights import restore_weights, save_weights
+from tether.train.signals import Signals, StopRequested
+from tether.types import LogSink
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(slots=True)
 class TrainingState:
-    """All that the next cycle (or step) depends on. Every draw is counted, so there is no more.
-
-    models   name in the checkpoint -> module: see `save_weights`. The policy's tokenizer is written beside it.
-    steps    the optimizer, and the steps in a row that it skipped.
-    done     cycles (or steps) that are done.
-    kl_coef  PPO's β; 0 elsewhere.
-    """
+    """All that the next cycle (or step) depends on. Every draw is counted, so there is no more."""
 
     run: RunDirectory
-    models: Mapping[str, Any]
+    models: Mapping[str, Any]  # name in the checkpoint -> module, see `checkpoint.save_weights`
     steps: ScheduledOptimizer
     tokenizer: PreTrainedTokenizerBase
-    done: int = 0
-    kl_coef: float = 0.0
+    done: int = 0  # cycles (or steps)
+    kl_coef: float = 0.0  # PPO's β; 0 elsewhere
+    kl_error: float = -2.0  # `tether.math.kl_error` of the last cycle
 
     def save(self) -> None:
-        """Write a checkpoint."""
         assert isinstance(self.run.config, TrainingConfig)
 
         def write(directory: Path) -> None:
             for name, model in self.models.items():
-                save_weights(model, directory / name)
+                checkpoint.save_weights(model, directory / name)
             self.tokenizer.save_pretrained(directory / "policy")
             checkpoint.save_optimizer(self.steps.optimizer, self.steps.named, directory / "optimizer.safetensors")
 
-        numbers = {self.run.unit: self.done, "kl_coef": self.kl_coef, "skipped": self.steps.skipped}
+        numbers = {self.run.unit: self.done, "kl_coef": self.kl_coef, "kl_error": self.kl_error,
+                   "skipped": self.steps.skipped}  # fmt: skip
         name, keep = f"{self.run.unit}-{self.done:06d}", self.run.config.checkpoint.keep
         checkpoint.save(self.run.path, name, numbers, write, keep=keep)
 
-    def finish_step(self, metrics: Mapping[str, float | None], began: float, log: Logger) -> None:
-        """Step on the gradients that an optimizer step has added up, log its metrics, and save where that is due.
+    def run_steps(
+        self,
+        plan: Sequence[Batch],
+        accumulate: Callable[[Batch], Mapping[str, float | None]],
+        signals: Signals,
+        sinks: Sequence[LogSink],
+        notes: Sequence[str] = (),
+    ) -> None:
+        """The loop of a trainer whose unit is the optimizer step: go on where the run stopped, to the end of `plan`.
 
-        metrics: of the step so far. began: when it began, by time.perf_counter().
+        accumulate: adds up the gradients of a step's batch, and returns the step's metrics so far.
         """
-        taken: dict[str, float | None] = {**metrics, **self.steps.step(self.done)}
-        seconds = taken["time/update_s"] = time.perf_counter() - began
-        if tokens := metrics.get("tokens/trained"):
-            taken["tokens_per_s/update"] = tokens / seconds
-        self.done += 1
-        log.write(self.done, taken)
-        if self.steps.skipped:
-            log.alarms(self.done, ["optimizer step skipped: its gradient is not finite"])
-        self.steps.stop_if_broken()
-        self.save_if_due(self.steps.total)
+        assert isinstance(self.run.config, TrainingConfig)
+        self.restore()
+        with Logger(self.run, self.run.config.log, total=len(plan), sinks=sinks) as log, self.saved_when_stopped():
+            for note in notes:
+                log.fallback(note)
+            while self.done < len(plan):
+                signals.stop_if_requested()
+                began = time.perf_counter()
+                metrics = dict(accumulate(plan[self.done]))
+                metrics |= self.steps.step(self.done)
+                seconds = metrics["time/update_s"] = time.perf_counter() - began
+                if tokens := metrics.get("tokens/trained"):
+                    metrics["tokens_per_s/update"] = tokens / seconds
+                self.done += 1
+                log.write(self.done, metrics)
+                if self.steps.skipped:
+                    log.alarms(self.done, [("skipped-steps", "optimizer step skipped: its gradient is not finite")])
+                self.steps.stop_if_broken()
+                self.save_if_due(len(plan))
 
     def save_if_due(self, total: int) -> None:
         """Write a checkpoint where the config asks for one, and after the last of `total` cycles (or steps)."""
@@ -84,10 +97,10 @@ class TrainingState:
         if found := checkpoint.latest(self.run.path, passed_over):
             directory, numbers = found
             for name, model in self.models.items():
-                restore_weights(model, directory / name)
+                checkpoint.restore_weights(model, directory / name)
             checkpoint.load_optimizer(self.steps.optimizer, self.steps.named, directory / "optimizer.safetensors")
-            self.done, self.kl_coef = numbers[self.run.unit], numbers["kl_coef"]
-            self.steps.skipped = numbers["skipped"]
+            self.done, self.steps.skipped = numbers[self.run.unit], numbers["skipped"]
+            self.kl_coef, self.kl_error = numbers["kl_coef"], numbers["kl_error"]
         self.run.truncate_after(self.done)
 
     @contextmanager

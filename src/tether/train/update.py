@@ -15,18 +15,16 @@ from tether.math import cispo_loss, clipped_policy_loss, entropy_mean, kl_loss, 
 from tether.models.policy import Policy
 from tether.runs.bounds import FIRST_RATIO_MAX_FLOAT32, FIRST_RATIO_MEAN, FIRST_RATIO_STOP
 from tether.train.memory import peak_mb
-from tether.train.optim import RESTART_HINT, SHUFFLE, ScheduledOptimizer, permutation
+from tether.train.optim import RESTART_HINT, SHUFFLE, ScheduledOptimizer, permutation, read_numbers
 from tether.train.rollout import Metrics
 from tether.types import Rollout, microbatches
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What phase 2 did."""
-
     metrics: Metrics
     new_logprobs: Tensor  # [B, R] nats, from the last epoch's own passes
-    alarms: list[str]  # self-checks out of bounds, steps that were skipped
+    alarms: list[tuple[str, str]]  # self-checks out of bounds, steps that were skipped: rule, text
 
 
 def update(
@@ -36,17 +34,15 @@ def update(
 ) -> Update:  # fmt: skip
     """Maximize the clipped objective over the cycle's rollout; changes `policy` and the optimizer in place.
 
-    Every metric is taken before its minibatch's step and averaged over the cycle by tokens. The learning rate follows
-    from the step's number in the whole run, so nothing of the schedule needs saving.
-
-    Raises TrainingError when gradients stay not finite, or when the first ratio of the cycle is not 1.
+    Every metric is taken before its minibatch's step and averaged over the cycle by tokens. Raises TrainingError when
+    gradients stay not finite, or when the first ratio of the cycle is not 1.
     """
     began = time.perf_counter()
     per_epoch = len(rollout.rows) // ppo.minibatch
     new_logprobs = rollout.old_logprobs.clone()
     done: list[tuple[dict[str, float], float]] = []  # metrics and tokens of every minibatch
     first_ratio_error = 0.0
-    alarms: list[str] = []
+    alarms: list[tuple[str, str]] = []
     policy.critic_only = cycle <= ppo.value_warmup_cycles
 
     for epoch in range(ppo.epochs):
@@ -64,7 +60,7 @@ def update(
             step = ((cycle - 1) * ppo.epochs + epoch) * per_epoch + m
             metrics |= steps.step(step)
             if steps.skipped:
-                alarms.append(f"optimizer step {step} skipped: its gradient is not finite")
+                alarms.append(("skipped-steps", f"optimizer step {step} skipped: its gradient is not finite"))
             steps.stop_if_broken()
             done.append((metrics, float(minibatch.rows.response_lengths.sum())))
         if ppo.stop_epoch_at_kl is not None and _means(done[-per_epoch:])["policy/kl_old_new"] > ppo.stop_epoch_at_kl:
@@ -76,6 +72,7 @@ def update(
         {
             **_means(done),
             "check/first_ratio_error": first_ratio_error,
+            **({} if ppo.stop_epoch_at_kl is None else {"optim/steps": len(done)}),
             "optim/skipped_steps": sum(int(metrics["optim/skipped_steps"]) for metrics, _ in done),
             "time/update_s": seconds,
             "tokens_per_s/update": sum(tokens for _, tokens in done) / max(seconds, 1e-9),
@@ -101,8 +98,7 @@ def accumulate(
     denominator = float(rows.response_lengths.sum())
     share = denominator / max(1.0, _live_tokens(minibatch, ppo))
     surrogate = cispo_loss if ppo.surrogate == "cispo" else clipped_policy_loss
-    names: list[str] = []
-    values: list[Tensor] = []  # of each microbatch, one for each name
+    found: list[dict[str, Tensor]] = []  # metrics of each microbatch
     new_logprobs = torch.zeros_like(minibatch.old_logprobs)
     for index in microbatches(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
         part = minibatch.select(index)
@@ -125,13 +121,11 @@ def accumulate(
             if ppo.kl.place == "loss":
                 terms.append(kl_coef * kl_loss(output.logprobs, part.ref_logprobs, mask, denominator=denominator))
         sum(terms[1:], terms[0]).backward()
-        found = {**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()}
-        names = list(found)
-        values.append(torch.stack(list(found.values())))
+        found.append({**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()})
         new_logprobs[index, : mask.shape[1]] = output.logprobs.detach()
     metrics: dict[str, float] = {}
-    for row in torch.stack(values).tolist():  # at once: reading a number off a GPU waits for all that it has to do
-        _merge(metrics, dict(zip(names, row, strict=True)))
+    for part_metrics in read_numbers(found):
+        _merge(metrics, part_metrics)
     return metrics, new_logprobs
 
 
@@ -160,7 +154,7 @@ def _merge(total: dict[str, float], part: Mapping[str, float], *, weight: float 
             total[name] = total.get(name, 0.0) + weight * x
 
 
-def _check_first_ratio(logprobs: Tensor, minibatch: Rollout, policy: Policy, alarms: list[str]) -> float:
+def _check_first_ratio(logprobs: Tensor, minibatch: Rollout, policy: Policy, alarms: list[tuple[str, str]]) -> float:
     """Before anything is learned the ratio must be 1: anything else is a bug, in us or in a kernel. Mean of |ρ - 1|."""
     mask = minibatch.rows.response_mask
     error = ((logprobs - minibatch.old_logprobs)[mask].exp() - 1).abs()
@@ -174,5 +168,5 @@ def _check_first_ratio(logprobs: Tensor, minibatch: Rollout, policy: Policy, ala
     precise = policy.model.dtype == torch.float32
     bound = FIRST_RATIO_MEAN["float32" if precise else "bfloat16"]
     if mean > bound or (precise and largest > FIRST_RATIO_MAX_FLOAT32):
-        alarms.append(f"the first ratio is off 1 by {mean:.2g} on average, {largest:.2g} at most")
+        alarms.append(("first-ratio", f"the first ratio is off 1 by {mean:.2g} on average, {largest:.2g} at most"))
     return mean

@@ -1,0 +1,45 @@
+"""docs/metrics.md: written from the code, and complete for what real runs write."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import tether
+from tether.config import DataConfig, LogConfig, RewardConfig, SFTConfig, SFTModelConfig
+from tether.reports.metrics import page
+from tiny_ppo import id_score, tiny_config
+
+TEXTS = '{"text": "once upon a time"}\n' * 4
+PAIRS = "".join(f'{{"prompt": "p{i}", "chosen": "good {i}", "rejected": "bad"}}\n' for i in range(8))
+
+
+def listed(command: str) -> set[str]:
+    """The metrics that the page lists of a command."""
+    _, _, section = page().partition(f"`tether {command}`\n")
+    return set(re.findall(r"^\| `(.+?)` \|", section.partition("\n## ")[0], re.M))
+
+
+def test_the_page_is_what_the_code_says_now():
+    file = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+    assert file.read_text(encoding="utf-8") == page(), "python -m tether.reports.metrics > docs/metrics.md"
+
+
+def test_the_page_lists_every_metric_of_a_ppo_run_and_no_other(tiny_model, tmp_path):
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"cycles": 1}, evaluate={"every": 1})
+    metrics = tether.ppo(config, reward=id_score).metrics[0]
+    found = {re.sub(r"^eval/.*", "eval/*", name).replace("id_score", "SOURCE") for name in metrics}
+    assert found - {"cycle"} == listed("ppo") - {"reward/SOURCE_missing"}  # of optional sources alone
+
+
+@pytest.mark.parametrize("command", ["sft", "reward"])
+def test_the_page_lists_every_metric_of_a_run_of_steps_and_no_other(tiny_model, tmp_path, command):
+    kind, trainer, text = {
+        "sft": (SFTConfig, tether.sft, TEXTS), "reward": (RewardConfig, tether.reward_model, PAIRS)
+    }[command]  # fmt: skip
+    (tmp_path / "data.jsonl").write_text(text)
+    config = kind(
+        run=str(tmp_path / "run"), model=SFTModelConfig(policy=str(tiny_model())),
+        data=DataConfig(path=str(tmp_path / "data.jsonl")), log=LogConfig(tensorboard=False), device="cpu",
+    )  # fmt: skip
+    assert {name for m in trainer(config).metrics for name in m} - {"step"} == listed(command)
