@@ -41,6 +41,11 @@ BAD = [  # kind, flags, the message's start, what it tells to do
     ("ppo", "--ppo.kl.target 6 --ppo.kl.coef 0", "ppo.kl.coef=0.0 is not above 0: an adaptive β", "positive"),
     ("ppo", "--ppo.kl.horizon 0", "ppo.kl.horizon=0.0 is not above 0", "positive"),
     ("ppo", "--ppo.kl.target 6 --ppo.kl.horizon 12", "ppo.kl.horizon=12 is too short for ppo.batch=64", "above 12.8"),
+    ("ppo", "--ppo.advantage group", "ppo.responses_per_prompt=1 with ppo.advantage=group", "to 2 or more"),
+    ("ppo", "--ppo.group_std true", "ppo.group_std=true with ppo.advantage=gae", "advantage to group"),
+    ("ppo", "--ppo.advantage batch --ppo.lam 1", "ppo.lam=1.0 with ppo.advantage=batch", "Leave it out"),
+    ("ppo", "--ppo.advantage batch --ppo.value_warmup_cycles 1", "ppo.value_warmup_cycles=1 with", "Leave it out"),
+    ("ppo", "--ppo.advantage batch --model.critic separate", "model.critic=separate with", "Leave model.critic out"),
     ("ppo", "--ppo.stop_epoch_at_kl 0", "ppo.stop_epoch_at_kl=0.0 is not above 0", "null turns it off"),
     ("ppo", "--ppo.value_warmup_cycles 200", "ppo.value_warmup_cycles=200 is not below ppo.cycles=200", "fewer"),
     (

@@ -27,10 +27,13 @@ ppo:
   epochs: 4
   minibatch: 16
   microbatch_tokens: 8192
+  advantage: gae
+  group_std: false
+  surrogate: clip
   gamma: 1.0
   lam: 0.95
   critic_lam: null
-  whiten: true
+  whiten: null
   clip: 0.2
   clip_high: null
   value_clip: 0.2

@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adapters, KL held": {"model": {"lora": LoraConfig(rank=2)}, "ppo": {"kl": KLConfig(coef=0.2, target=0.05)}},
     "KL held after a warm-up": {"ppo": {"value_warmup_cycles": 1, "kl": KLConfig(coef=0.2, target=0.05)}},
     "KL by Ziegler's formula": {"ppo": {"kl": KLConfig(coef=0.2, target=0.05, horizon=40)}},
+    "group baseline": {"ppo": {"advantage": "group", "surrogate": "cispo"}},
     "bfloat16": {"model": {"dtype": "bfloat16"}},
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import tether
 from tether.config import (
     ModelConfig,
     OptimConfig,
@@ -26,7 +27,7 @@ from tether.train.rollout import collect
 from tether.train.update import accumulate, update
 from tether.types import Rollout, Sampling
 from tiny import language_model, prompts_of, ragged_rows
-from tiny_ppo import id_score
+from tiny_ppo import id_score, tiny_config
 
 CONFIG = PPOConfig(
     run="run", model=ModelConfig("m"), prompts=PromptsConfig("p"),
@@ -105,6 +106,26 @@ def test_its_gradient_is_that_of_a_critic_whose_loss_counts_nothing(policy, expe
     accumulate(other, replace(experience.rollout, values=zeros, returns=zeros), ppo, kl_coef=0.1, temperature=1.0)
     for (name, a), (_, b) in zip(policy.policy_parameters(), other.policy_parameters(), strict=True):
         assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_a_group_of_equal_responses_dilutes_no_other(policy, experience):
+    rollout = experience.rollout
+    dead = replace(rollout, advantages=torch.where(torch.tensor([0, 0, 1, 1])[:, None] == 0, rollout.advantages, 0.0))
+    accumulate(policy, dead, CONFIG.ppo, kl_coef=0.1, temperature=1.0)
+    other = Policy(language_model(), value_head=False).train()
+    accumulate(other, dead.select(torch.tensor([0, 1])), CONFIG.ppo, kl_coef=0.1, temperature=1.0)
+    for (name, a), (_, b) in zip(policy.policy_parameters(), other.policy_parameters(), strict=True):
+        assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("advantage", ["group", "batch"])
+def test_a_run_without_a_critic_finishes_and_leaves_none(tiny_model, tmp_path, advantage):
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"advantage": advantage})
+    run = tether.ppo(config, reward=id_score)
+    assert not any("critic" in path.name for path in run.path.rglob("*"))
+    assert not [name for name in run.metrics[-1] if name.startswith("value/")]
+    assert ("advantage/dead_groups" in run.metrics[-1]) == (advantage == "group")
+    tether.report(run.path)
 
 
 def test_pages_show_what_such_a_response_has(experience, tiny_tokenizer):

@@ -29,6 +29,8 @@ _OTHERS = {  # command -> what has no curve of its own
         "value/clip_fraction": "Share of tokens whose value the update wanted to change by more than the value clip.",
         "advantage/mean": "Mean advantage over tokens, before whitening, in reward units.",
         "advantage/std": "Standard deviation of the advantages, before whitening.",
+        "advantage/dead_groups": "Prompts whose responses are all worth the same: they teach nothing. Of "
+        "`ppo.advantage: group`.",
         "response/length_min": "Tokens of the shortest response.",
         "response/length_max": "Tokens of the longest response.",
         "response/distinct_2": "Different pairs of neighboring tokens over all pairs: it falls as answers repeat.",
