@@ -47,16 +47,16 @@ class Setting:
     cycles: int
     coef: float = 0.05  # where β starts
     minibatch: int = 16
-    lam: float = 0.95
+    critic: str = "shared"
 
     def __str__(self) -> str:
         return f"batch {self.batch}, lr {self.lr:g}, β from {self.coef:g}, {self.cycles} cycles"
 
 
 SETTINGS = [
-    Setting(batch=32, minibatch=8, lr=1e-4, target=6, cycles=50),
+    Setting(batch=32, minibatch=8, lr=1e-4, target=6, cycles=100),
     Setting(batch=64, minibatch=32, lr=2e-4, target=5, cycles=50),
-    Setting(batch=64, minibatch=32, lr=5e-4, target=8, cycles=50),
+    Setting(batch=64, minibatch=32, lr=5e-4, target=8, cycles=50, critic="separate"),
     Setting(batch=128, minibatch=16, lr=5e-5, target=4, cycles=50, coef=0.01),
     Setting(batch=256, minibatch=16, lr=1e-5, target=1.5, cycles=50),
 ]
@@ -69,12 +69,12 @@ def run(setting: Setting, horizon: float | None, args: argparse.Namespace) -> li
             run=f"{folder}/run",
             seed=args.seed,
             device="cpu",
-            model=ModelConfig(policy=args.model),
+            model=ModelConfig(policy=args.model, critic=setting.critic),
             prompts=PromptsConfig(path=args.prompts, max_tokens=32),
             reward=[RewardSourceConfig(function=f"{EXAMPLE}/sentiment.py:sentiment", weight=3.0)],
             sampling=SamplingConfig(max_new_tokens=32),
             ppo=PPOSection(
-                cycles=setting.cycles, batch=setting.batch, minibatch=setting.minibatch, lam=setting.lam,
+                cycles=setting.cycles, batch=setting.batch, minibatch=setting.minibatch,
                 kl=KLConfig(coef=setting.coef, target=setting.target, horizon=horizon),
             ),
             optim=OptimConfig(lr=setting.lr),
