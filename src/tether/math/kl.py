@@ -77,8 +77,8 @@ def hold_kl(coef: float, error: float, last_error: float, *, score_std: float, k
     only shakes the critic; where it is outweighed, β·kl_std < score_std/10, a smaller one frees nothing. β moves no
     further there, so that it need not come back from far away (anti-windup).
 
-    Source: Åström & Hägglund 1995, PID Controllers, sections 3.3 and 3.5, for the velocity form and anti-windup; gains
-    by `bench/kl_target.py`.
+    Source: Åström & Hägglund 1995, PID Controllers, chapter 3, for the velocity form and anti-windup; the gains are our
+    own, tried by `bench/kl_target.py`.
 
     coef        β of the cycle before, reward units per nat.
     error       of this cycle.
