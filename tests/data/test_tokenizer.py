@@ -151,7 +151,7 @@ def test_a_tokenizer_without_eos_has_no_stop_tokens(tiny_tokenizer):
 
 
 def test_a_stop_token_that_no_text_can_have_is_refused(tiny_tokenizer):
-    with pytest.raises(ConfigError, match=r"sampling.stop_token_ids holds 258, which is no token of the tokenizer"):
+    with pytest.raises(ConfigError, match=r"sampling.stop_token_ids holds 258, which is not a token of the tokenizer"):
         stop_token_ids(tiny_tokenizer, None, [1, 258])
     with pytest.raises(ModelError, match="generation_config names eos_token_id 50256"):
         stop_token_ids(tiny_tokenizer, config(50256), None)

@@ -87,7 +87,7 @@ def test_the_error_is_the_log_of_kl_over_target_clipped(kl, want):
     ],
 )
 def test_beta_follows_the_error_and_its_change(error, last, want):
-    assert hold_kl(0.1, error, last, score_std=1.0, kl_std=6.0) == pytest.approx(want, rel=1e-5)
+    assert hold_kl(0.1, error, last, even=1 / 6) == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,16 @@ def test_beta_follows_the_error_and_its_change(error, last, want):
     ],
 )
 def test_beta_moves_no_further_where_penalty_or_score_already_outweighs_the_other(coef, error, want):
-    assert hold_kl(coef, error, error, score_std=1.0, kl_std=10.0) == pytest.approx(want, rel=1e-5)
+    assert hold_kl(coef, error, error, even=0.1) == pytest.approx(want, rel=1e-5)
 
 
-def test_beta_stays_while_no_response_has_left_the_reference():
-    assert hold_kl(0.1, -2.0, -2.0, score_std=1.0, kl_std=0.0) == 0.1
+def test_beta_stays_while_all_scores_are_equal():
+    assert hold_kl(0.1, -2.0, -2.0, even=0.0) == 0.1
+    assert hold_kl(0.1, 2.0, -2.0, even=0.0) == 0.1
+
+
+def test_in_the_loss_beta_has_no_bounds():
+    assert hold_kl(0.5, 1.0, 1.0, even=None) == pytest.approx(0.745912, rel=1e-5)  # 0.5·exp(0.4)
 
 
 @pytest.mark.parametrize("speed", [0.15, 0.4, 0.8])  # nats^½ per cycle: how fast the policy can move
@@ -118,7 +123,7 @@ def test_the_kl_of_a_policy_that_drifts_until_beta_stops_it_is_held_within_a_qua
     for cycle in range(200):
         kl, pull = distance**2 / 2, 1.01**cycle
         error = kl_error(kl, target=target)
-        coef, last = hold_kl(coef, error, last, score_std=pull, kl_std=distance), error
+        coef, last = (hold_kl(coef, error, last, even=pull / distance) if distance else coef), error
         force = 1 - coef * distance / pull
         distance = max(distance + speed * force / math.sqrt(1 + force**2), 0.0)
         kls.append(kl)

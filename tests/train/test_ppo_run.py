@@ -256,9 +256,9 @@ def test_the_kl_coefficient_moves_by_zieglers_formula_where_a_horizon_is_set(tin
 
 
 def test_the_kl_coefficient_answers_to_the_kl_of_its_own_cycle_where_none_is(tiny_model, tmp_path):
-    ppo = {"cycles": 6, "kl": KLConfig(coef=0.2, target=0.05)}
+    ppo = {"cycles": 6, "kl": KLConfig(coef=0.01, target=0.05)}
     run = tether.ppo(tiny_config(tmp_path / "run", tiny_model(), ppo=ppo), reward=id_score)
-    coef, last = 0.2, -2.0
+    coef, last = 0.01, -2.0
     for metrics in run.metrics:
         kl = metrics["kl/ref_mean"]
         error = min(max(math.log(kl / 0.05), -2), 2) if kl > 0 else -2.0
@@ -272,12 +272,15 @@ def test_the_kl_coefficient_answers_to_the_kl_of_its_own_cycle_where_none_is(tin
     assert len({m["kl/coef"] for m in run.metrics}) == 6
 
 
-def test_a_held_kl_leaves_the_coefficient_alone_while_the_policy_is_frozen(tiny_model, tmp_path):
-    ppo = {"cycles": 5, "value_warmup_cycles": 2, "kl": KLConfig(coef=0.2, target=0.05)}
-    run = tether.ppo(tiny_config(tmp_path / "run", tiny_model(), ppo=ppo, evaluate={"every": 0}), reward=id_score)
-    used = [m["kl/coef"] for m in run.metrics]
-    assert used[:3] == [0.2, 0.2, 0.2]  # the third cycle is the first that moves the policy: its KL is still 0
-    assert used[3] != used[2]
+@pytest.mark.parametrize("reference", [0, 1], ids=["of the start", "of another model"])
+def test_a_held_kl_leaves_the_coefficient_alone_while_the_policy_is_frozen(tiny_model, tmp_path, reference):
+    model = {"policy": str(tiny_model()), "reference": str(tiny_model(seed=1)) if reference else None}
+    ppo = {"cycles": 5, "value_warmup_cycles": 2, "kl": KLConfig(coef=0.01, target=0.05)}
+    config = tiny_config(tmp_path / "run", tiny_model(), model=model, ppo=ppo, evaluate={"every": 0})
+    used = [m["kl/coef"] for m in tether.ppo(config, reward=id_score).metrics]
+    assert used[:2] == [0.01, 0.01]
+    assert (used[2] == 0.01) == (not reference)  # the first that moves the policy: from the start its KL is still 0
+    assert used[3] != 0.01
 
 
 def test_the_kl_coefficient_stands_still_while_the_policy_is_frozen(tiny_model, tmp_path):

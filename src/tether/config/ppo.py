@@ -41,7 +41,7 @@ class KLConfig(Section):
     """The leash to the reference."""
 
     coef: Annotated[float, at_least(0, "the policy would be paid for leaving the reference")] = 0.05
-    """β: reward units a nat. With a target, only the start."""
+    """β: reward units per nat. With a target, only the start."""
     target: Annotated[float | None, positive("a KL of 0 is the untrained model")] = None
     """KL to hold, in nats per response, by adapting β; null keeps β."""
     horizon: Annotated[float | None, positive("β would jump by any amount")] = None

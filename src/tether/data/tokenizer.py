@@ -70,7 +70,7 @@ def stop_token_ids(
         for token in override:
             if token not in vocabulary:
                 raise ConfigError(
-                    f"sampling.stop_token_ids holds {token}, which is no token of the tokenizer (ids 0 to "
+                    f"sampling.stop_token_ids holds {token}, which is not a token of the tokenizer (ids 0 to "
                     f"{max(vocabulary)}): no response could ever stop at it. Remove it; null uses the model's own."
                 )
         return tuple(dict.fromkeys(override))
@@ -82,8 +82,8 @@ def stop_token_ids(
     for token in ids:
         if token not in vocabulary:
             raise ModelError(
-                f"the model's generation_config names eos_token_id {token}, which is no token of the tokenizer (ids 0 "
-                f"to {max(vocabulary)}): no response could ever stop at it. Use the tokenizer that the model was "
+                f"the model's generation_config names eos_token_id {token}, which is not a token of the tokenizer (ids "
+                f"0 to {max(vocabulary)}): no response could ever stop at it. Use the tokenizer that the model was "
                 "trained with, correct generation_config.json, or set sampling.stop_token_ids."
             )
     # Llama 3 lists <|end_of_text|> before the <|eot_id|> that ends a turn; the tokenizer's eos is the one to train.
@@ -104,11 +104,7 @@ def is_directory(path: str, revision: str | None = None) -> bool:
             f"{path} does not exist: there is no model to load.{did_you_mean_path(path)} Check the path; a model on "
             "the hub is named owner/name."
         )
-    if problem := _hub_problem(path, revision or "main"):
-        raise ModelError(
-            f"{path} is not a directory here, and {problem}.{_neighbor(path)} Check the path; a model on the hub is "
-            "named owner/name."
-        )
+    _ask_hub(path, revision or "main")
     return False
 
 
@@ -117,24 +113,32 @@ def _neighbor(name: str) -> str:
     return "" if "/" in name else did_you_mean_path(name)
 
 
-@cache
-def _hub_problem(name: str, revision: str) -> str | None:
-    """Why the hub cannot give a model, by one request: loading it would try again for a minute. None where it can,
-    where the model is in the cache, and where loading will say at once what is wrong."""
+@cache  # answers alone: what was raised is asked again
+def _ask_hub(name: str, revision: str) -> None:
+    """ModelError where the hub cannot give a model, by one request: loading it would try again for a minute. Nothing is
+    asked where a part of it is in the cache, and nothing is said where loading will say at once what is wrong."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-        return None
+    if constants.HF_HUB_OFFLINE:
+        return
+    files = ("config.json", "tokenizer.json", "tokenizer_config.json")
     try:
-        HfApi().repo_info(name, revision=revision, timeout=5)
+        if not any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files):
+            HfApi().repo_info(name, revision=revision, timeout=5)
+        return
+    except HFValidationError:
+        problem = "no model on the hub can have that name"
     except RepositoryNotFoundError:
-        return "the hub has no such model that you may read"
+        problem = "the hub has no such model that you may read"
     except HfHubHTTPError:
-        return None
+        return
     except Exception as error:
-        return f"the hub does not answer ({first_line(error)})"
-    return None
+        problem = f"the hub does not answer ({first_line(error)})"
+    raise ModelError(
+        f"{name} is not a directory here, and {problem}.{_neighbor(name)} Check the path; a model on the hub is named "
+        "owner/name."
+    )
 
 
 def looks_local(path: str) -> bool:

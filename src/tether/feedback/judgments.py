@@ -45,7 +45,7 @@ def record(
     row = connection.execute("SELECT * FROM items WHERE id = ?", (item,)).fetchone()
     judgment = _checked(judgment, json.loads(lease["shown"]), on_screen)
     if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
-        raise LabelError(f"seconds={seconds} is no time that a person can have spent. Give a number from 0 on.")
+        raise LabelError(f"seconds={seconds} is not a time that a person can have spent. Give a number from 0 on.")
     decided = judgment.choice != "skip"
     if decided and not may_take(connection, item, person["id"], now):
         raise LabelError(

@@ -50,7 +50,7 @@ def next_kl_coef(coef: float, kl: float, *, target: float, horizon: float, respo
 
     Source: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593), who start at β = 0.15 with target 6, horizon 10000.
 
-    coef       β as used in this cycle, reward units a nat.
+    coef       β as used in this cycle, reward units per nat.
     kl         this cycle's KL(π‖ref), nats per response.
     target     nats per response, > 0.
     horizon    responses; β changes by at most 20 % while so many are sampled.
@@ -65,7 +65,7 @@ def kl_error(kl: float, *, target: float) -> float:
     return min(max(math.log(kl / target), -2.0), 2.0) if kl > 0 else -2.0
 
 
-def hold_kl(coef: float, error: float, last_error: float, *, score_std: float, kl_std: float) -> float:
+def hold_kl(coef: float, error: float, last_error: float, *, even: float | None) -> float:
     """β for the cycle that was just sampled: PI control of log KL by log β, in velocity form.
 
         log β ← log β + 1.5·(e - e_last) + 0.4·clip(e, ±1),   e = `kl_error` of this cycle
@@ -73,21 +73,23 @@ def hold_kl(coef: float, error: float, last_error: float, *, score_std: float, k
     The first part answers to a KL that rises before it is there, the second removes what error is left. Waiting a cycle
     (β for the next cycle from this one's KL) would make fast policies swing.
 
-    Where the penalty outweighs the score, β·kl_std > 3·score_std, advantages are the penalty's alone and a larger β
-    only shakes the critic; where it is outweighed, β·kl_std < score_std/10, a smaller one frees nothing. β moves no
+    In the reward β has bounds. Where the penalty outweighs the score, β > 3·even, advantages are the penalty's alone
+    and a larger β only shakes the critic; where it is outweighed, β < even/10, a smaller one frees nothing. β moves no
     further there, so that it need not come back from far away (anti-windup).
 
-    Source: Åström & Hägglund 1995, PID Controllers, sections 3.3 and 3.5, for the velocity form and anti-windup; gains
-    by `bench/kl_target.py`.
+    Source: Åström & Hägglund 1995, PID Controllers, chapter 3, for the velocity form and anti-windup; the gains are our
+    own, tried by `bench/kl_target.py`.
 
     coef        β of the cycle before, reward units per nat.
     error       of this cycle.
     last_error  of the cycle before; -2 before the first.
-    score_std   standard deviation of this cycle's scores, reward units.
-    kl_std      the same of its responses' sums of log π - log ref, nats; 0 in the first cycle: β stays.
+    even        the β at which the penalty spreads as widely as the score: std of the cycle's scores over std of its
+                responses' Σ log(π/ref), reward units per nat. 0 where all scores are equal: β stays, as no β would
+                change what is learned. None where the KL is in the loss, whose weight does not compete with the score.
     """
-    if kl_std == 0:
-        return coef
     moved = coef * math.exp(1.5 * (error - last_error) + 0.4 * min(max(error, -1.0), 1.0))
-    even = score_std / kl_std
+    if even is None:
+        return moved
+    if even == 0:
+        return coef
     return max(min(moved, max(coef, 3 * even)), min(coef, even / 10))

@@ -69,7 +69,7 @@ PPO = [
           "Share of a cycle's responses that contain the phrase of four tokens that most of them contain. A score that "
           "grows only as this does has found a phrase.", shows=(0, 1)),
     Curve("kl/coef", "Weight of the KL, β",
-          "Reward units a nat; adapted so that the KL comes to its target."),
+          "Reward units per nat; adapted so that the KL comes to its target."),
     Curve("policy/optimality_gap", "Optimality gap",
           "Estimated KL, in nats per response, to the best policy for this score and β. It falls to 0 as training "
           "converges; a collapsed policy reads 0 too, so read it beside entropy.", shows=(0,)),

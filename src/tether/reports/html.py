@@ -1,4 +1,4 @@
-"""Templates and JSON for pages that show what nobody vouches for."""
+"""Templates and JSON for pages that show untrusted text."""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ _OTHERS = {  # command -> what has no curve of its own
         "time/rollout_s": "Seconds for sampling.",
         "time/score_s": "Seconds of the reward sources.",
         "time/forward_s": "Seconds for log-probabilities and values of what was sampled.",
+        "optim/steps": "Optimizer steps made in the cycle, where `ppo.stop_epoch_at_kl` may end it early.",
         "memory/peak_mb": "Peak memory, MiB: what torch had on the GPU, or the process on a CPU.",
         "eval/*": "The same of the held-out prompts, where a cycle was evaluated: `score_*`, `total_mean`, "
         "`reward/SOURCE_mean`, `kl_ref_mean`, `length_mean`, `truncated_fraction`, `explained_variance`.",

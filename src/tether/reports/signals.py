@@ -107,7 +107,7 @@ def beta_of(row: Row, ppo: PPOSection) -> float | None:
 
 
 def arithmetic(row: Row, t: int, ppo: PPOSection, beta: float | None) -> list[tuple[str, str]]:
-    """(what, the sum with this token's numbers) of token `t`, as a lecturer would write them on the board.
+    """(what, the sum with this token's numbers) of token `t`.
 
     beta: see `beta_of`.
     """

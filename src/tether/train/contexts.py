@@ -50,7 +50,7 @@ def _check(what: str, architecture: Any, longest: int, new: int) -> None:
         lower += [f"prompts.max_tokens to {context - new} (with prompts.overlong: drop)"] if context > new else []
         raise ConfigError(
             f"{what} has a context of {context} tokens, but the longest prompt has {longest} tokens and up to {new} "
-            f"are sampled after it: a later cycle would end the run for good. Lower "
+            f"are sampled after it: a later cycle would fail, and again whenever the run is continued. Lower "
             f"{' or '.join(lower) or 'sampling.max_new_tokens and prompts.max_tokens'}, or name a model with a longer "
             "context."
         )

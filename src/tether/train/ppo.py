@@ -147,9 +147,12 @@ def _kl_coef(state: TrainingState, ppo: PPOSection, scores: Tensor, log_ratio_su
     """β of the cycle that was just sampled. While the value warm-up freezes the policy it stays: the KL is 0 then."""
     if ppo.kl.target is None or ppo.kl.horizon is not None or state.done < ppo.value_warmup_cycles:
         return state.kl_coef
+    spread = log_ratio_sums.std(correction=0)
+    if spread == 0:  # the first cycle: no response has left the reference
+        return state.kl_coef
     error = kl_error(float(log_ratio_sums.mean()), target=ppo.kl.target)
-    stds = {"score_std": float(scores.std(correction=0)), "kl_std": float(log_ratio_sums.std(correction=0))}
-    return hold_kl(state.kl_coef, error, state.kl_error, **stds)
+    even = float(scores.std(correction=0) / spread.cpu()) if ppo.kl.place == "reward" else None
+    return hold_kl(state.kl_coef, error, state.kl_error, even=even)
 
 
 def _keep_kl_coef(state: TrainingState, ppo: PPOSection, experience: Experience) -> None:
