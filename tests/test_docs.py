@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tether.config import check
+from tether.config.reading import load_config
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -24,3 +27,13 @@ def test_every_benchmark_that_says_how_it_is_run_has_a_row_with_its_command():
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_page_has_a_placeholder_left_where_a_figure_belongs(page):
     assert re.findall(r"@[A-Z]+@", page.read_text()) == []
+
+
+RECIPES = re.findall(r"^    (ppo: .*)$", (ROOT / "docs" / "recipes.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_accepted(recipe, tmp_path):
+    rest = "run: r\nmodel: {policy: m}\nprompts: {path: p}\nreward: [{function: 'a.py:f'}]\n"
+    (tmp_path / "c.yaml").write_text(rest + recipe)
+    check(load_config(tmp_path / "c.yaml"))
