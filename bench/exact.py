@@ -222,7 +222,7 @@ def config(task: Task, directory: Path, seed: int, cycles: int, route: str) -> P
     )  # fmt: skip
 
 
-def run(name: str, route: str, seed: int, cycles: int | None = None) -> dict[str, Any]:
+def run(name: str, seed: int, cycles: int | None = None, route: str = "gae") -> dict[str, Any]:
     """Train one task with one seed and compare every checkpoint with the optimum."""
     torch.set_num_threads(1)
     task = TASKS[name]
@@ -322,7 +322,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here too")
     parser.add_argument("--plot", type=Path, help="write the plot here")
     args = parser.parse_args()
-    wanted = [(t, route, seed, args.cycles) for t in args.tasks for route in args.routes for seed in args.seeds]
+    wanted = [(t, seed, args.cycles, route) for t in args.tasks for route in args.routes for seed in args.seeds]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         results = []
         for result in pool.map(run, *zip(*wanted, strict=True)):

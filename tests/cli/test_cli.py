@@ -67,7 +67,7 @@ def test_help_shows_every_key(kind):
 
 def test_help_shows_type_default_unit_and_reason():
     printed = " ".join(run("ppo", "--help").stdout.split())
-    assert "ppo.kl.coef (a number; default 0.05) β: reward units a nat. With a target, only the start." in printed
+    assert "ppo.kl.coef (a number; default 0.05) β: reward units per nat. With a target, only the start." in printed
     assert "ppo.value_clip (a number or null; default 0.2)" in printed
     assert "run (text; required) The run directory." in printed
     assert "model.lora.rank (a whole number; default 16)" in printed

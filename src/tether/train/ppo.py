@@ -117,19 +117,18 @@ def ppo(
                 with signals.droppable():
                     evaluate({})
 
+            beta = partial(_kl_coef, state, p)
             while state.done < p.cycles:
                 cycle = state.done + 1
                 asked = _prompts_of(cycle, sets.train, config)
                 with signals.droppable():
-                    experience = collect(asked, *parts, train, p, kl_coef=partial(_kl_coef, state, p), cycle=cycle,
-                                         progress=log.phase)  # fmt: skip
+                    experience = collect(asked, *parts, train, p, kl_coef=beta, cycle=cycle, progress=log.phase)
                 log.alarms(cycle, experience.alarms)
                 with record.left_behind(experience, cycle):
                     done = update(policy, steps, experience.rollout, p, cycle=cycle, kl_coef=experience.kl_coef,
                                   temperature=s.temperature, seed=config.seed, progress=log.phase)  # fmt: skip
                 log.alarms(cycle, done.alarms)
-                _keep_kl_coef(state, p, experience)
-                state.done = cycle
+                state.done, (state.kl_coef, state.kl_error) = cycle, _kept_of_kl(experience, p, state)
                 engine.load_weights(policy.model, version=cycle)
                 record.rollouts(experience, cycle, done.new_logprobs)
                 with log.writing(cycle, {**experience.metrics, **done.metrics}) as metrics:
@@ -155,16 +154,15 @@ def _kl_coef(state: TrainingState, ppo: PPOSection, scores: Tensor, log_ratio_su
     return hold_kl(state.kl_coef, error, state.kl_error, even=even)
 
 
-def _keep_kl_coef(state: TrainingState, ppo: PPOSection, experience: Experience) -> None:
-    """What the next cycle's β depends on, into the state."""
-    kl, measured = ppo.kl, experience.metrics["kl/ref_mean"]
+def _kept_of_kl(experience: Experience, ppo: PPOSection, state: TrainingState) -> tuple[float, float]:
+    """What the next cycle's β depends on: β, and the error that `hold_kl` remembers."""
+    kl, coef, measured = ppo.kl, experience.kl_coef, experience.metrics["kl/ref_mean"]
     assert measured is not None
     if kl.target is None or state.done < ppo.value_warmup_cycles:
-        return
+        return coef, state.kl_error
     if kl.horizon is None:
-        state.kl_coef, state.kl_error = experience.kl_coef, kl_error(measured, target=kl.target)
-    else:
-        state.kl_coef = next_kl_coef(state.kl_coef, measured, target=kl.target, horizon=kl.horizon, responses=ppo.batch)
+        return coef, kl_error(measured, target=kl.target)
+    return next_kl_coef(coef, measured, target=kl.target, horizon=kl.horizon, responses=ppo.batch), state.kl_error
 
 
 def _prompts_of(cycle: int, prompts: list[Prompt], config: PPOConfig) -> list[Prompt]:
