@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "preferences"
 
 def measure(args: argparse.Namespace) -> Row:
     config = tether.load_config(EXAMPLES / f"{args.example}.yaml")
-    run = tether.reward(
+    run = tether.reward_model(
         replace(
             config,
             run=str(args.to / f"{args.example}-{args.seeds[0]}-{args.paths[0]}"),
