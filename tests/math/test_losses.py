@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from tether.math import (
     bradley_terry_loss,
+    cispo_loss,
     clipped_policy_loss,
     entropy_mean,
     kl_loss,
@@ -288,3 +289,16 @@ def test_microbatches_of_ragged_rows_add_up_to_the_step(size):
         assert_close(combine(part[3][name] for part in parts), want, rtol=1e-6, atol=1e-6)
     assert 0 < whole_metrics["policy/clip_fraction"] < 1  # the rows do exercise both branches
     assert 0 < whole_metrics["value/clip_fraction"] < 1
+
+
+def test_cispo_bounds_the_weight_of_a_token_and_keeps_its_gradient():
+    # ρ = e and 1/e, bounded to 1.28 and 0.8; L = -(1.28·2·log π₁ + 0.8·3·log π₂)/2
+    new = torch.tensor([[-1.0, -2.0, math.nan]], dtype=torch.float64).requires_grad_()
+    old = torch.tensor([[-2.0, -1.0, math.nan]], dtype=torch.float64)
+    advantages = torch.tensor([[2.0, 3.0, math.nan]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False]])
+    loss, metrics = cispo_loss(new, old, advantages, mask, clip=(0.2, 0.28), denominator=2)
+    assert_close(loss.detach(), torch.tensor(3.68, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(loss, new)
+    assert_close(gradient, torch.tensor([[-1.28, -1.2, 0.0]], dtype=torch.float64))
+    assert metrics["policy/clip_fraction"] == 1

@@ -74,9 +74,9 @@ def group_advantages(g: Float[Tensor, " B"], *, responses_per_prompt: int, std: 
         A_i = g_i - mean of the other g        = k/(k-1) · (g_i - mean g)        leave one out (RLOO)
         A_i = (g_i - mean g) / std g           with `std` (GRPO), the deviation with k-1 in the denominator
 
-    g is what is equal for all responses at the optimum, so there every A is 0, for every sample: the policy rests at a
-    constant learning rate. The expected gradient is that of the objective (checked by enumeration in tests/math), with
-    `std` that of another one, in which a prompt weighs more the less its responses differ.
+    g is what is equal for all responses at the optimum, so there every A is 0, for every sample: no noise is left that
+    a falling learning rate would have to quiet. The expected gradient is that of the objective (checked by enumeration
+    in tests/math), with `std` that of another one, in which a prompt weighs more the less its responses differ.
     Source: Kool et al. 2019; Ahmadian et al. 2024 (arXiv:2402.14740); std: Shao et al. 2024 (arXiv:2402.03300).
 
     Arguments:
