@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import json
 import random
 import re
 import subprocess
@@ -44,13 +45,14 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=16, help="of PPO")
     parser.add_argument("--prompts", type=int, help="only the first so many")
     parser.add_argument("--rounds", type=int, default=4, help="how often each prompt is asked (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of answers, slips, reward model and PPO (%(default)s)")
     args = parser.parse_args()
     store, runs = args.to / "preferences.db", args.to / "runs"
     runs.mkdir(parents=True, exist_ok=True)
 
     print("1. the queue")
     limit = [] if args.prompts is None else ["--limit", str(args.prompts)]
-    for seed in range(args.rounds):
+    for seed in range(args.seed * args.rounds, (args.seed + 1) * args.rounds):
         tether(
             "label", "--sample", args.model, "--prompts", PROMPTS, "--answers", 4, "--seed", seed, "--to", store, *limit
         )
@@ -59,19 +61,20 @@ def main() -> None:
     with studio(runs, store, ["Ada", "Ben"]) as people:
         done = 1
         while done:  # in turns, so that both get some of everything
-            done = sum(judge(people[name], random.Random(f"{name} {done}")) for name in ("Ada", "Ben"))
+            done = sum(judge(people[name], random.Random(f"{name} {done} {args.seed}")) for name in ("Ada", "Ben"))
     tether("label", "--status", "--to", store)
-    for both in agreement(Store(store, create=False).labels()).kappas:
+    kappas = agreement(Store(store, create=False).labels()).kappas
+    for both in kappas:
         print(f"They say the same of {both.agreement:.0%} of the pairs that both judged, κ {both.value:.2f}.")
 
     print("3. a reward model from the store, and PPO against it")
     (args.to / "reward.yaml").write_text(
-        f"run: {runs / 'reward'}\nmodel: {{policy: {args.model}}}\ndata: {{path: {store}}}\n"
+        f"run: {runs / 'reward'}\nseed: {args.seed}\nmodel: {{policy: {args.model}}}\ndata: {{path: {store}}}\n"
         "reward_model: {epochs: 2, batch: 16, test_fraction: 0.2}\noptim: {lr: 1.0e-3, critic_lr: 1.0e-3, warmup: 10}\n"
     )
     tether("reward", args.to / "reward.yaml")
     (args.to / "ppo.yaml").write_text(
-        f"run: {runs / 'ppo'}\nmodel: {{policy: {args.model}}}\nprompts: {{path: {PROMPTS}}}\n"
+        f"run: {runs / 'ppo'}\nseed: {args.seed}\nmodel: {{policy: {args.model}}}\nprompts: {{path: {PROMPTS}}}\n"
         f"reward: [{{model: {runs / 'reward' / 'final'}}}]\nsampling: {{max_new_tokens: 64}}\n"
         f"ppo: {{cycles: {args.cycles}, batch: 64, minibatch: 64, epochs: 1, lam: 1.0, kl: {{coef: 0.05}}}}\n"
         "optim: {lr: 3.0e-4, critic_lr: 1.0e-4}\nevaluate: {every: 4, count: 16, samples: 8}\n"
@@ -87,8 +90,13 @@ def main() -> None:
         compared = owner.get("/compare", params={"a": options[0], "b": options[-1]}).text
         sentence = re.search(r"Mean score over [^<]*", compared)
         print(html.unescape(sentence[0]) if sentence else "the compare page shows nothing")
-    before, *_, after = (Run(runs / "ppo").evaluations(cycle) for cycle in Run(runs / "ppo").evaluation_cycles)
-    print(f"The lexicon itself: {liking(before):.2f} on the left, {liking(after):.2f} on the right.")
+    run = Run(runs / "ppo")
+    before, *_, after = (liking(run.evaluations(cycle)) for cycle in run.evaluation_cycles)
+    print(f"The lexicon itself: {before:.2f} on the left, {after:.2f} on the right.")
+    figures = {"kappa": [both.value for both in kappas], "before": before, "after": after}
+    figures |= {"reward_model": json.loads((runs / "reward" / "reward_report.json").read_text())["accuracy"]}
+    figures |= {"kl": run.metrics[-1]["kl/ref_mean"]}
+    (args.to / "result.json").write_text(json.dumps(figures) + "\n")
 
 
 def tether(*words: object) -> None:
