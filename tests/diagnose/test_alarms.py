@@ -478,6 +478,9 @@ def every_alarm():
     yield from found(healthy("reward", reward_model__accuracy=0.5, reward_model__margin=99.0), "reward")
     yield from found(healthy("reward"), "reward", reward_report=report(train_accuracy=0.97))
     yield from found(
+        healthy("reward"), "reward", reward_report=report(accuracy={"value": 0.6, "low": 0.55, "high": 0.65})
+    )
+    yield from found(
         healthy("reward", reward_model__accuracy=lambda x: 0.5 + 0.3 * x**2),
         "reward",
         reward_report=report(train_accuracy=0.71),
@@ -518,6 +521,29 @@ def test_answers_that_end_in_one_phrase_are_an_alarm_and_serious_where_the_score
     (alarm,) = found(healthy(response__distinct_2=late(0.2, 0.6)))
     assert (alarm.rule, alarm.metric) == ("repeated-phrase", "response/distinct_2")
     assert found(healthy(response__shared_phrase=0.9)) == []  # it was so from the start: a form of the data
+
+
+DEMO = json.loads((Path(__file__).parent / "demo_runs.json").read_text())  # curves of whole runs of the demo
+
+
+@pytest.mark.parametrize(
+    ("run", "alarmed"), [("seed 0, avx2", True), ("seed 0, plain", True), ("seed 4", False), ("seed 5", False)]
+)
+def test_the_demo_whose_score_rose_by_courtesies_is_told_from_the_one_that_learned(run, alarmed):
+    """The first two ran with a reward model that was right on 60 % of held-out pairs (an earlier recipe: two passes,
+    annotators who never tired of a courtesy): a judge preferred the result on 65 % and 73 %. The others: on 100 %."""
+    rows = [row | {name: curve[i] for name, curve in DEMO[run].items()}
+            for i, row in enumerate(healthy(n=len(DEMO[run]["reward/score_mean"]), seed=0))]  # fmt: skip
+    alarms = [a for a in found(rows) if a.rule == "repeated-phrase"]
+    assert [(a.severity, a.metric) for a in alarms] == [("serious", "response/shared_phrase")] * alarmed
+
+
+@pytest.mark.parametrize(("held_out", "train", "alarmed"), [(0.597, 0.708, True), (0.606, 0.698, True),
+                         (0.646, 0.7, True), (0.758, 0.804, False), (0.792, 0.82, False)])  # fmt: skip
+def test_the_reward_models_of_these_runs_are_told_apart_as_well(held_out, train, alarmed):
+    share = {"value": held_out, "low": held_out - 0.05, "high": held_out + 0.05}
+    alarms = found(healthy("reward", seed=0), "reward", reward_report=report(accuracy=share, train_accuracy=train))
+    assert [a.rule for a in alarms] == ["weak-reward-model"] * alarmed
 
 
 # ---------------------------------------------------------------- tether doctor RUN

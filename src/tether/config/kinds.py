@@ -102,8 +102,8 @@ KINDS: dict[str, Kind] = {
             ),
             losses=("reward_model/loss",),
             alarms=(
-                "not_finite", "skipped_steps", "gradient_norm", "at_chance", "still_learning", "memorized",
-                "margins_exploding", "stale", "recorded",
+                "not_finite", "skipped_steps", "gradient_norm", "at_chance", "weak_reward_model", "still_learning",
+                "memorized", "margins_exploding", "stale", "recorded",
             ),
             curves="tether.reports.curves:REWARD",
             page="tether.reports.page:reward_page",

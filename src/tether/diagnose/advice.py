@@ -173,6 +173,13 @@ ADVICE: dict[str, Advice] = {
         "Labels that nothing in the text explains, columns that are swapped in some rows, or too few steps.",
         "Check that chosen and rejected are not swapped; then raise optim.lr or reward_model.epochs.",
     ),
+    "weak-reward-model": Advice(
+        "reward_model/accuracy", "reward: right on less than 65 % of held-out pairs: less than people agree on",
+        "Training that ended before more than habits of the answers was learned, a model that is too small, too few "
+        "pairs, or labels that contradict each other.",
+        "Look at how far people agree (tether studio, agreement). If they do: more reward_model.epochs at a lower "
+        "optim.lr, a larger model, or more pairs.",
+    ),
     "still-learning": Advice(
         "reward_model/accuracy", "reward: it ended while its accuracy was still rising",
         "Too few steps, or steps that are too small: what the pairs teach was not yet learned.",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tether.config import PPOConfig
-from tether.diagnose.series import Curve, correlation, median
+from tether.diagnose.series import Curve, Held, correlation, median
 from tether.diagnose.state import RECENT, patience_s, silence_s, state
 from tether.diagnose.view import Alarm, Severity, View, alarm
 from tether.runs.bounds import FIRST_RATIO_MEAN, FIRST_RATIO_STOP, SAMPLER_GAP, Precision
@@ -231,15 +231,25 @@ def entropy_collapse(view: View) -> Iterator[Alarm]:
 
 
 def repeated_phrase(view: View) -> Iterator[Alarm]:
-    """One phrase of four tokens in more than 60 % of the answers and in 30 % more of them than at the start; or the
+    """One phrase of four tokens in more than 60 % of the answers and in 30 % more of them than at the start; or in more
+    than a third and half as often again, where the score went along (correlation above 0.7): it rose by that. Or the
     share of distinct pairs of tokens below half of the start's. A policy that becomes surer says the same more often,
-    but healthy runs keep 80 % of their pairs. Where the score went along (correlation above 0.7), it rose by that."""
+    but healthy runs keep 80 % of their pairs, and in the demo's no phrase stays in a third of the answers. It did in
+    two of three runs whose reward model had learned courtesies and no facts."""
     phrase, variety = view.curve("response/shared_phrase"), view.curve("response/distinct_2")
     score = view.curve("reward/score_mean")
     if not len(phrase) or not len(variety):
         return
     start, first = phrase.levels[0], variety.levels[0]
+
+    def with_score(curve: Curve, held: Held) -> float:
+        until = held.blocks[-1] + 1
+        return correlation(curve.levels[:until], [_level_at(score, c) for c in curve.last[:until]]) if score else 0.0
+
     shared = phrase.held(lambda share: share > max(0.6, start + 0.3), least=_PERSIST)
+    if shared is None:
+        often = phrase.held(lambda share: share > max(1 / 3, 1.5 * start), least=_PERSIST)
+        shared = often if often and with_score(phrase, often) > 0.7 else None
     poorer = variety.held(lambda distinct: distinct < 0.5 * first, least=_PERSIST)
     held = shared or poorer
     if held is None:
@@ -249,9 +259,7 @@ def repeated_phrase(view: View) -> Iterator[Alarm]:
         if shared
         else f"Distinct pairs of tokens fell from {first:.0%} to {median(held.levels):.0%} of all"
     )
-    until = held.blocks[-1] + 1
-    curve = phrase if shared else variety
-    together = correlation(curve.levels[:until], [_level_at(score, c) for c in curve.last[:until]]) if score else 0.0
+    together = with_score(phrase if shared else variety, held)
     along = (together > 0.7) if shared else (together < -0.7)
     yield alarm(
         "repeated-phrase", held, "serious" if along else "warning",
@@ -465,6 +473,21 @@ def still_learning(view: View) -> Iterator[Alarm]:
         )  # fmt: skip
 
 
+def weak_reward_model(view: View) -> Iterator[Alarm]:
+    """Right on less than 65 % of the held-out pairs, though better than chance. People agree with each other on 63 to
+    77 % of such pairs, so that a model below has learned less than one of them knows, and habits of the answers rather
+    than what they say: a policy trained against it becomes polite, not right. In the demo, reward models at 60 to 65 %
+    gave policies that a judge preferred on 65 to 73 % of the questions, those above 74 % on 96 % and more."""
+    report = view.reward_report
+    if not report or not report["learned"] or report["accuracy"]["value"] >= 0.65:
+        return
+    yield alarm(
+        "weak-reward-model", (view.series.done, view.series.done), "warning",
+        f"The model is right on {report['accuracy']['value']:.1%} of the held-out pairs, and on "
+        f"{report['train_accuracy']:.1%} of those that it was trained on.",
+    )  # fmt: skip
+
+
 def memorized(view: View) -> Iterator[Alarm]:
     """The held-out accuracy's 95 % interval lies a tenth or more below the training accuracy. A few points apart is
     usual; more is memory of single pairs, for people themselves agree on 63 to 77 % of them."""
@@ -517,8 +540,8 @@ RULES: dict[str, Rule] = {
     for rule in (
         not_finite, skipped_steps, first_ratio, sampler_gap, negative_kl, runaway_kl, entropy_collapse,
         repeated_phrase, long_steps, clip_fraction, length_runaway, truncation_runaway, dead_critic,
-        reward_saturation, score_falling, second_opinion, loss_rising, gradient_norm, at_chance, still_learning,
-        memorized, margins_exploding, stale, recorded,
+        reward_saturation, score_falling, second_opinion, loss_rising, gradient_norm, at_chance, weak_reward_model,
+        still_learning, memorized, margins_exploding, stale, recorded,
     )
 }  # fmt: skip
 
