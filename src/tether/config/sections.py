@@ -321,7 +321,7 @@ class OptimConfig(Section):
     """AdamW and its learning rate."""
 
     lr: Annotated[float | None, positive("nothing would be learned")] = None
-    """Peak learning rate; null: 1e-5, with LoRA 1e-4."""
+    """Peak learning rate; null: 1e-5, with LoRA 1e-4; of tether dpo a tenth of either."""
     critic_lr: Annotated[float | None, positive("nothing would be learned")] = None
     """Learning rate of the critic; null: 10·lr for a head (it starts at zero), lr for a separate critic."""
     schedule: Literal["linear", "constant", "cosine"] = "linear"

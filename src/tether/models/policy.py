@@ -47,7 +47,7 @@ class Policy(nn.Module):
         self.model = model
         self.lm = model.lm  # registered, so that parameters() finds it
         self.critic = critic
-        self.value_head = _zero_head(model.config.hidden_size, model.device) if value_head and not critic else None
+        self.value_head = zero_head(model.config.hidden_size, model.device) if value_head and not critic else None
         self.critic_only = False  # value warm-up: the critic learns, a shared trunk is frozen
 
     def forward(self, rows: Rows, *, temperature: float, entropy: bool = True) -> PolicyOutput:
@@ -202,7 +202,7 @@ def load_reference(path: str, policy: LanguageModel, *, trust_remote_code: bool)
 def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> SeparateCritic:
     if config.critic == "separate":
         trunk: Any = copy.deepcopy(lm.base_model).float()
-        return SeparateCritic(trunk, _zero_head(trunk.config.get_text_config().hidden_size, device), dtype)
+        return SeparateCritic(trunk, zero_head(trunk.config.get_text_config().hidden_size, device), dtype)
     where: dict[str, Any] = {"device": device, "trust_remote_code": config.trust_remote_code}
     kind = model_config(config.critic, trust_remote_code=config.trust_remote_code).architectures or [""]
     if kind[0].endswith("ForSequenceClassification"):
@@ -210,14 +210,14 @@ def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, d
         trunk, head = scorer.trunk, scorer.value_head()
     else:
         trunk = load_causal_lm(config.critic, dtype=torch.float32, trunk_only=True, **where)
-        head = _zero_head(trunk.config.get_text_config().hidden_size, device)
+        head = zero_head(trunk.config.get_text_config().hidden_size, device)
         saved = Path(config.critic) / _VALUE_HEAD  # another run's critic
         if saved.exists():
             head.load_state_dict(load_file(saved))
     return SeparateCritic(trunk, head, dtype)
 
 
-def _zero_head(width: int, device: torch.device) -> nn.Linear:
+def zero_head(width: int, device: torch.device) -> nn.Linear:
     """A value head that says 0 of everything: the first cycle's advantages are then the rewards' own."""
     head = nn.Linear(width, 1, device=device)
     nn.init.zeros_(head.weight)
