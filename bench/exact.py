@@ -313,7 +313,8 @@ def spelled(ids: Ids) -> str:
 def run_dpo(name: str, seed: int, cycles: int | None = None) -> dict[str, Any]:
     """Train one task with one seed by `tether.dpo` and compare every checkpoint with the optimum.
 
-    cycles: of 256 responses, 128 pairs, in steps of 64; one pass over 8,192 pairs is 64 of them.
+    cycles: of 256 responses, 128 pairs, in steps of 64; one pass over the 8,192 pairs is 64 of them. By default one for
+    the bandits and six for the others: sampled responses seen again cost nothing.
     """
     torch.set_num_threads(1)
     task = TASKS[name]
@@ -323,12 +324,13 @@ def run_dpo(name: str, seed: int, cycles: int | None = None) -> dict[str, Any]:
         start = load_causal_lm(str(directory / "model"), dtype=torch.float32, device=CPU)
         reference = LanguageModel(start, torch.float32)
         write_pairs(task, directory, reference, seed, 8192)
+        default = 64 if task.length == 1 else 384
         done = tether.dpo(DPOConfig(
             run=str(directory / "run"), seed=seed, device="cpu",
             model=ReferencedModelConfig(policy=str(directory / "model")),
             data=PairsConfig(path=str(directory / "pairs.jsonl"), max_tokens=32),
             dpo=DPOSection(
-                beta=task.beta, epochs=max(1, round((cycles or task.cycles) / 64)), batch=64, test_fraction=0
+                beta=task.beta, epochs=max(1, round((cycles or default) / 64)), batch=64, test_fraction=0
             ),
             optim=OptimConfig(lr=2e-3),
             log=LogConfig(tensorboard=False),
