@@ -55,7 +55,7 @@ def main() -> None:
             seed=number,
             model=ReferencedModelConfig(policy=model, reference=args.model),
             data=PairsConfig(path=str(pairs)),
-            dpo=DPOSection(beta=args.beta, batch=32, epochs=2),
+            dpo=DPOSection(beta=args.beta, batch=32, epochs=2, test_fraction=0),  # the next round measures it
             optim=OptimConfig(lr=3e-4),
             log=LogConfig(tensorboard=False),
         ))  # fmt: skip
