@@ -37,14 +37,18 @@ import tether
 from chart import Line, draw
 from tether.config import (  # fmt: skip
     CheckpointConfig,
+    DPOConfig,
+    DPOSection,
     HeldOutConfig,
     KLConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
+    PairsConfig,
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    ReferencedModelConfig,
     SamplingConfig,
 )
 from tether.math import optimality_gap_logmeanexp
@@ -224,6 +228,8 @@ def config(task: Task, directory: Path, seed: int, cycles: int, route: str) -> P
 
 def run(name: str, seed: int, cycles: int | None = None, route: str = "gae") -> dict[str, Any]:
     """Train one task with one seed and compare every checkpoint with the optimum."""
+    if route == "dpo":
+        return run_dpo(name, seed, cycles)
     torch.set_num_threads(1)
     task = TASKS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -276,6 +282,68 @@ def sampled_gap(task: Task, policy: LanguageModel, reference: LanguageModel, see
     return optimality_gap_logmeanexp(g.view(len(task.prompts), -1), task.beta)
 
 
+# ---------------------------------------------------------------- dpo: the same optimum from pairs
+
+
+def write_pairs(task: Task, directory: Path, reference: LanguageModel, seed: int, count: int) -> None:
+    """`count` pairs of different responses drawn from the reference, labeled P = σ(Δscore): the log-odds of who chooses
+    by score."""
+    responses, lines = task.responses(), []
+    generator = torch.Generator().manual_seed(seed)
+    for prompt in task.prompts:
+        probabilities = response_logprobs(reference, prompt, responses).exp()
+        # More than are needed: a pair of one response twice teaches nothing.
+        drawn = torch.multinomial(probabilities, 6 * count, replacement=True, generator=generator).view(-1, 2).tolist()
+        different = [(i, j) for i, j in drawn if i != j][: count // len(task.prompts)]
+        for i, j in different:
+            first, second = responses[i], responses[j]
+            row: dict[str, Any] = {"prompt": spelled((prompt,)), "chosen": spelled(first), "rejected": spelled(second)}
+            row["probability"] = 1 / (1 + math.exp(task.score(prompt, second) - task.score(prompt, first)))
+            row |= {f"{side}_finish_reason": "stop" if y[-1] == task.stop else "length"
+                    for side, y in (("chosen", first), ("rejected", second))}  # fmt: skip
+            lines.append(json.dumps(row))
+    (directory / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def spelled(ids: Ids) -> str:
+    """Ids in the world's own words."""
+    return " ".join(chr(ord("a") + i) for i in ids)
+
+
+def run_dpo(name: str, seed: int, cycles: int | None = None) -> dict[str, Any]:
+    """Train one task with one seed by `tether.dpo` and compare every checkpoint with the optimum.
+
+    cycles: of 256 responses, 128 pairs, in steps of 64; one pass over the 8,192 pairs is 64 of them. By default one for
+    the bandits and six for the others: sampled responses seen again cost nothing.
+    """
+    torch.set_num_threads(1)
+    task = TASKS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        build(task, directory, seed)
+        start = load_causal_lm(str(directory / "model"), dtype=torch.float32, device=CPU)
+        reference = LanguageModel(start, torch.float32)
+        write_pairs(task, directory, reference, seed, 8192)
+        default = 64 if task.length == 1 else 384
+        done = tether.dpo(DPOConfig(
+            run=str(directory / "run"), seed=seed, device="cpu",
+            model=ReferencedModelConfig(policy=str(directory / "model")),
+            data=PairsConfig(path=str(directory / "pairs.jsonl"), max_tokens=32),
+            dpo=DPOSection(
+                beta=task.beta, epochs=max(1, round((cycles or default) / 64)), batch=64, test_fraction=0
+            ),
+            optim=OptimConfig(lr=2e-3),
+            log=LogConfig(tensorboard=False),
+            checkpoint=CheckpointConfig(every=20, keep=1000),
+        ))  # fmt: skip
+        curve = []
+        for checkpoint in sorted((done.path / "checkpoints").glob("step-*")):
+            policy = load_causal_lm(str(checkpoint / "policy"), dtype=torch.float32, device=CPU)
+            exact = compare(task, LanguageModel(policy, torch.float32), reference, None)
+            curve.append((int(checkpoint.name.removeprefix("step-")) / 2, exact.kl_to_optimum))
+    return {"task": name, "route": "dpo", "seed": seed, "curve": curve, "gaps": [], **vars(exact)}
+
+
 # ---------------------------------------------------------------- table and plot
 
 
@@ -316,7 +384,7 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=", ".join(TASKS)
     )
-    parser.add_argument("--routes", nargs="*", default=["gae"], choices=["gae", "group"])
+    parser.add_argument("--routes", nargs="*", default=["gae"], choices=["gae", "group", "dpo"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--cycles", type=int, help="of 256 responses; by default each task's own, 60 to 250")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())

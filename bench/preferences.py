@@ -1,6 +1,7 @@
-"""Reward models from what people prefer, over seeds and CPU paths: examples/preferences on the real data.
+"""What people prefer, learned as a reward model or by DPO, over seeds and CPU paths: the examples on the real data.
 
     python bench/preferences.py polite --model DIR --data FILE [--seeds 0 1 2 3 4] [--paths default avx2]
+    python bench/preferences.py dpo-polite --model DIR --data FILE
     python bench/preferences.py hh --model DIR --data FILE
 
 Prints a line per run: accuracy on held-out pairs with its 95 % interval, what length alone reaches, calibration error;
@@ -16,12 +17,14 @@ from pathlib import Path
 import tether
 from paths import Row, add_options, figures, ranged, sweep
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "preferences"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+CONFIGS = {"polite": "preferences/polite.yaml", "hh": "preferences/hh.yaml", "dpo-polite": "dpo/polite.yaml"}
 
 
 def measure(args: argparse.Namespace) -> Row:
-    config = tether.load_config(EXAMPLES / f"{args.example}.yaml")
-    run = tether.reward_model(
+    config = tether.load_config(EXAMPLES / CONFIGS[args.example])
+    train = tether.dpo if args.example.startswith("dpo") else tether.reward_model
+    run = train(
         replace(
             config,
             run=str(args.to / f"{args.example}-{args.seeds[0]}-{args.paths[0]}"),
@@ -30,12 +33,12 @@ def measure(args: argparse.Namespace) -> Row:
             data=replace(config.data, path=args.data),
         )
     )
-    return json.loads((run.path / "reward_report.json").read_text())
+    return json.loads((run.path / run.kind.report).read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("example", choices=["polite", "hh"])
+    parser.add_argument("example", choices=list(CONFIGS))
     parser.add_argument("--model", required=True, help="directory of stories260K")
     parser.add_argument("--data", required=True, help="the pairs that the example's first lines name")
     add_options(parser, seeds=5, to="runs/bench-preferences")

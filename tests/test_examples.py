@@ -46,6 +46,36 @@ def test_the_stories_example_trains_from_the_command_line(stories260k, tmp_path)
 
 
 @pytest.mark.slow
+def test_the_polite_example_learns_from_the_command_line(stories260k, shared, tmp_path):
+    flags = ["--model.policy", str(stories260k), "--run", str(tmp_path / "run"), "--data.limit", "240"]
+    flags += ["--data.path", str(shared / "data" / "preferences" / "polite_style.jsonl.gz")]
+    done = subprocess.run(
+        [sys.executable, "-m", "tether.cli", "dpo", "dpo/polite.yaml", *flags],
+        cwd=EXAMPLES, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Held-out accuracy" in done.stdout
+    run = tether.Run(tmp_path / "run")
+    assert run.metrics[0]["dpo/loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert (run.final / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_rounds_of_dpo_go_on_from_each_other_against_the_reference_of_the_start(stories260k, tmp_path):
+    pytest.importorskip("vaderSentiment")
+    done = subprocess.run(
+        [sys.executable, "rounds/rounds.py", str(stories260k), "--to", str(tmp_path), "--prompts", "8",
+         "--rounds", "2"],
+        cwd=EXAMPLES, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"in the end: {tmp_path}/round-2/final scores" in done.stdout
+    second = tether.Run(tmp_path / "round-2").config
+    assert second.model.policy == str(tmp_path / "round-1" / "final")
+    assert second.model.reference == str(stories260k)
+
+
+@pytest.mark.slow
 def test_the_loop_runs_from_samples_through_people_and_ppo_to_the_compare_page(stories260k, tmp_path):
     pytest.importorskip("vaderSentiment")
     done = subprocess.run(

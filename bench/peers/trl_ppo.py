@@ -9,29 +9,9 @@ import tempfile
 
 import torch
 from datasets import Dataset
-from peak import peak_mb
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from told import WaitToBeTold
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-
-class WaitToBeTold(TrainerCallback):
-    """A cycle ends: say so, and wait for the next."""
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-
-    def on_train_begin(self, *_, **__):
-        print("@ready 0", flush=True)
-        wait()
-
-    def on_step_end(self, *_, **__):
-        print(f"@done {self.tokens} {peak_mb()}", flush=True)
-        wait()
-
-
-def wait() -> None:
-    if not sys.stdin.readline():
-        sys.exit(0)
 
 
 def main() -> None:

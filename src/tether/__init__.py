@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
+    from tether.config import DPOConfig, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
     from tether.config.reading import load_config
     from tether.errors import (
         BatchError,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tether.models.export import export
     from tether.reports.page import report
     from tether.runs import Run
+    from tether.train.dpo import dpo
     from tether.train.evaluate import evaluate, generate
     from tether.train.ppo import ppo
     from tether.train.reward import reward_model
@@ -38,13 +39,14 @@ _HOME = {
     "ppo": "tether.train.ppo",
     "sft": "tether.train.sft",
     "reward_model": "tether.train.reward",
+    "dpo": "tether.train.dpo",
     "evaluate": "tether.train.evaluate",
     "generate": "tether.train.evaluate",
     "export": "tether.models.export",
     "report": "tether.reports.page",
     "load_config": "tether.config.reading",
     "Run": "tether.runs",
-    **dict.fromkeys(("PPOConfig", "SFTConfig", "RewardConfig", "EvaluateConfig"), "tether.config"),
+    **dict.fromkeys(("PPOConfig", "SFTConfig", "RewardConfig", "DPOConfig", "EvaluateConfig"), "tether.config"),
     **dict.fromkeys(
         ("TetherError", "ConfigError", "DataError", "ModelError", "RewardError", "RunError", "StoreError",
          "LabelError", "BatchError", "TrainingError", "Interrupted"),
@@ -55,6 +57,7 @@ _HOME = {
 __all__ = [
     "BatchError",
     "ConfigError",
+    "DPOConfig",
     "DataError",
     "EvaluateConfig",
     "Interrupted",
@@ -70,6 +73,7 @@ __all__ = [
     "TetherError",
     "TrainingError",
     "__version__",
+    "dpo",
     "evaluate",
     "export",
     "generate",

@@ -11,6 +11,7 @@ LEAST = {
     "ppo": ["--run", "r", "--model.policy", "m", "--prompts.path", "p", "--reward", "[{function: a.py:f}]"],
     "sft": ["--run", "r", "--model.policy", "m", "--data.path", "d"],
     "reward": ["--run", "r", "--model.policy", "m", "--data.path", "d"],
+    "dpo": ["--run", "r", "--model.policy", "m", "--data.path", "d"],
     "evaluate": ["--models", "[m]", "--prompts.path", "p", "--reward", "[{function: a.py:f}]"],
 }
 
@@ -114,6 +115,18 @@ BAD = [  # kind, flags, the message's start, what it tells to do
         "Set e.g. 0.1",
     ),
     ("reward", "--reward_model.center -1", "reward_model.center=-1.0 is below 0", "0 or more"),
+    ("dpo", "--dpo.beta 0", "dpo.beta=0.0 is not above 0: no preference could move the policy", "positive"),
+    ("dpo", "--dpo.beta -1", "dpo.beta=-1.0 is not above 0", "positive"),
+    ("dpo", "--dpo.flipped 0.5", "dpo.flipped=0.5 is outside [0, 0.5)", "below 0.5"),
+    ("dpo", "--dpo.smoothing -0.1", "dpo.smoothing=-0.1 is outside [0, 0.5)", "below 0.5"),
+    ("dpo", "--dpo.test_fraction 1", "dpo.test_fraction=1.0 is outside [0, 1)", "Set e.g. 0.1"),
+    ("dpo", "--dpo.nll -1", "dpo.nll=-1.0 is below 0", "0 or more"),
+    ("dpo", "--dpo.gamma 0.5", "dpo.gamma=0.5 with dpo.loss=sigmoid, which does not read it", "dpo.loss to simpo"),
+    ("dpo", "--dpo.loss orpo --dpo.nll 1", "dpo.nll=1.0 with dpo.loss=orpo, which does not read it", "Leave it out"),
+    ("dpo", "--dpo.loss simpo --dpo.average true", "dpo.average=true with dpo.loss=simpo", "Leave it out"),
+    ("dpo", "--dpo.flipped 0.1 --dpo.smoothing 0.1", "dpo.flipped=0.1 and dpo.smoothing=0.1 pull", "Keep one"),
+    ("dpo", "--dpo.loss simpo --model.reference r", "model.reference=r with dpo.loss=simpo", "Leave it out"),
+    ("dpo", "--optim.critic_lr 1", "optim.critic_lr=1.0 with dpo.loss=sigmoid", "Leave it out"),
     ("evaluate", "--models []", "models is empty: there is nothing to evaluate", "List at least one"),
     ("evaluate", "--samples 0", "samples=0 is below 1", "1 or more"),
 ]

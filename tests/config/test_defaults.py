@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.config import DPOConfig, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.config.keys import keys
 from tether.config.kinds import KINDS
 from tether.config.reading import load_config, to_yaml
@@ -72,6 +72,12 @@ REWARD = (
     )
 )
 
+DPO = REWARD.replace("policy: m", "policy: m, reference: null").replace(
+    "reward_model: {epochs: 1, batch: 32, microbatch_tokens: 8192, center: 0.0, test_fraction: 0.1}",
+    "dpo: {loss: sigmoid, beta: 0.1, gamma: 0.0, flipped: 0.0, smoothing: 0.0, average: false, nll: 0.0, epochs: 1, "
+    "batch: 32, test_fraction: 0.1, microbatch_tokens: 8192}",
+)
+
 EVALUATE = """
 models: [m]
 baseline: null
@@ -92,12 +98,13 @@ LEAST = {
     "ppo": "{run: r, model: {policy: m}, prompts: {path: p}, reward: [{function: 'f.py:f'}], ppo: {}}",
     "sft": "{run: r, model: {policy: m}, data: {path: d}, sft: {}}",
     "reward": "{run: r, model: {policy: m}, data: {path: d}, reward_model: {}}",
+    "dpo": "{run: r, model: {policy: m}, data: {path: d}, dpo: {}}",
     "evaluate": "{models: [m], prompts: {path: p}, reward: [{function: 'f.py:f'}]}",
 }
 
 
 @pytest.mark.parametrize(
-    ("kind", "whole"), [("ppo", PPO), ("sft", SFT), ("reward", REWARD), ("evaluate", EVALUATE)], ids=str
+    ("kind", "whole"), [("ppo", PPO), ("sft", SFT), ("reward", REWARD), ("dpo", DPO), ("evaluate", EVALUATE)], ids=str
 )
 def test_the_least_config_has_exactly_the_promised_keys_and_defaults(tmp_path, kind, whole):
     path = tmp_path / "least.yaml"
@@ -113,7 +120,7 @@ def test_defaults_inside_optional_parts(tmp_path):
     assert (config.ppo.lams, config.ppo.clips) == ((0.95, 0.95), (0.2, 0.2))
 
 
-@pytest.mark.parametrize("cls", [PPOConfig, SFTConfig, RewardConfig, EvaluateConfig])
+@pytest.mark.parametrize("cls", [PPOConfig, SFTConfig, RewardConfig, DPOConfig, EvaluateConfig])
 def test_configs_are_frozen(cls):
     assert cls.__dataclass_params__.frozen
 

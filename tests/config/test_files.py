@@ -33,13 +33,15 @@ def test_the_kind_is_told_from_the_sections(tmp_path, text, cls):
 
 def test_without_a_telling_section_the_kind_has_to_be_named(tmp_path):
     assert load(tmp_path, PPO, "ppo").run == "r"
-    with pytest.raises(ConfigError, match=r"none of the sections sft, reward_model, ppo and models.*Add the section"):
+    with pytest.raises(
+        ConfigError, match=r"none of the sections sft, reward_model, ppo, dpo and models.*Add the section"
+    ):
         load(tmp_path, PPO)
 
 
 def test_an_unknown_kind_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"kind='dpo' is not a kind of config"):
-        load(tmp_path, PPO, "dpo")
+    with pytest.raises(ConfigError, match=r"kind='grpo' is not a kind of config"):
+        load(tmp_path, PPO, "grpo")
 
 
 def test_a_section_with_every_line_commented_out_is_its_defaults(tmp_path):

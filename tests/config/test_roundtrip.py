@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tether.config import (
     Config,
     DataConfig,
+    DPOConfig,
+    DPOSection,
     EvaluateConfig,
     InitModelConfig,
     KLConfig,
@@ -18,9 +20,11 @@ from tether.config import (
     MissingEosConfig,
     ModelConfig,
     OptimConfig,
+    PairsConfig,
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    ReferencedModelConfig,
     RewardShapingConfig,
     RewardSourceConfig,
     SamplingConfig,
@@ -87,6 +91,14 @@ sft_configs = st.builds(
     data=st.builds(DataConfig, path=text, chat_template_kwargs=mapping),
     optim=optim,
 )
+dpo_configs = st.builds(
+    DPOConfig,
+    run=text,
+    model=st.builds(ReferencedModelConfig, policy=text, reference=maybe(text), lora=lora),
+    data=st.builds(PairsConfig, path=text),
+    dpo=st.builds(DPOSection, beta=above_zero, nll=maybe(above_zero).map(lambda x: x or 0.0)),
+    optim=st.builds(OptimConfig, lr=maybe(above_zero)),
+)
 evaluate_configs = st.builds(
     EvaluateConfig,
     models=st.lists(text, min_size=1, max_size=3),
@@ -97,7 +109,7 @@ evaluate_configs = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
-@given(config=ppo_configs | sft_configs | evaluate_configs)
+@given(config=ppo_configs | sft_configs | dpo_configs | evaluate_configs)
 def test_a_printed_config_loads_back_equal(tmp_path_factory, config: Config):
     path = tmp_path_factory.mktemp("roundtrip", numbered=True) / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")

@@ -17,11 +17,13 @@ import tether
 from tether.cli import main
 from tether.config import (
     DataConfig,
+    DPOConfig,
     KLConfig,
     ModelConfig,
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    ReferencedModelConfig,
     RewardConfig,
     RewardShapingConfig,
     SamplingConfig,
@@ -43,7 +45,8 @@ ROOT = Path(__file__).parents[2]
 PPO = PPOConfig("r", ModelConfig("m"), PromptsConfig("p"), ppo=PPOSection(cycles=200))
 SFT = SFTConfig("r", SFTModelConfig("m"), DataConfig("d"))
 REWARD = RewardConfig("r", SFTModelConfig("m"), DataConfig("d"))
-CONFIG = {"ppo": PPO, "sft": SFT, "reward": REWARD}
+DPO = DPOConfig("r", ReferencedModelConfig("m"), DataConfig("d"))
+CONFIG = {"ppo": PPO, "sft": SFT, "reward": REWARD, "dpo": DPO}
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 DONE = {"state": "finished", "kind": "ppo", "heartbeat": NOW.isoformat()}
 
@@ -84,6 +87,12 @@ def healthy(kind="ppo", n=200, *, seed=None, **curves):
             early = np.exp(-20 * x)
             row = {"step": i + 1, "loss": 0.5 + 3.5 * early + noise(0.05),
                    "optim/grad_norm": 0.3 + 1.5 * early * np.exp(noise(0.4)), "optim/skipped_steps": 0}  # fmt: skip
+        elif kind == "dpo":
+            row = {"step": i + 1, "dpo/loss": 0.69 - 0.2 * learned + noise(0.05),
+                   "dpo/accuracy": 0.5 + 0.2 * learned + noise(0.08), "dpo/margin": learned + noise(0.2),
+                   "dpo/chosen_logratio": -0.1 * learned + noise(0.05),
+                   "dpo/rejected_logratio": -0.4 * learned + noise(0.08),
+                   "optim/grad_norm": float(np.exp(noise(0.5))), "optim/skipped_steps": 0}  # fmt: skip
         else:
             row = {"step": i + 1, "reward_model/loss": 0.69 - 0.15 * learned + noise(0.05),
                    "reward_model/accuracy": 0.5 + 0.2 * learned + noise(0.08),
@@ -485,6 +494,7 @@ def every_alarm():
         "reward",
         reward_report=report(train_accuracy=0.71),
     )
+    yield from found(healthy("dpo", dpo__chosen_logratio=late(-0.8, -0.1)), "dpo")
     yield from found(healthy(), status={"state": "running"}, now=NOW)
     yield from found(healthy(), events=[told(1, "odd")])
 
@@ -508,6 +518,18 @@ def test_every_alarm_names_keys_that_exist_and_speaks_in_sentences():
 def test_the_guide_shows_the_advice_as_it_is():
     assert guide_table() in (ROOT / "docs" / "guide.md").read_text(), "python -m tether.diagnose.advice prints it"
     assert {rule for rule, advice in ADVICE.items() if advice.meaning} == {a.rule for a in every_alarm()}
+
+
+def test_chosen_answers_that_become_unlikely_are_an_alarm_whose_remedy_is_nll():
+    falling = {"dpo__chosen_logratio": late(-0.8, -0.1), "dpo__rejected_logratio": late(-1.5, -0.3)}
+    (alarm,) = found(healthy("dpo", **falling), "dpo")
+    assert (alarm.rule, alarm.severity, alarm.metric) == ("chosen-falls", "warning", "dpo/chosen_logratio")
+    assert (alarm.first, alarm.last) == (101, 200)
+    assert "0.8 nats per token less likely" in alarm.what
+    assert "1.5" in alarm.what
+    assert "dpo.nll" in alarm.remedy
+    assert found(healthy("dpo", dpo__rejected_logratio=-3.0), "dpo") == []
+    assert found(healthy("dpo", n=10, **falling), "dpo") == []
 
 
 def test_answers_that_end_in_one_phrase_are_an_alarm_and_serious_where_the_score_rose_with_them():

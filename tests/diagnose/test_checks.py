@@ -10,6 +10,8 @@ import tether
 from tether.cli import main
 from tether.config import (
     DataConfig,
+    DPOConfig,
+    DPOSection,
     EvaluateConfig,
     HeldOutConfig,
     InitModelConfig,
@@ -18,6 +20,7 @@ from tether.config import (
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    ReferencedModelConfig,
     RewardConfig,
     RewardModelSection,
     RewardSourceConfig,
@@ -268,13 +271,17 @@ def test_a_model_from_scratch_has_the_context_of_the_config_that_is_built(tiny_m
         dry_run(from_scratch(init, tiny_model(), tmp_path, text="x" * 40))
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
 def test_a_warm_up_as_long_as_the_run_is_refused_by_every_trainer_and_its_dry_run(kind, tiny_model, tmp_path):
     rows = [{"prompt": f"q{i}", "completion": "yes", "chosen": "yes", "rejected": "no"} for i in range(20)]
     parts = str(tmp_path / "run"), SFTModelConfig(str(tiny_model())), DataConfig(lines(tmp_path / "d.jsonl", rows))
     optim = OptimConfig(warmup=4)
     if kind == "sft":
         config, train = SFTConfig(*parts, sft=SFTSection(batch=5), optim=optim), tether.sft
+    elif kind == "dpo":
+        run, _, data = parts
+        section, model = DPOSection(batch=4, test_fraction=0.2), ReferencedModelConfig(parts[1].policy)
+        config, train = DPOConfig(run, model, data, dpo=section, optim=optim), tether.dpo
     else:
         section = RewardModelSection(batch=4, test_fraction=0.2)
         config, train = RewardConfig(*parts, reward_model=section, optim=optim), tether.reward_model

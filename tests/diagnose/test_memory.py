@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tether.config import (
     DataConfig,
+    DPOConfig,
     HeldOutConfig,
     InitModelConfig,
     LoraConfig,
@@ -16,6 +17,7 @@ from tether.config import (
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    ReferencedModelConfig,
     RewardConfig,
     RewardSourceConfig,
     SamplingConfig,
@@ -132,6 +134,18 @@ def test_supervised_and_reward_training_are_predicted_too(model, count):
     assert "reference" not in sft
     scratch = InitModelConfig(AutoModelForCausalLM.from_pretrained(model).config.to_diff_dict(), str(model))
     assert parts(predict(SFTConfig("run", SFTModelConfig(scratch), DataConfig("d"))))["weights"] == 4 * count
+
+
+def test_dpo_needs_a_reference_only_where_one_is_named_and_then_only_before_the_first_step(model, count):
+    base = ReferencedModelConfig(str(model), dtype="float32")
+    dpo = DPOConfig("run", base, DataConfig("data.jsonl", max_tokens=64))
+    found = parts(predict(dpo, device="cpu"))
+    assert found["optimizer"] == 8 * count
+    assert found["activations"] > 0
+    assert "reference" not in found
+    named = predict(replace(dpo, model=replace(base, reference=str(model))), device="cpu")
+    assert parts(named)["reference"] == 4 * count
+    assert named.peak == predict(dpo, device="cpu").peak
 
 
 def test_the_table_names_every_part_that_matters_and_the_peak():

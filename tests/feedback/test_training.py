@@ -8,10 +8,13 @@ import tether
 from labeled import pairs
 from tether.config import (
     DataConfig,
+    DPOConfig,
+    DPOSection,
     LabelsConfig,
     LogConfig,
     OptimConfig,
     PairsConfig,
+    ReferencedModelConfig,
     RewardConfig,
     RewardModelSection,
     SFTModelConfig,
@@ -140,6 +143,21 @@ def test_a_run_goes_on_while_people_label_and_refuses_another_store(tmp_path, ti
     fill(path, 30, "?", "!")
     with pytest.raises(RunError, match=r"data.path has other content"):
         tether.reward_model(config)
+
+
+def test_dpo_reads_the_same_labels(tmp_path, tiny_model):
+    path = tmp_path / "preferences.db"
+    fill(path, 24, "!", "?")
+    config = DPOConfig(
+        str(tmp_path / "run"), ReferencedModelConfig(str(tiny_model())), PairsConfig(str(path)),
+        dpo=DPOSection(batch=8, test_fraction=0.25), log=LogConfig(tensorboard=False),
+    )  # fmt: skip
+    run = tether.dpo(config)
+    assert run.environment["inputs"]["data.path"].startswith("labels up to event 24, sha256:")
+    fill(path, 30, "!", "?")
+    assert tether.dpo(config).metrics == run.metrics
+    with pytest.raises(RunError, match=r"data.labels.annotators was"):
+        tether.dpo(replace(config, data=PairsConfig(str(path), labels=LabelsConfig(["Ada"]))))
 
 
 def fill(path, count, better, worse):

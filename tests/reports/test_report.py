@@ -12,6 +12,7 @@ import pytest
 
 from tether.config import (
     DataConfig,
+    DPOConfig,
     HeldOutConfig,
     InitModelConfig,
     KLConfig,
@@ -19,6 +20,7 @@ from tether.config import (
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    ReferencedModelConfig,
     RewardConfig,
     SFTConfig,
     SFTModelConfig,
@@ -231,10 +233,13 @@ STEP = {"step": 1, "loss": 1.0, "optim/lr": 0.1, "optim/grad_norm": 1.0, "tokens
         "reward_model/loss": 0.7, "reward_model/accuracy": 0.5, "reward_model/margin": 0.1}  # fmt: skip
 MORE = ("response/length_min", "response/length_max", "eval/score_mean", "reward/total_mean", "policy/optimality_gap",
         "optim/skipped_steps", "check/first_ratio_error", "memory/peak_mb")  # fmt: skip
-LINES = {"ppo": metrics(1, **dict.fromkeys(MORE, 1.0)), "sft": STEP, "reward": STEP}
+OF_DPO = ("loss", "accuracy", "margin", "chosen_logratio", "rejected_logratio", "chosen_logprob", "rejected_logprob")
+LINES = {"ppo": metrics(1, **dict.fromkeys(MORE, 1.0)), "sft": STEP, "reward": STEP,
+         "dpo": STEP | {f"dpo/{name}": 0.1 for name in OF_DPO}}  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "evaluated"), [("ppo", False), ("ppo", True), ("sft", False), ("reward", False)])
+@pytest.mark.parametrize(("kind", "evaluated"), [("ppo", False), ("ppo", True), ("sft", False), ("reward", False),
+                                                   ("dpo", False)])  # fmt: skip
 def test_no_metric_that_is_null_keeps_the_report_from_being_written(tmp_path, monkeypatch, kind, evaluated):
     monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")  # four megabytes that nothing here looks at
     policy = SFTModelConfig("models/base")
@@ -242,6 +247,7 @@ def test_no_metric_that_is_null_keeps_the_report_from_being_written(tmp_path, mo
         "ppo": ppo_config(tmp_path / "run"),
         "sft": SFTConfig(str(tmp_path / "run"), policy, DataConfig("d.jsonl")),
         "reward": RewardConfig(str(tmp_path / "run"), policy, DataConfig("d.jsonl")),
+        "dpo": DPOConfig(str(tmp_path / "run"), ReferencedModelConfig("models/base"), DataConfig("d.jsonl")),
     }[kind]
     line = LINES[kind]
     unit, *names = line
@@ -302,18 +308,18 @@ def test_a_long_run_is_thinned_and_keeps_its_mean(tmp_path):
     assert "a new llama model" in page.words
 
 
-def test_a_reward_run_shows_accuracy_length_baseline_and_calibration(tmp_path):
-    config = RewardConfig(str(tmp_path / "rm"), SFTModelConfig("models/base"), DataConfig("pairs.jsonl"))
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
+def test_a_run_on_pairs_shows_accuracy_length_baseline_and_calibration(tmp_path, kind):
+    cls, model = {"reward": (RewardConfig, SFTModelConfig), "dpo": (DPOConfig, ReferencedModelConfig)}[kind]
+    config = cls(str(tmp_path / "rm"), model("models/base"), DataConfig("pairs.jsonl"))
     share = {"value": 0.71, "low": 0.65, "high": 0.77}
     found = {"train_pairs": 90, "test_pairs": 40, "accuracy": share, "train_accuracy": 0.8, "loss": 0.55,
              "length_prefers": "longer", "length_accuracy": {"value": 0.6, "low": 0.5, "high": 0.7},
              "calibration_error": 0.05, "mean": 0.0, "std": 1.0, "learned": True,
              "calibration": [{"pairs": 40, "confidence": 0.62, "accuracy": share}]}  # fmt: skip
-    with RunDirectory.open(config, command="reward") as run:
-        run.append_metrics(
-            {"step": 1, "reward_model/loss": 0.7, "reward_model/accuracy": 0.5, "reward_model/margin": 0.0}
-        )
-        (run.path / "reward_report.json").write_text(json.dumps(found))
+    with RunDirectory.open(config, command=kind) as run:
+        run.append_metrics(LINES[kind])
+        (run.path / f"{kind}_report.json").write_text(json.dumps(found))
     _, page = read(report(tmp_path / "rm"))
     for words in ("71.0%", "[65.0%, 77.0%] on 40 pairs", "60.0%", "always preferring the longer", "Calibration"):
         assert words in page.words

@@ -3,6 +3,7 @@
 Loads no torch, and pydantic and ruamel.yaml only with `reading`.
 """
 
+from tether.config.dpo import DPOConfig, DPOSection
 from tether.config.evaluate import EvaluateConfig
 from tether.config.keys import Section
 from tether.config.ppo import HeldOutConfig, KLConfig, ModelConfig, PPOConfig, PPOSection
@@ -19,6 +20,7 @@ from tether.config.sections import (
     MissingEosConfig,
     OptimConfig,
     PromptsConfig,
+    ReferencedModelConfig,
     RewardShapingConfig,
     RewardSourceConfig,
     SamplingConfig,
@@ -35,6 +37,8 @@ __all__ = [
     "RESERVED_NAMES",
     "CheckpointConfig",
     "Config",
+    "DPOConfig",
+    "DPOSection",
     "DataConfig",
     "EvaluateConfig",
     "HeldOutConfig",
@@ -50,6 +54,7 @@ __all__ = [
     "PPOSection",
     "PairsConfig",
     "PromptsConfig",
+    "ReferencedModelConfig",
     "RewardConfig",
     "RewardModelSection",
     "RewardShapingConfig",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
+from tether.config.dpo import DPOConfig
 from tether.config.evaluate import EvaluateConfig
 from tether.config.ppo import PPOConfig
 from tether.config.reward import RewardConfig
@@ -52,6 +53,8 @@ class Kind:
     """Rules of tether.diagnose.rules, by name."""
     curves: str | None = None
     """module:name of the report's curves: a list, or a function of config and metrics. None: the headline's metrics."""
+    report: str | None = None
+    """File in the run directory with what it learned of held-out pairs, see `tether.train.preference_report`."""
     page: str | None = None
     """module:function of what the report says at its top. None: the headline."""
     final: Literal["language model", "classifier"] = "language model"
@@ -106,6 +109,7 @@ KINDS: dict[str, Kind] = {
                 "memorized", "margins_exploding", "stale", "recorded",
             ),
             curves="tether.reports.curves:REWARD",
+            report="reward_report.json",
             page="tether.reports.page:reward_page",
             final="classifier",
         ),
@@ -137,6 +141,28 @@ KINDS: dict[str, Kind] = {
             curves="tether.reports.curves:ppo_curves",
             page="tether.reports.page:ppo_page",
             tried=True,
+        ),
+        Kind(
+            command="dpo",
+            title="DPO",
+            purpose="Learn from preferences directly, without a reward model.",
+            config=DPOConfig,
+            section="dpo",
+            run="tether.train.dpo:dpo",
+            inputs="tether.diagnose.inputs:of_preferences",
+            hashes="tether.train.dpo:input_hashes",
+            memory="tether.diagnose.memory:beside_preferences",
+            headline=(
+                ("loss", "dpo/loss", "of the preferences; knowing nothing is 0.693 under sigmoid"),
+                ("accuracy", "dpo/accuracy", "of the implicit reward, on each step"),
+                ("chosen", "dpo/chosen_logratio", "nats per token, to the reference"),
+                ("rejected", "dpo/rejected_logratio", "nats per token, to the reference"),
+            ),
+            losses=("dpo/loss",),
+            alarms=("not_finite", "skipped_steps", "gradient_norm", "chosen_falls", "stale", "recorded"),
+            curves="tether.reports.curves:DPO",
+            report="dpo_report.json",
+            page="tether.reports.page:dpo_page",
         ),
         Kind(
             command="evaluate",

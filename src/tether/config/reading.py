@@ -265,7 +265,8 @@ def _unknown(key: str, kind: str) -> ConfigError:
     """An unknown key, and the one that was probably meant."""
     others = [other.command for other in KINDS.values() if hint_at(other.config, key) is not None]
     if others:
-        whose, those = " and tether ".join(others), "that" if len(others) == 1 else "one of those"
+        *first, last = others
+        whose, those = f"{', '.join(first)} and {last}" if first else last, "one of those" if first else "that"
         return ConfigError(
             f"unknown key {key} for tether {kind}: it is one of tether {whose}. Drop it, or run {those}."
         )

@@ -16,6 +16,11 @@ class PairsConfig(DataConfig):
 
     labels: LabelsConfig = field(default_factory=LabelsConfig)
 
+    @classmethod
+    def of(cls, data: DataConfig) -> PairsConfig:
+        """A DataConfig is a PairsConfig without filters; as one it is written to YAML, and loads back equal."""
+        return cls(**{f.name: getattr(data, f.name) for f in fields(data)})
+
 
 @dataclass(frozen=True)
 class RewardModelSection(Section):
@@ -50,9 +55,7 @@ class RewardConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         if not isinstance(self.data, PairsConfig) and isinstance(self.data, DataConfig):
-            # A DataConfig is a PairsConfig without filters; as one it is written to YAML, and loads back equal.
-            given = {f.name: getattr(self.data, f.name) for f in fields(self.data)}
-            object.__setattr__(self, "data", PairsConfig(**given))
+            object.__setattr__(self, "data", PairsConfig.of(self.data))
 
     def microbatch(self, longest: int | None) -> tuple[int, int, int]:
         width, section = longest or self.data.max_tokens, self.reward_model

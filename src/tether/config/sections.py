@@ -135,6 +135,16 @@ class SFTModelConfig(Section):
     """Run Python code that comes with the model. Off: it can do anything that you can."""
 
 
+@dataclass(frozen=True)
+class ReferencedModelConfig(SFTModelConfig):
+    """Which model learns, in which precision, and what it is compared with."""
+
+    policy: str
+    """Directory or hub id of the causal language model that learns."""
+    reference: str | None = None
+    """Directory of the frozen model that the KL is measured to; null: the policy as it is when the run begins."""
+
+
 # ---------------------------------------------------------------- data
 
 
@@ -311,7 +321,7 @@ class OptimConfig(Section):
     """AdamW and its learning rate."""
 
     lr: Annotated[float | None, positive("nothing would be learned")] = None
-    """Peak learning rate; null: 1e-5, with LoRA 1e-4."""
+    """Peak learning rate; null: 1e-5, with LoRA 1e-4; of tether dpo a tenth of either."""
     critic_lr: Annotated[float | None, positive("nothing would be learned")] = None
     """Learning rate of the critic; null: 10·lr for a head (it starts at zero), lr for a separate critic."""
     schedule: Literal["linear", "constant", "cosine"] = "linear"

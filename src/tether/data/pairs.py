@@ -37,6 +37,10 @@ class Pair:
     probability: float = 1.0  # that the chosen one is preferred; 0.5 is a tie
     weight: float = 1.0  # in the loss; above 0
 
+    @property
+    def answers(self) -> tuple[list[int], ...]:
+        return self.chosen_ids, self.rejected_ids
+
 
 def load_pairs(
     config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, context: int | None = None,
@@ -59,7 +63,7 @@ def load_pairs(
 
     chosen_ids, rejected_ids = encode("chosen", chosen), encode("rejected", rejected)
     probability = _read_numbers(table, "probability", lambda p: 0 <= p <= 1, "a probability: write 0.5 for a tie")
-    weight = _read_numbers(table, "weight", lambda w: 0 < w < math.inf, "a weight in the loss: write a number above 0")
+    weight = read_weights(table)
     limit = Limit.of_data(config, context)
     answer_lengths = [max(len(c), len(r)) for c, r in zip(chosen_ids, rejected_ids, strict=True)]
     pairs = []
@@ -82,7 +86,7 @@ def load_pairs(
                 chosen_ids=chosen_ids[i][-room:],
                 rejected_ids=rejected_ids[i][-room:],
                 row=i,
-                prompt_key=hashlib.sha256(json.dumps(prompts[i], sort_keys=True).encode()).hexdigest()[:32],
+                prompt_key=prompt_key(prompts[i]),
                 group=None if group is None else str(group),
                 probability=probability[i],
                 weight=weight[i],
@@ -91,6 +95,16 @@ def load_pairs(
     limit.warn_truncated(table, torn)
     limit.drop_identical(table, alike, left=len(pairs))
     return pairs
+
+
+def prompt_key(prompt: Text) -> str:
+    """Equal for equal prompts alone."""
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_weights(table: Table) -> list[float]:
+    """The weight of each row in the loss, 1 where it has none."""
+    return _read_numbers(table, "weight", lambda w: 0 < w < math.inf, "a weight in the loss: write a number above 0")
 
 
 def _read_numbers(table: Table, column: str, fits: Callable[[float], bool], wanted: str) -> list[float]:

@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
+from tether.data.labeled import Labeled
 from tether.data.pairs import Pair
 from tether.errors import DataError
 
+Example = TypeVar("Example", bound=Pair | Labeled)
 
-def split_pairs(pairs: Sequence[Pair], test_fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(train, test), each in the order of `pairs`; the same for the same seed.
+
+def split_pairs(
+    pairs: Sequence[Example], test_fraction: float, seed: int, *, section: str = "reward_model"
+) -> tuple[list[Example], list[Example]]:
+    """(train, test), each in the order of `pairs` (or of labeled answers); the same for the same seed.
 
     test_fraction: of the pairs, in [0, 1); met as nearly as whole components allow, with at least one on either side.
-    0 holds none out.
+    0 holds none out. section: of the config, which the user would set it in.
     """
     if test_fraction == 0:
         return list(pairs), []
     links: list[list[Hashable]] = [[("prompt", pair.prompt_key)] for pair in pairs]
     what = "prompt"
     if len({pair.prompt_key for pair in pairs}) == 1:
-        links = [[("answer", *ids) for ids in (pair.chosen_ids, pair.rejected_ids)] for pair in pairs]
+        links = [[("answer", *ids) for ids in pair.answers] for pair in pairs]
         what = "answer"
     components = _components([
         keys if pair.group is None else [*keys, ("group", pair.group)] for keys, pair in zip(links, pairs, strict=True)
@@ -34,7 +40,7 @@ def split_pairs(pairs: Sequence[Pair], test_fraction: float, seed: int) -> tuple
         raise DataError(
             f"all {len(pairs)} pairs hang together by {what} or group, so none can be held out for the test: its "
             f"accuracy would measure memory. Add pairs with other {what}s, give them finer groups, or set "
-            "reward_model.test_fraction to 0, which reports no accuracy."
+            f"{section}.test_fraction to 0, which reports no accuracy."
         )
     random.Random(seed).shuffle(components)
     wanted = test_fraction * len(pairs)
@@ -48,7 +54,7 @@ def split_pairs(pairs: Sequence[Pair], test_fraction: float, seed: int) -> tuple
     return [p for i, p in enumerate(pairs) if i not in test], [p for i, p in enumerate(pairs) if i in test]
 
 
-def share_prompts(train: Sequence[Pair], test: Sequence[Pair]) -> bool:
+def share_prompts(train: Sequence[Pair | Labeled], test: Sequence[Pair | Labeled]) -> bool:
     """Whether held-out pairs have prompts that are trained on: they were held out by their answers."""
     return not {pair.prompt_key for pair in train}.isdisjoint(pair.prompt_key for pair in test)
 

@@ -164,7 +164,7 @@ ADVICE: dict[str, Advice] = {
         "Lower optim.lr, or raise optim.warmup.",
     ),
     "gradient-norm": Advice(
-        "optim/grad_norm", "sft, reward: ten times what was usual",
+        "optim/grad_norm", "sft, reward, dpo: ten times what was usual",
         "A learning rate that is too high, or a stretch of odd examples.",
         "Lower optim.lr; look at the examples of these steps.",
     ),
@@ -194,6 +194,11 @@ ADVICE: dict[str, Advice] = {
         "reward_model/margin", "reward: a mean margin above 20, sure beyond reason",
         "A learning rate that is too high, too many epochs, or pairs that one word gives away.",
         "Lower optim.lr or reward_model.epochs, or set reward_model.center to 0.01.",
+    ),
+    "chosen-falls": Advice(
+        "dpo/chosen_logratio", "dpo: the chosen answers' own log-prob falls, along with the rejected ones'",
+        "The loss sees differences alone; where both answers share most of their tokens, both fall.",
+        "Set dpo.nll to 1, or raise it; raise dpo.beta; or lower optim.lr or dpo.epochs.",
     ),
     "stale": Advice(
         None, "the run says that it is running, without a sign of life for ten minutes",

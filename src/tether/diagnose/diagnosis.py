@@ -33,9 +33,11 @@ def examine(run: str | Path | Run) -> str:
 
 
 def reward_report(run: Run) -> dict[str, Any] | None:
-    """What reward_report.json holds; None where there is none, and where it cannot be read."""
+    """What a run found out on held-out pairs; None where there is nothing of it, and where it cannot be read."""
+    if run.kind.report is None:
+        return None
     try:
-        found = json.loads((run.path / "reward_report.json").read_text(encoding="utf-8"))
+        found = json.loads((run.path / run.kind.report).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

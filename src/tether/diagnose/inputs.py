@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.config import (
     DataConfig,
+    DPOConfig,
     EvaluateConfig,
     LabelsConfig,
     PairsConfig,
@@ -29,9 +30,13 @@ from tether.data.table import read_rows
 from tether.data.tokenizer import check_vocabulary, load_generation_config, load_tokenizer, stop_token_ids
 from tether.diagnose.memory import architecture_of
 from tether.models.loading import context_length, model_config
+from tether.models.policy import companions
 from tether.models.reward_model import check_one_label
 from tether.rewards import FunctionReward, load_function
 from tether.train.contexts import check_contexts
+from tether.train.dpo import load as load_preferences
+from tether.train.dpo import plan_steps as plan_preferences
+from tether.train.dpo import singles
 from tether.train.evaluate import load_inputs
 from tether.train.held_out import load_prompt_sets
 from tether.train.reward import plan_steps as plan_pairs
@@ -173,6 +178,30 @@ def of_pairs(config: RewardConfig, hashes: Mapping[str, str]) -> Inputs:
         mask = [False] * (len(first.prompt_ids) + len(ids) - 1) + [True]  # the score is read at the last token
         shown.append(f"row {first.row}, {name}\n{render(start.tokenizer, first.prompt_ids + ids, mask)}")
     return Inputs(facts, max(lengths), plan, "\n".join(shown), "where the score is read")
+
+
+def of_preferences(config: DPOConfig, hashes: Mapping[str, str]) -> Inputs:
+    """Pairs or labeled answers, how they are split, and the steps that they make."""
+    start, section, pinned = Start.of(config), config.dpo, hashes.get("data.path")
+    companions(config.model)
+    train, test = load_preferences(config, start.tokenizer, stop_id=start.stop, context=start.context, pinned=pinned)
+    lengths = [len(x.prompt_ids) + max(map(len, x.answers)) for x in [*train, *test]]
+    what = "pairs" if len(train[0].answers) == 2 else "answers"
+    facts = [
+        *start.facts,
+        _lengths(config.data, **{what: lengths}),
+        f"{len(train)} {what} to train on, " + (f"{len(test)} held out" if test else "none held out"),
+    ]
+    examples = train if section.has_pairs else singles(train)
+    steps = len(plan_preferences(len(examples), config))
+    check_warmup(config.optim, steps)
+    learned = "pairs" if section.has_pairs else "answers"
+    plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} {learned}"
+    first, shown = train[0], []
+    for number, ids in enumerate(first.answers, start=1):
+        mask = [False] * len(first.prompt_ids) + [True] * len(ids)
+        shown.append(f"row {first.row}, answer {number}\n{render(start.tokenizer, first.prompt_ids + ids, mask)}")
+    return Inputs(facts, max(lengths), plan, "\n".join(shown), "a token whose log-prob counts")
 
 
 def _sources(

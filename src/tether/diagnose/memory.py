@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tether.config import InitModelConfig, ModelConfig, PPOConfig, TrainingConfig, source_name
+from tether.config import DPOConfig, InitModelConfig, ModelConfig, PPOConfig, TrainingConfig, source_name
 from tether.config.kinds import kind_of, resolve
 from tether.data.tokenizer import load_tokenizer
 from tether.diagnose.simulate import Shape, Step, simulate
@@ -34,8 +34,9 @@ class Part:
     name: str
     bytes: int
     phase: str = "always"
-    """always, sampling, updating, stepping or saving: parts of different phases are never in memory together on a GPU,
-    whose allocator hands freed blocks on; a CPU's keeps them where they were, until the run ends and saves."""
+    """always, preparing, sampling, updating, stepping or saving: parts of different phases are never in memory together
+    on a GPU, whose allocator hands freed blocks on; a CPU's keeps them where they were, from the first step until the
+    run ends and saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class Memory:
             if part.phase != "always":
                 phases[part.phase] = phases.get(part.phase, 0) + part.bytes
         if self.device == "cpu":
-            return always + max(phases.pop("saving", 0), sum(phases.values()))
+            alone = max(phases.pop("preparing", 0), phases.pop("saving", 0))
+            return always + max(alone, sum(phases.values()))
         return always + max(phases.values(), default=0)
 
     @property
@@ -157,6 +159,16 @@ def beside_policy(trained: Trained) -> list[Part]:
             taken = resolve_dtype(source.dtype, torch.device("cpu"), other) if kind == "cpu" else dtype
             parts.append(Part(f"reward model {source_name(source)}", _count(other) * taken.itemsize))
     return parts
+
+
+def beside_preferences(trained: Trained) -> list[Part]:
+    """Of DPO: a reference of its own, which is gone before the first step; else the policy is asked as it begins."""
+    config: DPOConfig = trained.config
+    if config.model.reference is None:
+        return []
+    lora = config.model.lora is not None
+    reference = freeze(_without_data(_read(config, config.model.reference)), trained.dtype, same_bits=not lora)
+    return [Part("reference", sum(p.numel() * p.element_size() for p in reference.parameters()), "preparing")]
 
 
 def _holds_scores(text: Any) -> bool:

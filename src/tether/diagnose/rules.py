@@ -502,6 +502,22 @@ def memorized(view: View) -> Iterator[Alarm]:
         )  # fmt: skip
 
 
+# ---------------------------------------------------------------- dpo
+
+
+def chosen_falls(view: View) -> Iterator[Alarm]:
+    """The preferred answers' own log-prob is half a nat per token below the reference's for 15 steps in a row: a loss
+    of differences is content with that, as long as the rejected ones fall further. Healthy runs stay within 0.2; at 0.5
+    an answer of 30 tokens is e^15 times less likely than before, and what took its place, nobody has judged."""
+    chosen, rejected = view.curve("dpo/chosen_logratio"), view.curve("dpo/rejected_logratio")
+    if held := chosen.held(lambda level: level < -0.5, least=_PERSIST):
+        yield alarm(
+            "chosen-falls", held, "warning",
+            f"The chosen answers are {-median(held.levels):.2g} nats per token less likely than under the reference, "
+            f"the rejected ones {-median(rejected.levels[-3:]):.2g}: the margin grows while both fall.",
+        )  # fmt: skip
+
+
 # ---------------------------------------------------------------- any run
 
 
@@ -541,7 +557,7 @@ RULES: dict[str, Rule] = {
         not_finite, skipped_steps, first_ratio, sampler_gap, negative_kl, runaway_kl, entropy_collapse,
         repeated_phrase, long_steps, clip_fraction, length_runaway, truncation_runaway, dead_critic,
         reward_saturation, score_falling, second_opinion, loss_rising, gradient_norm, at_chance, weak_reward_model,
-        still_learning, memorized, margins_exploding, stale, recorded,
+        still_learning, memorized, margins_exploding, chosen_falls, stale, recorded,
     )
 }  # fmt: skip
 

@@ -27,3 +27,15 @@ from tether.math.losses import (
     value_loss,
 )
 from tether.math.masked import masked_mean, masked_sum, masked_var, whiten
+from tether.math.preference_losses import (
+    ipo_loss,
+    kto_loss,
+    kto_point,
+    log_odds,
+    noisy_targets,
+    orpo_loss,
+    sigmoid_loss,
+    simpo_loss,
+    sum_answers,
+    unpaired_loss,
+)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tether.config import ModelConfig
+from tether.config import ModelConfig, ReferencedModelConfig
 from tether.errors import ModelError
 from tether.models.language_model import LanguageModel, freeze
 from tether.models.loading import (
@@ -47,7 +47,7 @@ class Policy(nn.Module):
         self.model = model
         self.lm = model.lm  # registered, so that parameters() finds it
         self.critic = critic
-        self.value_head = _zero_head(model.config.hidden_size, model.device) if value_head and not critic else None
+        self.value_head = zero_head(model.config.hidden_size, model.device) if value_head and not critic else None
         self.critic_only = False  # value warm-up: the critic learns, a shared trunk is frozen
 
     def forward(self, rows: Rows, *, temperature: float, entropy: bool = True) -> PolicyOutput:
@@ -135,14 +135,15 @@ class Reference:
         return _fill(logprobs, rows.response_mask)
 
 
-def companions(config: ModelConfig) -> dict[str, Any]:
+def companions(config: ReferencedModelConfig) -> dict[str, Any]:
     """Reference and critic where they are models of their own: `key=path` -> transformers config, without weights.
 
     Raises ModelError where one has another vocabulary than the policy.
     """
     trust = config.trust_remote_code
     found, ours = {}, None
-    for key, path in (("model.reference", config.reference), ("model.critic", config.critic)):
+    critic = config.critic if isinstance(config, ModelConfig) else None
+    for key, path in (("model.reference", config.reference), ("model.critic", critic)):
         if path is None or path in ("shared", "separate"):
             continue
         ours = ours or model_config(config.policy, revision=config.revision, trust_remote_code=trust)
@@ -171,10 +172,7 @@ def build_policy(
 
     frozen = None
     if config.reference is not None:
-        other: Any = load_causal_lm(
-            config.reference, dtype=lm.dtype, device=device, trust_remote_code=config.trust_remote_code
-        )
-        frozen = LanguageModel(freeze(other, dtype, same_bits=True), dtype)
+        frozen = load_reference(config.reference, LanguageModel(lm, dtype), trust_remote_code=config.trust_remote_code)
     elif not config.lora:
         frozen = LanguageModel(freeze(copy.deepcopy(lm), dtype, same_bits=True), dtype)
 
@@ -193,10 +191,18 @@ def build_policy(
     return policy, Reference(policy, frozen), notes
 
 
+def load_reference(path: str, policy: LanguageModel, *, trust_remote_code: bool) -> LanguageModel:
+    """The frozen model in `path`, with the precision of the policy's own arithmetic."""
+    lm: Any = load_causal_lm(
+        path, dtype=policy.hf_model.dtype, device=policy.device, trust_remote_code=trust_remote_code
+    )
+    return LanguageModel(freeze(lm, policy.dtype, same_bits=True).eval(), policy.dtype)
+
+
 def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> SeparateCritic:
     if config.critic == "separate":
         trunk: Any = copy.deepcopy(lm.base_model).float()
-        return SeparateCritic(trunk, _zero_head(trunk.config.get_text_config().hidden_size, device), dtype)
+        return SeparateCritic(trunk, zero_head(trunk.config.get_text_config().hidden_size, device), dtype)
     where: dict[str, Any] = {"device": device, "trust_remote_code": config.trust_remote_code}
     kind = model_config(config.critic, trust_remote_code=config.trust_remote_code).architectures or [""]
     if kind[0].endswith("ForSequenceClassification"):
@@ -204,14 +210,14 @@ def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, d
         trunk, head = scorer.trunk, scorer.value_head()
     else:
         trunk = load_causal_lm(config.critic, dtype=torch.float32, trunk_only=True, **where)
-        head = _zero_head(trunk.config.get_text_config().hidden_size, device)
+        head = zero_head(trunk.config.get_text_config().hidden_size, device)
         saved = Path(config.critic) / _VALUE_HEAD  # another run's critic
         if saved.exists():
             head.load_state_dict(load_file(saved))
     return SeparateCritic(trunk, head, dtype)
 
 
-def _zero_head(width: int, device: torch.device) -> nn.Linear:
+def zero_head(width: int, device: torch.device) -> nn.Linear:
     """A value head that says 0 of everything: the first cycle's advantages are then the rewards' own."""
     head = nn.Linear(width, 1, device=device)
     nn.init.zeros_(head.weight)

@@ -94,6 +94,26 @@ REWARD = [
     *SFT[1:],
 ]  # fmt: skip
 
+DPO = [
+    Curve("dpo/loss", "Loss",
+          "Of the preferences of each step, without `dpo.nll`. Under sigmoid and unpaired knowing nothing is 0.693; "
+          "under ipo it is 1/(4β²), under kto 0.5.", shows=(0,)),
+    Curve("dpo/accuracy", "Training accuracy",
+          "Share of a step's pairs whose chosen answer has the higher implicit reward. Far more than people agree on, "
+          "63 to 77 %, is memory.", healthy=(0.6, 1), shows=(0.5, 1)),
+    Curve("dpo/margin", "Margin",
+          "Mean implicit reward of chosen answers less that of rejected ones, in log-odds. It grows as the policy gets "
+          "surer."),
+    Curve("dpo/chosen_logratio", "Chosen: log-ratio",
+          "How much more likely chosen answers are than under the reference, nats per token. Near 0 or above it is "
+          "well: the loss is content with a fall as well, as long as rejected answers fall further.",
+          healthy=(-0.2, 1), shows=(-0.5, 0)),
+    Curve("dpo/rejected_logratio", "Rejected: log-ratio",
+          "The same of rejected answers. It should fall, and stay well above what makes text break: several nats.",
+          shows=(-0.5, 0)),
+    *SFT[1:],
+]  # fmt: skip
+
 
 def curves(kind: str, config: Config, metrics: Metrics) -> list[tuple[Curve, Plot]]:
     """The curves of a run that has the numbers for them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.config import DPOConfig, InitModelConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.config.kinds import Kind, resolve
 from tether.config.reading import to_yaml
 from tether.diagnose.alarms import alarms
@@ -249,12 +248,32 @@ def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]
         f"Reward model from {_model_name(config)}, fitted to the preferences of {config.data.path}, "
         f"{config.reward_model.epochs} epochs."
     )
-    path = run.path / "reward_report.json"
-    if not path.exists():
+    found = reward_report(run)
+    if found is None:
         change = _change(*_ends(metrics, "reward_model/loss"))
         loss = Headline("Loss", change, "nats per pair, first and last tenth of the steps")
         return Page(lede, [loss] if metrics else [])
-    found = json.loads(path.read_text(encoding="utf-8"))
+    return Page(lede, *_of_held_out_pairs(found))
+
+
+def dpo_page(run: Run, config: DPOConfig, metrics: Sequence[dict[str, Any]]) -> Page:
+    section = config.dpo
+    lede = (
+        f"DPO on {_model_name(config)}: the preferences of {config.data.path}, loss {section.loss}, "
+        f"β {section.beta:g}, {section.epochs} epochs."
+    )
+    headlines: list[Headline] = []
+    figures: list[Figure] = []
+    if (found := reward_report(run)) is not None:
+        headlines, figures = _of_held_out_pairs(found)
+    for label, name in (("Chosen answers", "dpo/chosen_logratio"), ("Rejected answers", "dpo/rejected_logratio")):
+        if metrics:
+            headlines.append(Headline(label, _change(*_ends(metrics, name)), "log-ratio, nats per token"))
+    return Page(lede, headlines, figures)
+
+
+def _of_held_out_pairs(found: dict[str, Any]) -> tuple[list[Headline], list[Figure]]:
+    """What a preference report says."""
     accuracy, length = found["accuracy"], found["length_accuracy"]
     if accuracy is None:
         right = "–" if found["train_accuracy"] is None else f"{found['train_accuracy']:.1%}"
@@ -262,7 +281,7 @@ def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]
             Headline("Held-out accuracy", "none", "no pairs were held out: nothing is known about other pairs"),
             Headline("Training accuracy", right, f"on {found['train_pairs']} pairs; people agree on 63 to 77 %"),
         ]
-        return Page(lede, headlines)
+        return headlines, []
     verdict = "" if found["learned"] else " Nothing was learned that can be told from chance."
     if found.get("same_prompts"):
         verdict += " Held out by answers: all pairs have one prompt, and the figure is for it alone."
@@ -283,7 +302,7 @@ def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]
         "it says; below, it is too sure of itself.",
         calibration(found["calibration"]),
     )
-    return Page(lede, headlines, [figure])
+    return headlines, [figure]
 
 
 # ---------------------------------------------------------------- parts
@@ -346,7 +365,7 @@ def _facts(run: Run, metrics: Sequence[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _model_name(config: SFTConfig | RewardConfig) -> str:
+def _model_name(config: SFTConfig | RewardConfig | DPOConfig) -> str:
     policy = config.model.policy
     if isinstance(policy, InitModelConfig):
         return f"a new {policy.init.get('model_type')} model"

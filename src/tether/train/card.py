@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.config import DPOConfig, InitModelConfig, PPOConfig, RewardConfig, SFTConfig
 from tether.runs import Run
 
 _MOVED = {
@@ -76,6 +76,25 @@ def reward_card(run: Run, config: RewardConfig, report: str) -> str:
         "(raw - tether_reward_mean) / tether_reward_std, both in config.json.",
         "It says what the people who labeled these pairs would prefer among answers like theirs, and nothing about "
         "others.",
+    )
+
+
+def dpo_card(run: Run, config: DPOConfig, report: str) -> str:
+    """A model card: what the policy learned to prefer, as its own report says, and how far its answers moved."""
+    last, section = run.metrics[-1], config.dpo
+    against = f", against `{config.model.reference}`" if config.model.reference else ""
+    return _card(
+        run.path.name,
+        config.model.policy,
+        "dpo, rlhf",
+        f"Trained by Tether from `{config.model.policy}` on the preferences in `{config.data.path}`{against}: loss "
+        f"{section.loss}, β {section.beta:g}, {section.epochs} epochs, {len(run.metrics)} optimizer steps, seed "
+        f"{config.seed}.",
+        f"Its implicit reward, judged as a reward model would be:\n\n{report}",
+        f"Log-ratio to the reference before the last step, nats per token: chosen answers "
+        f"{_shown(last['dpo/chosen_logratio'])}, rejected {_shown(last['dpo/rejected_logratio'])}.",
+        "It has learned what the people who labeled these pairs prefer among answers like theirs: look at samples "
+        "before you trust it.",
     )
 
 

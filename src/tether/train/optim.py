@@ -18,7 +18,12 @@ RESTART_HINT = "start over with --fresh (a run that continues keeps its settings
 
 MAX_SKIPPED_IN_A_ROW = 5  # steps with gradients that are not finite: one is bad luck, five a broken run
 
-SHUFFLE, PROMPTS, HELD_OUT = 101, 102, 103  # streams of `permutation`: one for each thing that is shuffled
+SHUFFLE, PROMPTS, HELD_OUT, MISMATCH = (
+    101,
+    102,
+    103,
+    104,
+)  # streams of `permutation`: one for each thing that is shuffled
 
 
 def permutation(count: int, *, seed: int, stream: int, counter: Sequence[int] = ()) -> list[int]:
@@ -29,17 +34,19 @@ def permutation(count: int, *, seed: int, stream: int, counter: Sequence[int] = 
 
 
 def build_optimizer(
-    config: OptimConfig, policy: Named, critic: Named = (), *, lora: bool, critic_is_head: bool = True
-) -> torch.optim.AdamW:
+    config: OptimConfig, policy: Named, critic: Named = (), *, lora: bool, critic_is_head: bool = True,
+    lr: tuple[float, float] = (1e-5, 1e-4),
+) -> torch.optim.AdamW:  # fmt: skip
     """AdamW with the policy's weights in one group and the critic's in another, each with its own peak learning rate.
 
-    lr null is 1e-5, with LoRA 1e-4. critic_lr null is 10·lr for a head: it starts at zero, and under Adam a weight
-    moves by at most about lr a step, so at 1e-5 thousands of steps would pass before it said anything.
+    lr: what the config's null stands for, without and with LoRA. critic_lr null is 10·lr for a head: it starts at zero,
+    and under Adam a weight moves by at most about lr a step, so at 1e-5 thousands of steps would pass before it said
+    anything.
     """
-    lr = config.lr if config.lr is not None else (1e-4 if lora else 1e-5)
-    critic_lr = config.critic_lr if config.critic_lr is not None else (10 * lr if critic_is_head else lr)
+    policy_lr = config.lr if config.lr is not None else lr[lora]
+    critic_lr = config.critic_lr if config.critic_lr is not None else policy_lr * (10 if critic_is_head else 1)
     groups = [{"params": [p for _, p in named], "names": [name for name, _ in named], "lr": peak, "peak": peak}
-              for named, peak in ((policy, lr), (critic, critic_lr)) if named]  # fmt: skip
+              for named, peak in ((policy, policy_lr), (critic, critic_lr)) if named]  # fmt: skip
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
 
 

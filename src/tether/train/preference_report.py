@@ -84,22 +84,27 @@ class PreferenceReport:
         if self.test_ties:
             lines.append(f"{self.test_ties} held-out ties count in the loss alone.")
         if not self.learned:
-            lines.append("Nothing was learned that can be told from chance: do not use this reward model.")
+            lines.append("Nothing was learned that can be told from chance: do not use this model.")
         elif self.accuracy.low <= self.length_accuracy.value:
             lines.append("It is no better than the length-only baseline.")
         return "\n".join(lines)
 
-    def write(self, run: Path) -> None:
-        """reward_report.json, and calibration.html to look at."""
-        write_atomically(run / "reward_report.json", json.dumps(asdict(self), indent=2) + "\n")
+    def write(self, run: Path, name: str = "reward_report.json") -> None:
+        """File `name`, and calibration.html to look at."""
+        write_atomically(run / name, json.dumps(asdict(self), indent=2) + "\n")
         if self.calibration:
             write_atomically(run / "calibration.html", calibration_plot(self))
 
 
 def build_report(
-    train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], test_scores: Tensor
-) -> PreferenceReport:
-    """The report from raw scores: [2B] for B pairs, first of every chosen answer, then of every rejected one."""
+    train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], test_scores: Tensor,
+    *, scored: Sequence[Pair] | None = None,
+) -> PreferenceReport:  # fmt: skip
+    """The report from raw scores: [2B] for B pairs, first of every chosen answer, then of every rejected one.
+
+    scored: the training pairs that have scores; None: all of them.
+    """
+    scored = train if scored is None else scored
     decided = _preferred(test) != 0
     margin = (_margin(test_scores) * _preferred(test))[decided]
     prefers = "longer" if (_length_sign(train) * _preferred(train)).sum() >= 0 else "shorter"
@@ -112,7 +117,7 @@ def build_report(
     loss = _loss(test, test_scores) if test else None
     bins = calibrate(margin, clusters)
     error = sum(b.pairs * abs(b.confidence - b.accuracy.value) for b in bins)
-    trained = (_margin(train_scores) * _preferred(train))[_preferred(train) != 0]
+    trained = (_margin(train_scores) * _preferred(scored))[_preferred(scored) != 0]
     std = train_scores.std().item()
     return PreferenceReport(
         train_pairs=len(train),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.config import InitModelConfig, RewardConfig, SFTConfig, SFTModelConfig, check, check_warmup
+from tether.config import DPOConfig, InitModelConfig, RewardConfig, SFTConfig, SFTModelConfig, check, check_warmup
 from tether.data.examples import Example, load_examples
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ConfigError
@@ -205,7 +205,7 @@ def init_architecture(config: InitModelConfig, tokenizer: PreTrainedTokenizerBas
         return init_model(config, tokenizer, seed=0).config
 
 
-def input_hashes(config: SFTConfig | RewardConfig) -> dict[str, str]:
+def input_hashes(config: SFTConfig | RewardConfig | DPOConfig) -> dict[str, str]:
     """Hashes of what a run reads, by config key: it continues only on the same."""
     model, data = config.model, config.data
     if isinstance(model.policy, InitModelConfig):

@@ -1,0 +1,96 @@
+"""Single answers, each labeled good or bad: what people give who rate instead of comparing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
+
+from tether.config import PairsConfig
+from tether.data.cells import as_answer, as_prompt
+from tether.data.columns import encode_answers, encode_prompt_column, read_cut
+from tether.data.limit import Limit, keep_right
+from tether.data.pairs import Pair, load_pairs, prompt_key, read_weights
+from tether.data.snapshot import read_pairs
+from tether.data.table import Table, kind
+
+
+@dataclass(frozen=True, slots=True)
+class Labeled:
+    """A completion of a prompt, tokenized, and what was said of it."""
+
+    prompt_ids: list[int]  # never empty
+    answer_ids: list[int]  # the stop token included
+    row: int  # its row in the data set, from 0
+    prompt_key: str  # equal for answers to the same prompt, as it was before anything was cut
+    group: str | None = None  # the data set's own word for answers that belong together
+    probability: float = 1.0  # that it is good
+    weight: float = 1.0  # in the loss; above 0
+
+    @property
+    def answers(self) -> tuple[list[int], ...]:
+        return (self.answer_ids,)
+
+
+def load_pairs_or_labeled(
+    config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, context: int | None = None,
+    pinned: str | None = None,
+) -> list[Pair] | list[Labeled]:  # fmt: skip
+    """Rows with prompt, completion and label where data.path holds such, else pairs; arguments as of `load_pairs`."""
+    table = read_pairs(config, pinned)
+    if "label" in table.rows[0]:
+        return _labeled(table, config, tokenizer, stop_id, context)
+    return load_pairs(config, tokenizer, stop_id=stop_id, context=context, pinned=pinned)
+
+
+def split_pair(pair: Pair) -> tuple[Labeled, Labeled]:
+    """A pair as two labels: the chosen answer is good as surely as it was preferred, the rejected one bad."""
+    return (
+        Labeled(pair.prompt_ids, pair.chosen_ids, pair.row, pair.prompt_key, pair.group, pair.probability, pair.weight),
+        Labeled(pair.prompt_ids, pair.rejected_ids, pair.row, pair.prompt_key, pair.group, 1 - pair.probability,
+                pair.weight),
+    )  # fmt: skip
+
+
+def _labeled(
+    table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase, stop_id: int | None, context: int | None
+) -> list[Labeled]:
+    table.require(["prompt", "completion", "label"], '{"prompt": "…", "completion": "…", "label": true}')
+    prompts = table.cells("prompt", as_prompt)
+    asked = iter(prompts)
+    answers = table.cells("completion", lambda cell: as_answer(next(asked), cell))
+    prompt_ids = encode_prompt_column(table, prompts, tokenizer, config.chat_template_kwargs)
+    at = partial(table.at, column="completion")
+    answer_ids = encode_answers(
+        prompts, answers, tokenizer, stop_id, config.chat_template_kwargs, at, cut=read_cut(table)
+    )
+    probability, weight = _read_labels(table), read_weights(table)
+    limit, found, torn = Limit.of_data(config, context), [], 0
+    for i in limit.apply(table, "completion", [len(p) + len(a) for p, a in zip(prompt_ids, answer_ids, strict=True)]):
+        if not answer_ids[i]:
+            raise table.error(i, "completion", "has no token, so there is nothing to label. Write a text.")
+        prompt = keep_right(prompt_ids[i], max(1, limit.tokens - len(answer_ids[i])), tokenizer)
+        room = limit.tokens - len(prompt)
+        torn += len(answer_ids[i]) > room
+        group = table.rows[i].get("group")
+        found.append(Labeled(
+            prompt, answer_ids[i][-room:], i, prompt_key(prompts[i]), None if group is None else str(group),
+            probability[i], weight[i],
+        ))  # fmt: skip
+    limit.warn_truncated(table, torn)
+    return found
+
+
+def _read_labels(table: Table) -> list[float]:
+    """P(good) of each row: true is 1, false is 0, a number in [0, 1] itself."""
+    labels = []
+    for i, row in enumerate(table.rows):
+        value = row["label"]
+        if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+            raise table.error(
+                i, "label", f"is {kind(value)}, which is not a label: write true or false, or the probability that "
+                "the completion is good.",
+            )  # fmt: skip
+        labels.append(float(value))
+    return labels
