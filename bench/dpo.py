@@ -2,10 +2,10 @@
 
     python bench/dpo.py [--models 7M] [--rounds 5] [--peers .peers]
 
-32 pairs, prompts of 16 tokens and answers of 16 to 112 (64 on average), a step each in turn, so that a busy machine slows both; the
-ratio is the median of the rounds'. TRL runs twice: as it is by default, with the reference model beside the policy, and
-with the reference's log-probs computed before, as ours are. It takes part where `bench/peers/setup.sh trl` has been run.
-Also printed: peak resident memory of each after the rounds.
+32 pairs, prompts of 16 tokens, answers of 16 to 112 (64 on average); a step of each in turn, so that a busy machine slows
+all of them, and the ratio is the median of the rounds'. TRL runs twice: as it is by default, with the reference model
+beside the policy, and with the reference's log-probs computed before the first step, as ours are. It takes part where
+`bench/peers/setup.sh trl` has been run. The last line: median seconds, and TRL's peak resident memory, MB.
 """
 
 from __future__ import annotations
