@@ -2,9 +2,9 @@
 
     python bench/dpo.py [--models 7M] [--rounds 5] [--peers .peers]
 
-32 pairs, prompts of 16 tokens, answers of 16 to 112 (64 on average); a step of each in turn, so that a busy machine slows
-all of them, and the ratio is the median of the rounds'. TRL runs twice: as it is by default, with the reference model
-beside the policy, and with the reference's log-probs computed before the first step, as ours are. It takes part where
+32 pairs, prompts of 16 tokens, answers of 16 to 112 (64 on average); a step of each in turn, so that a busy machine
+slows all of them; the ratio is the median of the rounds'. TRL runs twice: by default, with the reference model beside
+the policy, and with its log-probs computed before the first step, as ours are. It takes part where
 `bench/peers/setup.sh trl` has been run. The last line: median seconds, and TRL's peak resident memory, MB.
 """
 
