@@ -5,6 +5,7 @@ A vocabulary of 50,000 and 16 × 512 tokens on a small model (width 64, two laye
 `tether.train.update.update`, over what the process holds before it: weights, gradients and the optimizer's moments.
 
     python bench/memory.py           a table
+    python bench/memory.py --dpo     a step of DPO on 8 pairs of as many tokens
     python bench/memory.py --json    the same for a program
 
 Linux only: it reads /proc. Takes about half a minute on one core.
@@ -21,9 +22,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tether.config import OptimConfig, PPOSection
+from tether.config import DPOSection, OptimConfig, PPOSection
+from tether.data.pairs import Pair
 from tether.models.language_model import LanguageModel
 from tether.models.policy import Policy
+from tether.train.dpo import Item, accumulate
 from tether.train.optim import ScheduledOptimizer, build_optimizer
 from tether.train.update import update
 from tether.types import Rollout, Rows
@@ -49,6 +52,33 @@ def measure() -> dict[str, float]:
     run_update(policy, steps, batch)
     logits = ROWS * TOKENS * VOCABULARY * 4 / 2**20
     return {"before_mb": before, "update_mb": resident("VmHWM") - before, "logits_mb": logits}
+
+
+def measure_dpo() -> dict[str, float]:
+    """The same of a step of `tether.train.dpo.accumulate`."""
+    torch.manual_seed(0)
+    model, section = small_policy().model, DPOSection(microbatch_tokens=ROWS * TOKENS)
+    accumulate(model, None, pairs(1, 8), section)  # libraries
+    for parameter in model.lm.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    batch = pairs(ROWS // 2, TOKENS)
+
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    accumulate(model, None, batch, section)
+    logits = ROWS * TOKENS * VOCABULARY * 4 / 2**20
+    return {"before_mb": before, "update_mb": resident("VmHWM") - before, "logits_mb": logits}
+
+
+def pairs(count: int, tokens: int) -> list[Item]:
+    """Pairs of answers to prompts of one token; the reference gives every token the same."""
+    ids = torch.randint(VOCABULARY, (count, 2, tokens)).tolist()
+    return [
+        Item(Pair(a[:1], a[1:], b[1:], i, str(i)), (torch.full((tokens - 1,), -10.0),) * 2)
+        for i, (a, b) in enumerate(ids)
+    ]
 
 
 def small_policy() -> Policy:
@@ -83,8 +113,10 @@ def resident(what: str) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    found = measure()
-    if parser.parse_args().json:
+    parser.add_argument("--dpo", action="store_true", help="a step of DPO instead of PPO's update")
+    args = parser.parse_args()
+    found = measure_dpo() if args.dpo else measure()
+    if args.json:
         print(json.dumps(found))
     else:
         print(f"before the update    {found['before_mb']:7.0f} MB")
