@@ -116,6 +116,8 @@ BAD = [  # kind, flags, the message's start, what it tells to do
     ("reward", "--reward_model.center -1", "reward_model.center=-1.0 is below 0", "0 or more"),
     ("evaluate", "--models []", "models is empty: there is nothing to evaluate", "List at least one"),
     ("evaluate", "--samples 0", "samples=0 is below 1", "1 or more"),
+    ("evaluate", "--best_of [0]", "best_of=0 is below 1: there would be no answer to choose", "1 or more"),
+    ("evaluate", "--best_of [1,16,32]", "best_of holds 16, but there are samples=8", "Set samples to 32 or more"),
 ]
 
 

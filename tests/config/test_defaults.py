@@ -77,6 +77,7 @@ models: [m]
 baseline: null
 run: null
 samples: 8
+best_of: null
 seed: 0
 device: auto
 dtype: auto

@@ -50,7 +50,7 @@ def test_score_and_kl_of_known_probabilities_are_the_known_figures(task, n, scor
 
 
 def test_the_kl_is_that_of_every_response_when_ties_are_broken_at_random():
-    # nine responses one by one, three of them good: q(y) = Σ over draws of n with y among the best, 1/(number of best) each
+    # nine responses one by one, three of them good: a draw keeps each of its best with equal chance
     scores = [float(y.count(0) == y.count(1)) for y in itertools.product(range(3), repeat=2)]
     n, kept = 3, dict.fromkeys(range(9), 0.0)
     for draw in itertools.product(range(9), repeat=n):

@@ -1,4 +1,4 @@
-"""Best of n: draw n responses, keep the one with the highest score. What it scores, and how far it is from the model."""
+"""Best of n: draw n responses, keep the one with the highest score. What it scores, and its distance from the model."""
 
 from __future__ import annotations
 
@@ -72,4 +72,5 @@ def _kl_estimate(scores: Float[Tensor, " N"], n: int) -> Float[Tensor, ""]:
 
 def _spread(u: Float[Tensor, " L"], n: int) -> Float[Tensor, " L"]:
     """∫ n·v^(n-1) · log(n·v^(n-1)) dv from 0 to u."""
-    return u**n * (math.log(n) - (n - 1) / n) + (n - 1) * torch.special.xlogy(u**n, u)
+    share = u**n
+    return share * best_of_n_kl_bound(n) + (n - 1) * torch.xlogy(share, u)
