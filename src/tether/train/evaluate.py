@@ -55,8 +55,7 @@ def generate(
     if isinstance(prompts, str):
         raise DataError(f"prompts is the text {prompts[:40]!r}: every letter would be a prompt. Give a list: [text].")
     sampling = SamplingConfig("local", temperature, top_k, top_p, max_new_tokens, stop_token_ids)
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f"dtype={dtype!r} is not a precision that models run in here. Set auto, float32 or bfloat16.")
+    check_dtype(dtype)
     anywhere = PromptsConfig("the prompts given", max_tokens=sys.maxsize)
     check(
         EvaluateConfig([str(model)], anywhere, samples=samples, seed=seed, device=device, sampling=sampling),
@@ -74,6 +73,12 @@ def generate(
         Generation(p.source, completion_text(source.tokenizer, ids, stop_ids), ids, reason)
         for p, ids, reason in zip(found.prompts, found.response_ids, found.finish_reasons, strict=True)
     ]
+
+
+def check_dtype(dtype: str) -> None:
+    """ConfigError for a precision from Python or a flag that is none."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"dtype={dtype!r} is not a precision that models run in here. Set auto, float32 or bfloat16.")
 
 
 @dataclass(frozen=True, slots=True)
