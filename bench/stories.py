@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import random
 import sys
@@ -23,10 +22,13 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import torch
+
 import tether
 from chart import Line, draw
 from paths import Row, add_options, figures, ranged, sweep
 from tether.config import PPOConfig
+from tether.math import best_of_n_kl_estimate, best_of_n_score
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "stories"
 N, KEPT = 8, 256  # samples an opening; samples whose variety is measured
@@ -52,15 +54,15 @@ def measure(model: str, seed: int, cycles: int | None) -> Row:
     from sentiment import sentiment
 
     start, end = sentiment(before), sentiment(after)
-    groups = [start[i : i + N] for i in range(0, len(start), N)]
+    choosing = [best_of(torch.tensor(start).view(-1, N), n) for n in range(1, N + 1)]
     return Row(
         minutes=minutes,
         score=sum(end) / len(end),
-        best_of_8=_best_of(groups, N),
+        best_of_8=choosing[-1][1],
         kl=metrics[-1]["kl/ref_mean"],
         variety=distinct_2(after, seed) / distinct_2(before, seed),
         curve=[(m["kl/ref_mean"], m["reward/score_mean"]) for m in metrics],
-        best_of_n=[(math.log(n) - (n - 1) / n, _best_of(groups, n)) for n in range(1, N + 1)],
+        best_of_n=choosing,
         samples=[(openings[i], before[i * N], after[i * N]) for i in range(4)],
     )
 
@@ -69,13 +71,9 @@ def _read(path: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (EXAMPLE / path).read_text().splitlines()]
 
 
-def _best_of(groups: list[list[float]], n: int) -> float:
-    """Expected best of n, from all N samples of each opening: Σ over ranks of P(that rank is the best of n)."""
-    total = 0.0
-    for scores in groups:
-        ranked = sorted(scores)
-        total += sum(s * math.comb(i, n - 1) for i, s in enumerate(ranked)) / math.comb(len(ranked), n)
-    return total / len(groups)
+def best_of(scores: torch.Tensor, n: int) -> tuple[float, float]:
+    """(KL, expected score) of the best of n, mean over openings; scores [openings, N]."""
+    return float(best_of_n_kl_estimate(scores, n=n).mean()), float(best_of_n_score(scores, n=n).mean())
 
 
 def distinct_2(texts: list[str], seed: int) -> float:

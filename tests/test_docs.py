@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tether.config import check
 from tether.config.reading import load_config
+from tether.rewards import FunctionReward, load_function
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,11 +31,16 @@ def test_no_page_has_a_placeholder_left_where_a_figure_belongs(page):
     assert re.findall(r"@[A-Z]+@", page.read_text()) == []
 
 
-RECIPES = re.findall(r"^    (ppo: .*)$", (ROOT / "docs" / "recipes.md").read_text(), re.M)
+RECIPES = re.findall(r"(?:^    \w+: .*\n)+", (ROOT / "docs" / "recipes.md").read_text(), re.M)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_accepted(recipe, tmp_path):
-    rest = "run: r\nmodel: {policy: m}\nprompts: {path: p}\nreward: [{function: 'a.py:f'}]\n"
-    (tmp_path / "c.yaml").write_text(rest + recipe)
-    check(load_config(tmp_path / "c.yaml"))
+    """A block of keys of `tether ppo`; what it leaves out is filled in."""
+    rest = {"run": "r", "model": {"policy": "m"}, "prompts": {"path": "p"}, "reward": [{"function": "a.py:f"}]}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(rest | yaml.safe_load(recipe)))
+    config = load_config(tmp_path / "c.yaml")
+    check(config)
+    for source in config.reward:
+        if source.function.startswith("tether."):
+            FunctionReward(load_function(source.function), name="", tokenizer=None, stop_ids=(), fixed=source.arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import json
 import os
 import sys
 import traceback
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 
 import tether
 from tether.config.kinds import KINDS, resolve
-from tether.errors import ConfigError, Interrupted, RunError, TetherError
+from tether.errors import ConfigError, DataError, Interrupted, RunError, TetherError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,9 +163,35 @@ def _generate(argv: list[str]) -> None:
     parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto (cuda, else mps, else cpu), cuda:1, …")
     parser.add_argument("--dtype", metavar="DTYPE", default="auto", help="auto, float32 or bfloat16 (%(default)s)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument(
+        "--best-of",
+        metavar="N",
+        type=int,
+        help="score N responses to each prompt of --prompts, write the best as JSONL",
+    )
+    parser.add_argument(
+        "--reward", metavar="DIR|FILE.py:NAME", help="with --best-of: the reward model or function that scores"
+    )
+    parser.add_argument(
+        "--pairs", action="store_true", help="with --best-of: best against worst, for tether reward and tether dpo"
+    )
+    parser.add_argument("--to", metavar="FILE", help="with --best-of: where to write it (standard output)")
     args = parser.parse_args(argv)
     options = vars(args)
     model, raw, file, prompts = (options.pop(name) for name in ("model", "raw", "prompts", "prompt"))
+    n, reward, as_pairs, to = (options.pop(name) for name in ("best_of", "reward", "pairs", "to"))
+    if n is not None:
+        if not file or not reward or prompts or raw or options.pop("samples") != 1:
+            raise ConfigError(
+                "--best-of draws N answers to each prompt of a file and scores them: it takes --prompts FILE and "
+                "--reward, and neither --prompt, --raw nor --samples. Write --best-of N --prompts FILE --reward SOURCE."
+            )
+        _best_of(model, file, n, reward, as_pairs=as_pairs, to=to, options=options)
+        return
+    if reward or as_pairs or to:
+        raise ConfigError(
+            "--reward, --pairs and --to go with --best-of: without it nothing is chosen. Add --best-of N."
+        )
     if prompts and not raw:
         from tether.data.tokenizer import load_tokenizer
 
@@ -183,6 +210,39 @@ def _generate(argv: list[str]) -> None:
         if i % args.samples == 0:
             print(f"── {visible(_shown(generation.prompt))}")
         print(f"{visible(generation.completion)}\n")
+
+
+def _best_of(
+    model: str, prompts: str, n: int, reward: str, *, as_pairs: bool, to: str | None, options: dict[str, Any]
+) -> None:
+    """The best answer to each prompt, or best against worst, as JSONL; what was chosen from on stderr."""
+    if n < 2:
+        raise ConfigError(f"--best-of {n}: there would be nothing to choose from. Give 2 or more.")
+    if to and not Path(to).absolute().parent.is_dir():
+        raise RunError(
+            f"--to {to}: there is no directory {Path(to).parent}, so nothing could be written. Make it first."
+        )
+    from tether.runs.files import write_atomically
+    from tether.train.best_of_n import best_of_n, pairs, winners
+
+    scored = best_of_n(model, prompts, n=n, reward=reward, **options)
+    rows = pairs(scored) if as_pairs else winners(scored)
+    best, mean = (sum(row[k] for row in winners(scored)) / len(scored) for k in ("score", "score_mean"))
+    said = f"{len(scored)} prompts, {n} answers each: mean score {mean:.4g}, of the best {best:.4g}"
+    if as_pairs and len(rows) < len(scored):
+        said += f"; {len(scored) - len(rows)} prompts give no pair: all their answers score or read alike"
+    print(said, file=sys.stderr)
+    if not rows:
+        raise DataError(
+            f"no prompt of {prompts} gives a pair: there is nothing to prefer among answers that all score or read "
+            "alike. Raise --best-of, --temperature or --max-new-tokens, or score them by another --reward."
+        )
+    # On a terminal what a model wrote must not act: there characters beyond ASCII are written as \\u escapes.
+    lines = "".join(json.dumps(row, ensure_ascii=to is None) + "\n" for row in rows)
+    if to is None:
+        print(lines, end="")
+        return
+    write_atomically(Path(to), lines)
 
 
 def _token_ids(text: str) -> list[int]:

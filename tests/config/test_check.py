@@ -101,6 +101,7 @@ BAD = [  # kind, flags, the message's start, what it tells to do
     ("ppo", "--evaluate.count 0", "evaluate.count=0 is below 1", "evaluate.every 0 turns it off"),
     ("ppo", "--log.rollouts_every -1", "log.rollouts_every=-1 is below 0", "0 or more"),
     ("ppo", "--device meta", "device='meta' is not a device that anything can be computed on", "Set one of auto, cpu"),
+    ("evaluate", "--reward [{model:\tm,arguments:\t{a:\t1}}]", "reward[0].arguments is given with a model", "Leave it"),
     ("evaluate", "--device abacus", "device='abacus' is not a device", "Set one of auto, cpu"),
     ("ppo", "--seed -1", "seed=-1 is outside [0, 2^63)", "Set e.g. 0"),
     ("ppo", "--run=", "run is empty: it would name nothing", "Give it a value"),
@@ -129,6 +130,8 @@ BAD = [  # kind, flags, the message's start, what it tells to do
     ("dpo", "--optim.critic_lr 1", "optim.critic_lr=1.0 with dpo.loss=sigmoid", "Leave it out"),
     ("evaluate", "--models []", "models is empty: there is nothing to evaluate", "List at least one"),
     ("evaluate", "--samples 0", "samples=0 is below 1", "1 or more"),
+    ("evaluate", "--best_of [0]", "best_of=0 is below 1: there would be no answer to choose", "1 or more"),
+    ("evaluate", "--best_of [1,16,32]", "best_of holds 16, but there are samples=8", "Set samples to 32 or more"),
 ]
 
 

@@ -230,6 +230,13 @@ def test_a_dry_evaluation_checks_everything_samples_nothing_and_makes_no_file(ev
     assert main(["evaluate", str(tmp_path / "c.yaml"), "--dry-run", "--run", str(tmp_path / "c.yaml" / "x")]) == 2
 
 
+def test_a_dry_run_calls_no_function_without_the_arguments_that_it_needs(evaluation):
+    overlong = RewardSourceConfig("tether.rewards.overlong:overlong", arguments={"longest": 12, "buffer": 4})
+    assert "reward overlong:" in dry_run(replace(evaluation, reward=[overlong]))
+    with pytest.raises(tether.RewardError, match="reward function overlong needs 'buffer'"):
+        dry_run(replace(evaluation, reward=[replace(overlong, arguments={"longest": 12})]))
+
+
 def test_a_fresh_evaluation_moves_the_old_one_aside(evaluation, tmp_path):
     (tmp_path / "fine.py").write_text("def f(completions):\n    return [1.0] * len(completions)\n")
     config = replace(evaluation, reward=[RewardSourceConfig(function=f"{tmp_path / 'fine.py'}:f")])

@@ -475,6 +475,13 @@ def test_models_that_tether_evaluate_asked_are_compared_as_runs_are_and_a_pair_o
         means = [sum(row["score"] for row in rows) / len(rows) for rows in (left, right)]
         assert f"{means[0]:.3f} on the left, {means[1]:.3f} on the right" in page
         assert f"· {left[0]['kl']:.1f} nats".replace("-", "−") in page
+        (plot,) = (json.loads(html.unescape(text)) for text in re.findall(r'data-plot="([^"]*)"', page))
+        shown, chosen = plot["data"]
+        assert shown["text"] == ["model 0", "model 1"]
+        assert shown["y"] == pytest.approx(means)
+        best = [max(left[i]["score"], left[i + 1]["score"]) for i in range(0, len(left), 2)]
+        assert chosen["y"] == pytest.approx([means[0], sum(best) / len(best)])
+        assert "data-plot" not in client.get("/compare", params={"a": a, "b": b, "blind": True}).text
         differ = next(i for i, row in enumerate(left) if row["completion"] != right[i]["completion"])
         data = {"form_token": form_token(client), "a": f"{a}:{differ}", "b": f"{b}:{differ}"}
         assert "Queued" in client.post("/queue", data=data).text

@@ -1,5 +1,6 @@
 """Sampling from models and comparing them; log-probs and greedy answers are checked against plain transformers."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -326,6 +327,30 @@ def test_the_table_and_the_file_say_the_same(models, prompts, tmp_path):
     for result, row in zip(found.results, saved["results"], strict=True):
         assert tuple(row["score"]) == result.score
         assert f"{result.score.mean:.3f}" in str(found)
+
+
+def test_best_of_n_is_what_choosing_among_the_baselines_answers_gives(models, prompts, tmp_path):
+    found = tether.evaluate(config(models, prompts, samples=4, run=str(tmp_path / "out")), reward=length)
+    rows = EvaluationDir(tmp_path / "out").answers(0).to_pylist()
+    scores = [[row["score"] for row in rows[i : i + 4]] for i in range(0, len(rows), 4)]
+    for best in found.best_of:  # every choice of n of the 4 answers to each prompt
+        chosen = [max(choice) for row in scores for choice in itertools.combinations(row, best.n)]
+        assert best.score.mean == pytest.approx(sum(chosen) / len(chosen))
+        assert 0 <= best.kl.mean <= best.kl_bound + 1e-12
+    assert [best.n for best in found.best_of] == [1, 2, 4]
+    assert found.best_of[0].score == found.results[0].score
+    (line,) = (line for line in str(found).splitlines() if line.startswith("best of 4, baseline"))
+    assert line.split()[4] == f"{found.best_of[2].score.mean:.3f}"
+    saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())["best_of"]
+    assert [tuple(row["score"]) for row in saved] == [best.score for best in found.best_of]
+
+
+def test_the_sizes_of_best_of_n_can_be_chosen(models, prompts):
+    found = tether.evaluate(config(models[:1], prompts, samples=5, best_of=[5, 3]), reward=length)
+    assert [best.n for best in found.best_of] == [3, 5]
+    found = tether.evaluate(config(models[:1], prompts, best_of=[]), reward=length)
+    assert found.best_of == []
+    assert "best of" not in str(found)
 
 
 def test_the_answers_are_kept_beside_the_results_and_give_the_same_means(models, prompts, tmp_path):

@@ -34,6 +34,9 @@ class EvaluateConfig(Config):
     """Directory for results and answers, which the studio shows side by side; null prints the results alone."""
     samples: Annotated[int, at_least(1, "there would be nothing to score")] = 8
     """Responses to each prompt."""
+    best_of: Annotated[list[int] | None, at_least(1, "there would be no answer to choose")] = None
+    """Score and KL of choosing the best of n answers of the baseline, for each n of the list: what can be had without
+    training. null: 1, 2, 4, … up to `samples` (for 8 samples [1, 2, 4, 8]); [] : none."""
     seed: Seed = 0
     """Seed of the samples and of the bootstrap."""
     device: str = "auto"
@@ -51,4 +54,18 @@ class EvaluateConfig(Config):
             raise ConfigError(f"models is the text {self.models[:60]!r}: every letter would be a model. Give a list.")
         if not self.models:
             raise ConfigError("models is empty: there is nothing to evaluate. List at least one model directory.")
+        too_many = [n for n in self.best_of or () if n > self.samples]
+        if too_many:
+            raise ConfigError(
+                f"best_of holds {too_many[0]}, but there are samples={self.samples} responses to each prompt: the best "
+                f"of {too_many[0]} cannot be estimated from them. Set samples to {max(too_many)} or more, or leave "
+                f"{', '.join(map(str, too_many))} out of best_of."
+            )
         check_names(self.reward)
+
+    @property
+    def best_of_sizes(self) -> list[int]:
+        """Every n of `best_of`, ascending."""
+        if self.best_of is None:
+            return [2**i for i in range(self.samples.bit_length())]
+        return sorted(set(self.best_of))

@@ -224,6 +224,8 @@ class RewardSourceConfig(Section):
     """Seconds that a function may take for a whole cycle; then the run stops, saved."""
     dtype: Dtype = "auto"
     """Precision of a reward model."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of a function, by name, the same for every call."""
     optional: bool = False
     """May answer None beside other sources' scores: it then adds nothing to the sum, counted as reward/<name>_missing.
     Off: a None beside another source's score ends the run."""
@@ -233,6 +235,10 @@ class RewardSourceConfig(Section):
             raise ConfigError(
                 f"{key} needs exactly one of function and model, got function={self.function!r} and "
                 f"model={self.model!r}: it would be unclear what scores. Make it two entries, or drop one."
+            )
+        if self.arguments and self.function is None:
+            raise ConfigError(
+                f"{key}.arguments is given with a model, which takes none: it would do nothing. Leave it out."
             )
         if self.function is not None and not all(self.function.rpartition(":")[::2]):
             raise ConfigError(

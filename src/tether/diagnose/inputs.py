@@ -213,7 +213,9 @@ def _sources(
         name = source_name(source)
         if source.function is not None:
             function = load_function(source.function)
-            FunctionReward(function, name=name, tokenizer=tokenizer, stop_ids=stops).check(prompts)
+            FunctionReward(function, name=name, tokenizer=tokenizer, stop_ids=stops, fixed=source.arguments).check(
+                prompts
+            )
             facts.append(f"reward {name}: {source.function}, weight {source.weight:g}")
             continue
         assert source.model is not None

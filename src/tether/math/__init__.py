@@ -7,6 +7,13 @@ Positions that do not count may hold anything, NaN included. Log-probabilities a
 """
 
 from tether.math.advantages import gae, group_advantages, place_rewards
+from tether.math.best_of_n import (
+    best_of_n_kl,
+    best_of_n_kl_bound,
+    best_of_n_kl_estimate,
+    best_of_n_probabilities,
+    best_of_n_score,
+)
 from tether.math.bootstrap import Interval, bootstrap_mean
 from tether.math.diagnostics import (
     distinct_pairs,

@@ -50,25 +50,23 @@ def win_share(before: Evaluation, after: Evaluation) -> Interval | None:
 def best_of(evaluation: Evaluation) -> list[tuple[int, float, float]]:
     """(n, KL, score) of choosing the best of n answers, n = 1, 2, 4, … as far as there are samples.
 
-    The score is the exact expectation over which n of a prompt's samples were drawn: with scores ascending,
-    E[max of n] = Σ s_i · C(i, n-1) / C(samples, n), i from 0. KL = log n - (n-1)/n nats (Gao et al. 2022).
+    See `tether.math.best_of_n`: the score is the mean over every choice of n of a prompt's samples.
     """
-    samples = min(len(rows) for rows in evaluation.answers.values())
-    found = []
-    n = 1
+    import torch
+
+    from tether.math import best_of_n_kl_estimate, best_of_n_score
+
+    scores = [torch.tensor([[_or_nan(a["score"]) for a in rows]]) for rows in evaluation.answers.values()]
+    samples, found, n = min(s.shape[1] for s in scores), [], 1
     while n <= samples:
-        best = [_expected_max([_or_nan(a["score"]) for a in rows], n) for rows in evaluation.answers.values()]
-        found.append((n, math.log(n) - (n - 1) / n, sum(best) / len(best)))
+        kl, score = (torch.cat([of(s, n=n) for s in scores]) for of in (best_of_n_kl_estimate, best_of_n_score))
+        found.append((n, float(kl.mean()), float(score.mean())))
         n *= 2
     return found
 
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _expected_max(scores: Sequence[float], n: int) -> float:
-    return sum(s * math.comb(i, n - 1) for i, s in enumerate(sorted(scores))) / math.comb(len(scores), n)
 
 
 def _mean(values: Sequence[float]) -> Interval:

@@ -48,10 +48,17 @@ def points(x: Numbers, y: Numbers, *, unit: str, low: Numbers, high: Numbers) ->
     return _plot([trace], x_title=unit, y_range=_range([*low, *high]), shapes=[_level(y[0])] if y else [])
 
 
-def frontier(kl: Numbers, score: Numbers, labels: Sequence[str], best_of: Sequence[tuple[int, float, float]]) -> Plot:
-    """Score against what it cost; best_of: (n, KL, score) of choosing the best of n answers of the start model."""
+def frontier(
+    kl: Numbers, score: Numbers, labels: Sequence[str], best_of: Sequence[tuple[int, float, float]],
+    *, name: str = "this run", joined: bool = True,
+) -> Plot:  # fmt: skip
+    """Score against what it cost; best_of: (n, KL, score) of choosing the best of n answers of the start model.
+
+    joined: the points are one run's, in order; else each is a model of its own, with its label beside it.
+    """
+    style = _style(1) if joined else {**_style(1), "mode": "markers+text", "text": labels, "textposition": "top center"}
     traces: list[dict[str, Any]] = [
-        {"x": kl, "y": score, **_style(1), "name": "this run", "customdata": labels,
+        {"x": kl, "y": score, **style, "name": name, "customdata": labels,
          "hovertemplate": "%{customdata}: score %{y:.4g} at %{x:.3g} nats<extra></extra>"}
     ]  # fmt: skip
     if best_of:

@@ -36,7 +36,9 @@ def build_reward(
         name = source_name(source)
         scorer: Reward
         if source.function is not None:
-            scorer = FunctionReward(load_function(source.function), name=name, timeout_s=source.timeout_s, **policy)
+            scorer = FunctionReward(
+                load_function(source.function), name=name, timeout_s=source.timeout_s, fixed=source.arguments, **policy
+            )
         else:
             assert source.model is not None
             scorer = ModelReward(source.model, name=name, dtype=source.dtype, device=device, **policy)

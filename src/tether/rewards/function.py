@@ -19,7 +19,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +38,7 @@ _ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 @dataclass
 class FunctionReward:
-    """One Python function as a source of scores. tokenizer, stop_ids: the policy's."""
+    """One Python function as a source of scores. tokenizer, stop_ids: the policy's. fixed: arguments of every call."""
 
     function: RewardFunction
     _: KW_ONLY
@@ -46,9 +46,19 @@ class FunctionReward:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: Sequence[int]
     timeout_s: float = 60.0
+    fixed: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._wanted, self._required = _parameters(self.function)
+        self._required -= set(self.fixed)
+        for name in self.fixed:
+            if name in _ARGUMENTS or (self._wanted is not None and name not in self._wanted):
+                takes = sorted((self._wanted or set()) - set(_ARGUMENTS))
+                raise RewardError(
+                    f"arguments of reward function {self.name} hold {name!r}, which "
+                    f"{'every call sets' if name in _ARGUMENTS else 'it does not take'}, so it cannot be called."
+                    f"{did_you_mean(name, takes)} It takes: {', '.join(takes) or 'none of its own'}."
+                )
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise RewardError if the prompts' columns do not fill the parameters, before anything is sampled."""
@@ -59,19 +69,24 @@ class FunctionReward:
                     f"the prompts have a column {name!r}, which is also an argument of every reward function: "
                     f"{self.name} could be given only one of them. Rename the column."
                 )
+        for name in sorted(columns & set(self.fixed)):
+            raise RewardError(
+                f"the prompts have a column {name!r}, and arguments of {self.name} give it as well: it could be given "
+                "only one of them. Rename the column, or leave the argument out."
+            )
         for name in sorted(self._required - columns - set(_ARGUMENTS)):
             raise RewardError(
                 f"reward function {self.name} needs {name!r}, but the prompts have no such column, so it cannot be "
                 f"called.{did_you_mean(name, [*sorted(columns), *_ARGUMENTS])} Columns: "
-                f"{', '.join(sorted(columns)) or 'none'}; always there: {', '.join(_ARGUMENTS)}. Add the column, or "
-                "give the parameter a default."
+                f"{', '.join(sorted(columns)) or 'none'}; always there: {', '.join(_ARGUMENTS)}. Add the column, set "
+                "it in `arguments` of this source, or give the parameter a default."
             )
 
     def score(self, completions: Completions) -> list[float | None]:
         """One call with all B rows. Returns B finite scores, None where the function does not answer."""
         self.check(completions.prompts)
         columns = sorted({column for prompt in completions.prompts for column in prompt.columns})
-        arguments: dict[str, list[Any]] = {
+        arguments: dict[str, Any] = {
             "prompts": [prompt.source for prompt in completions.prompts],
             "completions": read_answers(completions, self.tokenizer, self.stop_ids),
             "completion_ids": [list(ids) for ids in completions.response_ids],
@@ -79,9 +94,9 @@ class FunctionReward:
         }
         if self._wanted is not None:
             arguments = {name: value for name, value in arguments.items() if name in self._wanted}
-        return read_scores(self._call(arguments), self.name, completions)
+        return read_scores(self._call(arguments | self.fixed, len(completions)), self.name, completions)
 
-    def _call(self, arguments: dict[str, list[Any]]) -> Any:
+    def _call(self, arguments: dict[str, Any], count: int) -> Any:
         """Call the function in a thread of its own: Python cannot stop a function, but we can stop waiting for it."""
         answer: list[Any] = []
         raised: list[BaseException] = []
@@ -104,7 +119,7 @@ class FunctionReward:
         if not answer:
             raise RewardError(
                 f"reward function {self.name} did not answer within timeout_s={self.timeout_s:g} seconds for "
-                f"{len(next(iter(arguments.values()), []))} completions: this cycle has no scores. Make it faster, or "
+                f"{count} completions: this cycle has no scores. Make it faster, or "
                 "raise timeout_s of this source."
             )
         return answer[0]

@@ -156,15 +156,29 @@ class EvaluationDir:
     @property
     def models(self) -> list[str]:
         """Their directories or hub ids, the baseline first; RunError where evaluation.json is not what was written."""
+        return [str(result["model"]) for result in self.results]
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """One dict per model, the baseline first: model, score and kl (mean, low, high; kl may be null), and more."""
         try:
+            found = json.loads(self.index_file.read_text(encoding="utf-8"))["results"]
             return [
-                str(result["model"]) for result in json.loads(self.index_file.read_text(encoding="utf-8"))["results"]
+                result | {"model": result["model"], "score": result["score"], "kl": result["kl"]} for result in found
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{self.index_file} cannot be read ({type(error).__name__}): it is unclear which models these are. Run "
                 "tether evaluate again."
             ) from error
+
+    @property
+    def best_of(self) -> list[dict[str, Any]]:
+        """Choosing the best of n of the baseline's answers: n, score and kl (mean, low, high), n ascending."""
+        try:
+            return list(json.loads(self.index_file.read_text(encoding="utf-8")).get("best_of", []))
+        except (OSError, ValueError, AttributeError, TypeError):
+            return []  # what is wrong with the file is said where its models are read
 
     def file(self, index: int) -> Path:
         """Where the answers of `models[index]` are."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import json
 import re
 from itertools import islice
 from typing import Any
@@ -14,8 +15,9 @@ from fastapi.responses import HTMLResponse
 from markupsafe import Markup, escape
 
 from tether.errors import RunError
+from tether.reports.plots import frontier
 from tether.reports.text import prompt_text, visible
-from tether.runs import short_name
+from tether.runs import EvaluationDir, short_name
 from tether.studio.answers import Answers
 from tether.studio.shared import Studio, paged
 
@@ -41,7 +43,7 @@ def routes(studio: Studio) -> APIRouter:
         means = [_mean([r["score"] for p in common for r in found[p]]) for found in answers]
         return studio.page(
             request, "compare.html.j2", choices=_choices(studio, a, b), a=a, b=b, blind=blind, sides=sides, pairs=shown,
-            page=page, pages=pages, count=len(common), means=means,
+            page=page, pages=pages, count=len(common), means=means, frontiers=[] if blind else _frontiers(studio, a, b),
         )  # fmt: skip
 
     return router
@@ -73,6 +75,27 @@ def _choices(studio: Studio, *chosen: str) -> list[tuple[str, str]]:
         for cycle in sorted({*cycles[::every], *cycles[-1:], *chosen_cycles}):
             found.append((f"{run_id}:evaluations:{cycle}", f"{studio.runs.name(run)}, cycle {cycle}"))
     return found
+
+
+def _frontiers(studio: Studio, *keys: str) -> list[dict[str, Any]]:
+    """Score over KL of every evaluation by `tether evaluate` among the sides: its plot, and the models by number."""
+    found = []
+    for evaluation_id in dict.fromkeys(key.partition(":")[0] for key in keys if ":answers:" in key):
+        evaluation = studio.runs.evaluation(evaluation_id)
+        found.append({"name": studio.runs.name(evaluation), "models": evaluation.models, "plot": _frontier(evaluation)})
+    return found
+
+
+def _frontier(evaluation: EvaluationDir) -> str:
+    """JSON of the plot; a model whose KL is not known, because its vocabulary is another, is not in it."""
+    shown = [(f"model {i}", r) for i, r in enumerate(evaluation.results) if r["kl"] is not None]
+    chosen = [(b["n"], b["kl"][0], b["score"][0]) for b in evaluation.best_of]
+    return json.dumps(
+        frontier(
+            [r["kl"][0] for _, r in shown], [r["score"][0] for _, r in shown], [label for label, _ in shown], chosen,
+            name="models", joined=False,
+        )
+    )  # fmt: skip
 
 
 def _pair(prompt: str, a: list[dict[str, Any]], b: list[dict[str, Any]], *, swapped: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tether.data.table import Table
 from tether.data.text import completion_text
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.errors import ConfigError, DataError, RunError
-from tether.math import Interval, bootstrap_mean
+from tether.math import Interval, best_of_n_kl_bound, best_of_n_kl_estimate, best_of_n_score, bootstrap_mean
 from tether.models.language_model import LanguageModel
 from tether.models.loading import context_length, load_causal_lm, model_config, resolve_device, resolve_dtype
 from tether.rewards import build_reward
@@ -55,8 +55,7 @@ def generate(
     if isinstance(prompts, str):
         raise DataError(f"prompts is the text {prompts[:40]!r}: every letter would be a prompt. Give a list: [text].")
     sampling = SamplingConfig("local", temperature, top_k, top_p, max_new_tokens, stop_token_ids)
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f"dtype={dtype!r} is not a precision that models run in here. Set auto, float32 or bfloat16.")
+    check_dtype(dtype)
     anywhere = PromptsConfig("the prompts given", max_tokens=sys.maxsize)
     check(
         EvaluateConfig([str(model)], anywhere, samples=samples, seed=seed, device=device, sampling=sampling),
@@ -76,6 +75,12 @@ def generate(
     ]
 
 
+def check_dtype(dtype: str) -> None:
+    """ConfigError for a precision from Python or a flag that is none."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"dtype={dtype!r} is not a precision that models run in here. Set auto, float32 or bfloat16.")
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """One model. Every interval is a 95 % bootstrap over prompts."""
@@ -90,6 +95,16 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class BestOfN:
+    """Choosing the best of n of the baseline's answers, without training. Intervals as in `Result`."""
+
+    n: int
+    score: Interval  # expected score of the one that is kept
+    kl: Interval  # to the baseline as it is sampled, nats per response; answers that score alike lower it
+    kl_bound: float  # log n - (n-1)/n nats: the KL where no two answers score alike
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """Several models on the same prompts, answered with the same random numbers."""
 
@@ -97,6 +112,7 @@ class Evaluation:
     prompts: int
     samples: int  # responses to each prompt
     results: list[Result]  # the baseline first
+    best_of: list[BestOfN]  # of the baseline, n ascending
 
     def __str__(self) -> str:
         rows = [("model", "score", "KL to baseline", "win rate", "length", "cut")]
@@ -104,6 +120,9 @@ class Evaluation:
             name = short_name(r.model) + (" (baseline)" if r.model == self.baseline else "")
             intervals = _shown(r.score, ".3f"), _shown(r.kl, ".2f"), _shown(r.win_rate, ".2f")
             rows.append((name, *intervals, f"{r.length:.1f}", f"{r.truncated:.0%}"))
+        for b in self.best_of:
+            if b.n > 1:
+                rows.append((f"best of {b.n}, baseline", _shown(b.score, ".3f"), _shown(b.kl, ".2f"), "", "", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += [f"{short_name(r.model)}: {r.note}" for r in self.results if r.note]
@@ -134,6 +153,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
     results: list[Result] = []
     answers: list[dict[str, list[Any]]] = []
     base_scores = torch.empty(0)
+    best_of: list[BestOfN] = []
     for name, source in sources.items():
         model = base if name == baseline else source.load(device, config.dtype)
         found = source.sample(model, prompts[name], config.samples, seed=config.seed, stream=EVALUATE)
@@ -152,6 +172,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
         answers.append(columns | {"kl": [None] * len(found) if ratios is None else ratios.tolist()})
         if name == baseline:
             base_scores = scores
+            best_of = _best_of(scored.scores.view(-1, config.samples), config)
         wins = (scores > base_scores).double() + 0.5 * (scores == base_scores)
         interval = partial(bootstrap_mean, seed=config.seed)
         results.append(
@@ -166,7 +187,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
             )
         )
         del model, rewards  # before the next ones are loaded
-    evaluation = Evaluation(baseline, len(prompts[baseline]), config.samples, results)
+    evaluation = Evaluation(baseline, len(prompts[baseline]), config.samples, results, best_of)
     if config.run is not None:
         _write(evaluation, answers, config, EvaluationDir(config.run))
     return evaluation
@@ -218,6 +239,20 @@ def _summed_logprobs(model: LanguageModel, rows: Rows, temperature: float) -> Te
 def _by_prompt(values: Tensor, samples: int) -> Tensor:
     """[P] means over the `samples` responses to each prompt, of values [P · samples]."""
     return values.double().view(-1, samples).mean(1)
+
+
+def _best_of(scores: Tensor, config: EvaluateConfig) -> list[BestOfN]:
+    """What choosing among the answers to each prompt gives, from scores [P, samples]."""
+    interval = partial(bootstrap_mean, seed=config.seed)
+    return [
+        BestOfN(
+            n=n,
+            score=interval(best_of_n_score(scores, n=n)),
+            kl=interval(best_of_n_kl_estimate(scores, n=n)),
+            kl_bound=best_of_n_kl_bound(n),
+        )
+        for n in config.best_of_sizes
+    ]
 
 
 def _common(prompts: dict[str, list[Prompt]]) -> dict[str, list[Prompt]]:
