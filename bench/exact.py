@@ -206,8 +206,20 @@ def build(task: Task, directory: Path, seed: int) -> None:
 
 
 def config(task: Task, directory: Path, seed: int, cycles: int, route: str) -> PPOConfig:
-    """A critic with a rate that falls to 0, or a group baseline with one that stays: at the optimum it has no noise."""
-    critic = {"lam": 0.95, "value_coef": 0.5} if route == "gae" else {}
+    """gae: a critic. group: a group baseline in its place. constant: a group baseline, and a rate that never falls.
+
+    At the optimum a group baseline leaves no noise, so the rate may stay, but only where a step shrinks with the
+    gradient. Adam divides by the gradient's size: with a small eps every step is about lr long, however near the
+    optimum, and 16 steps along one cycle's advantages pass it. Hence one step a cycle, and an eps above the gradients,
+    which is gradient descent with momentum at the rate lr/eps = 0.1.
+    """
+    section: dict[str, Any] = {"epochs": 4, "minibatch": 64, "advantage": "group"}
+    optim = OptimConfig(lr=2e-3, critic_lr=2e-3)
+    if route == "gae":
+        section |= {"advantage": "gae", "lam": 0.95, "value_coef": 0.5}
+    if route == "constant":
+        section |= {"epochs": 1, "minibatch": 256}
+        optim = OptimConfig(lr=1e-2, eps=0.1, schedule="constant")
     return PPOConfig(
         run=str(directory / "run"), seed=seed, device="cpu",
         model=ModelConfig(policy=str(directory / "model")),
@@ -216,10 +228,10 @@ def config(task: Task, directory: Path, seed: int, cycles: int, route: str) -> P
             max_new_tokens=task.length, stop_token_ids=[] if task.stop is None else [task.stop], slots=256
         ),
         ppo=PPOSection(
-            cycles=cycles, batch=256, responses_per_prompt=256 // len(task.prompts), epochs=4, minibatch=64,
-            advantage=route, kl=KLConfig(coef=task.beta), **critic,
+            cycles=cycles, batch=256, responses_per_prompt=256 // len(task.prompts),
+            kl=KLConfig(coef=task.beta), **section,
         ),
-        optim=OptimConfig(lr=2e-3, critic_lr=2e-3, schedule="linear" if route == "gae" else "constant"),
+        optim=optim,
         log=LogConfig(rollouts_every=0, tensorboard=False),
         checkpoint=CheckpointConfig(every=10, keep=1000),
         evaluate=HeldOutConfig(every=0),
@@ -384,7 +396,7 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=", ".join(TASKS)
     )
-    parser.add_argument("--routes", nargs="*", default=["gae"], choices=["gae", "group", "dpo"])
+    parser.add_argument("--routes", nargs="*", default=["gae"], choices=["gae", "group", "constant", "dpo"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--cycles", type=int, help="of 256 responses; by default each task's own, 60 to 250")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())

@@ -1,5 +1,6 @@
 """What examples/ holds works: every config loads, and the ones small enough are run."""
 
+import math
 import os
 import re
 import subprocess
@@ -90,3 +91,31 @@ def test_the_loop_runs_from_samples_through_people_and_ppo_to_the_compare_page(s
     assert "nothing found" in done.stdout
     assert done.stdout.count("on the left") == 2
     assert "They say the same of" in done.stdout
+
+
+def test_the_random_walks_are_those_of_the_benchmark(monkeypatch):
+    # means of the data as trlX's own code gives them; the soft optimum, over uniform walks, from the graph alone
+    monkeypatch.syspath_prepend(EXAMPLES / "random_walks")
+    import walks
+
+    for seed, mean in ((1000, 0.3515), (1002, 0.7902)):
+        _, drawn = walks.world(seed)
+        assert sum(walks.score_walk(walk, seed) for walk in drawn) / len(drawn) == pytest.approx(mean, abs=1e-4)
+    edges, _ = walks.world()
+    total = 0.0
+    for start in range(1, 21):
+        at, scores = {start: 1.0}, {}
+        for nodes in range(2, 11):
+            following: dict[int, float] = {}
+            for node, chance in at.items():
+                neighbors = [n for n in range(21) if edges[node, n]]
+                for n in neighbors:
+                    following[n] = following.get(n, 0.0) + chance / len(neighbors)
+            scores[nodes] = following.pop(0, 0.0)
+            at = following
+        best = walks.shortest()[start]
+        weighted = [((10 - n) / (10 - best), p) for n, p in scores.items()] + [(0.0, sum(at.values()))]
+        share = [p * math.exp(score / 0.1) for score, p in weighted]
+        total += sum(s * score for s, (score, _) in zip(share, weighted, strict=True)) / sum(share)
+    assert total / 20 == pytest.approx(0.97487, abs=1e-5)
+    assert walks.optimality(["b"], [[walks.NAMES.index("c")]]) == [0.0]  # it never arrives
