@@ -7,6 +7,7 @@ Positions that do not count may hold anything, NaN included. Log-probabilities a
 """
 
 from tether.math.advantages import gae, group_advantages, place_rewards
+from tether.math.bellman import bellman_loss
 from tether.math.bootstrap import Interval, bootstrap_mean
 from tether.math.diagnostics import (
     distinct_pairs,
