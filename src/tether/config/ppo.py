@@ -9,10 +9,10 @@ from tether.config.keys import Section, at_least, positive, within
 from tether.config.sections import (
     MicrobatchTokens,
     PromptsConfig,
+    ReferencedModelConfig,
     RewardShapingConfig,
     RewardSourceConfig,
     SamplingConfig,
-    SFTModelConfig,
     TrainingConfig,
     check_names,
     check_warmup,
@@ -24,16 +24,12 @@ _CLIP = positive("every ratio would be clipped and nothing learned")
 
 
 @dataclass(frozen=True)
-class ModelConfig(SFTModelConfig):
-    """Which model learns, in which precision."""
+class ModelConfig(ReferencedModelConfig):
+    """Which model learns, in which precision, and the models beside it."""
 
-    policy: str
-    """Directory or hub id of the causal language model that learns."""
     critic: str = "shared"
     """shared: a value head on the policy's trunk (one forward pass for both). separate: a trunk of its own, copied from
     the policy. A directory: a trunk of its own from there; a reward model's head comes along."""
-    reference: str | None = None
-    """Directory of the frozen model that the KL is measured to; null: the policy as it is when the run begins."""
 
 
 @dataclass(frozen=True)

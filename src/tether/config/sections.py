@@ -135,6 +135,16 @@ class SFTModelConfig(Section):
     """Run Python code that comes with the model. Off: it can do anything that you can."""
 
 
+@dataclass(frozen=True)
+class ReferencedModelConfig(SFTModelConfig):
+    """Which model learns, in which precision, and what it is compared with."""
+
+    policy: str
+    """Directory or hub id of the causal language model that learns."""
+    reference: str | None = None
+    """Directory of the frozen model that the KL is measured to; null: the policy as it is when the run begins."""
+
+
 # ---------------------------------------------------------------- data
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tether.config import ModelConfig
+from tether.config import ModelConfig, ReferencedModelConfig
 from tether.errors import ModelError
 from tether.models.language_model import LanguageModel, freeze
 from tether.models.loading import (
@@ -135,14 +135,15 @@ class Reference:
         return _fill(logprobs, rows.response_mask)
 
 
-def companions(config: ModelConfig) -> dict[str, Any]:
+def companions(config: ReferencedModelConfig) -> dict[str, Any]:
     """Reference and critic where they are models of their own: `key=path` -> transformers config, without weights.
 
     Raises ModelError where one has another vocabulary than the policy.
     """
     trust = config.trust_remote_code
     found, ours = {}, None
-    for key, path in (("model.reference", config.reference), ("model.critic", config.critic)):
+    critic = config.critic if isinstance(config, ModelConfig) else None
+    for key, path in (("model.reference", config.reference), ("model.critic", critic)):
         if path is None or path in ("shared", "separate"):
             continue
         ours = ours or model_config(config.policy, revision=config.revision, trust_remote_code=trust)
@@ -171,10 +172,7 @@ def build_policy(
 
     frozen = None
     if config.reference is not None:
-        other: Any = load_causal_lm(
-            config.reference, dtype=lm.dtype, device=device, trust_remote_code=config.trust_remote_code
-        )
-        frozen = LanguageModel(freeze(other, dtype, same_bits=True), dtype)
+        frozen = load_reference(config.reference, LanguageModel(lm, dtype), trust_remote_code=config.trust_remote_code)
     elif not config.lora:
         frozen = LanguageModel(freeze(copy.deepcopy(lm), dtype, same_bits=True), dtype)
 
@@ -191,6 +189,14 @@ def build_policy(
         frozen.lm.eval().requires_grad_(False)
     policy.train()
     return policy, Reference(policy, frozen), notes
+
+
+def load_reference(path: str, policy: LanguageModel, *, trust_remote_code: bool) -> LanguageModel:
+    """The frozen model in `path`, with the precision of the policy's own arithmetic."""
+    lm: Any = load_causal_lm(
+        path, dtype=policy.hf_model.dtype, device=policy.device, trust_remote_code=trust_remote_code
+    )
+    return LanguageModel(freeze(lm, policy.dtype, same_bits=True).eval(), policy.dtype)
 
 
 def _load_critic(config: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> SeparateCritic:
