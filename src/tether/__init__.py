@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tether.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
+    from tether.config import EvaluateConfig, PPOConfig, QLearningConfig, RewardConfig, SFTConfig
     from tether.config.reading import load_config
     from tether.errors import (
         BatchError,
@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from tether.runs import Run
     from tether.train.evaluate import evaluate, generate
     from tether.train.ppo import ppo
+    from tether.train.qlearning import qlearning
     from tether.train.reward import reward_model
     from tether.train.sft import sft
 
 _HOME = {
     "ppo": "tether.train.ppo",
     "sft": "tether.train.sft",
+    "qlearning": "tether.train.qlearning",
     "reward_model": "tether.train.reward",
     "evaluate": "tether.train.evaluate",
     "generate": "tether.train.evaluate",
@@ -45,6 +47,7 @@ _HOME = {
     "load_config": "tether.config.reading",
     "Run": "tether.runs",
     **dict.fromkeys(("PPOConfig", "SFTConfig", "RewardConfig", "EvaluateConfig"), "tether.config"),
+    "QLearningConfig": "tether.config",
     **dict.fromkeys(
         ("TetherError", "ConfigError", "DataError", "ModelError", "RewardError", "RunError", "StoreError",
          "LabelError", "BatchError", "TrainingError", "Interrupted"),
@@ -61,6 +64,7 @@ __all__ = [
     "LabelError",
     "ModelError",
     "PPOConfig",
+    "QLearningConfig",
     "RewardConfig",
     "RewardError",
     "Run",
@@ -75,6 +79,7 @@ __all__ = [
     "generate",
     "load_config",
     "ppo",
+    "qlearning",
     "report",
     "reward_model",
     "sft",

@@ -6,6 +6,7 @@ Loads no torch, and pydantic and ruamel.yaml only with `reading`.
 from tether.config.evaluate import EvaluateConfig
 from tether.config.keys import Section
 from tether.config.ppo import HeldOutConfig, KLConfig, ModelConfig, PPOConfig, PPOSection
+from tether.config.qlearning import QLearningConfig, QLearningSection, ScoredConfig
 from tether.config.reward import PairsConfig, RewardConfig, RewardModelSection
 from tether.config.sections import (
     RESERVED_NAMES,
@@ -51,6 +52,8 @@ __all__ = [
     "PPOSection",
     "PairsConfig",
     "PromptsConfig",
+    "QLearningConfig",
+    "QLearningSection",
     "ReferencedModelConfig",
     "RewardConfig",
     "RewardModelSection",
@@ -60,6 +63,7 @@ __all__ = [
     "SFTModelConfig",
     "SFTSection",
     "SamplingConfig",
+    "ScoredConfig",
     "Section",
     "TrainingConfig",
     "WandbConfig",

@@ -16,6 +16,7 @@ from tether.config import (
     PairsConfig,
     PPOConfig,
     PromptsConfig,
+    QLearningConfig,
     RewardConfig,
     SFTConfig,
     TrainingConfig,
@@ -24,16 +25,19 @@ from tether.config import (
 )
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
+from tether.data.scored import load_scored
 from tether.data.split import share_prompts, split_pairs
 from tether.data.table import read_rows
 from tether.data.tokenizer import check_vocabulary, load_generation_config, load_tokenizer, stop_token_ids
 from tether.diagnose.memory import architecture_of
 from tether.models.loading import context_length, model_config
+from tether.models.policy import companions
 from tether.models.reward_model import check_one_label
 from tether.rewards import FunctionReward, load_function
 from tether.train.contexts import check_contexts
 from tether.train.evaluate import load_inputs
 from tether.train.held_out import load_prompt_sets
+from tether.train.qlearning import plan_steps as plan_answers
 from tether.train.reward import plan_steps as plan_pairs
 from tether.train.sft import plan_steps as plan_examples
 from tether.types import Prompt
@@ -173,6 +177,30 @@ def of_pairs(config: RewardConfig, hashes: Mapping[str, str]) -> Inputs:
         mask = [False] * (len(first.prompt_ids) + len(ids) - 1) + [True]  # the score is read at the last token
         shown.append(f"row {first.row}, {name}\n{render(start.tokenizer, first.prompt_ids + ids, mask)}")
     return Inputs(facts, max(lengths), plan, "\n".join(shown), "where the score is read")
+
+
+def of_scored(config: QLearningConfig, _: Mapping[str, str]) -> Inputs:
+    """Scored answers, and the steps that they make."""
+    start, section = Start.of(config), config.qlearning
+    companions(config.model)
+    answers = load_scored(config.data, start.tokenizer, stop_id=start.stop, context=start.context)
+    lengths = [len(x.prompt.ids) + len(x.response_ids) for x in answers]
+    scores, prompts = [x.score for x in answers], len({x.prompt.row for x in answers})
+    facts = [
+        *start.facts,
+        f"{', '.join(config.data.paths)}: {len(answers)} answers to {prompts} prompts, {min(lengths)} to "
+        f"{max(lengths)} tokens, half up to {sorted(lengths)[len(lengths) // 2]}",
+        f"scores {min(scores):g} to {max(scores):g}, mean {sum(scores) / len(scores):.4g}",
+    ]
+    steps = len(plan_answers(len(answers), config))
+    check_warmup(config.optim, steps)
+    plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} answers"
+    first = answers[0]
+    mask = [False] * len(first.prompt.ids) + [True] * len(first.response_ids)
+    shown = (
+        f"answer 0, score {first.score:g}\n{render(start.tokenizer, [*first.prompt.ids, *first.response_ids], mask)}"
+    )
+    return Inputs(facts, max(lengths), plan, shown, "a token of the answer, which has a residual")
 
 
 def _sources(

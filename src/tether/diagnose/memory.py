@@ -159,6 +159,17 @@ def beside_policy(trained: Trained) -> list[Part]:
     return parts
 
 
+def named_reference(trained: Trained) -> list[Part]:
+    """Of Q-learning: a reference that is not the policy as it begins; it is gone before the first step."""
+    name = trained.config.model.reference
+    if name is None:
+        return []
+    lora = trained.config.model.lora is not None
+    frozen = freeze(_without_data(_read(trained.config, name)), trained.dtype, same_bits=not lora)
+    held = sum(p.numel() * p.element_size() for p in frozen.parameters())
+    return [Part("reference", held, "computing its log-probs")]
+
+
 def _holds_scores(text: Any) -> bool:
     """Whether some layer's attention to a prompt holds its scores, see `SlotCache.attend`."""
     return bool(getattr(text, "sliding_window", None) or getattr(text, "attn_logit_softcapping", None))

@@ -12,6 +12,7 @@ from tether.math.bootstrap import Interval, bootstrap_mean
 from tether.math.diagnostics import (
     distinct_pairs,
     explained_variance,
+    grouped_std,
     optimality_gap,
     optimality_gap_logmeanexp,
     shared_phrase,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tether.config.kinds import KINDS
-from tether.reports.curves import PPO, REWARD, SFT
+from tether.reports.curves import PPO, QLEARNING, REWARD, SFT
 
-_CURVES = {"ppo": PPO, "sft": SFT, "reward": REWARD}
+_CURVES = {"ppo": PPO, "sft": SFT, "reward": REWARD, "qlearning": QLEARNING}
 _OF_ALL = {
     "optim/lr": "Learning rate of the step.",
     "optim/grad_norm": "Norm of the gradient before clipping.",
@@ -50,6 +50,11 @@ _OTHERS = {  # command -> what has no curve of its own
     },
     "sft": {"tokens/trained": "Tokens of the examples that the step was trained on.", **_SPEED},
     "reward": {},
+    "qlearning": {
+        "qlearning/loss": "Half the mean squared residual: what is minimized.",
+        "tokens/trained": "Tokens of the answers that the step was trained on.",
+        **_SPEED,
+    },
 }
 
 

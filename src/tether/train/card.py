@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tether.config import InitModelConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.config import InitModelConfig, PPOConfig, QLearningConfig, RewardConfig, SFTConfig
 from tether.runs import Run
 
 _MOVED = {
@@ -76,6 +76,23 @@ def reward_card(run: Run, config: RewardConfig, report: str) -> str:
         "(raw - tether_reward_mean) / tether_reward_std, both in config.json.",
         "It says what the people who labeled these pairs would prefer among answers like theirs, and nothing about "
         "others.",
+    )
+
+
+def qlearning_card(run: Run, config: QLearningConfig) -> str:
+    """A model card: what it learned from, how far the residual fell, and what its optimum would be."""
+    metrics, section = run.metrics, config.qlearning
+    return _card(
+        run.path.name,
+        config.model.policy,
+        "qlearning, rlhf",
+        f"Trained by Q-learning with Tether from `{config.model.policy}` on the scored answers of "
+        f"{', '.join(f'`{path}`' for path in config.data.paths)}: {section.epochs} epochs, {len(metrics)} optimizer "
+        f"steps, seed {config.seed}.",
+        f"Residual, reward units: {_shown(metrics[0]['qlearning/residual'])} before the first step, "
+        f"{_shown(metrics[-1]['qlearning/residual'])} before the last. At 0 this would be the best policy for the "
+        f"score less {section.beta:g} per nat of KL to the reference, and `critic/` its value.",
+        "It has been told the scores of answers in the data, and of no others: look at samples before you trust it.",
     )
 
 

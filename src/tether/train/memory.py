@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tether.config import PPOConfig
+from tether.config.kinds import KINDS
 from tether.errors import TrainingError
 from tether.runs import RunDirectory
 
@@ -48,7 +49,7 @@ def explaining_out_of_memory(run: RunDirectory) -> Iterator[None]:
 def _knob(run: RunDirectory) -> str:
     """What to change for the phase that the run is in; all of it may change when a run is continued."""
     config = run.config
-    name = {"ppo": "ppo", "sft": "sft", "reward": "reward_model"}[run.command]
+    name = KINDS[run.command].section
     tokens = getattr(config, name).microbatch_tokens
     if "loading" in run.phase:
         return "Free the GPU of other programs, train with model.lora, or take a smaller model"
