@@ -11,6 +11,7 @@ LEAST = {
     "ppo": ["--run", "r", "--model.policy", "m", "--prompts.path", "p", "--reward", "[{function: a.py:f}]"],
     "sft": ["--run", "r", "--model.policy", "m", "--data.path", "d"],
     "reward": ["--run", "r", "--model.policy", "m", "--data.path", "d"],
+    "qlearning": ["--run", "r", "--model.policy", "m", "--data.path", "d"],
     "evaluate": ["--models", "[m]", "--prompts.path", "p", "--reward", "[{function: a.py:f}]"],
 }
 
@@ -114,6 +115,11 @@ BAD = [  # kind, flags, the message's start, what it tells to do
         "Set e.g. 0.1",
     ),
     ("reward", "--reward_model.center -1", "reward_model.center=-1.0 is below 0", "0 or more"),
+    ("qlearning", "--qlearning.beta 0", "qlearning.beta=0.0 is not above 0: without a KL", "positive"),
+    ("qlearning", "--qlearning.lam 1.1", "qlearning.lam=1.1 is outside [0, 1]", "between 0 and 1"),
+    ("qlearning", "--qlearning.batch 0", "qlearning.batch=0 is below 1", "1 or more"),
+    ("qlearning", "--data.path []", "data.path is an empty list", "Name a file or run"),
+    ("qlearning", "--data.path [a,\tb,\ta]", "data.path names a twice", "qlearning.epochs"),
     ("evaluate", "--models []", "models is empty: there is nothing to evaluate", "List at least one"),
     ("evaluate", "--samples 0", "samples=0 is below 1", "1 or more"),
 ]
