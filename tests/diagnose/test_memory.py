@@ -16,9 +16,11 @@ from tether.config import (
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    QLearningConfig,
     RewardConfig,
     RewardSourceConfig,
     SamplingConfig,
+    ScoredConfig,
     SFTConfig,
     SFTModelConfig,
 )
@@ -132,6 +134,19 @@ def test_supervised_and_reward_training_are_predicted_too(model, count):
     assert "reference" not in sft
     scratch = InitModelConfig(AutoModelForCausalLM.from_pretrained(model).config.to_diff_dict(), str(model))
     assert parts(predict(SFTConfig("run", SFTModelConfig(scratch), DataConfig("d"))))["weights"] == 4 * count
+
+
+def test_q_learning_holds_a_reference_only_until_its_first_step_and_only_another_model(model, count):
+    base = ModelConfig(str(model), dtype="float32")
+    config = QLearningConfig("run", base, ScoredConfig("data.jsonl", max_tokens=64))
+    alone = predict(config, device="cuda")
+    assert "reference" not in parts(alone)  # the policy as it begins is its own
+    assert parts(alone)["optimizer"] == 8 * count
+    named = predict(replace(config, model=replace(base, reference=str(model))), device="cuda")
+    assert parts(named)["reference"] == 4 * count
+    assert named.peak - alone.peak <= max(0, 4 * count - parts(alone)["activations"])  # never beside the activations
+    separate = predict(replace(config, model=replace(base, critic="separate")), device="cpu")
+    assert parts(separate)["optimizer"] > 8 * count
 
 
 def test_the_table_names_every_part_that_matters_and_the_peak():

@@ -38,9 +38,12 @@ class ScoredResponse:
 
 
 def load_scored(
-    config: ScoredConfig, tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, context: int | None = None
-) -> list[ScoredResponse]:
+    config: ScoredConfig, tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, context: int | None = None,
+    vocab_size: int | None = None,
+) -> list[ScoredResponse]:  # fmt: skip
     """Every answer of every path, tokenized; stop_id and context as in `load_examples`.
+
+    vocab_size: rows of the model's embedding, perhaps more than the tokenizer has tokens; None for no limit.
 
     What a run sampled keeps its token ids: text would not always come back as the same ones.
     """
@@ -49,7 +52,7 @@ def load_scored(
     found = []
     for path in config.paths:
         if is_run(path):
-            table, prompts, answers = _read_run(path, tokenizer, config.limit)
+            table, prompts, answers = _read_run(path, tokenizer, config.limit, vocab_size)
         else:
             table, prompts, answers = _read_rows(path, config, tokenizer, stop_id)
         scores, cut = _read_scores(table), read_cut(table)
@@ -92,7 +95,7 @@ def _read_rows(
 
 
 def _read_run(
-    path: str, tokenizer: PreTrainedTokenizerBase, limit: int | None
+    path: str, tokenizer: PreTrainedTokenizerBase, limit: int | None, vocab_size: int | None
 ) -> tuple[Table, list[list[int]], list[list[int]]]:
     """(rows, ids of each prompt, ids of each answer) of what a run sampled, in the order in which it did."""
     run = Run.open(path)
@@ -114,25 +117,24 @@ def _read_run(
         )
     rows = rows[:limit]
     table = Table(path, [row | {"prompt": prompt_of(row["prompt"])} for row in rows])
-    _check_tokens(table, tokenizer)
+    _check_tokens(table, tokenizer, vocab_size)
     return table, [row["prompt_token_id"] for row in rows], [row["token_id"] for row in rows]
 
 
 _PROBED = 256  # answers
 
 
-def _check_tokens(table: Table, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tokens(table: Table, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
     """Raise DataError unless the ids of a run's answers are, to this tokenizer, the texts that the run wrote down.
 
     Told by the answers themselves: they need no other file of the run, and what reads the same *is* the same here.
     """
-    size = max(tokenizer.get_vocab().values()) + 1
     for i, row in enumerate(table.rows):
         ids = row["token_id"]
         stops = ids[-1:] if row["finish_reason"] == "stop" else []
-        known = max([*ids, *row["prompt_token_id"]]) < size
+        known = vocab_size is None or max([*ids, *row["prompt_token_id"]]) < vocab_size
         if not known or (i < _PROBED and fragments(tokenizer, ids, stops) != row["text"]):
-            said = repr("".join(fragments(tokenizer, ids, stops)))[:60] if known else "no text at all"
+            said = repr("".join(fragments(tokenizer, ids, stops)))[:60] if known else "no such ids"
             raise table.error(
                 i, "token_id", f"was sampled with another tokenizer: the run read it as {''.join(row['text'])[:60]!r}, "
                 f"model.policy's tokenizer reads {said}. Name a model.policy with the run's tokenizer, or write its "

@@ -183,7 +183,8 @@ def of_scored(config: QLearningConfig, _: Mapping[str, str]) -> Inputs:
     """Scored answers, and the steps that they make."""
     start, section = Start.of(config), config.qlearning
     companions(config.model)
-    answers = load_scored(config.data, start.tokenizer, stop_id=start.stop, context=start.context)
+    size, context = architecture_of(config).get_text_config().vocab_size, start.context
+    answers = load_scored(config.data, start.tokenizer, stop_id=start.stop, context=context, vocab_size=size)
     lengths = [len(x.prompt.ids) + len(x.response_ids) for x in answers]
     scores, prompts = [x.score for x in answers], len({x.prompt.row for x in answers})
     facts = [
@@ -197,9 +198,8 @@ def of_scored(config: QLearningConfig, _: Mapping[str, str]) -> Inputs:
     plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} answers"
     first = answers[0]
     mask = [False] * len(first.prompt.ids) + [True] * len(first.response_ids)
-    shown = (
-        f"answer 0, score {first.score:g}\n{render(start.tokenizer, [*first.prompt.ids, *first.response_ids], mask)}"
-    )
+    rendered = render(start.tokenizer, [*first.prompt.ids, *first.response_ids], mask)
+    shown = f"the first answer, score {first.score:g}\n{rendered}"
     return Inputs(facts, max(lengths), plan, shown, "a token of the answer, which has a residual")
 
 

@@ -48,11 +48,12 @@ def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: 
             return Run.open(run.path)
         tokenizer = load_tokenizer(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
         architecture = model_config(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
-        check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
+        vocab_size = architecture.get_text_config().vocab_size
+        check_vocabulary(tokenizer, vocab_size)
         policy, notes = load_policy(m, device=resolve_device(config.device), seed=config.seed)
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, None)
         stop_id, context = next(iter(stop_ids), None), context_length(architecture)
-        answers = load_scored(config.data, tokenizer, stop_id=stop_id, context=context)
+        answers = load_scored(config.data, tokenizer, stop_id=stop_id, context=context, vocab_size=vocab_size)
         plan = plan_steps(len(answers), config)
         check_warmup(config.optim, len(plan))
         references = reference_logprobs(
