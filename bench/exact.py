@@ -6,6 +6,7 @@ trained by `tether.ppo` as a user would call it, on a two-layer transformer; not
 
     python bench/exact.py                       every task, 5 seeds, table and docs/exact.svg
     python bench/exact.py --tasks E2 --seeds 0  one
+    python bench/exact.py --routes bellman      Q-learning, from answers that nobody's policy wrote
 
 Needs about half a minute a run on one core.
 """
@@ -17,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -48,8 +50,11 @@ from tether.config import (  # fmt: skip
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    QLearningConfig,
+    QLearningSection,
     ReferencedModelConfig,
     SamplingConfig,
+    ScoredConfig,
 )
 from tether.math import optimality_gap_logmeanexp
 from tether.models.language_model import LanguageModel
@@ -240,8 +245,6 @@ def config(task: Task, directory: Path, seed: int, cycles: int, route: str) -> P
 
 def run(name: str, seed: int, cycles: int | None = None, route: str = "gae") -> dict[str, Any]:
     """Train one task with one seed and compare every checkpoint with the optimum."""
-    if route == "dpo":
-        return run_dpo(name, seed, cycles)
     torch.set_num_threads(1)
     task = TASKS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -356,6 +359,64 @@ def run_dpo(name: str, seed: int, cycles: int | None = None) -> dict[str, Any]:
     return {"task": name, "route": "dpo", "seed": seed, "curve": curve, "gaps": [], **vars(exact)}
 
 
+# ---------------------------------------------------------------- Q-learning: scored answers, nobody's policy
+
+
+def write_scored(task: Task, path: Path, seed: int, count: int) -> None:
+    """Answers whose every token is drawn uniformly, up to the first stop, with their scores."""
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for i in range(count):
+            prompt, y = task.prompts[i % len(task.prompts)], tuple[int, ...]()
+            while len(y) < task.length and (not y or y[-1] != task.stop):
+                y = (*y, draw.randrange(task.symbols))
+            stopped = y[-1] == task.stop
+            words = [chr(ord("a") + s) for s in (y[:-1] if stopped else y)]
+            row = {"prompt": chr(ord("a") + prompt), "completion": " ".join(words), "score": task.score(prompt, y),
+                   "finish_reason": "stop" if stopped else "length"}  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+
+
+def run_bellman(name: str, seed: int, cycles: int | None = None, **settings: Any) -> dict[str, Any]:
+    """Train one task by Q-learning and compare every checkpoint with the optimum.
+
+    cycles: of 256 answers, each seen four times, as PPO sees its own. settings: of `qlearning`.
+    """
+    torch.set_num_threads(1)
+    task, cycles = TASKS[name], cycles or TASKS[name].cycles
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        build(task, directory, seed)
+        write_scored(task, directory / "scored.jsonl", seed, 256 * cycles)
+        section = QLearningSection(**{"beta": task.beta, "epochs": 4, "batch": 64} | settings)
+        done = tether.qlearning(QLearningConfig(
+            run=str(directory / "run"), seed=seed, device="cpu",
+            model=ModelConfig(policy=str(directory / "model")),
+            data=ScoredConfig(path=str(directory / "scored.jsonl")),
+            qlearning=section,
+            optim=OptimConfig(lr=2e-3, critic_lr=2e-3),
+            log=LogConfig(rollouts_every=0, tensorboard=False),
+            checkpoint=CheckpointConfig(every=cycles, keep=1000),
+        ))  # fmt: skip
+        load = lambda path: LanguageModel(  # noqa: E731
+            load_causal_lm(str(path), dtype=torch.float32, device=CPU), torch.float32
+        )
+        reference, curve = load(directory / "model"), []
+        for checkpoint in sorted((done.path / "checkpoints").glob("step-*")):
+            policy = Policy(load(checkpoint / "policy"))
+            policy.load_critic(checkpoint / "critic")
+            values = lambda rows, policy=policy: policy(rows, temperature=1.0).values  # noqa: E731
+            exact = compare(task, policy.model, reference, values)
+            curve.append((int(checkpoint.name.removeprefix("step-")) * section.batch / 256, exact.kl_to_optimum))
+    return {"task": name, "route": "bellman", "seed": seed, "curve": curve, "gaps": [], **vars(exact)}
+
+
+def run_route(name: str, seed: int, cycles: int | None, route: str) -> dict[str, Any]:
+    if route == "dpo":
+        return run_dpo(name, seed, cycles)
+    return run_bellman(name, seed, cycles) if route == "bellman" else run(name, seed, cycles, route)
+
+
 # ---------------------------------------------------------------- table and plot
 
 
@@ -396,7 +457,7 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=", ".join(TASKS)
     )
-    parser.add_argument("--routes", nargs="*", default=["gae"], choices=["gae", "group", "constant", "dpo"])
+    parser.add_argument("--routes", nargs="*", default=["gae"], choices=["gae", "group", "constant", "dpo", "bellman"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--cycles", type=int, help="of 256 responses; by default each task's own, 60 to 250")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -406,7 +467,7 @@ def main() -> None:
     wanted = [(t, seed, args.cycles, route) for t in args.tasks for route in args.routes for seed in args.seeds]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         results = []
-        for result in pool.map(run, *zip(*wanted, strict=True)):
+        for result in pool.map(run_route, *zip(*wanted, strict=True)):
             results.append(result)
             print(f"{result['task']} {result['route']} seed {result['seed']}: KL(π‖π*) {result['kl_to_optimum']:.4f}, "
                   f"critic RMSE {result['value_rmse']:.3f}", file=sys.stderr, flush=True)  # fmt: skip

@@ -31,7 +31,7 @@ def test_the_example_for_a_gpu_dry_runs_up_to_the_model_that_is_not_here(tmp_pat
 
 
 @pytest.mark.slow
-def test_the_stories_example_trains_from_the_command_line(stories260k, tmp_path):
+def test_the_stories_example_trains_from_the_command_line_and_what_it_sampled_is_replayed(stories260k, tmp_path):
     pytest.importorskip("vaderSentiment")
     flags = ["--model.policy", str(stories260k), "--run", str(tmp_path / "run"), "--ppo.cycles", "2"]
     flags += ["--ppo.batch", "16", "--ppo.minibatch", "8", "--ppo.epochs", "1"]
@@ -44,6 +44,17 @@ def test_the_stories_example_trains_from_the_command_line(stories260k, tmp_path)
     run = tether.Run(tmp_path / "run")
     assert [m["cycle"] for m in run.metrics] == [1, 2]
     assert (run.final / "model.safetensors").exists()
+
+    flags = ["--model.policy", str(stories260k), "--run", str(tmp_path / "replay"), "--data.path", str(run.path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tether.cli", "qlearning", "replay.yaml", *flags, "--qlearning.batch", "8"],
+        cwd=EXAMPLES / "qlearning", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    replay = tether.Run(tmp_path / "replay")
+    assert [m["step"] for m in replay.metrics] == list(range(1, 9))  # two epochs of 32 answers
+    assert len(replay.rollouts(8)) == 32
+    assert (replay.final / "critic" / "value_head.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tether.config import DPOConfig, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
+    from tether.config import DPOConfig, EvaluateConfig, PPOConfig, QLearningConfig, RewardConfig, SFTConfig
     from tether.config.reading import load_config
     from tether.errors import (
         BatchError,
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from tether.train.dpo import dpo
     from tether.train.evaluate import evaluate, generate
     from tether.train.ppo import ppo
+    from tether.train.qlearning import qlearning
     from tether.train.reward import reward_model
     from tether.train.sft import sft
 
 _HOME = {
     "ppo": "tether.train.ppo",
     "sft": "tether.train.sft",
+    "qlearning": "tether.train.qlearning",
     "reward_model": "tether.train.reward",
     "dpo": "tether.train.dpo",
     "evaluate": "tether.train.evaluate",
@@ -46,7 +48,9 @@ _HOME = {
     "report": "tether.reports.page",
     "load_config": "tether.config.reading",
     "Run": "tether.runs",
-    **dict.fromkeys(("PPOConfig", "SFTConfig", "RewardConfig", "DPOConfig", "EvaluateConfig"), "tether.config"),
+    **dict.fromkeys(
+        ("PPOConfig", "SFTConfig", "RewardConfig", "DPOConfig", "QLearningConfig", "EvaluateConfig"), "tether.config"
+    ),
     **dict.fromkeys(
         ("TetherError", "ConfigError", "DataError", "ModelError", "RewardError", "RunError", "StoreError",
          "LabelError", "BatchError", "TrainingError", "Interrupted"),
@@ -64,6 +68,7 @@ __all__ = [
     "LabelError",
     "ModelError",
     "PPOConfig",
+    "QLearningConfig",
     "RewardConfig",
     "RewardError",
     "Run",
@@ -79,6 +84,7 @@ __all__ = [
     "generate",
     "load_config",
     "ppo",
+    "qlearning",
     "report",
     "reward_model",
     "sft",

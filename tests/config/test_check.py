@@ -12,6 +12,7 @@ LEAST = {
     "sft": ["--run", "r", "--model.policy", "m", "--data.path", "d"],
     "reward": ["--run", "r", "--model.policy", "m", "--data.path", "d"],
     "dpo": ["--run", "r", "--model.policy", "m", "--data.path", "d"],
+    "qlearning": ["--run", "r", "--model.policy", "m", "--data.path", "d"],
     "evaluate": ["--models", "[m]", "--prompts.path", "p", "--reward", "[{function: a.py:f}]"],
 }
 
@@ -128,6 +129,11 @@ BAD = [  # kind, flags, the message's start, what it tells to do
     ("dpo", "--dpo.flipped 0.1 --dpo.smoothing 0.1", "dpo.flipped=0.1 and dpo.smoothing=0.1 pull", "Keep one"),
     ("dpo", "--dpo.loss simpo --model.reference r", "model.reference=r with dpo.loss=simpo", "Leave it out"),
     ("dpo", "--optim.critic_lr 1", "optim.critic_lr=1.0 with dpo.loss=sigmoid", "Leave it out"),
+    ("qlearning", "--qlearning.beta 0", "qlearning.beta=0.0 is not above 0: without a KL", "positive"),
+    ("qlearning", "--qlearning.lam 1.1", "qlearning.lam=1.1 is outside [0, 1]", "between 0 and 1"),
+    ("qlearning", "--qlearning.batch 0", "qlearning.batch=0 is below 1", "1 or more"),
+    ("qlearning", "--data.path []", "data.path is an empty list", "Name a file or run"),
+    ("qlearning", "--data.path [a,\tb,\ta]", "data.path names a twice", "qlearning.epochs"),
     ("evaluate", "--models []", "models is empty: there is nothing to evaluate", "List at least one"),
     ("evaluate", "--samples 0", "samples=0 is below 1", "1 or more"),
     ("evaluate", "--best_of [0]", "best_of=0 is below 1: there would be no answer to choose", "1 or more"),

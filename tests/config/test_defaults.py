@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from tether.config import DPOConfig, EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.config import DPOConfig, EvaluateConfig, PPOConfig, QLearningConfig, RewardConfig, SFTConfig
 from tether.config.keys import keys
 from tether.config.kinds import KINDS
 from tether.config.reading import load_config, to_yaml
@@ -79,6 +79,12 @@ DPO = REWARD.replace("policy: m", "policy: m, reference: null").replace(
     "batch: 32, test_fraction: 0.1, microbatch_tokens: 8192}",
 )
 
+QLEARNING = (
+    SFT.replace("policy: m,", "policy: m, critic: shared, reference: null,")
+    .replace("sft: {epochs: 1, batch: 32", "qlearning: {beta: 0.1, lam: 1.0, epochs: 1, batch: 64")
+    .replace(", packing: false, train_on: completion", "")
+)
+
 EVALUATE = """
 models: [m]
 baseline: null
@@ -102,12 +108,15 @@ LEAST = {
     "sft": "{run: r, model: {policy: m}, data: {path: d}, sft: {}}",
     "reward": "{run: r, model: {policy: m}, data: {path: d}, reward_model: {}}",
     "dpo": "{run: r, model: {policy: m}, data: {path: d}, dpo: {}}",
+    "qlearning": "{run: r, model: {policy: m}, data: {path: d}, qlearning: {}}",
     "evaluate": "{models: [m], prompts: {path: p}, reward: [{function: 'f.py:f'}]}",
 }
 
 
 @pytest.mark.parametrize(
-    ("kind", "whole"), [("ppo", PPO), ("sft", SFT), ("reward", REWARD), ("dpo", DPO), ("evaluate", EVALUATE)], ids=str
+    ("kind", "whole"),
+    [("ppo", PPO), ("sft", SFT), ("reward", REWARD), ("dpo", DPO), ("qlearning", QLEARNING), ("evaluate", EVALUATE)],
+    ids=str,
 )
 def test_the_least_config_has_exactly_the_promised_keys_and_defaults(tmp_path, kind, whole):
     path = tmp_path / "least.yaml"
@@ -123,7 +132,7 @@ def test_defaults_inside_optional_parts(tmp_path):
     assert (config.ppo.lams, config.ppo.clips) == ((0.95, 0.95), (0.2, 0.2))
 
 
-@pytest.mark.parametrize("cls", [PPOConfig, SFTConfig, RewardConfig, DPOConfig, EvaluateConfig])
+@pytest.mark.parametrize("cls", [PPOConfig, SFTConfig, RewardConfig, DPOConfig, QLearningConfig, EvaluateConfig])
 def test_configs_are_frozen(cls):
     assert cls.__dataclass_params__.frozen
 

@@ -34,7 +34,8 @@ def test_the_kind_is_told_from_the_sections(tmp_path, text, cls):
 def test_without_a_telling_section_the_kind_has_to_be_named(tmp_path):
     assert load(tmp_path, PPO, "ppo").run == "r"
     with pytest.raises(
-        ConfigError, match=r"none of the sections sft, reward_model, ppo, dpo and models.*Add the section"
+        ConfigError,
+        match=r"none of the sections sft, reward_model, ppo, dpo, qlearning and models.*Add the section",
     ):
         load(tmp_path, PPO)
 

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tether.config import DataConfig, PairsConfig, PromptsConfig
+from tether.config import DataConfig, PairsConfig, PromptsConfig, ScoredConfig
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
 from tether.data.prompts import load_prompts
+from tether.data.scored import load_scored
 from tether.errors import DataError, ModelError
 
 
@@ -209,6 +210,36 @@ BAD = {
         ["column 'rejected': is a list, but chosen is the text 'b'", "Write both in the same form"],
         load="pairs",
     ),
+    # scored answers
+    "no score": Bad(
+        [{"prompt": "a", "completion": "b", "reward": 1}],
+        ["line 1: there is no column 'score', only", '{"prompt": "…", "completion": "…", "score": 0.5}'],
+        load="scored",
+    ),
+    "a score of null": Bad(
+        [{"prompt": "a", "completion": "b", "score": 1}, {"prompt": "a", "completion": "b", "score": None}],
+        ["line 2, column 'score': is null, where every answer needs a number", "Score it, or remove the row"],
+        load="scored",
+    ),
+    "a score in words": Bad(
+        [{"prompt": "a", "completion": "b", "score": "good"}], ["column 'score': is the text 'good'"], load="scored"
+    ),
+    "a score of NaN": Bad(
+        b'{"prompt": "a", "completion": "b", "score": NaN}\n', ["column 'score': is the number nan"], load="scored"
+    ),
+    "a score of true": Bad(
+        [{"prompt": "a", "completion": "b", "score": True}], ["column 'score': is true"], load="scored"
+    ),
+    "nothing answered, and cut": Bad(
+        [{"prompt": "a", "completion": "", "score": 1, "finish_reason": "length"}],
+        ["column 'completion': is empty and no stop token follows"],
+        load="scored",
+    ),
+    "another end": Bad(
+        [{"prompt": "a", "completion": "b", "score": 1, "finish_reason": "eos"}],
+        ["column 'finish_reason': is the text 'eos'", "Write stop or length"],
+        load="scored",
+    ),
     # the length
     "too long": Bad(table("prompt", "a", "b" * 30), ["line 2, column 'prompt': has 30 tokens", "cut_left or drop"]),
 }
@@ -219,6 +250,8 @@ def load(path: str, what: str, tokenizer):
         return load_prompts(PromptsConfig(path, max_tokens=20), tokenizer, context=None, max_new_tokens=8)
     if what == "examples":
         return load_examples(DataConfig(path), tokenizer, stop_id=1)
+    if what == "scored":
+        return load_scored(ScoredConfig(path), tokenizer, stop_id=1)
     return load_pairs(PairsConfig(path), tokenizer, stop_id=1)
 
 
@@ -237,9 +270,9 @@ def test_bad_data_is_named_with_its_place_and_its_remedy(tmp_path, tiny_tokenize
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("what", ["prompts", "examples", "pairs"])
+@pytest.mark.parametrize("what", ["prompts", "examples", "pairs", "scored"])
 def test_messages_need_a_chat_template(tmp_path, spaced_tokenizer, what):
-    row = {"prompt": [USER], "completion": [ASSISTANT], "chosen": "a", "rejected": "b"}
+    row = {"prompt": [USER], "completion": [ASSISTANT], "chosen": "a", "rejected": "b", "score": 1}
     path = Bad([row], []).make(tmp_path)
     with pytest.raises(
         ModelError, match=r"has no chat template, so it is unknown how messages become text. Write plain"

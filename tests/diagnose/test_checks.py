@@ -20,11 +20,14 @@ from tether.config import (
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    QLearningConfig,
+    QLearningSection,
     ReferencedModelConfig,
     RewardConfig,
     RewardModelSection,
     RewardSourceConfig,
     SamplingConfig,
+    ScoredConfig,
     SFTConfig,
     SFTModelConfig,
     SFTSection,
@@ -108,6 +111,23 @@ def test_a_reward_dry_run_splits_the_pairs_and_marks_where_the_score_is_read(tin
     assert "3 optimizer steps" in text
     chosen = text.partition(", chosen")[2].partition(", rejected")[0]
     assert [line.split()[0] for line in chosen.splitlines()[1:] if "'" in line][-2:] == ["0", "1"]
+
+
+def test_a_q_learning_dry_run_tells_answers_prompts_and_scores(tiny_model, tmp_path):
+    rows = [{"prompt": f"q{i % 3}", "completion": "yes"[: i % 4], "score": i} for i in range(10)]
+    config = QLearningConfig(
+        str(tmp_path / "run"), ModelConfig(str(tiny_model("llama"))),
+        ScoredConfig(lines(tmp_path / "d.jsonl", rows), max_tokens=32), qlearning=QLearningSection(epochs=2, batch=4),
+    )  # fmt: skip
+    text = dry_run(config)
+    assert "10 answers to 3 prompts, 3 to 6 tokens" in text  # two, up to three, and the stop token
+    assert "scores 0 to 9, mean 4.5" in text
+    assert "6 optimizer steps" in text  # ⌈10/4⌉ an epoch
+    masked = [line.split()[0] for line in text.partition("the first answer, score 0")[2].splitlines()[1:4]]
+    assert masked == ["0", "0", "1"]
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(tether.DataError, match="no column 'score'"):
+        dry_run(config)
 
 
 def test_what_the_run_would_refuse_the_dry_run_refuses(ppo, tmp_path):

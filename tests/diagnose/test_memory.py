@@ -17,10 +17,12 @@ from tether.config import (
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    QLearningConfig,
     ReferencedModelConfig,
     RewardConfig,
     RewardSourceConfig,
     SamplingConfig,
+    ScoredConfig,
     SFTConfig,
     SFTModelConfig,
 )
@@ -146,6 +148,19 @@ def test_dpo_needs_a_reference_only_where_one_is_named_and_then_only_before_the_
     named = predict(replace(dpo, model=replace(base, reference=str(model))), device="cpu")
     assert parts(named)["reference"] == 4 * count
     assert named.peak == predict(dpo, device="cpu").peak
+
+
+def test_q_learning_holds_a_reference_only_until_its_first_step_and_only_another_model(model, count):
+    base = ModelConfig(str(model), dtype="float32")
+    config = QLearningConfig("run", base, ScoredConfig("data.jsonl", max_tokens=64))
+    alone = predict(config, device="cuda")
+    assert "reference" not in parts(alone)  # the policy as it begins is its own
+    assert parts(alone)["optimizer"] == 8 * count
+    named = predict(replace(config, model=replace(base, reference=str(model))), device="cuda")
+    assert parts(named)["reference"] == 4 * count
+    assert named.peak - alone.peak <= max(0, 4 * count - parts(alone)["activations"])  # never beside the activations
+    separate = predict(replace(config, model=replace(base, critic="separate")), device="cpu")
+    assert parts(separate)["optimizer"] > 8 * count
 
 
 def test_the_table_names_every_part_that_matters_and_the_peak():

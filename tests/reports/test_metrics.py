@@ -6,11 +6,21 @@ from pathlib import Path
 import pytest
 
 import tether
-from tether.config import DataConfig, LogConfig, RewardConfig, SFTConfig, SFTModelConfig
+from tether.config import (
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    QLearningConfig,
+    RewardConfig,
+    ScoredConfig,
+    SFTConfig,
+    SFTModelConfig,
+)
 from tether.reports.metrics import page
 from tiny_ppo import id_score, tiny_config
 
 TEXTS = '{"text": "once upon a time"}\n' * 4
+SCORED = '{"prompt": "a", "completion": "b", "score": 1}\n{"prompt": "a", "completion": "c", "score": 0}\n'
 PAIRS = "".join(f'{{"prompt": "p{i}", "chosen": "good {i}", "rejected": "bad"}}\n' for i in range(8))
 
 
@@ -35,14 +45,16 @@ def test_the_page_lists_every_metric_of_a_ppo_run_and_no_other(tiny_model, tmp_p
     assert found - {"cycle"} == listed("ppo") - elsewhere
 
 
-@pytest.mark.parametrize("command", ["sft", "reward"])
+@pytest.mark.parametrize("command", ["sft", "reward", "qlearning"])
 def test_the_page_lists_every_metric_of_a_run_of_steps_and_no_other(tiny_model, tmp_path, command):
     kind, trainer, text = {
-        "sft": (SFTConfig, tether.sft, TEXTS), "reward": (RewardConfig, tether.reward_model, PAIRS)
+        "sft": (SFTConfig, tether.sft, TEXTS), "reward": (RewardConfig, tether.reward_model, PAIRS),
+        "qlearning": (QLearningConfig, tether.qlearning, SCORED),
     }[command]  # fmt: skip
     (tmp_path / "data.jsonl").write_text(text)
+    model, data = (ModelConfig, ScoredConfig) if command == "qlearning" else (SFTModelConfig, DataConfig)
     config = kind(
-        run=str(tmp_path / "run"), model=SFTModelConfig(policy=str(tiny_model())),
-        data=DataConfig(path=str(tmp_path / "data.jsonl")), log=LogConfig(tensorboard=False), device="cpu",
+        run=str(tmp_path / "run"), model=model(policy=str(tiny_model())),
+        data=data(path=str(tmp_path / "data.jsonl")), log=LogConfig(tensorboard=False), device="cpu",
     )  # fmt: skip
     assert {name for m in trainer(config).metrics for name in m} - {"step"} == listed(command)

@@ -20,8 +20,10 @@ from tether.config import (
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    QLearningConfig,
     ReferencedModelConfig,
     RewardConfig,
+    ScoredConfig,
     SFTConfig,
     SFTModelConfig,
 )
@@ -230,16 +232,17 @@ def test_a_run_that_has_just_begun_or_failed_or_was_never_evaluated_has_a_page(t
 
 
 STEP = {"step": 1, "loss": 1.0, "optim/lr": 0.1, "optim/grad_norm": 1.0, "tokens/trained": 5, "time/update_s": 1.0,
-        "reward_model/loss": 0.7, "reward_model/accuracy": 0.5, "reward_model/margin": 0.1}  # fmt: skip
+        "reward_model/loss": 0.7, "reward_model/accuracy": 0.5, "reward_model/margin": 0.1, "qlearning/residual": 0.3,
+        "qlearning/log_ratio": -0.2, "value/explained_variance": 0.5}  # fmt: skip
 MORE = ("response/length_min", "response/length_max", "eval/score_mean", "reward/total_mean", "policy/optimality_gap",
         "optim/skipped_steps", "check/first_ratio_error", "memory/peak_mb")  # fmt: skip
 OF_DPO = ("loss", "accuracy", "margin", "chosen_logratio", "rejected_logratio", "chosen_logprob", "rejected_logprob")
-LINES = {"ppo": metrics(1, **dict.fromkeys(MORE, 1.0)), "sft": STEP, "reward": STEP,
+LINES = {"ppo": metrics(1, **dict.fromkeys(MORE, 1.0)), "sft": STEP, "reward": STEP, "qlearning": STEP,
          "dpo": STEP | {f"dpo/{name}": 0.1 for name in OF_DPO}}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "evaluated"), [("ppo", False), ("ppo", True), ("sft", False), ("reward", False),
-                                                   ("dpo", False)])  # fmt: skip
+                                                   ("dpo", False), ("qlearning", False)])  # fmt: skip
 def test_no_metric_that_is_null_keeps_the_report_from_being_written(tmp_path, monkeypatch, kind, evaluated):
     monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")  # four megabytes that nothing here looks at
     policy = SFTModelConfig("models/base")
@@ -248,6 +251,7 @@ def test_no_metric_that_is_null_keeps_the_report_from_being_written(tmp_path, mo
         "sft": SFTConfig(str(tmp_path / "run"), policy, DataConfig("d.jsonl")),
         "reward": RewardConfig(str(tmp_path / "run"), policy, DataConfig("d.jsonl")),
         "dpo": DPOConfig(str(tmp_path / "run"), ReferencedModelConfig("models/base"), DataConfig("d.jsonl")),
+        "qlearning": QLearningConfig(str(tmp_path / "run"), ModelConfig("models/base"), ScoredConfig("d.jsonl")),
     }[kind]
     line = LINES[kind]
     unit, *names = line

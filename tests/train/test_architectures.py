@@ -1,4 +1,4 @@
-"""Every architecture goes the whole way: sft → reward → ppo, full and with adapters, export, reload, same logits."""
+"""Every architecture goes the whole way: sft → reward → ppo → qlearning; full and with adapters, exported, reloaded."""
 
 import json
 from dataclasses import replace
@@ -14,10 +14,13 @@ from tether.config import (
     DataConfig,
     LogConfig,
     LoraConfig,
+    ModelConfig,
     OptimConfig,
+    QLearningConfig,
     RewardConfig,
     RewardModelSection,
     RewardSourceConfig,
+    ScoredConfig,
     SFTConfig,
     SFTModelConfig,
     SFTSection,
@@ -76,6 +79,14 @@ def test_every_architecture_goes_the_whole_way(
     assert run.metrics[0]["check/first_ratio_error"] <= 1e-5
     assert run.metrics[0]["check/sampler_gap"] <= 1e-4
     assert not [e for e in run.events if e["event"] == "fallback"]  # the head is ours, and the cache holds
+
+    replayed = QLearningConfig(
+        str(tmp_path / "replay"), ModelConfig(str(imitated.final), lora=lora), ScoredConfig(str(run.path)),
+        seed=seed, optim=FAST, log=QUIET,
+    )  # fmt: skip
+    learned = tether.qlearning(replayed)  # the export compares its reloaded logits with the trained model's
+    assert abs(learned.metrics[0]["qlearning/log_ratio"]) <= 1e-4
+    assert not [e for e in learned.events if e["event"] == "fallback"]
 
     tether.export(run, tmp_path / "exported")
     tokens = torch.arange(20)[None] * 7 % 258  # longer than the sliding windows

@@ -10,10 +10,11 @@ import torch
 import tether
 from tether.config import (
     DataConfig,
-    DPOConfig,
     LogConfig,
-    ReferencedModelConfig,
+    ModelConfig,
+    QLearningConfig,
     RewardConfig,
+    ScoredConfig,
     SFTConfig,
     SFTModelConfig,
 )
@@ -71,18 +72,20 @@ def test_a_ppo_run_is_deterministic_while_it_runs_and_leaves_torch_as_it_was(tin
     assert settings() == (0, None)
 
 
-@pytest.mark.parametrize("trainer", ["sft", "reward_model", "dpo"])
-def test_sft_reward_and_dpo_are_deterministic_while_they_run_and_leave_torch_as_it_was(
+@pytest.mark.parametrize("trainer", ["sft", "reward_model", "dpo", "qlearning"])
+def test_the_trainers_of_steps_are_deterministic_while_they_run_and_leave_torch_as_it_was(
     tiny_model, tmp_path, monkeypatch, trainer
 ):
     data = tmp_path / "data.jsonl"
-    answers = {"completion": "b"} if trainer == "sft" else {"chosen": "c", "rejected": "d"}
+    kind, model, rows, answers = {
+        "sft": (SFTConfig, SFTModelConfig, DataConfig, {"completion": "b"}),
+        "reward_model": (RewardConfig, SFTModelConfig, DataConfig, {"chosen": "c", "rejected": "d"}),
+        "qlearning": (QLearningConfig, ModelConfig, ScoredConfig, {"completion": "b", "score": 1}),
+    }[trainer]
     data.write_text("".join(json.dumps({"prompt": prompt, **answers}) + "\n" for prompt in "abcdefgh"))
-    kind = {"sft": SFTConfig, "reward_model": RewardConfig, "dpo": DPOConfig}[trainer]
-    model = ReferencedModelConfig if trainer == "dpo" else SFTModelConfig
     config = kind(
         run=str(tmp_path / "run"), device="cpu", deterministic=True, model=model(policy=str(tiny_model())),
-        data=DataConfig(path=str(data)), log=LogConfig(tensorboard=False),
+        data=rows(path=str(data)), log=LogConfig(tensorboard=False),
     )  # fmt: skip
     seen, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (seen.append(settings()), step(self)))

@@ -143,18 +143,31 @@ def test_a_sampler_that_answers_other_prompts_than_it_was_asked_stops_the_run(ti
         tether.ppo(tiny_config(tmp_path / "run", tiny_model()), reward=id_score, sampler=Swaps())
 
 
-def test_sft_and_reward_models_have_sinks_too(tiny_model, tmp_path):
-    from tether.config import DataConfig, RewardConfig, SFTConfig, SFTModelConfig
+def test_the_trainers_of_steps_have_sinks_too(tiny_model, tmp_path):
+    from tether.config import (
+        DataConfig,
+        ModelConfig,
+        QLearningConfig,
+        RewardConfig,
+        ScoredConfig,
+        SFTConfig,
+        SFTModelConfig,
+    )
 
     (tmp_path / "text.jsonl").write_text('{"text": "once upon a time"}\n' * 4)
     (tmp_path / "pairs.jsonl").write_text(
         "".join(f'{{"prompt": "p{i}", "chosen": "good {i}", "rejected": "bad"}}\n' for i in range(8))
     )
-    model, log = SFTModelConfig(policy=str(tiny_model())), LogConfig(tensorboard=False)
-    for kind, trainer, file in ((SFTConfig, tether.sft, "text"), (RewardConfig, tether.reward_model, "pairs")):
+    (tmp_path / "scored.jsonl").write_text('{"prompt": "a", "completion": "b", "score": 1}\n' * 4)
+    path, log = str(tiny_model()), LogConfig(tensorboard=False)
+    for kind, model, data, trainer, file in (
+        (SFTConfig, SFTModelConfig, DataConfig, tether.sft, "text"),
+        (RewardConfig, SFTModelConfig, DataConfig, tether.reward_model, "pairs"),
+        (QLearningConfig, ModelConfig, ScoredConfig, tether.qlearning, "scored"),
+    ):
         sink = Collected()
         config = kind(
-            run=str(tmp_path / file), model=model, data=DataConfig(path=str(tmp_path / f"{file}.jsonl")),
+            run=str(tmp_path / file), model=model(policy=path), data=data(path=str(tmp_path / f"{file}.jsonl")),
             log=log, device="cpu",
         )  # fmt: skip
         run = trainer(config, sinks=[sink])

@@ -7,6 +7,7 @@ from tether.config.dpo import DPOConfig, DPOSection
 from tether.config.evaluate import EvaluateConfig
 from tether.config.keys import Section
 from tether.config.ppo import HeldOutConfig, KLConfig, ModelConfig, PPOConfig, PPOSection
+from tether.config.qlearning import QLearningConfig, QLearningSection, ScoredConfig
 from tether.config.reward import PairsConfig, RewardConfig, RewardModelSection
 from tether.config.sections import (
     RESERVED_NAMES,
@@ -54,6 +55,8 @@ __all__ = [
     "PPOSection",
     "PairsConfig",
     "PromptsConfig",
+    "QLearningConfig",
+    "QLearningSection",
     "ReferencedModelConfig",
     "RewardConfig",
     "RewardModelSection",
@@ -63,6 +66,7 @@ __all__ = [
     "SFTModelConfig",
     "SFTSection",
     "SamplingConfig",
+    "ScoredConfig",
     "Section",
     "TrainingConfig",
     "WandbConfig",

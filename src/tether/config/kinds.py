@@ -13,6 +13,7 @@ from typing import Any, Literal
 from tether.config.dpo import DPOConfig
 from tether.config.evaluate import EvaluateConfig
 from tether.config.ppo import PPOConfig
+from tether.config.qlearning import QLearningConfig
 from tether.config.reward import RewardConfig
 from tether.config.sections import Config, TrainingConfig
 from tether.config.sft import SFTConfig
@@ -151,7 +152,7 @@ KINDS: dict[str, Kind] = {
             run="tether.train.dpo:dpo",
             inputs="tether.diagnose.inputs:of_preferences",
             hashes="tether.train.dpo:input_hashes",
-            memory="tether.diagnose.memory:beside_preferences",
+            memory="tether.diagnose.memory:named_reference",
             headline=(
                 ("loss", "dpo/loss", "of the preferences; knowing nothing is 0.693 under sigmoid"),
                 ("accuracy", "dpo/accuracy", "of the implicit reward, on each step"),
@@ -163,6 +164,25 @@ KINDS: dict[str, Kind] = {
             curves="tether.reports.curves:DPO",
             report="dpo_report.json",
             page="tether.reports.page:dpo_page",
+        ),
+        Kind(
+            command="qlearning",
+            title="Q-learning",
+            purpose="Improve a model from scored answers, whoever wrote them.",
+            config=QLearningConfig,
+            section="qlearning",
+            run="tether.train.qlearning:qlearning",
+            inputs="tether.diagnose.inputs:of_scored",
+            hashes="tether.train.qlearning:input_hashes",
+            memory="tether.diagnose.memory:named_reference",
+            headline=(
+                ("residual", "qlearning/residual", "reward units; 0 at the best policy"),
+                ("critic", "value/explained_variance", "share of the returns that V foresees"),
+                ("log-ratio", "qlearning/log_ratio", "nats per answer of the data, to the reference"),
+            ),
+            losses=("qlearning/loss",),
+            curves="tether.reports.curves:QLEARNING",
+            page="tether.reports.page:qlearning_page",
         ),
         Kind(
             command="evaluate",

@@ -17,6 +17,7 @@ from tether.config import (
     PairsConfig,
     PPOConfig,
     PromptsConfig,
+    QLearningConfig,
     RewardConfig,
     SFTConfig,
     TrainingConfig,
@@ -25,6 +26,7 @@ from tether.config import (
 )
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
+from tether.data.scored import load_scored
 from tether.data.split import share_prompts, split_pairs
 from tether.data.table import read_rows
 from tether.data.tokenizer import check_vocabulary, load_generation_config, load_tokenizer, stop_token_ids
@@ -39,6 +41,7 @@ from tether.train.dpo import plan_steps as plan_preferences
 from tether.train.dpo import singles
 from tether.train.evaluate import load_inputs
 from tether.train.held_out import load_prompt_sets
+from tether.train.qlearning import plan_steps as plan_answers
 from tether.train.reward import plan_steps as plan_pairs
 from tether.train.sft import plan_steps as plan_examples
 from tether.types import Prompt
@@ -202,6 +205,30 @@ def of_preferences(config: DPOConfig, hashes: Mapping[str, str]) -> Inputs:
         mask = [False] * len(first.prompt_ids) + [True] * len(ids)
         shown.append(f"row {first.row}, answer {number}\n{render(start.tokenizer, first.prompt_ids + ids, mask)}")
     return Inputs(facts, max(lengths), plan, "\n".join(shown), "a token whose log-prob counts")
+
+
+def of_scored(config: QLearningConfig, _: Mapping[str, str]) -> Inputs:
+    """Scored answers, and the steps that they make."""
+    start, section = Start.of(config), config.qlearning
+    companions(config.model)
+    size, context = architecture_of(config).get_text_config().vocab_size, start.context
+    answers = load_scored(config.data, start.tokenizer, stop_id=start.stop, context=context, vocab_size=size)
+    lengths = [len(x.prompt.ids) + len(x.response_ids) for x in answers]
+    scores, prompts = [x.score for x in answers], len({x.prompt.row for x in answers})
+    facts = [
+        *start.facts,
+        f"{', '.join(config.data.paths)}: {len(answers)} answers to {prompts} prompts, {min(lengths)} to "
+        f"{max(lengths)} tokens, half up to {sorted(lengths)[len(lengths) // 2]}",
+        f"scores {min(scores):g} to {max(scores):g}, mean {sum(scores) / len(scores):.4g}",
+    ]
+    steps = len(plan_answers(len(answers), config))
+    check_warmup(config.optim, steps)
+    plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} answers"
+    first = answers[0]
+    mask = [False] * len(first.prompt.ids) + [True] * len(first.response_ids)
+    rendered = render(start.tokenizer, [*first.prompt.ids, *first.response_ids], mask)
+    shown = f"the first answer, score {first.score:g}\n{rendered}"
+    return Inputs(facts, max(lengths), plan, shown, "a token of the answer, which has a residual")
 
 
 def _sources(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tether.config import DPOConfig, InitModelConfig, ModelConfig, PPOConfig, TrainingConfig, source_name
+from tether.config import InitModelConfig, ModelConfig, PPOConfig, TrainingConfig, source_name
 from tether.config.kinds import kind_of, resolve
 from tether.data.tokenizer import load_tokenizer
 from tether.diagnose.simulate import Shape, Step, simulate
@@ -161,14 +161,15 @@ def beside_policy(trained: Trained) -> list[Part]:
     return parts
 
 
-def beside_preferences(trained: Trained) -> list[Part]:
-    """Of DPO: a reference of its own, which is gone before the first step; else the policy is asked as it begins."""
-    config: DPOConfig = trained.config
-    if config.model.reference is None:
+def named_reference(trained: Trained) -> list[Part]:
+    """Of DPO and Q-learning: a reference that is not the policy as it begins; it is gone before the first step."""
+    name = trained.config.model.reference
+    if name is None:
         return []
-    lora = config.model.lora is not None
-    reference = freeze(_without_data(_read(config, config.model.reference)), trained.dtype, same_bits=not lora)
-    return [Part("reference", sum(p.numel() * p.element_size() for p in reference.parameters()), "preparing")]
+    lora = trained.config.model.lora is not None
+    frozen = freeze(_without_data(_read(trained.config, name)), trained.dtype, same_bits=not lora)
+    held = sum(p.numel() * p.element_size() for p in frozen.parameters())
+    return [Part("reference", held, "preparing")]
 
 
 def _holds_scores(text: Any) -> bool:

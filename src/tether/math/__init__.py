@@ -7,6 +7,7 @@ Positions that do not count may hold anything, NaN included. Log-probabilities a
 """
 
 from tether.math.advantages import gae, group_advantages, place_rewards
+from tether.math.bellman import bellman_loss
 from tether.math.best_of_n import (
     best_of_n_kl,
     best_of_n_kl_bound,
@@ -18,6 +19,7 @@ from tether.math.bootstrap import Interval, bootstrap_mean
 from tether.math.diagnostics import (
     distinct_pairs,
     explained_variance,
+    grouped_std,
     optimality_gap,
     optimality_gap_logmeanexp,
     shared_phrase,

@@ -28,6 +28,22 @@ def explained_variance(values: Float[Tensor, "B R"], returns: Float[Tensor, "B R
     return 1 - float(masked_var(returns - values, mask)) / spread if spread > 0 else math.nan
 
 
+def grouped_std(x: Float[Tensor, " B"], groups: Sequence[int]) -> float:
+    """Standard deviation within groups, pooled over those with two members or more; NaN where there are none.
+
+        √(Σ (x - mean of its group)² / Σ (members - 1))
+
+    Of g = score - β · Σ log(π/ref), with the prompts as groups, it falls to 0 as π comes to the optimum: there every
+    answer to a prompt has the same g, whoever wrote it. groups: B numbers, equal for members of one group.
+    """
+    index = torch.tensor(groups)
+    count = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add(0, index, torch.ones(len(index)).double())
+    total = torch.zeros_like(count).index_add(0, index, x.double())
+    squares = (x.double() - (total / count)[index]).square().sum()
+    freedom = len(index) - int((count > 0).sum())
+    return math.sqrt(float(squares) / freedom) if freedom else math.nan
+
+
 def optimality_gap(
     scores: Float[Tensor, " B"], log_ratio_sums: Float[Tensor, " B"], *, responses_per_prompt: int, kl_coef: float
 ) -> float:

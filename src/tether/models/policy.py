@@ -162,33 +162,42 @@ def build_policy(
 ) -> tuple[Policy, Reference, list[str]]:
     """Load policy, critic and reference as the config says. The third value: notes on the fallbacks, for the log.
 
-    Trained weights are float32; the frozen base under LoRA is in the compute precision, and so is the reference as far
-    as that changes none of its bits: it must agree with the policy before anything is learned.
+    The reference is in the compute precision as far as that changes none of its bits: it must agree with the policy
+    before anything is learned.
+    """
+    policy, notes = load_policy(config, device=device, seed=seed, with_critic=with_critic)
+    frozen, model = None, policy.model
+    if config.reference is not None:
+        frozen = load_reference(config.reference, model, trust_remote_code=config.trust_remote_code)
+    elif not config.lora:
+        frozen = LanguageModel(freeze(copy.deepcopy(model.lm), model.dtype, same_bits=True).eval(), model.dtype)
+    if frozen is not None and (note := frozen.check_head()):
+        notes.append(note)
+    return policy, Reference(policy, frozen), notes
+
+
+def load_policy(
+    config: ModelConfig, *, device: torch.device, seed: int, with_critic: bool = True
+) -> tuple[Policy, list[str]]:
+    """The policy with its critic alone, and notes on the fallbacks.
+
+    Trained weights are float32; the frozen base under LoRA is in the compute precision.
     """
     companions(config)
     where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     dtype = resolve_dtype(config.dtype, device, model_config(config.policy, **where))
     lm: Any = load_causal_lm(config.policy, dtype=dtype if config.lora else torch.float32, device=device, **where)
-
-    frozen = None
-    if config.reference is not None:
-        frozen = load_reference(config.reference, LanguageModel(lm, dtype), trust_remote_code=config.trust_remote_code)
-    elif not config.lora:
-        frozen = LanguageModel(freeze(copy.deepcopy(lm), dtype, same_bits=True), dtype)
-
     critic = None if config.critic == "shared" else _load_critic(config, lm, dtype, device)
     if config.lora:
         lm = add_lora(lm, config.lora, seed=seed)
     set_checkpointing(config.gradient_checkpointing, device, lm, *([critic.trunk] if critic else []))
 
     policy = Policy(LanguageModel(lm, dtype), critic, value_head=with_critic).to(device)
-    notes = [note for model in (policy.model, frozen) if model and (note := model.check_head())]
+    note = policy.model.check_head()
+    notes = [note] if note else []
     if config.lora and critic:
         notes.append("model.lora adapts the policy alone: the separate critic's own trunk is trained whole, in float32")
-    if frozen is not None:
-        frozen.lm.eval().requires_grad_(False)
-    policy.train()
-    return policy, Reference(policy, frozen), notes
+    return policy.train(), notes
 
 
 def load_reference(path: str, policy: LanguageModel, *, trust_remote_code: bool) -> LanguageModel:

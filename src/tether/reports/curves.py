@@ -114,6 +114,25 @@ DPO = [
     *SFT[1:],
 ]  # fmt: skip
 
+QLEARNING = [
+    Curve("qlearning/residual", "Residual",
+          "Root mean square of the soft-Bellman residual over the tokens of a step, in reward units: how far policy "
+          "and critic are from agreeing with the scores. It falls to 0 at the best policy.", shows=(0,)),
+    Curve("qlearning/g_std", "Spread of g",
+          "Deviation, among answers to one prompt, of the score less what the KL costs, in reward units. All are equal "
+          "at the best policy; where no step holds two answers to a prompt there is none.", shows=(0,)),
+    Curve("qlearning/log_ratio", "Log-ratio on the data",
+          "Mean log(π/ref) of an answer of the data, in nats: below 0 where the policy leaves what the data holds, as "
+          "it should leave bad answers. It is no KL: the policy did not write these answers."),
+    Curve("value/explained_variance", "Explained variance",
+          "How much of the returns' spread the critic foresees: 1 is all, 0 no more than a constant would.", (0.5, 1),
+          shows=(0, 1)),
+    Curve("value/mean", "Mean value",
+          "Mean of V over the tokens, in reward units. Before an answer's first token it ends at what the best policy "
+          "is worth: its score, less its KL's price."),
+    *SFT[1:],
+]  # fmt: skip
+
 
 def curves(kind: str, config: Config, metrics: Metrics) -> list[tuple[Curve, Plot]]:
     """The curves of a run that has the numbers for them."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tether.config.kinds import KINDS
-from tether.reports.curves import DPO, PPO, REWARD, SFT
+from tether.reports.curves import DPO, PPO, QLEARNING, REWARD, SFT
 
-_CURVES = {"ppo": PPO, "sft": SFT, "reward": REWARD, "dpo": DPO}
+_CURVES = {"ppo": PPO, "sft": SFT, "reward": REWARD, "dpo": DPO, "qlearning": QLEARNING}
 _OF_ALL = {
     "optim/lr": "Learning rate of the step.",
     "optim/grad_norm": "Norm of the gradient before clipping.",
@@ -54,6 +54,11 @@ _OTHERS = {  # command -> what has no curve of its own
         "dpo/chosen_logprob": "Log-probability of chosen (or good) answers, nats per token.",
         "dpo/rejected_logprob": "The same of rejected (or bad) answers.",
         "dpo/kl": "Of kto: the point of reference z, nats, from answers to other prompts.",
+        "tokens/trained": "Tokens of the answers that the step was trained on.",
+        **_SPEED,
+    },
+    "qlearning": {
+        "qlearning/loss": "Half the mean squared residual: what is minimized.",
         "tokens/trained": "Tokens of the answers that the step was trained on.",
         **_SPEED,
     },

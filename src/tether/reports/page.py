@@ -14,8 +14,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tether.config import DPOConfig, InitModelConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.config import DPOConfig, InitModelConfig, PPOConfig, QLearningConfig, RewardConfig, SFTConfig
 from tether.config.kinds import Kind, resolve
+from tether.config.ppo import PPOSection
 from tether.config.reading import to_yaml
 from tether.diagnose.alarms import alarms
 from tether.diagnose.diagnosis import reward_report
@@ -176,7 +177,7 @@ def ppo_page(run: Run, config: PPOConfig, metrics: Sequence[dict[str, Any]]) -> 
     if metrics:
         entropy = [m["policy/entropy"] for m in metrics]
         headlines.append(Headline("Entropy", _change(entropy[0], entropy[-1]), "nats per token"))
-    return Page(lede, headlines, figures, before, after, _looks(run, config), evaluated=True)
+    return Page(lede, headlines, figures, before, after, _looks(run, config.ppo), evaluated=True)
 
 
 def _held_out_figures(run: Run, evaluations: Sequence[Evaluation]) -> list[Figure]:
@@ -203,7 +204,7 @@ def _held_out_figures(run: Run, evaluations: Sequence[Evaluation]) -> list[Figur
     ]
 
 
-def _looks(run: Run, config: PPOConfig) -> list[Look]:
+def _looks(run: Run, ppo: PPOSection) -> list[Look]:
     """The best, the worst and the most surprising response of the last cycle that was written."""
     if not run.rollout_cycles:
         return []
@@ -219,10 +220,10 @@ def _looks(run: Run, config: PPOConfig) -> list[Look]:
         chosen["the one that surprised the critic most"] = max(rows, key=surprise)
     return [
         Look(
-            title=f"Cycle {cycle}, {which}",
+            title=f"{run.kind.unit.capitalize()} {cycle}, {which}",
             row=row,
             prompt=prompt_text(row["prompt"]),
-            tokens=tokens_of(row, [scale.step(v) for v in signal.of(row)[:_MOST_TOKENS]], config),
+            tokens=tokens_of(row, [scale.step(v) for v in signal.of(row)[:_MOST_TOKENS]], ppo),
             curve=value_curve(row, _MOST_TOKENS),
         )
         for which, row in chosen.items()
@@ -303,6 +304,23 @@ def _of_held_out_pairs(found: dict[str, Any]) -> tuple[list[Headline], list[Figu
         calibration(found["calibration"]),
     )
     return headlines, [figure]
+
+
+def qlearning_page(run: Run, config: QLearningConfig, metrics: Sequence[dict[str, Any]]) -> Page:
+    lora = " with LoRA" if config.model.lora else ""
+    lede = (
+        f"Q-learning on {config.model.policy}{lora} from the scored answers of {', '.join(config.data.paths)}, "
+        f"{config.qlearning.epochs} epochs."
+    )
+    headlines = []
+    if metrics:
+        residual, log_ratio = (_ends(metrics, f"qlearning/{name}") for name in ("residual", "log_ratio"))
+        headlines = [
+            Headline("Residual", _change(*residual), "reward units, first and last tenth; 0 at the best policy"),
+            Headline("Log-ratio", f"{_number(log_ratio[1])} nats", "per answer of the data, to the reference"),
+            Headline("Steps", f"{metrics[-1]['step']:,}", f"of {config.qlearning.batch} answers"),
+        ]
+    return Page(lede, headlines, looks=_looks(run, config.as_ppo))
 
 
 # ---------------------------------------------------------------- parts

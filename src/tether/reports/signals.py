@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tether.config import PPOConfig
+from tether.config import Config, PPOConfig, QLearningConfig
 from tether.config.ppo import PPOSection
 from tether.reports.text import visible
 
@@ -161,13 +161,20 @@ def _n(value: float) -> str:
     return f"({text})".replace("-", "−") if text.startswith("-") else text
 
 
-def tokens_of(row: Row, steps: Sequence[int], config: PPOConfig) -> list[dict[str, Any]]:
+def ppo_of(config: Config) -> PPOSection | None:
+    """How rewards and advantages of a run's responses were made; None where nothing looked at its tokens."""
+    if isinstance(config, QLearningConfig):
+        return config.as_ppo
+    return config.ppo if isinstance(config, PPOConfig) else None
+
+
+def tokens_of(row: Row, steps: Sequence[int], ppo: PPOSection) -> list[dict[str, Any]]:
     """What a page shows of each token: its text, color and arithmetic. As many as there are steps."""
-    beta = beta_of(row, config.ppo)
+    beta = beta_of(row, ppo)
     return [
         {
             "t": t, "text": visible(text) or "∅", "blank": not text.strip(), "clipped": bool(row["clipped"][t]),
-            "step": step, "lines": arithmetic(row, t, config.ppo, beta),
+            "step": step, "lines": arithmetic(row, t, ppo, beta),
         }
         for t, (text, step) in enumerate(zip(row["text"], steps, strict=False))
     ]  # fmt: skip

@@ -279,11 +279,13 @@ def hash_files(path: str, revision: str | None = None, kind: Literal["model", "d
     """What a model or a data file is, in a few characters: equal exactly if the content is.
 
     A file: its sha256. A directory: the sha256 of the names and contents of the files a model is made of (weights,
-    configs, tokenizer, its own code). Anything else is a hub id, which stands for itself at a commit; kind: what it is.
+    configs, tokenizer, its own code), or of those of a data set's tables. Anything else is a hub id, which stands for
+    itself at a commit; kind: what it is.
     """
     place = Path(path)
     if place.is_dir():
-        parts = sorted(file for file in place.iterdir() if file.suffix in _MODEL_FILES)
+        suffixes = _MODEL_FILES if kind == "model" else {".parquet"}
+        parts = sorted(file for file in place.iterdir() if file.suffix in suffixes)
         digest = hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in parts).encode()).hexdigest()
     elif place.is_file():
         digest = sha256(place)

@@ -9,10 +9,9 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse
 
-from tether.config import PPOConfig
 from tether.errors import RunError
 from tether.reports.html import safe_json
-from tether.reports.signals import SIGNALS, Row, Scale, signals_of, surprise, tokens_of, value_curve
+from tether.reports.signals import SIGNALS, Row, Scale, ppo_of, signals_of, surprise, tokens_of, value_curve
 from tether.reports.text import prompt_text
 from tether.runs import Run
 from tether.runs.files import read_table
@@ -62,8 +61,8 @@ def routes(studio: Studio) -> APIRouter:
         rows.sort(key=SORTS[sort][1])
         shown, page, pages = paged(rows, page, _A_PAGE)
         return studio.page(
-            request, "cycle.html.j2", id=run_id, name=studio.runs.name(run), folder=folder, cycle=cycle, there=there,
-            rows=shown, count=len(rows), total=len(content.rows), page=page,
+            request, "cycle.html.j2", id=run_id, name=studio.runs.name(run), unit=run.kind.unit, folder=folder,
+            cycle=cycle, there=there, rows=shown, count=len(rows), total=len(content.rows), page=page,
             pages=pages, sort=sort, sorts={k: v[0] for k, v in SORTS.items()}, find=find, finish=finish,
             parts=content.parts, prompt_text=prompt_text,
         )  # fmt: skip
@@ -77,17 +76,16 @@ def routes(studio: Studio) -> APIRouter:
         if not 0 <= number < len(content.rows):
             raise RunError(f"cycle {cycle} has {len(content.rows)} responses: there is no number {number}.")
         row = content.rows[number]
-        config = run.config
-        if not isinstance(config, PPOConfig):
-            raise RunError(f"{studio.runs.name(run)} is not a run of tether ppo: no critic looked at its answers.")
+        if (ppo := ppo_of(run.config)) is None:
+            raise RunError(f"{studio.runs.name(run)} is a run of tether {run.kind.command}: nobody looked at tokens.")
         signals = signals_of(row)
         signal = signal if signal in signals else next(iter(signals))
         steps = {key: [content.scale(key).step(v) for v in s.of(row)[:_MOST_SHOWN]] for key, s in signals.items()}
-        tokens = tokens_of(row, steps[signal], config)
+        tokens = tokens_of(row, steps[signal], ppo)
         says = {key: s.says for key, s in signals.items()}
         return studio.page(
-            request, "completion.html.j2", id=run_id, name=studio.runs.name(run), folder=folder, cycle=cycle,
-            number=number, count=len(content.rows), row=row, tokens=tokens, signal=signal, signals=signals,
+            request, "completion.html.j2", id=run_id, name=studio.runs.name(run), unit=run.kind.unit, folder=folder,
+            cycle=cycle, number=number, count=len(content.rows), row=row, tokens=tokens, signal=signal, signals=signals,
             scale=content.scale(signal), curve=value_curve(row, _MOST_SHOWN), rest="".join(row["text"][_MOST_SHOWN:]),
             strip=_strip(run, folder, row), prompt=prompt_text(row["prompt"]), parts=content.parts,
             data=safe_json({"steps": steps, "lines": [t["lines"] for t in tokens], "says": says}),

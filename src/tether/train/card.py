@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tether.config import DPOConfig, InitModelConfig, PPOConfig, RewardConfig, SFTConfig
+from tether.config import DPOConfig, InitModelConfig, PPOConfig, QLearningConfig, RewardConfig, SFTConfig
 from tether.runs import Run
 
 _MOVED = {
@@ -95,6 +95,23 @@ def dpo_card(run: Run, config: DPOConfig, report: str) -> str:
         f"{_shown(last['dpo/chosen_logratio'])}, rejected {_shown(last['dpo/rejected_logratio'])}.",
         "It has learned what the people who labeled these pairs prefer among answers like theirs: look at samples "
         "before you trust it.",
+    )
+
+
+def qlearning_card(run: Run, config: QLearningConfig) -> str:
+    """A model card: what it learned from, how far the residual fell, and what its optimum would be."""
+    metrics, section = run.metrics, config.qlearning
+    return _card(
+        run.path.name,
+        config.model.policy,
+        "qlearning, rlhf",
+        f"Trained by Q-learning with Tether from `{config.model.policy}` on the scored answers of "
+        f"{', '.join(f'`{path}`' for path in config.data.paths)}: {section.epochs} epochs, {len(metrics)} optimizer "
+        f"steps, seed {config.seed}.",
+        f"Residual, reward units: {_shown(metrics[0]['qlearning/residual'])} before the first step, "
+        f"{_shown(metrics[-1]['qlearning/residual'])} before the last. At 0 this would be the best policy for the "
+        f"score less {section.beta:g} per nat of KL to the reference, and `critic/` its value.",
+        "It has been told the scores of answers in the data, and of no others: look at samples before you trust it.",
     )
 
 

@@ -67,6 +67,7 @@ def rollout_columns(
         "cycle": [cycle] * len(completions),
         **responses,
         "kl": (rollout.old_logprobs - rollout.ref_logprobs).sum(1).tolist(),
+        "prompt_token_id": [list(p.ids) for p in completions.prompts],
         "token_id": completions.response_ids,
         "text": [fragments(tokenizer, ids, stop_ids) for ids in completions.response_ids],
         "sampler_logprob": completions.sampler_logprobs,

@@ -1,0 +1,156 @@
+"""Scored answers for Q-learning: rows of a file, or what another run sampled."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tether.config import ScoredConfig
+from tether.data.cells import as_answer, as_prompt
+from tether.data.columns import encode_answers, encode_prompt_column, read_cut
+from tether.data.limit import Limit, keep_right
+from tether.data.table import Table, kind, read_table
+from tether.data.text import fragments
+from tether.errors import DataError
+from tether.feedback.records import prompt_of
+from tether.runs import Run
+from tether.types import Prompt
+
+_COLUMNS = ["prompt", "completion", "score"]
+_EXAMPLE = '{"prompt": "…", "completion": "…", "score": 0.5}'
+_REPLAYED = ["prompt", "prompt_token_id", "token_id", "text", "finish_reason", "score"]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredResponse:
+    """An answer and what it is worth, tokenized."""
+
+    prompt: Prompt  # row: the number of the prompt among the different ones
+    response_ids: list[int]  # never empty; the stop token included where it stopped
+    finish_reason: str  # stop or length
+    score: float
+
+
+def load_scored(
+    config: ScoredConfig, tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, context: int | None = None,
+    vocab_size: int | None = None,
+) -> list[ScoredResponse]:  # fmt: skip
+    """Every answer of every path, tokenized; stop_id and context as in `load_examples`.
+
+    vocab_size: rows of the model's embedding, perhaps more than the tokenizer has tokens; None for no limit.
+
+    What a run sampled keeps its token ids: text would not always come back as the same ones.
+    """
+    limit = Limit.of_data(config, context)
+    numbers: dict[tuple[int, ...], int] = {}
+    found = []
+    for path in config.paths:
+        if is_run(path):
+            table, prompts, answers = _read_run(path, tokenizer, config.limit, vocab_size)
+        else:
+            table, prompts, answers = _read_rows(path, config, tokenizer, stop_id)
+        scores, cut = _read_scores(table), read_cut(table)
+        lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+        for i in limit.apply(table, "completion", lengths):
+            if not answers[i]:
+                raise table.error(i, "completion", "is empty and no stop token follows: there is nothing to learn.")
+            if len(answers[i]) >= limit.tokens:
+                raise table.error(
+                    i, "completion", f"has {len(answers[i])} tokens, which leaves no room for a prompt in "
+                    f"{limit.tokens} ({limit.reason}): of an answer that is cut nothing could be learned. "
+                    f"{limit.remedy}, or set data.overlong to drop.",
+                )  # fmt: skip
+            ids = tuple(keep_right(prompts[i], limit.tokens - len(answers[i]), tokenizer))
+            source = table.rows[i]["prompt"]
+            prompt = Prompt(ids, source, numbers.setdefault(ids, len(numbers)), cut=len(ids) < len(prompts[i]))
+            found.append(ScoredResponse(prompt, answers[i], "length" if cut[i] else "stop", scores[i]))
+    if len({row.score for row in found}) == 1:
+        print(f"every answer has the score {found[0].score:g}: the best policy is the reference", file=sys.stderr)
+    return found
+
+
+def is_run(path: str) -> bool:
+    """Whether a path of data is a run directory."""
+    return (Path(path) / "config.yaml").is_file()
+
+
+def _read_rows(
+    path: str, config: ScoredConfig, tokenizer: PreTrainedTokenizerBase, stop_id: int | None
+) -> tuple[Table, list[list[int]], list[list[int]]]:
+    """(rows, ids of each prompt, ids of each answer) of a file."""
+    table, kwargs = read_table(path, config.split, config.limit), config.chat_template_kwargs
+    table.require(_COLUMNS, _EXAMPLE)
+    sources = table.cells("prompt", as_prompt)
+    asked = iter(sources)
+    answers = table.cells("completion", lambda cell: as_answer(next(asked), cell))
+    prompts = encode_prompt_column(table, sources, tokenizer, kwargs)
+    at = partial(table.at, column="completion")
+    return table, prompts, encode_answers(sources, answers, tokenizer, stop_id, kwargs, at, cut=read_cut(table))
+
+
+def _read_run(
+    path: str, tokenizer: PreTrainedTokenizerBase, limit: int | None, vocab_size: int | None
+) -> tuple[Table, list[list[int]], list[list[int]]]:
+    """(rows, ids of each prompt, ids of each answer) of what a run sampled, in the order in which it did."""
+    run = Run.open(path)
+    rows: list[dict[str, Any]] = []
+    for cycle in run.rollout_cycles:
+        rollouts = run.rollouts(cycle)
+        if missing := [name for name in _REPLAYED if name not in rollouts.column_names]:
+            raise DataError(
+                f"{path} holds rollouts without {', '.join(missing)}, so the ids that were sampled are not known: an "
+                "older version wrote them. Sample again with this one."
+            )
+        rows += rollouts.select(_REPLAYED).to_pylist()
+        if limit is not None and len(rows) >= limit:
+            break
+    if not rows:
+        raise DataError(
+            f"{path} holds no rollouts, so there is nothing to learn from. Name a run of tether ppo, with "
+            "log.rollouts_every above 0."
+        )
+    rows = rows[:limit]
+    table = Table(path, [row | {"prompt": prompt_of(row["prompt"])} for row in rows])
+    _check_tokens(table, tokenizer, vocab_size)
+    return table, [row["prompt_token_id"] for row in rows], [row["token_id"] for row in rows]
+
+
+_PROBED = 256  # answers
+
+
+def _check_tokens(table: Table, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+    """Raise DataError unless the ids of a run's answers are, to this tokenizer, the texts that the run wrote down.
+
+    Told by the answers themselves: they need no other file of the run, and what reads the same *is* the same here.
+    """
+    for i, row in enumerate(table.rows):
+        ids = row["token_id"]
+        stops = ids[-1:] if row["finish_reason"] == "stop" else []
+        known = vocab_size is None or max([*ids, *row["prompt_token_id"]]) < vocab_size
+        if not known or (i < _PROBED and fragments(tokenizer, ids, stops) != row["text"]):
+            said = repr("".join(fragments(tokenizer, ids, stops)))[:60] if known else "no such ids"
+            raise table.error(
+                i, "token_id", f"was sampled with another tokenizer: the run read it as {''.join(row['text'])[:60]!r}, "
+                f"model.policy's tokenizer reads {said}. Name a model.policy with the run's tokenizer, or write its "
+                "answers to a file as prompt, completion, score.",
+            )  # fmt: skip
+
+
+def _read_scores(table: Table) -> list[float]:
+    """The score of each row."""
+    scores = []
+    for i, row in enumerate(table.rows):
+        value = row["score"]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise table.error(
+                i, "score", f"is {kind(value)}, where every answer needs a number to be learned from. Score it, or "
+                "remove the row.",
+            )  # fmt: skip
+        scores.append(float(value))
+    return scores

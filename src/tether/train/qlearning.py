@@ -1,0 +1,179 @@
+"""Q-learning on scored answers, whoever wrote them: the squared soft-Bellman residual, down to 0.
+
+Nothing is sampled: answers come from a file or from other runs. The log-probs of the policy are the advantages, its
+value head is V; what is minimized, and why its minimum is PPO's optimum, is in `tether.math.bellman`. Which answers a
+step sees follows from (seed, epoch) alone: a run that is continued ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tether.config import QLearningConfig, QLearningSection, check, check_warmup
+from tether.data.scored import ScoredResponse, is_run, load_scored
+from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
+from tether.math import bellman_loss, explained_variance, gae, grouped_std, place_rewards
+from tether.models.export import save_model
+from tether.models.loading import context_length, model_config, resolve_device
+from tether.models.policy import Policy, load_policy
+from tether.rewards import ScoredBatch
+from tether.runs import Run, hash_files
+from tether.train.card import qlearning_card
+from tether.train.columns import rollout_columns
+from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation
+from tether.train.preamble import check_parts, open_run
+from tether.train.reference import reference_logprobs
+from tether.train.rollout import Experience
+from tether.train.state import TrainingState
+from tether.types import Completions, LogSink, Rollout, Rows, microbatches
+
+_SHOWN = 256  # answers that the run keeps with every number of every token, to look at
+
+
+def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False) -> Run:
+    """Train, or continue the run in `config.run`; returns it, with the policy in `.final` and V beside it.
+
+    sinks: get every step's metrics; see `tether.types.LogSink`. fresh: move a run that is there aside first.
+    """
+    check(config)
+    check_parts(None, None, sinks)
+    m, section, inputs = config.model, config.qlearning, input_hashes(config)
+    with open_run(config, command="qlearning", fresh=fresh, inputs=inputs) as (run, signals):
+        if run.finished:
+            return Run.open(run.path)
+        tokenizer = load_tokenizer(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
+        architecture = model_config(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
+        vocab_size = architecture.get_text_config().vocab_size
+        check_vocabulary(tokenizer, vocab_size)
+        policy, notes = load_policy(m, device=resolve_device(config.device), seed=config.seed)
+        stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, None)
+        stop_id, context = next(iter(stop_ids), None), context_length(architecture)
+        answers = load_scored(config.data, tokenizer, stop_id=stop_id, context=context, vocab_size=vocab_size)
+        plan = plan_steps(len(answers), config)
+        check_warmup(config.optim, len(plan))
+        references = reference_logprobs(
+            run, policy.model, m, [(a.prompt.ids, a.response_ids) for a in answers], inputs,
+            microbatch_tokens=section.microbatch_tokens,
+        )  # fmt: skip
+        optimizer = build_optimizer(
+            config.optim, policy.policy_parameters(), policy.critic_parameters(),
+            lora=m.lora is not None, critic_is_head=policy.critic is None,
+        )  # fmt: skip
+        steps = ScheduledOptimizer(optimizer, config.optim, len(plan))
+
+        def learn(batch: list[int]) -> dict[str, float | None]:
+            return accumulate(policy, [answers[i] for i in batch], [references[i] for i in batch], section)
+
+        TrainingState(run, policy.parts(), steps, tokenizer).run_steps(plan, learn, signals, sinks, notes)
+        if config.log.rollouts_every:
+            shown = range(0, len(answers), -(-len(answers) // _SHOWN))
+            seen = look(policy, [answers[i] for i in shown], [references[i] for i in shown], section)
+            columns = rollout_columns(seen, tokenizer, stop_ids, config.as_ppo, cycle=len(plan), responses_per_prompt=1)
+            run.write_rollouts(len(plan), columns)
+        save_model(
+            policy.model, tokenizer, run.path / "final", card=qlearning_card(Run(run.path), config),
+            stop_ids=stop_ids, add=lambda directory: policy.save_critic(directory / "critic"),
+        )  # fmt: skip
+    return Run.open(run.path)
+
+
+def accumulate(
+    policy: Policy, answers: Sequence[ScoredResponse], references: Sequence[Tensor], section: QLearningSection
+) -> dict[str, float | None]:
+    """Add one optimizer step's gradients to the policy's, microbatch by microbatch; no step. Returns its metrics.
+
+    references: the reference's log-prob of every token of each answer.
+    """
+    tokens = sum(len(answer.response_ids) for answer in answers)
+    losses, residuals, values = list[Tensor](), list[Tensor](), list[Tensor]()  # each [] or [N] of a microbatch
+    log_ratio_sums = torch.zeros(len(answers), device=policy.model.device)
+    for index, rows, ref, scores in batches(answers, references, section.microbatch_tokens, policy.model.device):
+        mask = rows.response_mask
+        output = policy(rows, temperature=1.0, entropy=False)
+        assert output.values is not None
+        loss, residual = bellman_loss(
+            output.logprobs, ref, output.values, scores, mask,
+            kl_coef=section.beta, lam=section.lam, denominator=tokens,
+        )  # fmt: skip
+        loss.backward()
+        losses.append(loss.detach())
+        residuals.append(residual.detach()[mask])
+        values.append(output.values.detach()[mask])
+        log_ratio_sums[index] = (output.logprobs.detach() - ref).sum(1)  # both are 0 outside the mask
+    residual, value, log_ratios = torch.cat(residuals), torch.cat(values), log_ratio_sums.cpu()
+    scores = torch.tensor([answer.score for answer in answers])
+    every = torch.ones_like(value, dtype=torch.bool)[None]
+    g = scores - section.beta * log_ratios
+    return {
+        "qlearning/loss": float(torch.stack(losses).sum()),
+        "qlearning/residual": float(residual.square().mean().sqrt()),
+        "qlearning/g_std": grouped_std(g, [answer.prompt.row for answer in answers]),
+        "qlearning/log_ratio": float(log_ratios.mean()),
+        "value/mean": float(value.mean()),
+        "value/explained_variance": explained_variance(value[None], (value + residual)[None], every),
+        "tokens/trained": float(tokens),
+    }
+
+
+def batches(
+    answers: Sequence[ScoredResponse], references: Sequence[Tensor], microbatch_tokens: int, device: torch.device
+) -> Iterator[tuple[Tensor, Rows, Tensor, Tensor]]:
+    """Microbatches: (which answers [B], their rows, the reference's log-probs [B, R], scores [B])."""
+    for index in microbatches([len(a.prompt.ids) + len(a.response_ids) for a in answers], microbatch_tokens):
+        part = [answers[i] for i in index.tolist()]
+        rows = Rows.of([a.prompt.ids for a in part], [a.response_ids for a in part]).to(device)
+        ref = pad_sequence([references[i] for i in index.tolist()], batch_first=True).to(device)
+        yield index, rows, ref, torch.tensor([a.score for a in part], device=device)
+
+
+def plan_steps(count: int, config: QLearningConfig) -> list[list[int]]:
+    """The answers of every optimizer step, a function of the seed alone; an epoch's last step may be smaller."""
+    section, plan = config.qlearning, []
+    for epoch in range(section.epochs):
+        order = permutation(count, seed=config.seed, stream=SHUFFLE, counter=(epoch,))
+        plan += [order[start : start + section.batch] for start in range(0, count, section.batch)]
+    return plan
+
+
+@torch.no_grad()
+def look(
+    policy: Policy, answers: Sequence[ScoredResponse], references: Sequence[Tensor], section: QLearningSection
+) -> Experience:
+    """What the policy and V make of every token of these answers, as a cycle of PPO would have found it."""
+    completions = Completions(
+        prompts=[a.prompt for a in answers],
+        response_ids=[a.response_ids for a in answers],
+        sampler_logprobs=[[math.nan] * len(a.response_ids) for a in answers],  # not known
+        truncated_mass=[[math.nan] * len(a.response_ids) for a in answers],
+        finish_reasons=[a.finish_reason for a in answers],
+    )
+    rows = completions.rows()
+    mask = rows.response_mask
+    new, entropy, values = (torch.zeros(mask.shape) for _ in range(3))
+    for index, part, _, _ in batches(answers, references, section.microbatch_tokens, policy.model.device):
+        output, width = policy(part, temperature=1.0), part.response_mask.shape[1]
+        assert output.values is not None
+        for whole, found in ((new, output.logprobs), (entropy, output.entropy), (values, output.values)):
+            whole[index, :width] = found.cpu()
+    ref = pad_sequence(list(references), batch_first=True)
+    scores = torch.tensor([a.score for a in answers])
+    rewards = place_rewards(scores, new, ref, mask, kl_coef=section.beta)
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=section.lam)
+    rollout = Rollout(rows, new, ref, values, rewards, advantages, returns)
+    return Experience(completions, ScoredBatch(scores, {}), rollout, advantages, entropy, section.beta, {}, [])
+
+
+def input_hashes(config: QLearningConfig) -> dict[str, str]:
+    """Hashes of what the run reads, by config key: it continues only on the same."""
+    m, data = config.model, config.data
+    beside = {"model.reference": m.reference, "model.critic": None if m.critic in ("shared", "separate") else m.critic}
+    hashes = {key: hash_files(path) for key, path in beside.items() if path is not None}
+    for i, path in enumerate(data.paths):
+        key = "data.path" if isinstance(data.path, str) else f"data.path[{i}]"
+        hashes[key] = hash_files(f"{path}/rollouts" if is_run(path) else path, kind="dataset")
+    return {"model.policy": hash_files(m.policy, m.revision)} | hashes
