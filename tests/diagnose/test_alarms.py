@@ -526,7 +526,7 @@ def test_chosen_answers_that_become_unlikely_are_an_alarm_whose_remedy_is_nll():
     assert (alarm.rule, alarm.severity, alarm.metric) == ("chosen-falls", "warning", "dpo/chosen_logratio")
     assert (alarm.first, alarm.last) == (101, 200)
     assert "0.8 nats per token less likely" in alarm.what
-    assert "1.5" in alarm.what
+    assert "rejected ones is -1.5" in alarm.what
     assert "dpo.nll" in alarm.remedy
     assert found(healthy("dpo", dpo__rejected_logratio=-3.0), "dpo") == []
     assert found(healthy("dpo", n=10, **falling), "dpo") == []

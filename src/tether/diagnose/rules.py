@@ -513,8 +513,8 @@ def chosen_falls(view: View) -> Iterator[Alarm]:
     if held := chosen.held(lambda level: level < -0.5, least=_PERSIST):
         yield alarm(
             "chosen-falls", held, "warning",
-            f"The chosen answers are {-median(held.levels):.2g} nats per token less likely than under the reference, "
-            f"the rejected ones {-median(rejected.levels[-3:]):.2g}: the margin grows while both fall.",
+            f"The chosen answers are {-median(held.levels):.2g} nats per token less likely than under the reference; "
+            f"the log-ratio of the rejected ones is {median(rejected.levels[-3:]):.2g}.",
         )  # fmt: skip
 
 
