@@ -333,6 +333,10 @@ def run_bellman(name: str, seed: int, cycles: int | None = None, **settings: Any
     return {"task": name, "route": "bellman", "seed": seed, "curve": curve, "gaps": [], **vars(exact)}
 
 
+def run_route(name: str, seed: int, cycles: int | None, route: str) -> dict[str, Any]:
+    return run_bellman(name, seed, cycles) if route == "bellman" else run(name, seed, cycles, route)
+
+
 # ---------------------------------------------------------------- table and plot
 
 
@@ -373,7 +377,7 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=", ".join(TASKS)
     )
-    parser.add_argument("--routes", nargs="*", default=["gae"], choices=["gae", "group"])
+    parser.add_argument("--routes", nargs="*", default=["gae"], choices=["gae", "group", "bellman"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--cycles", type=int, help="of 256 responses; by default each task's own, 60 to 250")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -383,7 +387,7 @@ def main() -> None:
     wanted = [(t, seed, args.cycles, route) for t in args.tasks for route in args.routes for seed in args.seeds]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         results = []
-        for result in pool.map(run, *zip(*wanted, strict=True)):
+        for result in pool.map(run_route, *zip(*wanted, strict=True)):
             results.append(result)
             print(f"{result['task']} {result['route']} seed {result['seed']}: KL(π‖π*) {result['kl_to_optimum']:.4f}, "
                   f"critic RMSE {result['value_rmse']:.3f}", file=sys.stderr, flush=True)  # fmt: skip
