@@ -406,7 +406,8 @@ METRICS = """
 """
 COLUMNS = """
     cycle prompt_index response_index prompt completion finish_reason length score score/id_score kl prompt_token_id
-    token_id text sampler_logprob old_logprob ref_logprob value reward delta advantage return entropy new_logprob ratio clipped
+    token_id text sampler_logprob
+    old_logprob ref_logprob value reward delta advantage return entropy new_logprob ratio clipped
 """
 
 
