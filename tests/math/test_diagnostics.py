@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 
-from tether.math import distinct_pairs, explained_variance, optimality_gap, optimality_gap_logmeanexp, shared_phrase
+from tether.math import (
+    distinct_pairs,
+    explained_variance,
+    grouped_std,
+    optimality_gap,
+    optimality_gap_logmeanexp,
+    shared_phrase,
+)
 
 K = torch.arange(8, dtype=torch.float64)
 REFERENCE = torch.softmax(-0.3 * K, 0)
@@ -123,3 +130,11 @@ def test_a_courtesy_at_the_end_of_every_answer_is_its_shared_phrase():
     different = [[10 * i + k for k in range(8)] for i in range(20)]
     assert shared_phrase(different) == pytest.approx(1 / 20)
     assert shared_phrase([[*ids, 7, 7, 8, 9] for ids in different]) == 1.0
+
+
+def test_the_deviation_within_groups_is_pooled_over_those_of_two_and_more():
+    # group 0: 1, 3 (squares 2, freedom 1); group 2: 0, 3, 6 (squares 18, freedom 2); group 5: one member, no freedom
+    x = torch.tensor([1.0, 0.0, 3.0, 100.0, 3.0, 6.0])
+    assert grouped_std(x, [0, 2, 0, 5, 2, 2]) == pytest.approx(math.sqrt(20 / 3))
+    assert math.isnan(grouped_std(x, [0, 1, 2, 3, 4, 5]))
+    assert grouped_std(torch.tensor([7.0, 7.0]), [1, 1]) == 0

@@ -90,7 +90,7 @@ def test_metrics_are_the_averages_of_what_the_rollout_files_hold(run):
     for metrics in run.metrics:
         rows = rollouts(run, metrics["cycle"])
         tokens = [
-            {name: row[name][t] for name in row if isinstance(row[name], list)}
+            {name: row[name][t] for name in row if isinstance(row[name], list) and name != "prompt_token_id"}
             for row in rows
             for t in range(row["length"])
         ]
@@ -405,8 +405,9 @@ METRICS = """
     tokens_per_s/update memory/peak_mb
 """
 COLUMNS = """
-    cycle prompt_index response_index prompt completion finish_reason length score score/id_score kl token_id text
-    sampler_logprob old_logprob ref_logprob value reward delta advantage return entropy new_logprob ratio clipped
+    cycle prompt_index response_index prompt completion finish_reason length score score/id_score kl prompt_token_id
+    token_id text sampler_logprob
+    old_logprob ref_logprob value reward delta advantage return entropy new_logprob ratio clipped
 """
 
 
@@ -424,6 +425,8 @@ def test_every_column_of_the_design_is_there_and_per_token_lists_are_as_long_as_
         for cycle in cycles:
             for row in rollouts(run, cycle, kind):
                 assert set(row) == set(COLUMNS.split())
+                asked = row.pop("prompt_token_id")
+                assert len(asked) == len(row["prompt"])  # one token a byte
                 assert {len(v) for v in row.values() if isinstance(v, list)} == {row["length"]}
                 assert "".join(row["text"]) == row["completion"]
 

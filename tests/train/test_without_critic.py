@@ -139,7 +139,7 @@ def test_pages_show_what_such_a_response_has(experience, tiny_tokenizer):
     assert all(len(signal.of(row)) == row["length"] for signal in signals.values())
     assert value_curve(row) == ""
     assert surprise(row) >= 0
-    first = tokens_of(row, [0] * row["length"], CONFIG)[0]
+    first = tokens_of(row, [0] * row["length"], CONFIG.ppo)[0]
     assert [what for what, _ in first["lines"]] == ["KL", "reward", "A", "ratio", "entropy"]
 
 
