@@ -81,7 +81,7 @@ DPO = REWARD.replace("policy: m", "policy: m, reference: null").replace(
 
 QLEARNING = (
     SFT.replace("policy: m,", "policy: m, critic: shared, reference: null,")
-    .replace("sft: {epochs: 1, batch: 32", "qlearning: {beta: 0.1, lam: 1.0, epochs: 1, batch: 64")
+    .replace("sft: {epochs: 1, batch: 32", "qlearning: {loss: bellman, beta: 0.1, lam: 1.0, epochs: 1, batch: 64")
     .replace(", packing: false, train_on: completion", "")
 )
 

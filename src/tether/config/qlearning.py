@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tether.config.keys import Section, at_least, positive, within
 from tether.config.ppo import KLConfig, ModelConfig, PPOSection
@@ -44,6 +44,8 @@ class QLearningSection(Section):
     critic, for any data that holds every answer often enough.
     """
 
+    loss: Literal["bellman"] = "bellman"
+    """What is minimized. bellman: the squared soft-Bellman residual, whose minimum is PPO's optimum."""
     beta: Annotated[float, positive("without a KL to the reference the best policy has no log-probs to learn")] = 0.1
     """β of the KL to the reference, reward units per nat: the smaller, the further the policy goes for a score."""
     lam: Annotated[float, within(0, 1, "residuals are summed with weights λ^k, which would grow without bound")] = 1.0

@@ -56,20 +56,21 @@ def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         answers = load_scored(config.data, tokenizer, stop_id=stop_id, context=context, vocab_size=vocab_size)
         plan = plan_steps(len(answers), config)
         check_warmup(config.optim, len(plan))
-        references = reference_logprobs(
-            run, policy.model, m, [(a.prompt.ids, a.response_ids) for a in answers], inputs,
-            microbatch_tokens=section.microbatch_tokens,
-        )  # fmt: skip
         optimizer = build_optimizer(
             config.optim, policy.policy_parameters(), policy.critic_parameters(),
             lora=m.lora is not None, critic_is_head=policy.critic is None,
         )  # fmt: skip
-        steps = ScheduledOptimizer(optimizer, config.optim, len(plan))
+        state = TrainingState(run, policy.parts(), ScheduledOptimizer(optimizer, config.optim, len(plan)), tokenizer)
+        with state.saved_when_stopped(), signals.droppable():
+            references = reference_logprobs(
+                run, policy.model, m, [(a.prompt.ids, a.response_ids) for a in answers], inputs,
+                microbatch_tokens=section.microbatch_tokens,
+            )  # fmt: skip
 
         def learn(batch: list[int]) -> dict[str, float | None]:
             return accumulate(policy, [answers[i] for i in batch], [references[i] for i in batch], section)
 
-        TrainingState(run, policy.parts(), steps, tokenizer).run_steps(plan, learn, signals, sinks, notes)
+        state.run_steps(plan, learn, signals, sinks, notes)
         if config.log.rollouts_every:
             shown = range(0, len(answers), -(-len(answers) // _SHOWN))
             seen = look(policy, [answers[i] for i in shown], [references[i] for i in shown], section)
