@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tether.train.evaluate import evaluate, generate
     from tether.train.ppo import ppo
     from tether.train.qlearning import qlearning
+    from tether.train.rejection_sampling import best_of_n
     from tether.train.reward import reward_model
     from tether.train.sft import sft
 
@@ -44,6 +45,7 @@ _HOME = {
     "dpo": "tether.train.dpo",
     "evaluate": "tether.train.evaluate",
     "generate": "tether.train.evaluate",
+    "best_of_n": "tether.train.rejection_sampling",
     "export": "tether.models.export",
     "report": "tether.reports.page",
     "load_config": "tether.config.reading",
@@ -78,6 +80,7 @@ __all__ = [
     "TetherError",
     "TrainingError",
     "__version__",
+    "best_of_n",
     "dpo",
     "evaluate",
     "export",

@@ -181,11 +181,14 @@ def _generate(argv: list[str]) -> None:
     model, raw, file, prompts = (options.pop(name) for name in ("model", "raw", "prompts", "prompt"))
     n, reward, as_pairs, to = (options.pop(name) for name in ("best_of", "reward", "pairs", "to"))
     if n is not None:
-        if not file or not reward or prompts or raw or options.pop("samples") != 1:
+        given = {"--prompt": prompts, "--raw": raw, "--samples": options.pop("samples") != 1}
+        if wrong := [flag for flag, is_given in given.items() if is_given]:
             raise ConfigError(
-                "--best-of draws N answers to each prompt of a file and scores them: it takes --prompts FILE and "
-                "--reward, and neither --prompt, --raw nor --samples. Write --best-of N --prompts FILE --reward SOURCE."
+                f"{wrong[0]} with --best-of, which draws N answers to each prompt of a file: it would be ignored. "
+                "Leave it out."
             )
+        if lacking := [flag for flag, value in (("--prompts FILE", file), ("--reward SOURCE", reward)) if not value]:
+            raise ConfigError(f"--best-of without {lacking[0]}: there would be nothing to choose among or by. Add it.")
         _best_of(model, file, n, reward, as_pairs=as_pairs, to=to, options=options)
         return
     if reward or as_pairs or to:
@@ -222,8 +225,10 @@ def _best_of(
         raise RunError(
             f"--to {to}: there is no directory {Path(to).parent}, so nothing could be written. Make it first."
         )
+    if to and (Path(to).is_dir() or not os.access(Path(to).absolute().parent, os.W_OK)):
+        raise RunError(f"--to {to}: no file can be written there, so the answers would be lost. Name a file.")
     from tether.runs.files import write_atomically
-    from tether.train.best_of_n import best_of_n, pairs, winners
+    from tether.train.rejection_sampling import best_of_n, pairs, winners
 
     scored = best_of_n(model, prompts, n=n, reward=reward, **options)
     rows = pairs(scored) if as_pairs else winners(scored)

@@ -174,7 +174,7 @@ ADVICE: dict[str, Advice] = {
         "Check that chosen and rejected are not swapped; then raise optim.lr or reward_model.epochs.",
     ),
     "weak-reward-model": Advice(
-        "reward_model/accuracy", "reward: right on less than 65 % of held-out pairs: less than people agree on",
+        "reward_model/accuracy", "reward: right on less than 65 % of held-out pairs",
         "Training that ended before more than habits of the answers was learned, a model that is too small, too few "
         "pairs, or labels that contradict each other.",
         "Look at how far people agree (tether studio, agreement). If they do: more reward_model.epochs at a lower "

@@ -474,12 +474,14 @@ def still_learning(view: View) -> Iterator[Alarm]:
 
 
 def weak_reward_model(view: View) -> Iterator[Alarm]:
-    """Right on less than 65 % of the held-out pairs, though better than chance. People agree with each other on 63 to
-    77 % of such pairs, so that a model below has learned less than one of them knows, and habits of the answers rather
-    than what they say: a policy trained against it becomes polite, not right. In the demo, reward models at 60 to 65 %
-    gave policies that a judge preferred on 65 to 73 % of the questions, those above 74 % on 96 % and more."""
+    """Better than chance, but right on less than 65 % of the held-out pairs, and surely on less than 70 %: the upper
+    end of its 95 % interval lies below. People agree with each other on 63 to 77 %. Often only habits of the answers
+    have been learned, and a policy trained against them becomes polite, not right: in the demo, reward models at 60 to 65 %
+    gave policies that a judge preferred on 65 and 73 % of the questions, those above 74 % on 96 % and more."""
     report = view.reward_report
-    if not report or not report["learned"] or report["accuracy"]["value"] >= 0.65:
+    if not report or not report["learned"]:
+        return
+    if report["accuracy"]["value"] >= 0.65 or report["accuracy"]["high"] >= 0.7:
         return
     yield alarm(
         "weak-reward-model", (view.series.done, view.series.done), "warning",

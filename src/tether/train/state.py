@@ -114,7 +114,10 @@ class TrainingState:
                 self.save()
             if isinstance(stop, RewardError):
                 raise
-            raise Interrupted(
-                f"stopped after {unit} {self.done}, saved; the same command continues" if self.done else
-                f"stopped before {unit} 1; the same command starts over"
-            ) from None  # fmt: skip
+            if self.done:
+                text = f"stopped after {unit} {self.done}, saved; the same command continues"
+            elif checkpoint.names(self.run.path):  # stopped before they were put back
+                text = "stopped before it went on; the same command continues"
+            else:
+                text = f"stopped before {unit} 1; the same command starts over"
+            raise Interrupted(text) from None

@@ -13,7 +13,7 @@ from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
 from tether.data.tokenizer import load_tokenizer
 from tether.models.reward_model import init_reward_model, save_reward_model
-from tether.train.best_of_n import ScoredAnswers, best_of_n, pairs, winners
+from tether.train.rejection_sampling import ScoredAnswers, best_of_n, pairs, winners
 
 PROMPTS = [
     {"prompt": "Hello", "wanted": 3.0},
@@ -132,9 +132,14 @@ def test_a_reward_model_scores_the_answers_with_the_prompt_before_them(model, ti
     ("flags", "says"),
     [
         (["--best-of", "1", "--prompts", "p.jsonl", "--reward", "a.py:f"], "--best-of 1: there would be nothing"),
-        (["--best-of", "4", "--prompts", "p.jsonl"], "it takes --prompts FILE and --reward"),
-        (["--best-of", "4", "--prompt", "Hi", "--reward", "a.py:f"], "it takes --prompts FILE and --reward"),
-        (["--best-of", "4", "--prompts", "p.jsonl", "--reward", "a.py:f", "--samples", "2"], "nor --samples"),
+        (["--best-of", "4", "--prompts", "p.jsonl"], "--best-of without --reward SOURCE"),
+        (["--best-of", "4", "--reward", "a.py:f"], "--best-of without --prompts FILE"),
+        (["--best-of", "4", "--prompt", "Hi", "--reward", "a.py:f"], "--prompt with --best-of"),
+        (["--best-of", "4", "--prompts", "p.jsonl", "--reward", "a.py:f", "--to", "."], "no file can be written there"),
+        (
+            ["--best-of", "4", "--prompts", "p.jsonl", "--reward", "a.py:f", "--samples", "2"],
+            "--samples with --best-of",
+        ),
         (["--prompt", "Hi", "--pairs"], "--reward, --pairs and --to go with --best-of"),
         (["--best-of", "2", "--prompts", "p.jsonl", "--reward", "a.py:f", "--to", "no/x.jsonl"], "no directory no"),
         (["--best-of", "2", "--prompts", "p.jsonl", "--reward", "no_such.py:f"], "there is no file no_such.py"),
