@@ -476,8 +476,8 @@ def still_learning(view: View) -> Iterator[Alarm]:
 def weak_reward_model(view: View) -> Iterator[Alarm]:
     """Better than chance, but right on less than 65 % of the held-out pairs, and surely on less than 70 %: the upper
     end of its 95 % interval lies below. People agree with each other on 63 to 77 %. Often only habits of the answers
-    have been learned, and a policy trained against them becomes polite, not right: in the demo, reward models at 60 to 65 %
-    gave policies that a judge preferred on 65 and 73 % of the questions, those above 74 % on 96 % and more."""
+    have been learned, and a policy trained against them becomes polite, not right: in the demo, reward models at 60 to
+    65 % gave policies that a judge preferred on 65 and 73 % of the questions, those above 74 % on 96 % and more."""
     report = view.reward_report
     if not report or not report["learned"]:
         return
