@@ -85,7 +85,7 @@ def slow_loss(model, level, items, section, others):
     if section.loss == "kto":
         ratios = [answer_logprobs(model, o.example) - o.ref_logprobs[0] for o in others]
         each = [x.mean() if section.average else x.sum() for x in ratios]  # in the units of l
-        z = max(0.0, float(sum(each) / len(each)))
+        z = max(0.0, float(sum(each).detach() / len(each)))
     for item in items:
         x = item.example
         p, w = x.probability, x.weight
@@ -250,13 +250,13 @@ def test_an_answer_to_another_prompt_is_another_answer_too_where_there_is_one():
 
 
 def test_answers_to_other_prompts_are_found_at_once_where_nearly_all_have_one_prompt_or_one_text():
-    prompts = ["big"] * 30_000 + ["a", "b"]
-    many = labeled(30_002, good=1, prompts=prompts)
+    prompts = ["big"] * 10_000 + ["a", "b"]
+    many = labeled(10_002, good=1, prompts=prompts)
     config = config_for("r", "m", "d", loss="kto")
     started = time.process_time()
     found = mismatch(many, config, None)
     mismatch([replace(x, prompt_key=str(i), answer_ids=[1 if i else 2]) for i, x in enumerate(many)], config, None)
-    assert time.process_time() - started < 10
+    assert time.process_time() - started < 5
     assert {tuple(x.answer_ids) for x in found[:-2]} == {tuple(x.answer_ids) for x in many[-2:]}
     for one, other in zip(many[-2:], found[-2:], strict=True):
         assert other.answer_ids != one.answer_ids
