@@ -528,6 +528,8 @@ def test_chosen_answers_that_become_unlikely_are_an_alarm_whose_remedy_is_nll():
     assert "0.8 nats per token less likely" in alarm.what
     assert "rejected ones is -1.5" in alarm.what
     assert "dpo.nll" in alarm.remedy
+    (alone,) = found(healthy("dpo", **falling | {"dpo__rejected_logratio": None}), "dpo")
+    assert "rejected" not in alone.what
     assert found(healthy("dpo", dpo__rejected_logratio=-3.0), "dpo") == []
     assert found(healthy("dpo", n=10, **falling), "dpo") == []
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,16 @@ from tether.diagnose import dry_run, examine
 from tether.errors import DataError, ModelError
 from tether.models.language_model import LanguageModel
 from tether.models.policy import zero_head
-from tether.train.dpo import Item, accumulate, matched, mismatch, plan_steps, preferred_first
+from tether.train.dpo import (
+    Item,
+    accumulate,
+    load,
+    mismatch,
+    pair_labels,
+    plan_steps,
+    preferred_first,
+    training_sample,
+)
 from tiny import randomize, transformer
 
 LOSSES = ("sigmoid", "ipo", "simpo", "orpo", "unpaired", "kto")
@@ -73,8 +83,9 @@ def slow_loss(model, level, items, section, others):
     loss, nll, tokens = 0.0, 0.0, 0.0
     z = None
     if section.loss == "kto":
-        ratios = [(answer_logprobs(model, o.example) - o.ref_logprobs[0]).sum() for o in others]
-        z = max(0.0, float(sum(ratios) / len(ratios)))
+        ratios = [answer_logprobs(model, o.example) - o.ref_logprobs[0] for o in others]
+        each = [x.mean() if section.average else x.sum() for x in ratios]  # in the units of l
+        z = max(0.0, float(sum(each).detach() / len(each)))
     for item in items:
         x = item.example
         p, w = x.probability, x.weight
@@ -176,11 +187,11 @@ def test_of_ties_alone_and_of_good_answers_alone_what_is_not_known_is_null():
     assert found["dpo/chosen_logratio"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_pair_whose_rejected_answer_is_the_likelier_winner_is_turned_round():
+def test_a_pair_whose_rejected_answer_is_the_likelier_winner_is_swapped():
     pair = replace(PAIRS[0], probability=0.3)
-    turned = preferred_first(pair)
-    assert (turned.chosen_ids, turned.rejected_ids) == (pair.rejected_ids, pair.chosen_ids)
-    assert turned.probability == pytest.approx(0.7)
+    swapped = preferred_first(pair)
+    assert (swapped.chosen_ids, swapped.rejected_ids) == (pair.rejected_ids, pair.chosen_ids)
+    assert swapped.probability == pytest.approx(0.7)
     assert preferred_first(PAIRS[1]) == PAIRS[1]
 
 
@@ -199,10 +210,56 @@ def test_ktos_point_of_reference_is_measured_on_answers_to_other_prompts():
 
 
 def test_labeled_answers_are_compared_with_others_to_the_same_prompt_where_there_are_any():
-    assert matched(SINGLES) == ([0, 0], [1, 2])  # no prompt has both
+    assert pair_labels(SINGLES) == ([0, 0], [1, 2])  # no prompt has both
     bad = replace(SINGLES[0], probability=0.0, answer_ids=[3])
-    assert matched([*SINGLES, bad]) == ([0], [4])
-    assert matched(SINGLES[1:]) == ([], [])
+    assert pair_labels([*SINGLES, bad]) == ([0], [4])
+    assert pair_labels(SINGLES[1:]) == ([], [])
+
+
+def labeled(count, *, good, prompts=None):
+    """Labeled answers, all of them different: the first `good` are good. prompts: of each; None: each has its own."""
+    return [Labeled([5], [6, 7 + i], i, str(prompts[i] if prompts else i), probability=float(i < good))
+            for i in range(count)]  # fmt: skip
+
+
+def test_every_label_of_a_prompt_meets_one_other_not_all_of_them():
+    good, bad = pair_labels(labeled(4000, good=1000, prompts=["same"] * 4000))
+    assert len(good) == len(bad) == 3000
+    assert (set(good), set(bad)) == (set(range(1000)), set(range(1000, 4000)))
+
+
+def test_rare_labels_are_among_the_training_examples_that_are_judged():
+    config = config_for("r", "m", "d")
+    for examples in (labeled(2000, good=1999), labeled(2000, good=1)):
+        found = training_sample(examples, 10, config)
+        assert len(found) == 256
+        assert {x.probability for x in found} == {0.0, 1.0}
+        assert len({x.row for x in found}) == 256
+    ties = [replace(PAIRS[2], row=i) for i in range(1000)]
+    assert PAIRS[0] in training_sample([*ties, PAIRS[0]], 10, config)
+    assert training_sample(labeled(30, good=7), 10, config) == labeled(30, good=7)
+
+
+def test_an_answer_to_another_prompt_is_another_answer_too_where_there_is_one():
+    config = config_for("r", "m", "d", loss="kto")
+    yes_or_no = [Labeled([i + 2], [1 if i % 10 else 0], i, str(i)) for i in range(200)]  # nine of ten say yes
+    for one, other in zip(yes_or_no, mismatch(yes_or_no, config, None), strict=True):
+        assert other.answer_ids != one.answer_ids
+    alike = [replace(x, answer_ids=[1]) for x in yes_or_no]
+    assert len(mismatch(alike, config, None)) == 200
+
+
+def test_answers_to_other_prompts_are_found_at_once_where_nearly_all_have_one_prompt_or_one_text():
+    prompts = ["big"] * 10_000 + ["a", "b"]
+    many = labeled(10_002, good=1, prompts=prompts)
+    config = config_for("r", "m", "d", loss="kto")
+    started = time.process_time()
+    found = mismatch(many, config, None)
+    mismatch([replace(x, prompt_key=str(i), answer_ids=[1 if i else 2]) for i, x in enumerate(many)], config, None)
+    assert time.process_time() - started < 5
+    assert {tuple(x.answer_ids) for x in found[:-2]} == {tuple(x.answer_ids) for x in many[-2:]}
+    for one, other in zip(many[-2:], found[-2:], strict=True):
+        assert other.answer_ids != one.answer_ids
 
 
 # ---------------------------------------------------------------- runs
@@ -329,6 +386,92 @@ def test_data_of_one_prompt_and_data_without_a_held_out_part_are_learned_from(ti
     run = tether.dpo(config_for(tmp_path / "all", tiny_model(), file, test_fraction=0))
     assert "No pairs were held out" in (run.final / "README.md").read_text()
     assert "no pairs were held out" in tether.report(run.path).read_text()
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_one_bad_label_among_many_good_ones_is_learned_from_and_reported(tiny_model, tmp_path):
+    rows = [{"prompt": f"{i}", "completion": f"{i}!", "label": i != 7} for i in range(40)]
+    file = write(tmp_path / "labels.jsonl", rows)
+    config = config_for(tmp_path / "run", tiny_model(), file, loss="unpaired", test_fraction=0.1)
+    run = tether.dpo(replace(config, seed=1))  # the bad one is among those that are trained on
+    assert "None of the 4 held-out examples says which answer is better" in (run.final / "README.md").read_text()
+    assert "NaN" not in (run.path / "dpo_report.json").read_text()
+    assert "none of 4 held-out examples says" in tether.report(run.path).read_text()
+    assert "no pairs" not in examine(run.path)
+
+
+@pytest.mark.parametrize(("rows", "loss", "told"), [
+    ([{"prompt": f"{i}", "completion": "x", "label": True} for i in range(8)], "unpaired", "none is bad"),
+    ([{"prompt": f"{i}", "completion": "x", "label": 0} for i in range(8)], "kto", "none is good"),
+    ([{"prompt": f"{i}", "completion": "x", "label": 0.5} for i in range(8)], "unpaired", "none is good or bad"),
+    ([{"prompt": f"{i}", "chosen": "x", "rejected": "y", "probability": 0.5} for i in range(8)], "sigmoid", "ties"),
+    ([{"prompt": f"{i}", "chosen": "x", "rejected": "y", "probability": 0.5} for i in range(8)], "kto", "ties"),
+])  # fmt: skip
+def test_data_that_prefers_nothing_is_refused(tiny_model, tmp_path, rows, loss, told):
+    config = config_for(tmp_path / "run", tiny_model(), write(tmp_path / "data.jsonl", rows), loss=loss)
+    for refused in (dry_run, tether.dpo):
+        with pytest.raises(DataError, match=told):
+            refused(config)
+
+
+def test_a_dry_run_refuses_kto_on_one_prompt_as_the_run_does(tiny_model, tmp_path):
+    rows = [{"prompt": "same", "completion": f"{i}", "label": i % 2} for i in range(8)]
+    config = config_for(tmp_path / "run", tiny_model(), write(tmp_path / "labels.jsonl", rows), loss="kto")
+    for refused in (dry_run, tether.dpo):
+        with pytest.raises(DataError, match="all of the data has one prompt"):
+            refused(config)
+
+
+@pytest.mark.parametrize(("row", "loss", "told"), [
+    ({"completion": "x", "label": True}, "sigmoid", "labeled answers.*Set dpo.loss to unpaired or kto"),
+    ({"completion": "x", "label": True, "score": 0.5}, "ipo", "tether qlearning"),
+    ({"completion": "x", "score": 0.5}, "sigmoid", "tether qlearning"),
+    ({"completion": "x", "score": 0.5}, "kto", "tether qlearning"),
+])  # fmt: skip
+def test_single_answers_under_a_loss_that_cannot_read_them_are_told_which_can(tiny_model, tmp_path, row, loss, told):
+    rows = [{"prompt": f"{i}"} | row for i in range(8)]
+    config = config_for(tmp_path / "run", tiny_model(), write(tmp_path / "data.jsonl", rows), loss=loss)
+    with pytest.raises(DataError, match=told):
+        dry_run(config)
+
+
+def test_pairs_that_have_a_column_label_too_are_pairs(tiny_model, data, tmp_path):
+    rows = [json.loads(line) | {"label": "helpful"} for line in data.read_text().splitlines()]
+    said = dry_run(config_for(tmp_path / "run", tiny_model(), write(tmp_path / "more.jsonl", rows), loss="unpaired"))
+    assert "pairs to train on" in said
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "unpaired"])
+def test_pairs_are_read_once(tiny_model, data, tmp_path, monkeypatch, loss):
+    read, seen = tether.data.table._read_file, []
+    monkeypatch.setattr(tether.data.table, "_read_file", lambda *args: seen.append(args) or read(*args))
+    config = config_for(tmp_path / "run", tiny_model(), data, loss=loss)
+    load(config, AutoTokenizer.from_pretrained(config.model.policy), stop_id=None, context=None, pinned=None)
+    assert len(seen) == 1
+
+
+def test_a_step_of_single_answers_has_as_many_rows_as_answers():
+    base = config_for("r", "m", "d", batch=3)
+    rows = [replace(base, dpo=replace(base.dpo, loss=loss)).microbatch(16)[0] for loss in ("sigmoid", "unpaired")]
+    assert rows == [6, 3]
+
+
+def test_the_mean_level_of_prompts_is_logged_under_unpaired_alone():
+    model, level = double(0), zero_head(32, torch.device("cpu")).double()
+    torch.nn.init.constant_(level.weight, 0.1)
+    items = with_reference(SINGLES, model)
+    with torch.no_grad():
+        hidden = [model.hf_model.base_model(input_ids=torch.tensor([x.prompt_ids])).last_hidden_state[0, -1]
+                  for x in SINGLES]  # fmt: skip
+        want = sum(float(0.1 * h.double().sum()) for h in hidden) / len(SINGLES)
+    for microbatch_tokens in (1, 10**6):
+        section = DPOSection(loss="unpaired", microbatch_tokens=microbatch_tokens)
+        assert accumulate(model, level, items, section)["dpo/level"] == pytest.approx(want, abs=1e-5)
+    assert "dpo/level" not in accumulate(model, None, items, DPOSection(loss="kto"), others=items)
 
 
 @pytest.mark.parametrize(("row", "told"), [

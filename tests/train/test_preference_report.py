@@ -4,7 +4,7 @@ import errno
 import json
 import math
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 
 from tether.data.pairs import Pair
 from tether.errors import RunError
+from tether.reports.page import _of_held_out_pairs
 from tether.statistics import wilson_interval
 from tether.train.preference_report import build_report, calibrate, clustered_interval
 
@@ -92,6 +93,31 @@ def test_without_held_out_pairs_the_report_claims_nothing(tmp_path):
     report.write(tmp_path)
     assert json.loads((tmp_path / "reward_report.json").read_text())["accuracy"] is None
     assert not (tmp_path / "calibration.html").exists()
+
+
+def test_held_out_pairs_that_are_all_ties_are_not_said_to_be_missing():
+    tie = [replace(p, probability=0.5) for p in pairs([(3, 2), (2, 4)])]
+    train = pairs([(3, 2), (2, 4)])
+    for test, said, held_out in ((tie, scores([1, 0], [0, 1]), None), ([], scores([], []), 2)):
+        text = build_report(train, scores([1, 3], [0, 0]), test, said, held_out=held_out).text()
+        assert "No pairs were held out" not in text
+        assert "None of the 2 held-out examples says which answer is better" in text
+
+
+def test_without_a_decided_training_pair_the_training_accuracy_is_a_dash():
+    test = pairs([(3, 2), (2, 4)])
+    report = build_report([], scores([], []), test, scores([1, 0], [0, 1]))
+    assert "training pairs –." in report.text()
+    assert report.train_accuracy is None
+    headlines, _ = _of_held_out_pairs(asdict(report))
+    assert [h.value for h in headlines if h.label == "Training accuracy"] == ["–"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_report_on_few_scores_or_none_is_valid_json(tmp_path):
+    for train, said in (([], scores([], [])), (pairs([(3, 2)]), scores([1], [0]))):
+        build_report(train, said, [], scores([], [])).write(tmp_path)
+        json.loads((tmp_path / "reward_report.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_a_report_on_pairs_of_one_prompt_says_so_and_counts_each_pair():

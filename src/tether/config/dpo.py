@@ -40,7 +40,7 @@ class DPOSection(Section):
     smoothing: Annotated[float, _NOISE] = 0.0
     """Never trust a label by more than 1 - smoothing (cDPO): margins stay finite, at another optimum."""
     average: bool = False
-    """Log-ratios a token instead of a response, so that length does not count; simpo and orpo always do."""
+    """Log-ratios per token instead of per response, so that length does not count; simpo and orpo always do."""
     nll: Annotated[float, at_least(0, "the chosen answers would be driven away")] = 0.0
     """Weight of the negative log-likelihood of the chosen (or good) answers, nats per token: what keeps their own
     log-prob from falling along with the rejected ones'. 1 is usual. orpo has it always."""
@@ -62,11 +62,6 @@ class DPOSection(Section):
     def has_reference(self) -> bool:
         """Whether the loss depends on the reference."""
         return self.loss not in ("simpo", "orpo")
-
-    @property
-    def averages(self) -> bool:
-        """Whether an answer's reward is a mean over its tokens."""
-        return self.average or not self.has_reference
 
     def check(self, key: str) -> None:
         for field_ in fields(self):
@@ -124,4 +119,4 @@ class DPOConfig(TrainingConfig):
         width, section = longest or self.data.max_tokens, self.dpo
         together = 2 if section.has_pairs else 1
         rows = max(together, section.microbatch_tokens // width)
-        return min(2 * section.batch, rows // together * together), width, width - 1
+        return min(together * section.batch, rows // together * together), width, width - 1

@@ -14,6 +14,7 @@ from tether.data.limit import Limit, keep_right
 from tether.data.pairs import Pair, load_pairs, prompt_key, read_weights
 from tether.data.snapshot import read_pairs
 from tether.data.table import Table, kind
+from tether.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +36,34 @@ class Labeled:
 
 def load_pairs_or_labeled(
     config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, context: int | None = None,
-    pinned: str | None = None,
+    pinned: str | None = None, pairs_for: str | None = None,
 ) -> list[Pair] | list[Labeled]:  # fmt: skip
-    """Rows with prompt, completion and label where data.path holds such, else pairs; arguments as of `load_pairs`."""
+    """Rows with prompt, completion and label where data.path holds such, else pairs; arguments as of `load_pairs`.
+
+    pairs_for: the loss that compares two answers; DataError where labeled ones are there instead. None: either will do.
+    """
     table = read_pairs(config, pinned)
-    if "label" in table.rows[0]:
+    first = table.rows[0]
+    single = "chosen" not in first
+    if single and "label" in first and pairs_for is None:
         return _labeled(table, config, tokenizer, stop_id, context)
-    return load_pairs(config, tokenizer, stop_id=stop_id, context=context, pinned=pinned)
+    if single and "completion" in first:
+        _refuse_single(table, pairs_for)
+    return load_pairs(config, tokenizer, stop_id=stop_id, context=context, table=table)
+
+
+def _refuse_single(table: Table, pairs_for: str | None) -> None:
+    """Raise DataError for single answers that the loss cannot read; returns where they have neither label nor score."""
+    labels, scores = ("label" in table.rows[0]), ("score" in table.rows[0])
+    if not labels and not scores:
+        return
+    wanted = f"dpo.loss={pairs_for} compares two answers" if pairs_for else "the loss reads labels or pairs"
+    remedies = ["set dpo.loss to unpaired or kto"] * labels + ["learn from their scores with tether qlearning"] * scores
+    told = " or ".join(remedies)
+    raise DataError(
+        f"{table.place(0)}: these are {'labeled' if labels else 'scored'} answers, one a row, and {wanted}: there is "
+        f"nothing that it could learn from. {told[:1].upper()}{told[1:]}."
+    )
 
 
 def split_pair(pair: Pair) -> tuple[Labeled, Labeled]:

@@ -44,13 +44,14 @@ class Pair:
 
 def load_pairs(
     config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, stop_id: int | None, context: int | None = None,
-    pinned: str | None = None,
+    pinned: str | None = None, table: Table | None = None,
 ) -> list[Pair]:  # fmt: skip
     """Every preference of a data set, tokenized; stop_id and context as in `load_examples`.
 
     pinned: which state of a store of labels to read (`pin_labels`); None is the present one.
+    table: what `read_pairs` gave, where it was read already.
     """
-    table = read_pairs(config, pinned)
+    table = table or read_pairs(config, pinned)
     table.require(["chosen", "rejected"], '{"prompt": "…", "chosen": "…", "rejected": "…"}')
     triples = [triple(table, i) for i in range(len(table))]
     prompts, chosen, rejected = (list(column) for column in zip(*triples, strict=True))

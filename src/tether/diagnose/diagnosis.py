@@ -64,7 +64,8 @@ def _headline(run: Run, metrics: Sequence[dict[str, Any]], report: dict[str, Any
             note = f"on {run.held_out_claim}" if name == "eval/score_mean" else note
             lines.append((label, f"{first:.3g} → {last:.3g}", note))
     if report is not None and report["accuracy"] is None:
-        lines.append(("held-out", "no pairs", "nothing is known about pairs that it was not trained on"))
+        what = f"{held_out} undecided" if (held_out := report.get("held_out")) else "no pairs"
+        lines.append(("held-out", what, "nothing is known about pairs that it was not trained on"))
     elif report is not None:
         a = report["accuracy"]
         interval = f"[{a['low']:.3g}, {a['high']:.3g}] on {report['test_pairs']:,} pairs"

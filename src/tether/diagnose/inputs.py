@@ -37,8 +37,8 @@ from tether.models.reward_model import check_one_label
 from tether.rewards import FunctionReward, load_function
 from tether.train.contexts import check_contexts
 from tether.train.dpo import load as load_preferences
+from tether.train.dpo import mismatch, singles
 from tether.train.dpo import plan_steps as plan_preferences
-from tether.train.dpo import singles
 from tether.train.evaluate import load_inputs
 from tether.train.held_out import load_prompt_sets
 from tether.train.qlearning import plan_steps as plan_answers
@@ -196,6 +196,8 @@ def of_preferences(config: DPOConfig, hashes: Mapping[str, str]) -> Inputs:
         f"{len(train)} {what} to train on, " + (f"{len(test)} held out" if test else "none held out"),
     ]
     examples = train if section.has_pairs else singles(train)
+    if section.loss == "kto":
+        mismatch(examples, config, start.context)
     steps = len(plan_preferences(len(examples), config))
     check_warmup(config.optim, steps)
     learned = "pairs" if section.has_pairs else "answers"

@@ -513,10 +513,13 @@ def chosen_falls(view: View) -> Iterator[Alarm]:
     an answer of 30 tokens is e^15 times less likely than before, and what took its place, nobody has judged."""
     chosen, rejected = view.curve("dpo/chosen_logratio"), view.curve("dpo/rejected_logratio")
     if held := chosen.held(lambda level: level < -0.5, least=_PERSIST):
+        others = (
+            f"; the log-ratio of the rejected ones is {median(rejected.levels[-3:]):.2g}" if rejected.levels else ""
+        )
         yield alarm(
             "chosen-falls", held, "warning",
-            f"The chosen answers are {-median(held.levels):.2g} nats per token less likely than under the reference; "
-            f"the log-ratio of the rejected ones is {median(rejected.levels[-3:]):.2g}.",
+            f"The chosen answers are {-median(held.levels):.2g} nats per token less likely than under the reference"
+            f"{others}.",
         )  # fmt: skip
 
 

@@ -53,7 +53,9 @@ _OTHERS = {  # command -> what has no curve of its own
     "dpo": {
         "dpo/chosen_logprob": "Log-probability of chosen (or good) answers, nats per token.",
         "dpo/rejected_logprob": "The same of rejected (or bad) answers.",
-        "dpo/kl": "Of kto: the point of reference z, nats, from answers to other prompts.",
+        "dpo/level": "Of unpaired: mean over a step's answers of V, the learned level of their prompts, in log-odds.",
+        "dpo/kl": "Of kto: the point of reference z, from answers to other prompts, nats per answer; per token under "
+        "`dpo.average`.",
         "tokens/trained": "Tokens of the answers that the step was trained on.",
         **_SPEED,
     },

@@ -276,10 +276,14 @@ def dpo_page(run: Run, config: DPOConfig, metrics: Sequence[dict[str, Any]]) -> 
 def _of_held_out_pairs(found: dict[str, Any]) -> tuple[list[Headline], list[Figure]]:
     """What a preference report says."""
     accuracy, length = found["accuracy"], found["length_accuracy"]
+    right = "–" if found["train_accuracy"] is None else f"{found['train_accuracy']:.1%}"
     if accuracy is None:
-        right = "–" if found["train_accuracy"] is None else f"{found['train_accuracy']:.1%}"
+        held_out = found.get("held_out")
+        why = f"none of {held_out} held-out examples says which answer is better" if held_out else ""
         headlines = [
-            Headline("Held-out accuracy", "none", "no pairs were held out: nothing is known about other pairs"),
+            Headline(
+                "Held-out accuracy", "none", f"{why or 'no pairs were held out'}: nothing is known about other pairs"
+            ),
             Headline("Training accuracy", right, f"on {found['train_pairs']} pairs; people agree on 63 to 77 %"),
         ]
         return headlines, []
@@ -291,9 +295,7 @@ def _of_held_out_pairs(found: dict[str, Any]) -> tuple[list[Headline], list[Figu
     headlines = [
         Headline("Held-out accuracy", f"{accuracy['value']:.1%}", f"{sure} on {found['test_pairs']} pairs.{verdict}"),
         Headline("Length alone", f"{length['value']:.1%}", f"right by always preferring the {prefers} answer"),
-        Headline(
-            "Training accuracy", f"{found['train_accuracy']:.1%}", f"on {train_pairs} pairs; people agree on 63 to 77 %"
-        ),
+        Headline("Training accuracy", right, f"on {train_pairs} pairs; people agree on 63 to 77 %"),
         Headline("Held-out loss", f"{found['loss']:.3f}", "nats per pair; knowing nothing is 0.693"),
         Headline("Calibration error", f"{found['calibration_error']:.3f}", "mean gap of confidence and accuracy"),
     ]
@@ -406,5 +408,5 @@ def _change(first: float | None, last: float | None) -> str:
 
 
 def _number(value: float | None, form: str = ".3g") -> str:
-    """A metric in few digits; what was not finite is null in the run."""
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:{form}}"
+    """A metric in few digits; null in the run is what was not known, or not finite."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:{form}}"

@@ -126,5 +126,5 @@ def _start(policy: str | InitModelConfig) -> str:
 
 
 def _shown(value: float | None) -> str:
-    """A metric in few digits; one that was not finite is null in the run."""
-    return "not finite" if value is None else f"{value:.4g}"
+    """A metric in few digits; null in the run is what was not known, or not finite."""
+    return "–" if value is None else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""Direct preference optimization: learn from preferences without a reward model (Rafailov et al. 2023, and kin).
+"""Direct preference optimization and variants: learn from preferences without a reward model (Rafailov et al. 2023).
 
 The policy's own log-ratio to the reference is the reward: β·Σ log(π/ref) of an answer. What the reference gives every
 answer is computed once, before the first step; then each step is a classification of its pairs (or single answers).
@@ -7,6 +7,7 @@ answer is computed once, before the first step; then each step is a classificati
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from tether.config import DPOConfig, DPOSection, check, check_warmup
 from tether.data.labeled import Labeled, load_pairs_or_labeled, split_pair
-from tether.data.pairs import Pair, load_pairs
+from tether.data.pairs import Pair
 from tether.data.snapshot import pin_labels
 from tether.data.split import share_prompts, split_pairs
 from tether.data.tokenizer import stop_token_ids
@@ -85,7 +86,7 @@ def dpo(config: DPOConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
         parts = {"policy": model.lm} | ({"level": level} if level else {})
         state = TrainingState(run, parts, steps, tokenizer)
         with state.saved_when_stopped(), signals.droppable():
-            sets = examples, others, sample(train, len(test), config), test
+            sets = examples, others, training_sample(train, len(test), config), test
             learned, mismatched, seen, held_out = add_reference(run, model, config, sets, inputs)
 
         def learn(batch: list[int]) -> dict[str, float | None]:
@@ -93,7 +94,7 @@ def dpo(config: DPOConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
             return accumulate(model, level, [learned[i] for i in batch], section, others=beside)
 
         state.run_steps(plan, learn, signals, sinks, notes)
-        report = judge(model, level, train, seen, held_out, section)
+        report = report_preferences(model, level, train, seen, held_out, section)
         report.write(run.path, REPORT)
         print(report.text())
         card = dpo_card(Run(run.path), config, report.text())
@@ -115,13 +116,37 @@ class Item:
 def load(
     config: DPOConfig, tokenizer: Any, *, stop_id: int | None, context: int | None, pinned: str | None
 ) -> tuple[list[Preference], list[Preference]]:
-    """(train, test): pairs, the preferred answer first; or labeled answers, where the data and the loss are of such."""
+    """(train, test): pairs, the preferred answer first; or labeled answers, where the data and the loss are of such.
+
+    DataError where nothing that is trained on says that one answer is better than another.
+    """
     section, seed = config.dpo, config.seed
-    where: dict[str, Any] = {"stop_id": stop_id, "context": context, "pinned": pinned}
-    reader = load_pairs if section.has_pairs else load_pairs_or_labeled
-    found: Any = reader(config.data, tokenizer, **where)
+    found: Any = load_pairs_or_labeled(
+        config.data, tokenizer, stop_id=stop_id, context=context, pinned=pinned,
+        pairs_for=section.loss if section.has_pairs else None,
+    )  # fmt: skip
     train, test = split_pairs(found, section.test_fraction, seed, section="dpo")
+    check_sides(train, config.data.path)
     return [preferred_first(x) for x in train], [preferred_first(x) for x in test]
+
+
+def check_sides(train: Sequence[Preference], path: str) -> None:
+    """Raise DataError where all pairs are ties, or where labeled answers lie on one side alone."""
+    if isinstance(train[0], Pair):
+        if all(x.probability == 0.5 for x in train):
+            raise DataError(
+                f"{path}: all {len(train)} pairs to train on are ties (probability 0.5), so none says which answer is "
+                "better: there is nothing to learn. Add pairs of which one answer was preferred."
+            )
+        return
+    good, bad = any(x.probability > 0.5 for x in train), any(x.probability < 0.5 for x in train)
+    if not good or not bad:
+        missing = "bad" if good else "good" if bad else "good or bad"
+        raise DataError(
+            f"{path}: of the {len(train)} labeled answers to train on none is {missing} (label "
+            f"{'below' if good else 'above' if bad else 'other than'} 0.5), so nothing says which answers are better "
+            "than others. Add labels of the other side, or imitate the good answers with tether sft."
+        )
 
 
 def singles(examples: Sequence[Preference]) -> list[Preference]:
@@ -138,27 +163,54 @@ def preferred_first(pair: Preference) -> Preference:
 
 
 def mismatch(examples: Sequence[Any], config: DPOConfig, context: int | None) -> list[Preference]:
-    """For each labeled answer, one to another prompt in its place; cut where the two would be too long."""
-    order = permutation(len(examples), seed=config.seed, stream=MISMATCH)
-    if len({x.prompt_key for x in examples}) < 2:
+    """For each labeled answer, one to another prompt in its place; cut where the two would be too long.
+
+    Its text differs too, where an answer to another prompt does: the same "yes" to two prompts would measure nothing.
+    """
+    count, rank = len(examples), permutation(len(examples), seed=config.seed, stream=MISMATCH)
+    of_prompt: dict[str, list[int]] = {}
+    for i, x in enumerate(examples):
+        of_prompt.setdefault(x.prompt_key, []).append(i)
+    if len(of_prompt) < 2:
         raise DataError(
             "dpo.loss=kto measures the KL on answers to other prompts, and all of the data has one prompt. Add others, "
             "or set dpo.loss to unpaired."
         )
+    circle = [i for group in of_prompt.values() for i in group]  # prompt by prompt: after one all the others follow
+    texts = [tuple(examples[i].answer_ids) for i in circle]
+    ahead = [count] * count  # steps to the next answer with another text
+    for place in reversed(range(2 * count)):  # twice around: the last ones look beyond the end
+        here, after = place % count, (place + 1) % count
+        ahead[here] = 1 if texts[here] != texts[after] else min(count, ahead[after] + 1)
     limit = min(config.data.max_tokens, context or config.data.max_tokens)
-    found: list[Any] = [None] * len(examples)
-    for place, i in enumerate(order):
-        one = examples[i]
-        later = (examples[order[(place + k) % len(order)]] for k in range(1, len(order)))
-        other = next(x for x in later if x.prompt_key != one.prompt_key)
-        found[i] = replace(one, answer_ids=other.answer_ids[: limit - len(one.prompt_ids)])
+    found: list[Any] = [None] * count
+    end = 0
+    for group in of_prompt.values():
+        end, others = end + len(group), count - len(group)
+        for i in group:
+            text = tuple(examples[i].answer_ids)
+            drawn = rank[i] * others // count  # uniform among the others, counted from the prompt's end
+            steps = [k + (ahead[(end + k) % count] if texts[(end + k) % count] == text else 0) for k in (drawn, 0)]
+            step = next((k for k in steps if k < others), drawn)
+            answer = examples[circle[(end + step) % count]].answer_ids
+            found[i] = replace(examples[i], answer_ids=answer[: limit - len(examples[i].prompt_ids)])
     return found
 
 
-def sample(examples: Sequence[Preference], count: int, config: DPOConfig) -> list[Preference]:
-    """As many of the training examples as are held out, to compare with: all of them would take long."""
-    order = permutation(len(examples), seed=config.seed, stream=SHUFFLE, counter=(0, 1))
-    return [examples[i] for i in sorted(order[: max(count, 256)])]
+def training_sample(examples: Sequence[Preference], count: int, config: DPOConfig) -> list[Preference]:
+    """As many of the training examples as are held out, to compare with: all of them would take long.
+
+    Good and bad labels (or pairs and ties) in equal numbers, as far as there are any: by chance alone a rare side might
+    be missing, and then nothing could be compared.
+    """
+    seen: Counter[bool | None] = Counter()
+    turns = []
+    for i in permutation(len(examples), seed=config.seed, stream=SHUFFLE, counter=(0, 1)):
+        side = None if examples[i].probability == 0.5 else examples[i].probability > 0.5
+        turns.append((seen[side], i))
+        seen[side] += 1
+    turns.sort(key=lambda turn: turn[0])
+    return [examples[i] for i in sorted(i for _, i in turns[: max(count, 256)])]
 
 
 def add_reference(
@@ -243,7 +295,7 @@ def accumulate(
     others: of kto, answers to other prompts, one for each item.
     """
     size = section.microbatch_tokens
-    kl = measure_kl(model, others, size) if others else torch.zeros((), device=model.device)
+    kl = measure_kl(model, others, section) if others else torch.zeros((), device=model.device)
     totals = Totals.of(items)
     found: list[dict[str, Tensor]] = []
     for index in microbatches([width(item) for item in items], size):
@@ -274,6 +326,7 @@ class Totals:
     """What a whole optimizer step is divided by."""
 
     weight: float
+    answers: int
     decided: int  # items that are no ties
     chosen_tokens: int  # of preferred or good answers; a tie has none, and none that is rejected
     rejected_tokens: int
@@ -286,6 +339,7 @@ class Totals:
         each = [(s, len(a), i.example.weight) for i in items for s, a in zip(sides(i), i.example.answers, strict=True)]
         return cls(
             weight=sum(item.example.weight for item in items),
+            answers=len(each),
             decided=sum(item.example.probability != 0.5 for item in items),
             chosen_tokens=sum(n for side, n, _ in each if side > 0),
             rejected_tokens=sum(n for side, n, _ in each if side < 0),
@@ -349,7 +403,8 @@ def metrics_of(answers: Answers, side: Tensor, section: DPOSection, kl: Tensor, 
     up, down = (side > 0).to(rewards), (side < 0).to(rewards)
     log_ratios, logprobs = answers.log_ratios(average=False), sum_answers(answers.logprobs, answers.mask, average=False)
     chosen, rejected = max(1, totals.chosen_tokens), max(1, totals.rejected_tokens)
-    return {
+    level = {} if answers.levels is None else {"dpo/level": answers.levels.sum() / totals.answers}
+    return level | {
         "dpo/accuracy": right.sum() / max(1, totals.decided),
         "dpo/margin": (rewards * up).sum() / max(1, totals.good) - (rewards * down).sum() / max(1, totals.bad),
         "dpo/chosen_logratio": (log_ratios * up).sum() / chosen,  # nats per token
@@ -360,18 +415,22 @@ def metrics_of(answers: Answers, side: Tensor, section: DPOSection, kl: Tensor, 
 
 
 @torch.no_grad()
-def measure_kl(model: LanguageModel, others: Sequence[Item], microbatch_tokens: int) -> Tensor:
-    """KTO's z of the whole step, nats: by microbatch it would be another number for every one."""
+def measure_kl(model: LanguageModel, others: Sequence[Item], section: DPOSection) -> Tensor:
+    """KTO's z of the whole step: by microbatch it would be another number for every one.
+
+    Nats per answer, or per token where the log-ratios that it is held against are (`average`).
+    """
     found = []
-    for index in microbatches([width(item) for item in others], microbatch_tokens):
-        found.append(Answers.of(model, None, [others[i] for i in index.tolist()]).log_ratios(average=False))
+    for index in microbatches([width(item) for item in others], section.microbatch_tokens):
+        answers = Answers.of(model, None, [others[i] for i in index.tolist()])
+        found.append(answers.log_ratios(average=section.average))
     return kto_point(torch.cat(found))
 
 
 # ---------------------------------------------------------------- afterwards
 
 
-def judge(
+def report_preferences(
     model: LanguageModel, level: nn.Linear | None, train: Sequence[Preference], seen: Sequence[Item],
     held_out: Sequence[Item], section: DPOSection,
 ) -> PreferenceReport:  # fmt: skip
@@ -379,12 +438,14 @@ def judge(
 
     Of labeled answers, a good one is compared with a bad one, to the same prompt where there is one.
     """
-    seen_pairs, seen_scores = compare(model, level, seen, section)
-    test_pairs, test_scores = compare(model, level, held_out, section)
-    return build_report(as_pairs(train), seen_scores, test_pairs, test_scores, scored=seen_pairs)
+    seen_pairs, seen_scores = implicit_rewards(model, level, seen, section)
+    test_pairs, test_scores = implicit_rewards(model, level, held_out, section)
+    return build_report(
+        as_pairs(train), seen_scores, test_pairs, test_scores, scored=seen_pairs, held_out=len(held_out)
+    )
 
 
-def compare(
+def implicit_rewards(
     model: LanguageModel, level: nn.Linear | None, items: Sequence[Item], section: DPOSection
 ) -> tuple[list[Pair], Tensor]:
     """(pairs, [2B] implicit rewards: first of every chosen answer, then of every rejected one)."""
@@ -400,17 +461,17 @@ def compare(
     if isinstance(items[0].example, Pair):
         pairs = [item.example for item in items if isinstance(item.example, Pair)]
         return pairs, torch.stack(rewards).T.flatten()
-    good, bad = matched([item.example for item in items if isinstance(item.example, Labeled)])
+    good, bad = pair_labels([item.example for item in items if isinstance(item.example, Labeled)])
     scores = torch.cat(rewards)
     return as_pairs([item.example for item in items]), torch.cat([scores[good], scores[bad]])
 
 
 def as_pairs(examples: Sequence[Preference]) -> list[Pair]:
-    """Pairs as they are; of labeled answers, every good one (or bad one, whichever are more) with one of the others."""
+    """Pairs as they are; of labeled answers a good one with a bad one, see `pair_labels`."""
     if examples and isinstance(examples[0], Pair):
         return [x for x in examples if isinstance(x, Pair)]
     singles = [x for x in examples if isinstance(x, Labeled)]
-    good, bad = matched(singles)
+    good, bad = pair_labels(singles)
     return [
         Pair(singles[i].prompt_ids, singles[i].answer_ids, singles[j].answer_ids, singles[i].row,
              singles[i].prompt_key, singles[i].group)
@@ -418,14 +479,19 @@ def as_pairs(examples: Sequence[Preference]) -> list[Pair]:
     ]  # fmt: skip
 
 
-def matched(examples: Sequence[Labeled]) -> tuple[list[int], list[int]]:
-    """Positions of good answers, and of a bad one for each: to the same prompt where any prompt has both."""
-    good = [i for i, x in enumerate(examples) if x.probability > 0.5]
-    bad = [i for i, x in enumerate(examples) if x.probability < 0.5]
-    of_prompt: dict[str, list[int]] = {}
-    for i in bad:
-        of_prompt.setdefault(examples[i].prompt_key, []).append(i)
-    together = [(i, j) for i in good for j in of_prompt.get(examples[i].prompt_key, ())]
-    if not together and good and bad:
-        together = [(good[k % len(good)], bad[k % len(bad)]) for k in range(max(len(good), len(bad)))]
-    return [i for i, _ in together], [j for _, j in together]
+def pair_labels(examples: Sequence[Labeled]) -> tuple[list[int], list[int]]:
+    """Positions of good answers, and of a bad one for each: to the same prompt where any prompt has both.
+
+    Of a prompt with g good and b bad answers, max(g, b) pairs: every answer is in one, those of the rarer side in more.
+    """
+    of_prompt: dict[str, tuple[list[int], list[int]]] = {}
+    for i, x in enumerate(examples):
+        if x.probability != 0.5:
+            of_prompt.setdefault(x.prompt_key, ([], []))[x.probability < 0.5].append(i)
+    groups = [(good, bad) for good, bad in of_prompt.values() if good and bad]
+    if not groups:
+        sides = zip(*of_prompt.values(), strict=True) if of_prompt else ([], [])
+        good, bad = (sorted(i for part in side for i in part) for side in sides)
+        groups = [(good, bad)] if good and bad else []
+    found = [(g[k % len(g)], b[k % len(b)]) for g, b in groups for k in range(max(len(g), len(b)))]
+    return [i for i, _ in found], [j for _, j in found]

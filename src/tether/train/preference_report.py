@@ -61,16 +61,20 @@ class PreferenceReport:
     calibration: list[Bin]
     mean: float  # of the raw scores of the answers that were trained on
     std: float
-    learned: bool | None  # the interval lies above chance, and the loss below log 2; None, as above: nothing held out
+    learned: bool | None  # the interval lies above chance, and the loss below log 2; None, as above: nothing decided
+    held_out: int = 0  # pairs, or labeled answers, whether or not they are decided
 
     def text(self) -> str:
         """A few lines for the console and the model card."""
         if self.accuracy is None or self.length_accuracy is None:
             trained = "" if self.train_accuracy is None else f" Training pairs: {self.train_accuracy:.3f} right."
-            return f"No pairs were held out: nothing is known about pairs that it was not trained on.{trained}"
+            why = "No pairs were held out"
+            if self.held_out:
+                why = f"None of the {self.held_out} held-out examples says which answer is better"
+            return f"{why}: nothing is known about pairs that it was not trained on.{trained}"
+        trained = "–" if self.train_accuracy is None else f"{self.train_accuracy:.3f}"
         lines = [
-            f"Held-out accuracy {self.accuracy} on {self.test_pairs} pairs (95 % interval); training pairs "
-            f"{self.train_accuracy:.3f}.",
+            f"Held-out accuracy {self.accuracy} on {self.test_pairs} pairs (95 % interval); training pairs {trained}.",
             f"Preferring the {self.length_prefers} answer alone: {self.length_accuracy}. People agree with each other "
             "on 0.63 to 0.77 of such pairs.",
             f"Loss {self.loss:.4f} nats per pair (knowing nothing: 0.6931); calibration error "
@@ -98,11 +102,12 @@ class PreferenceReport:
 
 def build_report(
     train: Sequence[Pair], train_scores: Tensor, test: Sequence[Pair], test_scores: Tensor,
-    *, scored: Sequence[Pair] | None = None,
+    *, scored: Sequence[Pair] | None = None, held_out: int | None = None,
 ) -> PreferenceReport:  # fmt: skip
     """The report from raw scores: [2B] for B pairs, first of every chosen answer, then of every rejected one.
 
-    scored: the training pairs that have scores; None: all of them.
+    scored: the training pairs that have scores; None: all of them. held_out: how many examples the test pairs were
+    made of; None: they are the pairs themselves.
     """
     scored = train if scored is None else scored
     decided = _preferred(test) != 0
@@ -118,7 +123,7 @@ def build_report(
     bins = calibrate(margin, clusters)
     error = sum(b.pairs * abs(b.confidence - b.accuracy.value) for b in bins)
     trained = (_margin(train_scores) * _preferred(scored))[_preferred(scored) != 0]
-    std = train_scores.std().item()
+    std = train_scores.std().item() if len(train_scores) > 1 else 0.0
     return PreferenceReport(
         train_pairs=len(train),
         test_pairs=len(margin),
@@ -131,9 +136,10 @@ def build_report(
         length_accuracy=clustered_interval(by_length, clusters) if clusters else None,
         calibration_error=error / len(margin) if bins else None,
         calibration=bins,
-        mean=train_scores.mean().item(),
+        mean=train_scores.mean().item() if len(train_scores) else 0.0,
         std=std if std > 1e-6 else 1.0,  # a constant model has no scale to bring to 1
         learned=None if accuracy is None or loss is None else accuracy.low > 0.5 and loss < math.log(2),
+        held_out=len(test) if held_out is None else held_out,
     )
 
 

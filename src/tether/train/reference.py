@@ -1,7 +1,8 @@
 """What the frozen reference gives fixed responses: computed once, before the first step, and kept with the run.
 
 The policy as it is loaded *is* the reference, unless the config names another one, so no second model is held: this is
-called before a checkpoint is put back into it. The arithmetic is that of training, and the first log-ratios are 0.
+called before a checkpoint is put back into it. The arithmetic is that of training, so the first log-ratios are 0 up to
+rounding.
 """
 
 from __future__ import annotations
