@@ -26,7 +26,7 @@ from tether.config import (
 )
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
-from tether.data.scored import load_scored
+from tether.data.scored import all_stop_ids, load_scored
 from tether.data.split import share_prompts, split_pairs
 from tether.data.table import read_rows
 from tether.data.tokenizer import check_vocabulary, load_generation_config, load_tokenizer, stop_token_ids
@@ -83,7 +83,7 @@ class Start:
         check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
         generation = load_generation_config(policy, revision) if isinstance(policy, str) else None
         stops = stop_token_ids(tokenizer, generation, stop_token_override)
-        told = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in stops)
+        told = _tokens(tokenizer, stops)
         context = context_length(architecture)
         facts = [
             f"stop tokens: {told or 'none: only the length ends one'}",
@@ -215,8 +215,10 @@ def of_scored(config: QLearningConfig, _: Mapping[str, str]) -> Inputs:
     answers = load_scored(config.data, start.tokenizer, stop_id=start.stop, context=context, vocab_size=size)
     lengths = [len(x.prompt.ids) + len(x.response_ids) for x in answers]
     scores, prompts = [x.score for x in answers], len({x.prompt.row for x in answers})
+    others = all_stop_ids(start.stops, answers)[len(start.stops) :]
     facts = [
         *start.facts,
+        *([f"stop tokens of the runs that are read, besides: {_tokens(start.tokenizer, others)}"] if others else []),
         f"{', '.join(config.data.paths)}: {len(answers)} answers to {prompts} prompts, {min(lengths)} to "
         f"{max(lengths)} tokens, half up to {sorted(lengths)[len(lengths) // 2]}",
         f"scores {min(scores):g} to {max(scores):g}, mean {sum(scores) / len(scores):.4g}",
@@ -229,6 +231,10 @@ def of_scored(config: QLearningConfig, _: Mapping[str, str]) -> Inputs:
     rendered = render(start.tokenizer, [*first.prompt.ids, *first.response_ids], mask)
     shown = f"the first answer, score {first.score:g}\n{rendered}"
     return Inputs(facts, max(lengths), plan, shown, "a token of the answer, which has a residual")
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in ids)
 
 
 def _sources(

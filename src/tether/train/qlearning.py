@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tether.config import QLearningConfig, QLearningSection, check, check_warmup
-from tether.data.scored import ScoredResponse, is_run, load_scored
+from tether.data.scored import ScoredResponse, all_stop_ids, is_run, load_scored
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.math import bellman_loss, explained_variance, gae, grouped_std, place_rewards
 from tether.models.export import save_model
@@ -54,6 +54,7 @@ def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, None)
         stop_id, context = next(iter(stop_ids), None), context_length(architecture)
         answers = load_scored(config.data, tokenizer, stop_id=stop_id, context=context, vocab_size=vocab_size)
+        stop_ids = all_stop_ids(stop_ids, answers)
         plan = plan_steps(len(answers), config)
         check_warmup(config.optim, len(plan))
         optimizer = build_optimizer(
