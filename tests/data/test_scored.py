@@ -10,7 +10,7 @@ from pyarrow import parquet
 import tether
 from tether.config import ScoredConfig
 from tether.data.scored import ScoredResponse, all_stop_ids, load_scored
-from tether.errors import DataError
+from tether.errors import ConfigError, DataError
 from tether.types import Prompt
 from tiny_ppo import PROMPTS, STOPS, id_score, tiny_config
 
@@ -113,6 +113,18 @@ def test_a_run_without_rollouts_is_refused(tiny_model, tmp_path, tiny_tokenizer)
     )  # fmt: skip
     with pytest.raises(DataError, match=r"holds no rollouts.*log\.rollouts_every above 0"):
         load_scored(ScoredConfig(str(run.path)), tiny_tokenizer, stop_id=1)
+
+
+def test_one_path_spelled_in_two_ways_is_refused_before_its_answers_count_double(write, monkeypatch, tmp_path):
+    path = write("a.jsonl", [{"prompt": "a", "completion": "b", "score": 1}])
+    (tmp_path / "link").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for first, second in (("a.jsonl", "./a.jsonl"), ("a.jsonl", path), ("a.jsonl", "link"), ("a.jsonl", "a.jsonl")):
+        with pytest.raises(ConfigError, match=r"twice.*would count double"):
+            ScoredConfig(["b", first, second]).check("data")
+    with pytest.raises(ConfigError, match=r"data\.path names \./a\.jsonl twice, once as a\.jsonl:"):
+        ScoredConfig(["a.jsonl", "./a.jsonl"]).check("data")
+    ScoredConfig(["owner/name", "owner/name2", "a.jsonl"]).check("data")
 
 
 def test_scores_that_are_all_equal_are_told(write, tiny_tokenizer, capsys):
