@@ -29,7 +29,7 @@ from tether.config import (
 from tether.config.reading import to_yaml
 from tether.data.scored import ScoredResponse, load_scored
 from tether.models.policy import build_policy
-from tether.train.qlearning import accumulate, plan_steps
+from tether.train.qlearning import accumulate
 from tether.types import Prompt, Rows
 from tiny import random_ids, randomize
 
@@ -112,17 +112,6 @@ def test_microbatches_change_no_gradient(tiny_model, settings):
     for metrics, gradient in found[1:]:
         assert metrics == pytest.approx(found[0][0], rel=1e-5)
         assert float((gradient - found[0][1]).norm() / found[0][1].norm()) <= 1e-6
-
-
-def test_an_epoch_sees_every_answer_once_and_the_next_in_another_order():
-    config = QLearningConfig("r", ModelConfig("m"), ScoredConfig("d"), qlearning=QLearningSection(epochs=2, batch=4))
-    plan = plan_steps(10, config)
-    assert [len(step) for step in plan] == [4, 4, 2, 4, 4, 2]
-    epochs = [[i for step in half for i in step] for half in (plan[:3], plan[3:])]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
-    assert epochs[0] != epochs[1]
-    assert plan == plan_steps(10, config)
-    assert plan != plan_steps(10, replace(config, seed=1))
 
 
 # ---------------------------------------------------------------- runs

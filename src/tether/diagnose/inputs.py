@@ -37,12 +37,10 @@ from tether.models.reward_model import check_one_label
 from tether.rewards import FunctionReward, load_function
 from tether.train.contexts import check_contexts
 from tether.train.dpo import load as load_preferences
-from tether.train.dpo import plan_steps as plan_preferences
 from tether.train.dpo import singles
 from tether.train.evaluate import load_inputs
 from tether.train.held_out import load_prompt_sets
-from tether.train.qlearning import plan_steps as plan_answers
-from tether.train.reward import plan_steps as plan_pairs
+from tether.train.optim import shuffled_batches
 from tether.train.sft import plan_steps as plan_examples
 from tether.types import Prompt
 
@@ -173,7 +171,7 @@ def of_pairs(config: RewardConfig, hashes: Mapping[str, str]) -> Inputs:
         _lengths(config.data, pairs=lengths),
         f"{len(train)} pairs to train on, {held_out if test else 'none held out: no accuracy will be known'}",
     ]
-    steps = len(plan_pairs(len(train), config))
+    steps = len(shuffled_batches(len(train), batch=section.batch, epochs=section.epochs, seed=config.seed))
     check_warmup(config.optim, steps)
     plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} pairs"
     first, shown = train[0], []
@@ -196,7 +194,7 @@ def of_preferences(config: DPOConfig, hashes: Mapping[str, str]) -> Inputs:
         f"{len(train)} {what} to train on, " + (f"{len(test)} held out" if test else "none held out"),
     ]
     examples = train if section.has_pairs else singles(train)
-    steps = len(plan_preferences(len(examples), config))
+    steps = len(shuffled_batches(len(examples), batch=section.batch, epochs=section.epochs, seed=config.seed))
     check_warmup(config.optim, steps)
     learned = "pairs" if section.has_pairs else "answers"
     plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} {learned}"
@@ -223,7 +221,7 @@ def of_scored(config: QLearningConfig, _: Mapping[str, str]) -> Inputs:
         f"{max(lengths)} tokens, half up to {sorted(lengths)[len(lengths) // 2]}",
         f"scores {min(scores):g} to {max(scores):g}, mean {sum(scores) / len(scores):.4g}",
     ]
-    steps = len(plan_answers(len(answers), config))
+    steps = len(shuffled_batches(len(answers), batch=section.batch, epochs=section.epochs, seed=config.seed))
     check_warmup(config.optim, steps)
     plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} answers"
     first = answers[0]

@@ -25,7 +25,7 @@ from tether.rewards import ScoredBatch
 from tether.runs import Run, hash_files
 from tether.train.card import qlearning_card
 from tether.train.columns import rollout_columns
-from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation
+from tether.train.optim import ScheduledOptimizer, build_optimizer, shuffled_batches
 from tether.train.preamble import check_parts, open_run
 from tether.train.reference import reference_logprobs
 from tether.train.rollout import Experience
@@ -55,7 +55,7 @@ def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         stop_id, context = next(iter(stop_ids), None), context_length(architecture)
         answers = load_scored(config.data, tokenizer, stop_id=stop_id, context=context, vocab_size=vocab_size)
         stop_ids = all_stop_ids(stop_ids, answers)
-        plan = plan_steps(len(answers), config)
+        plan = shuffled_batches(len(answers), batch=section.batch, epochs=section.epochs, seed=config.seed)
         check_warmup(config.optim, len(plan))
         optimizer = build_optimizer(
             config.optim, policy.policy_parameters(), policy.critic_parameters(),
@@ -131,15 +131,6 @@ def batches(
         rows = Rows.of([a.prompt.ids for a in part], [a.response_ids for a in part]).to(device)
         ref = pad_sequence([references[i] for i in index.tolist()], batch_first=True).to(device)
         yield index, rows, ref, torch.tensor([a.score for a in part], device=device)
-
-
-def plan_steps(count: int, config: QLearningConfig) -> list[list[int]]:
-    """The answers of every optimizer step, a function of the seed alone; an epoch's last step may be smaller."""
-    section, plan = config.qlearning, []
-    for epoch in range(section.epochs):
-        order = permutation(count, seed=config.seed, stream=SHUFFLE, counter=(epoch,))
-        plan += [order[start : start + section.batch] for start in range(0, count, section.batch)]
-    return plan
 
 
 @torch.no_grad()
