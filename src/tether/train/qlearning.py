@@ -32,7 +32,7 @@ from tether.train.rollout import Experience
 from tether.train.state import TrainingState
 from tether.types import Completions, LogSink, Rollout, Rows, microbatches
 
-_SHOWN = 256  # answers that the run keeps with every number of every token, to look at
+_SHOWN = 256  # answers that the run keeps with every number of every token, to inspect
 
 
 def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False) -> Run:
@@ -74,7 +74,7 @@ def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         state.run_steps(plan, learn, signals, sinks, notes)
         if config.log.rollouts_every:
             shown = range(0, len(answers), -(-len(answers) // _SHOWN))
-            seen = look(policy, [answers[i] for i in shown], [references[i] for i in shown], section)
+            seen = inspect_answers(policy, [answers[i] for i in shown], [references[i] for i in shown], section)
             columns = rollout_columns(seen, tokenizer, stop_ids, config.as_ppo, cycle=len(plan), responses_per_prompt=1)
             run.write_rollouts(len(plan), columns)
         save_model(
@@ -134,7 +134,7 @@ def batches(
 
 
 @torch.no_grad()
-def look(
+def inspect_answers(
     policy: Policy, answers: Sequence[ScoredResponse], references: Sequence[Tensor], section: QLearningSection
 ) -> Experience:
     """What the policy and V make of every token of these answers, as a cycle of PPO would have found it."""
