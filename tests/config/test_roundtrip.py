@@ -24,10 +24,13 @@ from tether.config import (
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    QLearningConfig,
+    QLearningSection,
     ReferencedModelConfig,
     RewardShapingConfig,
     RewardSourceConfig,
     SamplingConfig,
+    ScoredConfig,
     SFTConfig,
     SFTModelConfig,
     WandbConfig,
@@ -99,6 +102,14 @@ dpo_configs = st.builds(
     dpo=st.builds(DPOSection, beta=above_zero, nll=maybe(above_zero).map(lambda x: x or 0.0)),
     optim=st.builds(OptimConfig, lr=maybe(above_zero)),
 )
+qlearning_configs = st.builds(
+    QLearningConfig,
+    run=text,
+    model=st.builds(ModelConfig, policy=text, critic=text, reference=maybe(text), lora=lora),
+    data=st.builds(ScoredConfig, path=text | st.lists(text, min_size=1, max_size=3, unique=True)),
+    qlearning=st.builds(QLearningSection, beta=above_zero, lam=st.floats(0, 1)),
+    optim=optim,
+)
 evaluate_configs = st.builds(
     EvaluateConfig,
     models=st.lists(text, min_size=1, max_size=3),
@@ -109,7 +120,7 @@ evaluate_configs = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
-@given(config=ppo_configs | sft_configs | dpo_configs | evaluate_configs)
+@given(config=ppo_configs | sft_configs | dpo_configs | qlearning_configs | evaluate_configs)
 def test_a_printed_config_loads_back_equal(tmp_path_factory, config: Config):
     path = tmp_path_factory.mktemp("roundtrip", numbered=True) / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")

@@ -1,13 +1,17 @@
 """Scored answers: what a row becomes, and what other runs sampled, with the very ids that they sampled."""
 
 from dataclasses import replace
+from shutil import copytree
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import tether
 from tether.config import ScoredConfig
-from tether.data.scored import load_scored
-from tether.errors import DataError
+from tether.data.scored import ScoredResponse, all_stop_ids, load_scored
+from tether.errors import ConfigError, DataError
+from tether.types import Prompt
 from tiny_ppo import PROMPTS, STOPS, id_score, tiny_config
 
 
@@ -24,6 +28,20 @@ def test_an_answer_is_followed_by_a_stop_token_only_where_it_stopped(write, tiny
     assert [a.score for a in found] == [1.0, -0.5, 0.0]
     assert [a.finish_reason for a in found] == ["stop", "length", "stop"]
     assert [a.prompt.row for a in found] == [0, 1, 0]  # answers to one prompt are known to belong together
+
+
+def test_stop_tokens_are_the_models_and_what_ended_answers_of_runs_in_a_fixed_order(write, tiny_tokenizer):
+    def ended(ids, reason):
+        return ScoredResponse(Prompt((5,), "…", 0), ids, reason, 0.0)
+
+    answers = [ended([7, 30], "stop"), ended([9, 8], "length"), ended([12], "stop"), ended([4, 3], "stop")]
+    assert all_stop_ids((3, 40), answers) == (3, 40, 12, 30)
+    assert all_stop_ids((), []) == ()
+    # a file's answers end with the model's stop token: where it has none, their last token is an ordinary one
+    (answer,) = load_scored(
+        ScoredConfig(write("a.jsonl", [{"prompt": "a", "completion": "b", "score": 1}])), tiny_tokenizer, stop_id=None
+    )
+    assert all_stop_ids((), [answer]) == ()
 
 
 def test_a_long_prompt_is_cut_and_a_long_answer_never(write, tiny_tokenizer):
@@ -77,6 +95,14 @@ def test_a_run_that_was_sampled_with_another_tokenizer_is_refused(sampled, space
         load_scored(ScoredConfig(str(sampled.path)), spaced_tokenizer, stop_id=2)
 
 
+def test_an_answer_cut_just_after_what_another_run_stops_at_is_no_other_tokenizers(sampled, tmp_path, tiny_tokenizer):
+    # a run of Q-learning writes down the stop tokens of all runs that it read as "", also where an answer was cut there
+    run = copytree(sampled.path, tmp_path / "run")
+    rows = [row | {"finish_reason": "length"} for row in sampled.rollouts(1).to_pylist()]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), run / "rollouts" / "cycle-000001.parquet")
+    assert len(load_scored(ScoredConfig(str(run)), tiny_tokenizer, stop_id=1)) == 32
+
+
 def test_a_run_without_rollouts_is_refused(tiny_model, tmp_path, tiny_tokenizer):
     run = tether.ppo(
         tiny_config(
@@ -87,6 +113,18 @@ def test_a_run_without_rollouts_is_refused(tiny_model, tmp_path, tiny_tokenizer)
     )  # fmt: skip
     with pytest.raises(DataError, match=r"holds no rollouts.*log\.rollouts_every above 0"):
         load_scored(ScoredConfig(str(run.path)), tiny_tokenizer, stop_id=1)
+
+
+def test_one_path_spelled_in_two_ways_is_refused_before_its_answers_count_double(write, monkeypatch, tmp_path):
+    path = write("a.jsonl", [{"prompt": "a", "completion": "b", "score": 1}])
+    (tmp_path / "link").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for first, second in (("a.jsonl", "./a.jsonl"), ("a.jsonl", path), ("a.jsonl", "link"), ("a.jsonl", "a.jsonl")):
+        with pytest.raises(ConfigError, match=r"twice.*would count double"):
+            ScoredConfig(["b", first, second]).check("data")
+    with pytest.raises(ConfigError, match=r"data\.path names \./a\.jsonl twice, once as a\.jsonl:"):
+        ScoredConfig(["a.jsonl", "./a.jsonl"]).check("data")
+    ScoredConfig(["owner/name", "owner/name2", "a.jsonl"]).check("data")
 
 
 def test_scores_that_are_all_equal_are_told(write, tiny_tokenizer, capsys):

@@ -18,15 +18,18 @@ from tether.cli import main
 from tether.config import (
     DataConfig,
     DPOConfig,
+    DPOSection,
     KLConfig,
     ModelConfig,
     PPOConfig,
     PPOSection,
     PromptsConfig,
+    QLearningConfig,
     ReferencedModelConfig,
     RewardConfig,
     RewardShapingConfig,
     SamplingConfig,
+    ScoredConfig,
     SFTConfig,
     SFTModelConfig,
 )
@@ -46,7 +49,8 @@ PPO = PPOConfig("r", ModelConfig("m"), PromptsConfig("p"), ppo=PPOSection(cycles
 SFT = SFTConfig("r", SFTModelConfig("m"), DataConfig("d"))
 REWARD = RewardConfig("r", SFTModelConfig("m"), DataConfig("d"))
 DPO = DPOConfig("r", ReferencedModelConfig("m"), DataConfig("d"))
-CONFIG = {"ppo": PPO, "sft": SFT, "reward": REWARD, "dpo": DPO}
+QLEARNING = QLearningConfig("r", ModelConfig("m"), ScoredConfig("d"))
+CONFIG = {"ppo": PPO, "sft": SFT, "reward": REWARD, "dpo": DPO, "qlearning": QLEARNING}
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 DONE = {"state": "finished", "kind": "ppo", "heartbeat": NOW.isoformat()}
 
@@ -93,6 +97,12 @@ def healthy(kind="ppo", n=200, *, seed=None, **curves):
                    "dpo/chosen_logratio": -0.1 * learned + noise(0.05),
                    "dpo/rejected_logratio": -0.4 * learned + noise(0.08),
                    "optim/grad_norm": float(np.exp(noise(0.5))), "optim/skipped_steps": 0}  # fmt: skip
+        elif kind == "qlearning":
+            early = np.exp(-20 * x)
+            row = {"step": i + 1, "qlearning/loss": (0.05 + 0.4 * early) * np.exp(noise(0.15)),
+                   "qlearning/residual": 0.3 + 0.6 * early + noise(0.03), "qlearning/log_ratio": -2 * learned,
+                   "value/explained_variance": 0.6 * learned + noise(0.1),
+                   "optim/grad_norm": float(np.exp(noise(0.4))), "optim/skipped_steps": 0}  # fmt: skip
         else:
             row = {"step": i + 1, "reward_model/loss": 0.69 - 0.15 * learned + noise(0.05),
                    "reward_model/accuracy": 0.5 + 0.2 * learned + noise(0.08),
@@ -317,15 +327,26 @@ def test_in_float32_the_stricter_bounds_hold():
         ("sft", "skipped-steps", {"optim__skipped_steps": late(1, 0)}),
         ("sft", "loss-rising", {"loss": late(6.0, 1.0)}),
         ("sft", "gradient-norm", {"optim__grad_norm": late(40.0, 1.0)}),
+        ("dpo", "not-finite", {"dpo__loss": late(None, 0.6)}),
+        ("dpo", "loss-rising", {"dpo__loss": late(2.0, 0.6)}),
+        ("dpo", "gradient-norm", {"optim__grad_norm": late(40.0, 1.0)}),
+        ("dpo", "at-chance", {"dpo__accuracy": 0.5}),
+        ("qlearning", "not-finite", {"qlearning__loss": late(None, 0.1)}),
+        ("qlearning", "loss-rising", {"qlearning__loss": lambda x: 0.4 if x < 0.5 else 0.4 * np.exp(12 * (x - 0.5))}),
+        ("qlearning", "gradient-norm", {"optim__grad_norm": late(40.0, 1.0)}),
+        ("qlearning", "dead-critic", {"value__explained_variance": lambda x: -0.2 * x}),
         ("reward", "not-finite", {"reward_model__loss": late(None, 0.6)}),
         ("reward", "at-chance", {"reward_model__accuracy": 0.5}),
         ("reward", "margins-exploding", {"reward_model__margin": lambda x: 80 * x}),
     ],
 )
 @pytest.mark.parametrize("seed", [None, 0])
-def test_a_broken_curve_of_sft_or_reward_raises_its_alarm_and_no_other(kind, rule, curves, seed):
+def test_a_broken_curve_of_optimizer_steps_raises_its_alarm_and_no_other(kind, rule, curves, seed):
     (alarm,) = found(healthy(kind, seed=seed, **curves), kind)
     assert alarm.rule == rule
+    (name,) = curves
+    assert alarm.metric == name.replace("__", "/")
+    assert "ppo." not in alarm.remedy
 
 
 def report(**changes):
@@ -347,6 +368,30 @@ def test_a_reward_model_is_judged_by_its_held_out_pairs():
     none = report(learned=None, accuracy=None, train_accuracy=0.5, loss=None, test_pairs=0)  # test_fraction: 0
     (alarm,) = found(healthy("reward", reward_model__accuracy=0.5), "reward", reward_report=none)
     assert (alarm.rule, alarm.severity) == ("at-chance", "warning")
+
+
+def test_a_dpo_policy_is_judged_by_its_held_out_pairs_and_no_guesser_where_it_is_too_sure_alone():
+    rows = healthy("dpo")
+    assert found(rows, "dpo", reward_report=report()) == []
+    (memory,) = found(rows, "dpo", reward_report=report(train_accuracy=0.97))
+    assert (memory.rule, memory.metric) == ("memorized", "dpo/accuracy")
+    assert "dpo.epochs" in memory.remedy
+    chance = report(learned=False, accuracy={"value": 0.51, "low": 0.47, "high": 0.55}, train_accuracy=0.55)
+    (alarm,) = found(rows, "dpo", reward_report=chance)
+    assert (alarm.rule, alarm.severity, alarm.metric) == ("at-chance", "serious", "dpo/accuracy")
+    assert found(rows, "dpo", reward_report=report(learned=False, loss=1.4)) == []  # its accuracy is 0.7 [0.66, 0.74]
+
+
+def test_the_accuracy_on_single_answers_is_not_compared_with_that_of_guessing():
+    rows = healthy("dpo", dpo__accuracy=0.4)  # of kto: right of all answers, nine in ten of which may be good
+    assert [alarm.rule for alarm in found(rows, "dpo")] == ["at-chance"]
+    assert found(rows, "dpo", config=replace(DPO, dpo=DPOSection(loss="kto"))) == []
+
+
+def test_a_critic_of_q_learning_that_is_far_worse_than_a_constant_is_serious():
+    (alarm,) = found(healthy("qlearning", value__explained_variance=lambda x: 0.5 if x < 0.5 else -4.0), "qlearning")
+    assert (alarm.rule, alarm.severity, alarm.first) == ("dead-critic", "serious", 101)
+    assert "optim.critic_lr" in alarm.remedy
 
 
 def test_a_reward_model_that_was_still_rising_and_knows_no_pair_by_heart_could_have_learned_more():

@@ -38,6 +38,7 @@ from tether.diagnose.checks import verdict
 from tether.runs import RunDirectory
 from tether.samplers.local import LocalSampler
 from tether.train.ppo import input_hashes
+from tiny_ppo import id_score, tiny_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -128,6 +129,17 @@ def test_a_q_learning_dry_run_tells_answers_prompts_and_scores(tiny_model, tmp_p
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(tether.DataError, match="no column 'score'"):
         dry_run(config)
+
+
+def test_a_q_learning_dry_run_tells_the_stop_tokens_of_the_runs_that_it_reads(tiny_model, tmp_path):
+    model = tiny_model()
+    cycles = {"ppo": {"cycles": 1, "batch": 8, "minibatch": 8}, "evaluate": {"every": 0}}
+    sampled = tether.ppo(tiny_config(tmp_path / "ppo", model, **cycles), reward=id_score)
+    rows = sampled.rollouts(1).to_pylist()
+    ended = min(row["token_id"][-1] for row in rows if row["finish_reason"] == "stop")
+    text = dry_run(QLearningConfig(str(tmp_path / "run"), ModelConfig(str(model)), ScoredConfig(str(sampled.path))))
+    assert "stop tokens: 1 '<eos>'" in text
+    assert f"stop tokens of the runs that are read, besides: {ended} " in text
 
 
 def test_what_the_run_would_refuse_the_dry_run_refuses(ppo, tmp_path):

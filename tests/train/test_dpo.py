@@ -38,7 +38,6 @@ from tether.train.dpo import (
     load,
     mismatch,
     pair_labels,
-    plan_steps,
     preferred_first,
     training_sample,
 )
@@ -485,15 +484,6 @@ def test_a_label_that_is_none_names_its_row(tiny_model, tmp_path, row, told):
     with pytest.raises(DataError, match=told) as error:
         dry_run(config_for(tmp_path / "run", tiny_model(), file, loss="unpaired"))
     assert "2" in str(error.value)
-
-
-def test_an_epoch_sees_every_pair_once_and_the_next_in_another_order():
-    config = config_for("r", "m", "d", epochs=2, batch=8)
-    plan = plan_steps(20, config)
-    assert [len(step) for step in plan] == [8, 8, 4] * 2
-    epochs = [[i for step in steps for i in step] for steps in (plan[:3], plan[3:])]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
-    assert epochs[0] != epochs[1]
 
 
 @pytest.mark.parametrize("settings", [

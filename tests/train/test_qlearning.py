@@ -27,9 +27,9 @@ from tether.config import (
     ScoredConfig,
 )
 from tether.config.reading import to_yaml
-from tether.data.scored import ScoredResponse
+from tether.data.scored import ScoredResponse, load_scored
 from tether.models.policy import build_policy
-from tether.train.qlearning import accumulate, plan_steps
+from tether.train.qlearning import accumulate
 from tether.types import Prompt, Rows
 from tiny import random_ids, randomize
 
@@ -112,17 +112,6 @@ def test_microbatches_change_no_gradient(tiny_model, settings):
     for metrics, gradient in found[1:]:
         assert metrics == pytest.approx(found[0][0], rel=1e-5)
         assert float((gradient - found[0][1]).norm() / found[0][1].norm()) <= 1e-6
-
-
-def test_an_epoch_sees_every_answer_once_and_the_next_in_another_order():
-    config = QLearningConfig("r", ModelConfig("m"), ScoredConfig("d"), qlearning=QLearningSection(epochs=2, batch=4))
-    plan = plan_steps(10, config)
-    assert [len(step) for step in plan] == [4, 4, 2, 4, 4, 2]
-    epochs = [[i for step in half for i in step] for half in (plan[:3], plan[3:])]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
-    assert epochs[0] != epochs[1]
-    assert plan == plan_steps(10, config)
-    assert plan != plan_steps(10, replace(config, seed=1))
 
 
 # ---------------------------------------------------------------- runs
@@ -226,6 +215,29 @@ def test_a_run_is_not_continued_on_other_rollouts(tiny_model, data, tmp_path):
     (sampled.path / "rollouts" / "cycle-000004.parquet").unlink()
     with pytest.raises(tether.RunError, match=r"data\.path\[1\] has other content"):
         tether.qlearning(config)
+
+
+def test_the_stop_tokens_of_a_replayed_run_end_the_answers_of_the_model_that_learned_from_it(tiny_model, tmp_path):
+    from tiny_ppo import STOPS, id_score, tiny_config
+
+    model = tiny_model()
+    sampled = tether.ppo(tiny_config(tmp_path / "ppo", model, evaluate={"every": 0}), reward=id_score)
+    cycles = [sampled.rollouts(cycle).to_pylist() for cycle in sampled.rollout_cycles]
+    told = {tuple(row["token_id"]): row for rows in cycles for row in rows}
+    ended = sorted({ids[-1] for ids, row in told.items() if row["finish_reason"] == "stop"})
+    assert len(ended) > 1
+    assert set(ended) <= set(STOPS)
+    run = tether.qlearning(config_for(tmp_path / "run", model, sampled.path, epochs=1))
+    assert AutoModelForCausalLM.from_pretrained(run.final).generation_config.eos_token_id == [1, *ended]  # 1: <eos>
+    (cycle,) = run.rollout_cycles
+    rows = run.rollouts(cycle).to_pylist()
+    assert len(rows) == 32
+    for row in rows:
+        theirs = told[tuple(row["token_id"])]
+        assert (row["text"], row["completion"]) == (theirs["text"], theirs["completion"])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    again = load_scored(ScoredConfig(str(run.path)), tokenizer, stop_id=1)
+    assert [answer.response_ids for answer in again] == [row["token_id"] for row in rows]
 
 
 def test_another_models_vocabulary_is_refused_as_a_reference(tiny_model, data, tmp_path):

@@ -1,6 +1,7 @@
 """The reference's log-probs: of the model that a run began from, kept with it, and never those of anything else."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -107,3 +108,19 @@ def test_a_reference_with_another_vocabulary_is_refused(tiny_model, run):
     other = ModelConfig(policy=config.policy, reference=str(tiny_model(vocab_size=300)))
     with pytest.raises(ModelError, match=r"model\.reference=.* has a vocabulary of 300 tokens, the policy one of 258"):
         ask(run, policy.model, other)
+
+
+def test_a_reference_whose_head_is_not_ours_is_told_as_ppo_tells_it(tiny_model, run, capsys):
+    # its logits are capped by a key of its own: log-probs come from full logits
+    odd = tiny_model(
+        "recurrent_gemma", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        lru_width=32, block_types=["recurrent", "attention"], attention_window_size=16, logits_soft_cap=0.05,
+    )  # fmt: skip
+    config = ModelConfig(policy=str(tiny_model()), reference=str(odd))
+    policy, _, notes = build_policy(config, device=CPU, seed=0)
+    (note,) = notes
+    assert "full logits" in note
+    ask(run, policy.model, config)
+    assert note in capsys.readouterr().out
+    events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert [event["what"] for event in events if event["event"] == "fallback"] == [note]

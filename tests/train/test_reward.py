@@ -29,7 +29,8 @@ from tether.data.pairs import Pair
 from tether.diagnose import dry_run, examine
 from tether.errors import DataError, TrainingError
 from tether.models.reward_model import init_reward_model, load_reward_model
-from tether.train.reward import accumulate, finish, plan_steps, reward_model
+from tether.train.optim import shuffled_batches
+from tether.train.reward import accumulate, finish, reward_model
 
 CPU = torch.device("cpu")
 EOS = 1
@@ -204,14 +205,14 @@ def test_pairs_that_all_hang_together_cannot_be_tested_and_are_refused(tiny_mode
         reward_model(config_for(tmp_path / "run", tiny_model(), file))
 
 
-def test_an_epoch_sees_every_pair_once_and_the_next_in_another_order():
-    config = config_for("r", "m", "d", epochs=2, batch=8)
-    plan = plan_steps(20, config)
+def test_an_epoch_sees_every_example_once_and_the_next_in_another_order():
+    plan = shuffled_batches(20, batch=8, epochs=2, seed=0)
     assert [len(step) for step in plan] == [8, 8, 4] * 2
     epochs = [[i for step in steps for i in step] for steps in (plan[:3], plan[3:])]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
     assert epochs[0] != epochs[1]
-    assert plan != plan_steps(20, replace(config, seed=1))
+    assert plan == shuffled_batches(20, batch=8, epochs=2, seed=0)
+    assert plan != shuffled_batches(20, batch=8, epochs=2, seed=1)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])

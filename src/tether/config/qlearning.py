@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from tether.config.keys import Section, at_least, positive, within
@@ -28,12 +29,16 @@ class ScoredConfig(DataConfig):
     def check(self, key: str) -> None:
         if not self.paths:
             raise ConfigError(f"{key}.path is an empty list: there would be nothing to learn from. Name a file or run.")
-        twice = next((path for i, path in enumerate(self.paths) if path in self.paths[:i]), None)
-        if twice is not None:
-            raise ConfigError(
-                f"{key}.path names {twice} twice: its answers would count double. Name it once; set "
-                "qlearning.epochs to see everything more often."
-            )
+        spelled: dict[str, str] = {}  # file or directory -> as it is named; a hub id is no path here
+        for path in self.paths:
+            read = str(Path(path).resolve()) if Path(path).exists() else path
+            if read in spelled:
+                other = "" if spelled[read] == path else f", once as {spelled[read]}"
+                raise ConfigError(
+                    f"{key}.path names {path} twice{other}: its answers would count double. Name it once; set "
+                    "qlearning.epochs to see everything more often."
+                )
+            spelled[read] = path
 
 
 @dataclass(frozen=True)

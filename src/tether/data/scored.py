@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ class ScoredResponse:
 
     prompt: Prompt  # row: the number of the prompt among the different ones
     response_ids: list[int]  # never empty; the stop token included where it stopped
-    finish_reason: str  # stop or length
+    finish_reason: str  # stop where the last token is a stop token, else length
     score: float
 
 
@@ -51,7 +52,7 @@ def load_scored(
     numbers: dict[tuple[int, ...], int] = {}
     found = []
     for path in config.paths:
-        if is_run(path):
+        if replayed := is_run(path):
             table, prompts, answers = _read_run(path, tokenizer, config.limit, vocab_size)
         else:
             table, prompts, answers = _read_rows(path, config, tokenizer, stop_id)
@@ -69,10 +70,18 @@ def load_scored(
             ids = tuple(keep_right(prompts[i], limit.tokens - len(answers[i]), tokenizer))
             source = table.rows[i]["prompt"]
             prompt = Prompt(ids, source, numbers.setdefault(ids, len(numbers)), cut=len(ids) < len(prompts[i]))
-            found.append(ScoredResponse(prompt, answers[i], "length" if cut[i] else "stop", scores[i]))
+            ended = not cut[i] and (replayed or stop_id is not None)
+            found.append(ScoredResponse(prompt, answers[i], "stop" if ended else "length", scores[i]))
     if len({row.score for row in found}) == 1:
         print(f"every answer has the score {found[0].score:g}: the best policy is the reference", file=sys.stderr)
     return found
+
+
+def all_stop_ids(stop_ids: Sequence[int], answers: Sequence[ScoredResponse]) -> tuple[int, ...]:
+    """The model's stop tokens, and after them those that ended answers of runs, ascending: a policy that has learned to
+    end with such a token has to stop at it."""
+    ended = {a.response_ids[-1] for a in answers if a.finish_reason == "stop"}
+    return (*stop_ids, *sorted(ended - set(stop_ids)))
 
 
 def is_run(path: str) -> bool:
@@ -131,10 +140,10 @@ def _check_tokens(table: Table, tokenizer: PreTrainedTokenizerBase, vocab_size: 
     """
     for i, row in enumerate(table.rows):
         ids = row["token_id"]
-        stops = ids[-1:] if row["finish_reason"] == "stop" else []
         known = vocab_size is None or max([*ids, *row["prompt_token_id"]]) < vocab_size
-        if not known or (i < _PROBED and fragments(tokenizer, ids, stops) != row["text"]):
-            said = repr("".join(fragments(tokenizer, ids, stops)))[:60] if known else "no such ids"
+        # the last token was a stop token of the run, whose text is "", or it was not
+        if not known or (i < _PROBED and row["text"] not in (fragments(tokenizer, ids, s) for s in (ids[-1:], ()))):
+            said = repr("".join(fragments(tokenizer, ids, ids[-1:])))[:60] if known else "no such ids"
             raise table.error(
                 i, "token_id", f"was sampled with another tokenizer: the run read it as {''.join(row['text'])[:60]!r}, "
                 f"model.policy's tokenizer reads {said}. Name a model.policy with the run's tokenizer, or write its "

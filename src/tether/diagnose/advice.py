@@ -117,6 +117,13 @@ ADVICE: dict[str, Advice] = {
         "Change optim.critic_lr (up where it has hovered at 0 from the start, down where it fell below); or raise "
         "ppo.value_warmup_cycles; or set model.critic to separate.",
     ),
+    "dead-critic/step": Advice(
+        "value/explained_variance", "",
+        "A critic that learns too slowly from its start at zero, or too fast to stay behind the returns; or "
+        "returns that nothing in the text foretells.",
+        "Change optim.critic_lr (up where it has hovered at 0 from the start, down where it fell below); or set "
+        "model.critic to separate.",
+    ),
     "reward-saturation": Advice(
         "reward/score_mean", "scores do not tell answers apart, or are all at the maximum",
         "The task is solved, or the policy has found what the reward cannot tell from a good answer.",
@@ -159,19 +166,20 @@ ADVICE: dict[str, Advice] = {
         "Raise ppo.kl.coef, or set ppo.kl.target; use more prompts, or fewer ppo.cycles.",
     ),
     "loss-rising": Advice(
-        "loss", "sft: the loss climbs back",
+        "loss", "sft, dpo, qlearning: the loss climbs back",
         "A learning rate that is too high for what the model already knew.",
         "Lower optim.lr, or raise optim.warmup.",
     ),
     "gradient-norm": Advice(
-        "optim/grad_norm", "sft, reward, dpo: ten times what was usual",
+        "optim/grad_norm", "sft, reward, dpo, qlearning: ten times what was usual",
         "A learning rate that is too high, or a stretch of odd examples.",
         "Lower optim.lr; look at the examples of these steps.",
     ),
     "at-chance": Advice(
-        "reward_model/accuracy", "reward: accuracy cannot be told from guessing",
+        "reward_model/accuracy", "reward, dpo: accuracy cannot be told from guessing",
         "Labels that nothing in the text explains, columns that are swapped in some rows, or too few steps.",
-        "Check that chosen and rejected are not swapped; then raise optim.lr or reward_model.epochs.",
+        "Check that chosen and rejected are not swapped; then raise optim.lr, or reward_model.epochs (of dpo: "
+        "dpo.epochs).",
     ),
     "weak-reward-model": Advice(
         "reward_model/accuracy", "reward: right on less than 65 % of held-out pairs",
@@ -186,9 +194,9 @@ ADVICE: dict[str, Advice] = {
         "Raise reward_model.epochs or optim.lr, until the held-out accuracy stops rising.",
     ),
     "memorized": Advice(
-        "reward_model/accuracy", "reward: far better on its training pairs than on held-out ones",
+        "reward_model/accuracy", "reward, dpo: far better on its training pairs than on held-out ones",
         "It has learned single pairs by heart.",
-        "Lower reward_model.epochs (1 is usual) or optim.lr, or use more pairs.",
+        "Lower reward_model.epochs (of dpo: dpo.epochs; 1 is usual) or optim.lr, or use more pairs.",
     ),
     "margins-exploding": Advice(
         "reward_model/margin", "reward: a mean margin above 20, sure beyond reason",

@@ -27,8 +27,8 @@ def alarms(
     """What went wrong, the serious first, then in order of appearance. Pure: reads no file and no clock.
 
     kind: the run's command. metrics, events, status: as a run directory holds them (`Run.metrics` and so on).
-    now: with it, a run that gives no sign of life is an alarm. reward_report: what reward_report.json holds, of a
-    reward model that is trained. Metrics may be missing, null, or thinned to some of the cycles.
+    now: with it, a run that gives no sign of life is an alarm. reward_report: what a run says of its held-out
+    pairs (reward_report.json, dpo_report.json). Metrics may be missing, null, or thinned to some of the cycles.
     """
     row = KINDS[kind]
     view = View(row, config, Series(row.unit, metrics), events, status, now, reward_report)

@@ -21,7 +21,7 @@ def examine(run: str | Path | Run) -> str:
     """State, cycles done, headline figures and every alarm with its cause and remedy; RunError if there is no run."""
     run = run if isinstance(run, Run) else Run.open(run)
     kind, status, metrics, now = run.kind, run.status, run.metrics, datetime.now(UTC)
-    config, report = run.config, reward_report(run)
+    config, report = run.config, preference_report(run)
     found = alarms(kind.command, config, metrics, run.events, status, now=now, reward_report=report)
     planned = f" of {attrgetter(kind.total)(config):,}" if kind.total else ""
     done = metrics[-1][kind.unit] if metrics else 0
@@ -32,7 +32,7 @@ def examine(run: str | Path | Run) -> str:
     return "\n\n".join(parts)
 
 
-def reward_report(run: Run) -> dict[str, Any] | None:
+def preference_report(run: Run) -> dict[str, Any] | None:
     """What a run found out on held-out pairs; None where there is nothing of it, and where it cannot be read."""
     if run.kind.report is None:
         return None

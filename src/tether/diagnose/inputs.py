@@ -26,7 +26,7 @@ from tether.config import (
 )
 from tether.data.examples import load_examples
 from tether.data.pairs import load_pairs
-from tether.data.scored import load_scored
+from tether.data.scored import all_stop_ids, load_scored
 from tether.data.split import share_prompts, split_pairs
 from tether.data.table import read_rows
 from tether.data.tokenizer import check_vocabulary, load_generation_config, load_tokenizer, stop_token_ids
@@ -38,11 +38,9 @@ from tether.rewards import FunctionReward, load_function
 from tether.train.contexts import check_contexts
 from tether.train.dpo import load as load_preferences
 from tether.train.dpo import mismatch, singles
-from tether.train.dpo import plan_steps as plan_preferences
 from tether.train.evaluate import load_inputs
 from tether.train.held_out import load_prompt_sets
-from tether.train.qlearning import plan_steps as plan_answers
-from tether.train.reward import plan_steps as plan_pairs
+from tether.train.optim import shuffled_batches
 from tether.train.sft import plan_steps as plan_examples
 from tether.types import Prompt
 
@@ -83,7 +81,7 @@ class Start:
         check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
         generation = load_generation_config(policy, revision) if isinstance(policy, str) else None
         stops = stop_token_ids(tokenizer, generation, stop_token_override)
-        told = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in stops)
+        told = _tokens(tokenizer, stops)
         context = context_length(architecture)
         facts = [
             f"stop tokens: {told or 'none: only the length ends one'}",
@@ -173,7 +171,7 @@ def of_pairs(config: RewardConfig, hashes: Mapping[str, str]) -> Inputs:
         _lengths(config.data, pairs=lengths),
         f"{len(train)} pairs to train on, {held_out if test else 'none held out: no accuracy will be known'}",
     ]
-    steps = len(plan_pairs(len(train), config))
+    steps = len(shuffled_batches(len(train), batch=section.batch, epochs=section.epochs, seed=config.seed))
     check_warmup(config.optim, steps)
     plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} pairs"
     first, shown = train[0], []
@@ -198,7 +196,7 @@ def of_preferences(config: DPOConfig, hashes: Mapping[str, str]) -> Inputs:
     examples = train if section.has_pairs else singles(train)
     if section.loss == "kto":
         mismatch(examples, config, start.context)
-    steps = len(plan_preferences(len(examples), config))
+    steps = len(shuffled_batches(len(examples), batch=section.batch, epochs=section.epochs, seed=config.seed))
     check_warmup(config.optim, steps)
     learned = "pairs" if section.has_pairs else "answers"
     plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} {learned}"
@@ -217,13 +215,15 @@ def of_scored(config: QLearningConfig, _: Mapping[str, str]) -> Inputs:
     answers = load_scored(config.data, start.tokenizer, stop_id=start.stop, context=context, vocab_size=size)
     lengths = [len(x.prompt.ids) + len(x.response_ids) for x in answers]
     scores, prompts = [x.score for x in answers], len({x.prompt.row for x in answers})
+    others = all_stop_ids(start.stops, answers)[len(start.stops) :]
     facts = [
         *start.facts,
+        *([f"stop tokens of the runs that are read, besides: {_tokens(start.tokenizer, others)}"] if others else []),
         f"{', '.join(config.data.paths)}: {len(answers)} answers to {prompts} prompts, {min(lengths)} to "
         f"{max(lengths)} tokens, half up to {sorted(lengths)[len(lengths) // 2]}",
         f"scores {min(scores):g} to {max(scores):g}, mean {sum(scores) / len(scores):.4g}",
     ]
-    steps = len(plan_answers(len(answers), config))
+    steps = len(shuffled_batches(len(answers), batch=section.batch, epochs=section.epochs, seed=config.seed))
     check_warmup(config.optim, steps)
     plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} answers"
     first = answers[0]
@@ -231,6 +231,10 @@ def of_scored(config: QLearningConfig, _: Mapping[str, str]) -> Inputs:
     rendered = render(start.tokenizer, [*first.prompt.ids, *first.response_ids], mask)
     shown = f"the first answer, score {first.score:g}\n{rendered}"
     return Inputs(facts, max(lengths), plan, shown, "a token of the answer, which has a residual")
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in ids)
 
 
 def _sources(

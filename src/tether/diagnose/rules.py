@@ -290,21 +290,22 @@ def length_runaway(view: View) -> Iterator[Alarm]:
         )  # fmt: skip
 
 
-# ---------------------------------------------------------------- ppo: the critic and the reward
+# ---------------------------------------------------------------- the critic, and ppo's reward
 
 
 def dead_critic(view: View) -> Iterator[Alarm]:
     """Explained variance at most 0.02 for 30 cycles: the critic predicts returns no better than a constant does. Below
     -1 for 15 cycles is serious: it adds more noise to the advantages than it takes away. The first 20 cycles (or
     ppo.value_warmup_cycles and 10) do not count: a critic starts at zero. After them, critics of healthy runs explain
-    0.1 and more, and end at about 0.75 (Ziegler et al. 2019)."""
-    after = max(20, view.config.ppo.value_warmup_cycles + 10)
+    0.1 and more, and end at about 0.75 (Ziegler et al. 2019). In Q-learning a cycle is a step."""
+    is_ppo = isinstance(view.config, PPOConfig)
+    after = max(20, view.config.ppo.value_warmup_cycles + 10) if is_ppo else 20
     curve = view.curve("value/explained_variance")
     worse = curve.held(lambda v: v < -1, least=_PERSIST, after=after)
     held = worse or curve.held(lambda v: v <= 0.02, least=2 * _PERSIST, after=after)
     if held:
         yield alarm(
-            "dead-critic", held, "serious" if worse else "warning",
+            "dead-critic" if is_ppo else "dead-critic/step", held, "serious" if worse else "warning",
             f"The critic's explained variance is {median(held.levels):.2g}: "
             + ("worse than a constant would be." if median(held.levels) < 0 else "no better than a constant would be."),
         )  # fmt: skip
@@ -391,13 +392,14 @@ def second_opinion(view: View) -> Iterator[Alarm]:
             )  # fmt: skip
 
 
-# ---------------------------------------------------------------- sft and reward
+# ---------------------------------------------------------------- sft, reward, dpo and qlearning
 
 
 def loss_rising(view: View) -> Iterator[Alarm]:
-    """The loss is above the lowest so far by half of all that had been won, by a tenth of its start and by five times
-    its noise, for 15 steps. A fall that levels off never does that; a run that diverges does within a few steps."""
-    loss = view.curve("loss")
+    """The loss (of several, the kind's first) is above the lowest so far by half of all that had been won, by a tenth
+    of its start and by five times its noise, for 15 steps. A fall that levels off never does that; a run that diverges
+    does within a few steps."""
+    loss = view.curve(metric := view.kind.losses[0])
     if not len(loss):
         return
     start, lowest, limit = loss.levels[0], loss.levels[0], {}
@@ -408,7 +410,7 @@ def loss_rising(view: View) -> Iterator[Alarm]:
     held = above.held(lambda x: x > 0, least=_PERSIST)
     if held:
         low, level = min(loss.levels[: held.blocks[-1]]), loss.levels[held.blocks[-1]]
-        yield alarm("loss-rising", held, "serious", f"The loss rose from {low:.3g} to {level:.3g} nats per token.")
+        yield alarm("loss-rising", held, "serious", f"The loss rose from {low:.3g} to {level:.3g}.", metric=metric)
 
 
 def gradient_norm(view: View) -> Iterator[Alarm]:
@@ -426,30 +428,34 @@ def gradient_norm(view: View) -> Iterator[Alarm]:
 
 def at_chance(view: View) -> Iterator[Alarm]:
     """Once judged on 50 held-out pairs or more: `learned` is false, that is, the interval of the accuracy reaches down
-    to 0.5 or the loss is not below log 2. Before: over the last half of the steps, with 1,000 pairs or more in it, the
-    training accuracy is within two standard errors of 0.5."""
-    report, accuracy = view.reward_report, view.curve("reward_model/accuracy")
+    to 0.5 or the loss is not below log 2. (Of DPO the accuracy alone counts: a policy that is too sure of its errors
+    has such a loss and has learned for all that.) Before: over the last half of the steps, with 1,000 pairs or more in
+    it, the training accuracy is within two standard errors of 0.5; not of single answers, which may be nearly all good,
+    so that half is not what guessing gives."""
+    report, section = view.reward_report, getattr(view.config, view.kind.section)
+    accuracy = view.curve(metric := f"{view.kind.section}/accuracy")
     if report is not None and report["test_pairs"] >= 50:
-        if report["learned"] is False:
-            found = report["accuracy"]
+        found = report["accuracy"]
+        if found["low"] <= 0.5 or (report["learned"] is False and view.kind.command == "reward"):
             yield alarm(
                 "at-chance", (view.series.done, view.series.done), "serious",
                 f"Held-out accuracy is {found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}] and the loss "
                 f"{report['loss']:.3f} nats per pair (knowing nothing: 50 %, 0.693): nothing can be said to be "
-                "learned.",
+                "learned.", metric=metric,
             )  # fmt: skip
         return
     half = accuracy.levels[len(accuracy) // 2 :]
-    values = [v for v in view.series.values("reward_model/accuracy") if v is not None]
+    values = [v for v in view.series.values(metric) if v is not None]
     values = values[len(values) // 2 :]
-    pairs = len(values) * view.config.reward_model.batch
-    if not half or pairs < 1000:
+    pairs = len(values) * section.batch
+    if not half or pairs < 1000 or not getattr(section, "has_pairs", True):
         return
     mean, error = sum(values) / len(values), 0.5 / math.sqrt(pairs)
     if mean <= 0.5 + 2 * error:
         yield alarm(
             "at-chance", (accuracy.first[len(accuracy) // 2], view.series.done), "warning",
             f"Training accuracy is {mean:.1%} over the last {pairs:,} pairs: that cannot be told from guessing.",
+            metric=metric,
         )  # fmt: skip
 
 
@@ -501,6 +507,7 @@ def memorized(view: View) -> Iterator[Alarm]:
             "memorized", (view.series.done, view.series.done), "warning",
             f"The model is right on {report['train_accuracy']:.1%} of the pairs that it was trained on, and on "
             f"{report['accuracy']['value']:.1%} of {report['test_pairs']} held-out ones.",
+            metric=f"{view.kind.section}/accuracy",
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ class Alarm:
 
     rule: str  # the same in every run: negative-kl
     metric: str | None  # the curve that it shows in; None if in none
-    first: int  # first cycle (sft, reward: step) in which it held
+    first: int  # first cycle (or step) in which it held
     last: int  # last one: where it is the run's last, it may still hold
     severity: Severity  # serious: what is trained now is not what was meant, or nothing is
     what: str  # one sentence with the numbers

@@ -1,7 +1,7 @@
 """Reading the store: items, labels that stand, rows for a reward model, raw events.
 
 What stands is asked for now, or as of an event: since events are only added, the labels that stood when event N was
-the newest can be read for ever, however much has been labeled and taken back since.
+the newest can always be read, however much has been labeled and taken back since.
 """
 
 from __future__ import annotations

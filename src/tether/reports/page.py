@@ -19,7 +19,7 @@ from tether.config.kinds import Kind, resolve
 from tether.config.ppo import PPOSection
 from tether.config.reading import to_yaml
 from tether.diagnose.alarms import alarms
-from tether.diagnose.diagnosis import reward_report
+from tether.diagnose.diagnosis import preference_report
 from tether.errors import RunError
 from tether.reports.curves import curves, sources_of
 from tether.reports.held_out import Evaluation, best_of, win_share
@@ -119,7 +119,13 @@ def render(run: Run) -> str:
         config=to_yaml(config),
         checks=_checks(metrics),
         alarms=alarms(
-            kind.command, config, metrics, run.events, status, now=datetime.now(UTC), reward_report=reward_report(run)
+            kind.command,
+            config,
+            metrics,
+            run.events,
+            status,
+            now=datetime.now(UTC),
+            reward_report=preference_report(run),
         ),
         kind=kind,
         facts=_facts(run, metrics),
@@ -249,7 +255,7 @@ def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]
         f"Reward model from {_model_name(config)}, fitted to the preferences of {config.data.path}, "
         f"{config.reward_model.epochs} epochs."
     )
-    found = reward_report(run)
+    found = preference_report(run)
     if found is None:
         change = _change(*_ends(metrics, "reward_model/loss"))
         loss = Headline("Loss", change, "nats per pair, first and last tenth of the steps")
@@ -265,7 +271,7 @@ def dpo_page(run: Run, config: DPOConfig, metrics: Sequence[dict[str, Any]]) -> 
     )
     headlines: list[Headline] = []
     figures: list[Figure] = []
-    if (found := reward_report(run)) is not None:
+    if (found := preference_report(run)) is not None:
         headlines, figures = _of_held_out_pairs(found)
     for label, name in (("Chosen answers", "dpo/chosen_logratio"), ("Rejected answers", "dpo/rejected_logratio")):
         if metrics:

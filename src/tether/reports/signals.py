@@ -162,7 +162,7 @@ def _n(value: float) -> str:
 
 
 def ppo_of(config: Config) -> PPOSection | None:
-    """How rewards and advantages of a run's responses were made; None where nothing looked at its tokens."""
+    """How rewards and advantages of a run's responses were made; None where it has no per-token values."""
     if isinstance(config, QLearningConfig):
         return config.as_ppo
     return config.ppo if isinstance(config, PPOConfig) else None

@@ -56,7 +56,7 @@ class Gate:
     hosts   names that a browser may call us by, without port.
     owners  people who may see every page; all others only label.
     once    one-time token -> person: of links printed at the start.
-    users   token -> person, good for ever: of a users file.
+    users   token -> person, always valid: of a users file.
     """
 
     hosts: set[str]

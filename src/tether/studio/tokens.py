@@ -77,7 +77,9 @@ def routes(studio: Studio) -> APIRouter:
             raise RunError(f"cycle {cycle} has {len(content.rows)} responses: there is no number {number}.")
         row = content.rows[number]
         if (ppo := ppo_of(run.config)) is None:
-            raise RunError(f"{studio.runs.name(run)} is a run of tether {run.kind.command}: nobody looked at tokens.")
+            raise RunError(
+                f"{studio.runs.name(run)} is a run of tether {run.kind.command}: it has no per-token values."
+            )
         signals = signals_of(row)
         signal = signal if signal in signals else next(iter(signals))
         steps = {key: [content.scale(key).step(v) for v in s.of(row)[:_MOST_SHOWN]] for key, s in signals.items()}

@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from markupsafe import Markup
 
 from tether.diagnose.alarms import alarms
-from tether.diagnose.diagnosis import reward_report
+from tether.diagnose.diagnosis import preference_report
 from tether.diagnose.state import PATIENCE_S, patience_s, state
 from tether.errors import RunError
 from tether.reports.curves import curves, shown
@@ -64,7 +64,7 @@ def routes(studio: Studio) -> APIRouter:
             request, "run.html.j2", id=run_id, name=studio.runs.name(found), kind=found.kind,
             state=state(status, now, patience_s=patience_s(lines)), status=status, last=lines[-1] if lines else {},
             alarms=alarms(status["kind"], config, lines, found.events, status, now=now,
-                          reward_report=reward_report(found)),
+                          reward_report=preference_report(found)),
             curves=shown(status["kind"], config, lines[-_RECENT:]),
             cycles=found.rollout_cycles, evaluations=found.evaluation_cycles,
             others=[(i, studio.runs.name(studio.runs.open(i))) for i in _with(request) if i != run_id],

@@ -41,7 +41,15 @@ from tether.models.policy import read_values, zero_head
 from tether.runs import Run, RunDirectory, hash_files, recorded_inputs
 from tether.train import sft
 from tether.train.card import dpo_card
-from tether.train.optim import MISMATCH, SHUFFLE, ScheduledOptimizer, build_optimizer, permutation, read_numbers
+from tether.train.optim import (
+    MISMATCH,
+    SHUFFLE,
+    ScheduledOptimizer,
+    build_optimizer,
+    permutation,
+    read_numbers,
+    shuffled_batches,
+)
 from tether.train.preamble import check_parts, open_run
 from tether.train.preference_report import PreferenceReport, build_report
 from tether.train.reference import reference_logprobs
@@ -76,7 +84,7 @@ def dpo(config: DPOConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
             print("all of the data has one prompt: it is held out by its answers", file=sys.stderr)
         examples = train if section.has_pairs else singles(train)
         others = mismatch(examples, config, context) if section.loss == "kto" else []
-        plan = plan_steps(len(examples), config)
+        plan = shuffled_batches(len(examples), batch=section.batch, epochs=section.epochs, seed=config.seed)
         check_warmup(config.optim, len(plan))
         named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
         level = zero_head(model.config.hidden_size, model.device) if section.loss == "unpaired" else None
@@ -227,15 +235,6 @@ def add_reference(
         [Item(x, tuple(found[place] for place in item)) for x, item in zip(part, keys, strict=True)]
         for part, keys in zip(sets, places, strict=True)
     ]
-
-
-def plan_steps(count: int, config: DPOConfig) -> list[list[int]]:
-    """The pairs (or single answers) of every optimizer step, a function of the seed alone."""
-    section, plan = config.dpo, []
-    for epoch in range(section.epochs):
-        order = permutation(count, seed=config.seed, stream=SHUFFLE, counter=(epoch,))
-        plan += [order[start : start + section.batch] for start in range(0, count, section.batch)]
-    return plan
 
 
 def input_hashes(config: DPOConfig, *, fresh: bool = False) -> dict[str, str]:

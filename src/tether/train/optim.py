@@ -18,12 +18,8 @@ RESTART_HINT = "start over with --fresh (a run that continues keeps its settings
 
 MAX_SKIPPED_IN_A_ROW = 5  # steps with gradients that are not finite: one is bad luck, five a broken run
 
-SHUFFLE, PROMPTS, HELD_OUT, MISMATCH = (
-    101,
-    102,
-    103,
-    104,
-)  # streams of `permutation`: one for each thing that is shuffled
+# streams of `permutation`: one for each thing that is shuffled
+SHUFFLE, PROMPTS, HELD_OUT, MISMATCH = 101, 102, 103, 104
 
 
 def permutation(count: int, *, seed: int, stream: int, counter: Sequence[int] = ()) -> list[int]:
@@ -31,6 +27,15 @@ def permutation(count: int, *, seed: int, stream: int, counter: Sequence[int] = 
     words = [*counter, 0, 0, 0][:3]
     shuffled = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, *words])).permutation(count)
     return [int(i) for i in shuffled]
+
+
+def shuffled_batches(count: int, *, batch: int, epochs: int, seed: int) -> list[list[int]]:
+    """The examples of every optimizer step, a function of the seed alone; an epoch's last step may be smaller."""
+    plan = list[list[int]]()
+    for epoch in range(epochs):
+        order = permutation(count, seed=seed, stream=SHUFFLE, counter=(epoch,))
+        plan += [order[start : start + batch] for start in range(0, count, batch)]
+    return plan
 
 
 def build_optimizer(

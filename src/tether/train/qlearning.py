@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tether.config import QLearningConfig, QLearningSection, check, check_warmup
-from tether.data.scored import ScoredResponse, is_run, load_scored
+from tether.data.scored import ScoredResponse, all_stop_ids, is_run, load_scored
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.math import bellman_loss, explained_variance, gae, grouped_std, place_rewards
 from tether.models.export import save_model
@@ -25,14 +25,14 @@ from tether.rewards import ScoredBatch
 from tether.runs import Run, hash_files
 from tether.train.card import qlearning_card
 from tether.train.columns import rollout_columns
-from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation
+from tether.train.optim import ScheduledOptimizer, build_optimizer, shuffled_batches
 from tether.train.preamble import check_parts, open_run
 from tether.train.reference import reference_logprobs
 from tether.train.rollout import Experience
 from tether.train.state import TrainingState
 from tether.types import Completions, LogSink, Rollout, Rows, microbatches
 
-_SHOWN = 256  # answers that the run keeps with every number of every token, to look at
+_SHOWN = 256  # answers that the run keeps with every number of every token, to inspect
 
 
 def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False) -> Run:
@@ -54,7 +54,8 @@ def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, None)
         stop_id, context = next(iter(stop_ids), None), context_length(architecture)
         answers = load_scored(config.data, tokenizer, stop_id=stop_id, context=context, vocab_size=vocab_size)
-        plan = plan_steps(len(answers), config)
+        stop_ids = all_stop_ids(stop_ids, answers)
+        plan = shuffled_batches(len(answers), batch=section.batch, epochs=section.epochs, seed=config.seed)
         check_warmup(config.optim, len(plan))
         optimizer = build_optimizer(
             config.optim, policy.policy_parameters(), policy.critic_parameters(),
@@ -73,7 +74,7 @@ def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         state.run_steps(plan, learn, signals, sinks, notes)
         if config.log.rollouts_every:
             shown = range(0, len(answers), -(-len(answers) // _SHOWN))
-            seen = look(policy, [answers[i] for i in shown], [references[i] for i in shown], section)
+            seen = inspect_answers(policy, [answers[i] for i in shown], [references[i] for i in shown], section)
             columns = rollout_columns(seen, tokenizer, stop_ids, config.as_ppo, cycle=len(plan), responses_per_prompt=1)
             run.write_rollouts(len(plan), columns)
         save_model(
@@ -132,17 +133,8 @@ def batches(
         yield index, rows, ref, torch.tensor([a.score for a in part], device=device)
 
 
-def plan_steps(count: int, config: QLearningConfig) -> list[list[int]]:
-    """The answers of every optimizer step, a function of the seed alone; an epoch's last step may be smaller."""
-    section, plan = config.qlearning, []
-    for epoch in range(section.epochs):
-        order = permutation(count, seed=config.seed, stream=SHUFFLE, counter=(epoch,))
-        plan += [order[start : start + section.batch] for start in range(0, count, section.batch)]
-    return plan
-
-
 @torch.no_grad()
-def look(
+def inspect_answers(
     policy: Policy, answers: Sequence[ScoredResponse], references: Sequence[Tensor], section: QLearningSection
 ) -> Experience:
     """What the policy and V make of every token of these answers, as a cycle of PPO would have found it."""

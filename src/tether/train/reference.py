@@ -55,7 +55,9 @@ def reference_logprobs(
     reference = model
     if config.reference is not None:
         reference = load_reference(config.reference, model, trust_remote_code=config.trust_remote_code)
-        reference.check_head()
+        if note := reference.check_head():
+            run.event("fallback", what=note)
+            say(note)
     found: list[Tensor] = [torch.empty(0)] * len(responses)
     with torch.no_grad(), _adapter_off(reference):
         for index in microbatches([len(p) + len(r) for p, r in responses], microbatch_tokens):
@@ -65,7 +67,7 @@ def reference_logprobs(
             parts = logprobs.cpu().split([len(r) for _, r in batch])
             for i, part in zip(index.tolist(), parts, strict=True):
                 found[i] = part
-    together = torch.cat(found)  # a few megabytes a million tokens
+    together = torch.cat(found)  # 4 bytes per token
     with wrap_os_errors(file), replacing(file) as partial:
         save_file({"logprobs": together}, partial, {"key": key, "sha256": _digest(together)})
     return found

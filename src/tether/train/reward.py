@@ -20,7 +20,7 @@ from tether.models.reward_model import RewardModel, init_reward_model, reward_mo
 from tether.runs import Run, recorded_inputs
 from tether.train import sft
 from tether.train.card import reward_card
-from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation, read_numbers
+from tether.train.optim import ScheduledOptimizer, build_optimizer, read_numbers, shuffled_batches
 from tether.train.preamble import check_parts, open_run
 from tether.train.preference_report import PreferenceReport, build_report
 from tether.train.state import TrainingState
@@ -48,7 +48,7 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         train, test = split_pairs(pairs, section.test_fraction, config.seed)
         if share_prompts(train, test):
             print(f"all {len(pairs)} pairs have one prompt: {len(test)} are held out by their answers", file=sys.stderr)
-        plan = plan_steps(len(train), config)
+        plan = shuffled_batches(len(train), batch=section.batch, epochs=section.epochs, seed=config.seed)
         check_warmup(config.optim, len(plan))
         named = [(name, p) for name, p in model.classifier.named_parameters() if p.requires_grad]
         trunk = [(name, p) for name, p in named if not name.startswith("score.")]
@@ -99,15 +99,6 @@ def accumulate(
 def rows_of(pairs: Sequence[Pair]) -> list[list[int]]:
     """2B sequences of B pairs: first every chosen one, then every rejected one."""
     return [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
-
-
-def plan_steps(count: int, config: RewardConfig) -> list[list[int]]:
-    """The pairs of every optimizer step, a function of the seed alone; an epoch's last step may be smaller."""
-    section, plan = config.reward_model, []
-    for epoch in range(section.epochs):
-        order = permutation(count, seed=config.seed, stream=SHUFFLE, counter=(epoch,))
-        plan += [order[start : start + section.batch] for start in range(0, count, section.batch)]
-    return plan
 
 
 def finish(model: RewardModel, train: Sequence[Pair], test: Sequence[Pair]) -> PreferenceReport:
