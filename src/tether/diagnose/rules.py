@@ -467,7 +467,7 @@ def still_learning(view: View) -> Iterator[Alarm]:
     quarter = len(values) // 4
     pairs = quarter * view.config.reward_model.batch
     report = view.reward_report
-    if report is None or not report["learned"] or pairs < 500:
+    if report is None or not report["learned"] or report["train_accuracy"] is None or pairs < 500:
         return
     before, after = (sum(part) / quarter for part in (values[-2 * quarter : -quarter], values[-quarter:]))
     error = math.sqrt((before * (1 - before) + after * (1 - after)) / pairs)
@@ -485,7 +485,7 @@ def weak_reward_model(view: View) -> Iterator[Alarm]:
     have been learned, and a policy trained against them becomes polite, not right: in the demo, reward models at 60 to
     65 % gave policies that a judge preferred on 65 and 73 % of the questions, those above 74 % on 96 % and more."""
     report = view.reward_report
-    if not report or not report["learned"]:
+    if not report or not report["learned"] or report["train_accuracy"] is None:
         return
     if report["accuracy"]["value"] >= 0.65 or report["accuracy"]["high"] >= 0.7:
         return

@@ -139,7 +139,7 @@ def load(
 
 
 def check_sides(train: Sequence[Preference], path: str) -> None:
-    """Raise DataError where all pairs are ties, or where labeled answers lie on one side alone."""
+    """Raise DataError where all pairs are ties, or where all answers have one label."""
     if isinstance(train[0], Pair):
         if all(x.probability == 0.5 for x in train):
             raise DataError(
@@ -147,13 +147,11 @@ def check_sides(train: Sequence[Preference], path: str) -> None:
                 "better: there is nothing to learn. Add pairs of which one answer was preferred."
             )
         return
-    good, bad = any(x.probability > 0.5 for x in train), any(x.probability < 0.5 for x in train)
-    if not good or not bad:
-        missing = "bad" if good else "good" if bad else "good or bad"
+    if len({x.probability for x in train}) == 1:
         raise DataError(
-            f"{path}: of the {len(train)} labeled answers to train on none is {missing} (label "
-            f"{'below' if good else 'above' if bad else 'other than'} 0.5), so nothing says which answers are better "
-            "than others. Add labels of the other side, or imitate the good answers with tether sft."
+            f"{path}: all {len(train)} labeled answers to train on have the label {train[0].probability:g}, so nothing "
+            "says which answers are better than others. Add answers with other labels, or imitate the good ones with "
+            "tether sft."
         )
 
 
