@@ -70,7 +70,7 @@ def test_answers_that_all_score_alike_or_read_alike_give_no_pair():
 def score_file(tmp_path) -> str:
     path = tmp_path / "scores.py"
     path.write_text(
-        "def near(completion_ids, wanted, **columns):\n"
+        "def score(completion_ids, wanted, **columns):\n"
         "    return [-abs(len(ids) - want) for ids, want in zip(completion_ids, wanted)]\n"
         "def first(prompts, completion_ids):\n"
         "    return [len(i) if p == 'Hello' else 1.0 for p, i in zip(prompts, completion_ids)]\n"
@@ -86,7 +86,7 @@ def command(model, prompts, *flags) -> int:
 
 def test_the_command_writes_pairs_that_the_reward_trainer_reads(model, prompts, score_file, tmp_path, capsys):
     to = tmp_path / "pairs.jsonl"
-    assert command(model, prompts, "--reward", f"{score_file}:near", "--pairs", "--to", str(to)) == 0
+    assert command(model, prompts, "--reward", f"{score_file}:score", "--pairs", "--to", str(to)) == 0
     assert "3 prompts, 4 answers each: mean score " in capsys.readouterr().err
     tokenizer = load_tokenizer(str(model))
     stop = tokenizer.eos_token_id
@@ -97,7 +97,7 @@ def test_the_command_writes_pairs_that_the_reward_trainer_reads(model, prompts, 
 
 
 def test_the_command_prints_winners_that_the_fine_tuning_reads(model, prompts, score_file, tmp_path, capsys):
-    assert command(model, prompts, "--reward", f"{score_file}:near") == 0
+    assert command(model, prompts, "--reward", f"{score_file}:score") == 0
     printed = capsys.readouterr().out
     assert printed.isascii()  # what a model wrote must not act on the terminal
     (tmp_path / "winners.jsonl").write_text(printed)

@@ -75,7 +75,9 @@ def reward_source(name: str) -> RewardSourceConfig:
     """The source that `--reward` names: a function where it is FILE.py:NAME or package.module:NAME, else a model."""
     module, _, function = name.rpartition(":")
     is_function = bool(module and function) and not Path(name).exists()
-    return RewardSourceConfig(function=name) if is_function else RewardSourceConfig(model=name)
+    # It is the only source, so a function may be called `score`, which is a metric's name in a run.
+    function, model = (name, None) if is_function else (None, name)
+    return RewardSourceConfig(function=function, model=model, name="reward")
 
 
 def winners(scored: Sequence[ScoredAnswers]) -> list[dict[str, Any]]:
