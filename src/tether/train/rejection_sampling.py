@@ -75,9 +75,9 @@ def reward_source(name: str) -> RewardSourceConfig:
     """The source that `--reward` names: a function where it is FILE.py:NAME or package.module:NAME, else a model."""
     module, _, function = name.rpartition(":")
     is_function = bool(module and function) and not Path(name).exists()
-    # It is the only source, so a function may be called `score`, which is a metric's name in a run.
-    function, model = (name, None) if is_function else (None, name)
-    return RewardSourceConfig(function=function, model=model, name="reward")
+    if is_function:
+        return RewardSourceConfig(function=name, name="reward")  # `score` would be a metric's name in a run
+    return RewardSourceConfig(model=name)
 
 
 def winners(scored: Sequence[ScoredAnswers]) -> list[dict[str, Any]]:
