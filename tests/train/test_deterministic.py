@@ -80,6 +80,7 @@ def test_the_trainers_of_steps_are_deterministic_while_they_run_and_leave_torch_
     kind, model, rows, answers = {
         "sft": (SFTConfig, SFTModelConfig, DataConfig, {"completion": "b"}),
         "reward_model": (RewardConfig, SFTModelConfig, DataConfig, {"chosen": "c", "rejected": "d"}),
+        "dpo": (DPOConfig, ReferencedModelConfig, DataConfig, {"chosen": "c", "rejected": "d"}),
         "qlearning": (QLearningConfig, ModelConfig, ScoredConfig, {"completion": "b", "score": 1}),
     }[trainer]
     data.write_text("".join(json.dumps({"prompt": prompt, **answers}) + "\n" for prompt in "abcdefgh"))
