@@ -10,9 +10,11 @@ import torch
 import tether
 from tether.config import (
     DataConfig,
+    DPOConfig,
     LogConfig,
     ModelConfig,
     QLearningConfig,
+    ReferencedModelConfig,
     RewardConfig,
     ScoredConfig,
     SFTConfig,
