@@ -96,7 +96,7 @@ REWARD = [
 
 DPO = [
     Curve("dpo/loss", "Loss",
-          "Of the preferences of each step, without `dpo.nll`. Under sigmoid and unpaired knowing nothing is 0.693; "
+          "Of the preferences of each step, without dpo.nll. Under sigmoid and unpaired knowing nothing is 0.693; "
           "under ipo it is 1/(4β²), under kto 0.5.", shows=(0,)),
     Curve("dpo/accuracy", "Training accuracy",
           "Share of a step's pairs whose chosen answer has the higher implicit reward. Far more than people agree on, "
