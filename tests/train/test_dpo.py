@@ -25,7 +25,7 @@ from tether.config import (
     ReferencedModelConfig,
 )
 from tether.config.reading import to_yaml
-from tether.data.labeled import Labeled
+from tether.data.labeled import Labeled, pair_labels, preferred_first
 from tether.data.pairs import Pair
 from tether.diagnose import dry_run, examine
 from tether.errors import DataError, ModelError
@@ -36,8 +36,6 @@ from tether.train.dpo import (
     accumulate,
     load,
     mismatch,
-    pair_labels,
-    preferred_first,
     training_sample,
 )
 from tiny import randomize, transformer

@@ -150,6 +150,8 @@ def test_a_confidently_wrong_model_is_not_called_learned_however_often_it_is_rig
     assert report.accuracy.low > 0.7
     assert report.loss > math.log(2)
     assert not report.learned
+    assert "so sure of itself" in report.text()
+    assert "Nothing was learned" not in report.text()
 
 
 def test_a_model_that_only_counts_tokens_is_compared_with_the_length_only_baseline():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,9 @@ class Labeled:
     @property
     def answers(self) -> tuple[list[int], ...]:
         return (self.answer_ids,)
+
+
+Preference = Pair | Labeled
 
 
 def load_pairs_or_labeled(
@@ -73,6 +77,50 @@ def split_pair(pair: Pair) -> tuple[Labeled, Labeled]:
         Labeled(pair.prompt_ids, pair.rejected_ids, pair.row, pair.prompt_key, pair.group, 1 - pair.probability,
                 pair.weight),
     )  # fmt: skip
+
+
+def preferred_first(pair: Preference) -> Preference:
+    """The same preference with the likelier winner as the chosen one."""
+    if isinstance(pair, Labeled) or pair.probability >= 0.5:
+        return pair
+    likelier = 1 - pair.probability
+    return replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids, probability=likelier)
+
+
+def singles(examples: Sequence[Preference]) -> list[Preference]:
+    """Labeled answers, two out of every pair."""
+    return [single for x in examples for single in (split_pair(x) if isinstance(x, Pair) else (x,))]
+
+
+def as_pairs(examples: Sequence[Preference]) -> list[Pair]:
+    """Pairs as they are; of labeled answers a good one with a bad one, see `pair_labels`."""
+    if examples and isinstance(examples[0], Pair):
+        return [x for x in examples if isinstance(x, Pair)]
+    singles = [x for x in examples if isinstance(x, Labeled)]
+    good, bad = pair_labels(singles)
+    return [
+        Pair(singles[i].prompt_ids, singles[i].answer_ids, singles[j].answer_ids, singles[i].row,
+             singles[i].prompt_key, singles[i].group)
+        for i, j in zip(good, bad, strict=True)
+    ]  # fmt: skip
+
+
+def pair_labels(examples: Sequence[Labeled]) -> tuple[list[int], list[int]]:
+    """Positions of good answers, and of a bad one for each: to the same prompt where any prompt has both.
+
+    Of a prompt with g good and b bad answers, max(g, b) pairs: every answer is in one, those of the rarer side in more.
+    """
+    of_prompt: dict[str, tuple[list[int], list[int]]] = {}
+    for i, x in enumerate(examples):
+        if x.probability != 0.5:
+            of_prompt.setdefault(x.prompt_key, ([], []))[x.probability < 0.5].append(i)
+    groups = [(good, bad) for good, bad in of_prompt.values() if good and bad]
+    if not groups:
+        sides = zip(*of_prompt.values(), strict=True) if of_prompt else ([], [])
+        good, bad = (sorted(i for part in side for i in part) for side in sides)
+        groups = [(good, bad)] if good and bad else []
+    found = [(g[k % len(g)], b[k % len(b)]) for g, b in groups for k in range(max(len(g), len(b)))]
+    return [i for i, _ in found], [j for _, j in found]
 
 
 def _labeled(

@@ -25,6 +25,7 @@ from tether.config import (
     source_name,
 )
 from tether.data.examples import load_examples
+from tether.data.labeled import singles
 from tether.data.pairs import load_pairs
 from tether.data.scored import all_stop_ids, load_scored
 from tether.data.split import share_prompts, split_pairs
@@ -37,7 +38,7 @@ from tether.models.reward_model import check_one_label
 from tether.rewards import FunctionReward, load_function
 from tether.train.contexts import check_contexts
 from tether.train.dpo import load as load_preferences
-from tether.train.dpo import mismatch, singles
+from tether.train.dpo import mismatch
 from tether.train.evaluate import load_inputs
 from tether.train.held_out import load_prompt_sets
 from tether.train.optim import shuffled_batches

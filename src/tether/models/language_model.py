@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -54,6 +54,10 @@ class LanguageModel:
 
     def autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.dtype, self.device)
+
+    def without_adapter(self) -> AbstractContextManager[Any]:
+        """Inside, the model is as it was before LoRA; the same model where there is no adapter."""
+        return self.lm.disable_adapter() if hasattr(self.lm, "disable_adapter") else nullcontext()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,7 +129,7 @@ class Reference:
     def logprobs(self, rows: Rows, *, temperature: float) -> Tensor:
         """[B, R] nats, 0 outside the mask."""
         model = self.frozen or self.policy.model
-        with nullcontext() if self.frozen else model.lm.disable_adapter():
+        with model.without_adapter():
             logprobs, _, _ = model.response_logprobs(rows, temperature=temperature, entropy=False)
         return _fill(logprobs, rows.response_mask)
 

@@ -237,7 +237,7 @@ def _looks(run: Run, ppo: PPOSection) -> list[Look]:
 
 
 def sft_page(run: Run, config: SFTConfig, metrics: Sequence[dict[str, Any]]) -> Page:
-    lede = f"Supervised fine-tuning of {_model_name(config)} on {config.data.path}, {config.sft.epochs} epochs."
+    lede = f"Supervised fine-tuning of {_model_name(config)} on {config.data.path}, epochs {config.sft.epochs}."
     headlines = []
     if metrics:
         loss = _ends(metrics, "loss")
@@ -253,7 +253,7 @@ def sft_page(run: Run, config: SFTConfig, metrics: Sequence[dict[str, Any]]) -> 
 def reward_page(run: Run, config: RewardConfig, metrics: Sequence[dict[str, Any]]) -> Page:
     lede = (
         f"Reward model from {_model_name(config)}, fitted to the preferences of {config.data.path}, "
-        f"{config.reward_model.epochs} epochs."
+        f"epochs {config.reward_model.epochs}."
     )
     found = preference_report(run)
     if found is None:
@@ -267,7 +267,7 @@ def dpo_page(run: Run, config: DPOConfig, metrics: Sequence[dict[str, Any]]) -> 
     section = config.dpo
     lede = (
         f"DPO on {_model_name(config)}: the preferences of {config.data.path}, loss {section.loss}, "
-        f"β {section.beta:g}, {section.epochs} epochs."
+        f"β {section.beta:g}, epochs {section.epochs}."
     )
     headlines: list[Headline] = []
     figures: list[Figure] = []
@@ -293,7 +293,11 @@ def _of_held_out_pairs(found: dict[str, Any]) -> tuple[list[Headline], list[Figu
             Headline("Training accuracy", right, f"on {found['train_pairs']} pairs; people agree on 63 to 77 %"),
         ]
         return headlines, []
-    verdict = "" if found["learned"] else " Nothing was learned that can be told from chance."
+    verdict = ""
+    if accuracy["low"] <= 0.5:
+        verdict = " Nothing was learned that can be told from chance."
+    elif not found["learned"]:
+        verdict = " It is so sure of itself that its loss is above that of knowing nothing."
     if found.get("same_prompts"):
         verdict += " Held out by answers: all pairs have one prompt, and the figure is for it alone."
     sure = _interval(accuracy["low"], accuracy["high"], ".1%")
@@ -318,7 +322,7 @@ def qlearning_page(run: Run, config: QLearningConfig, metrics: Sequence[dict[str
     lora = " with LoRA" if config.model.lora else ""
     lede = (
         f"Q-learning on {config.model.policy}{lora} from the scored answers of {', '.join(config.data.paths)}, "
-        f"{config.qlearning.epochs} epochs."
+        f"epochs {config.qlearning.epochs}."
     )
     headlines = []
     if metrics:

@@ -56,7 +56,7 @@ def sft_card(run: Run, config: SFTConfig) -> str:
         run.path.name,
         policy,
         "sft",
-        f"Supervised fine-tuning by Tether from {_start(policy)} on `{config.data.path}`: {config.sft.epochs} epochs, "
+        f"Supervised fine-tuning by Tether from {_start(policy)} on `{config.data.path}`: epochs {config.sft.epochs}, "
         f"{len(metrics)} optimizer steps, seed {config.seed}.",
         f"Loss, nats per token: {_shown(metrics[0]['loss'])} before the first step, {_shown(metrics[-1]['loss'])} "
         "before the last.",
@@ -88,7 +88,7 @@ def dpo_card(run: Run, config: DPOConfig, report: str) -> str:
         config.model.policy,
         "dpo, rlhf",
         f"Trained by Tether from `{config.model.policy}` on the preferences in `{config.data.path}`{against}: loss "
-        f"{section.loss}, β {section.beta:g}, {section.epochs} epochs, {len(run.metrics)} optimizer steps, seed "
+        f"{section.loss}, β {section.beta:g}, epochs {section.epochs}, {len(run.metrics)} optimizer steps, seed "
         f"{config.seed}.",
         f"Its implicit reward, judged as a reward model would be:\n\n{report}",
         f"Log-ratio to the reference before the last step, nats per token: chosen answers "
@@ -106,7 +106,7 @@ def qlearning_card(run: Run, config: QLearningConfig) -> str:
         config.model.policy,
         "qlearning, rlhf",
         f"Trained by Q-learning with Tether from `{config.model.policy}` on the scored answers of "
-        f"{', '.join(f'`{path}`' for path in config.data.paths)}: {section.epochs} epochs, {len(metrics)} optimizer "
+        f"{', '.join(f'`{path}`' for path in config.data.paths)}: epochs {section.epochs}, {len(metrics)} optimizer "
         f"steps, seed {config.seed}.",
         f"Residual, reward units: {_shown(metrics[0]['qlearning/residual'])} before the first step, "
         f"{_shown(metrics[-1]['qlearning/residual'])} before the last. At 0 this would be the best policy for the "

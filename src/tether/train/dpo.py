@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from tether.config import DPOConfig, DPOSection, check, check_warmup
-from tether.data.labeled import Labeled, load_pairs_or_labeled, split_pair
+from tether.data.labeled import (
+    Labeled,
+    Preference,
+    as_pairs,
+    load_pairs_or_labeled,
+    pair_labels,
+    preferred_first,
+    singles,
+)
 from tether.data.pairs import Pair
 from tether.data.snapshot import pin_labels
 from tether.data.split import share_prompts, split_pairs
@@ -58,8 +66,6 @@ from tether.types import LogSink, Rows, microbatches
 
 LR, LR_LORA = 1e-6, 1e-5  # a tenth of the other trainers': every step pushes the same answers apart
 REPORT = "dpo_report.json"
-
-Preference = Pair | Labeled
 
 
 def dpo(config: DPOConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False) -> Run:
@@ -153,19 +159,6 @@ def check_sides(train: Sequence[Preference], path: str) -> None:
             "says which answers are better than others. Add answers with other labels, or imitate the good ones with "
             "tether sft."
         )
-
-
-def singles(examples: Sequence[Preference]) -> list[Preference]:
-    """Labeled answers, two out of every pair."""
-    return [single for x in examples for single in (split_pair(x) if isinstance(x, Pair) else (x,))]
-
-
-def preferred_first(pair: Preference) -> Preference:
-    """The same preference with the likelier winner as the chosen one."""
-    if isinstance(pair, Labeled) or pair.probability >= 0.5:
-        return pair
-    likelier = 1 - pair.probability
-    return replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids, probability=likelier)
 
 
 def mismatch(examples: Sequence[Any], config: DPOConfig, context: int | None) -> list[Preference]:
@@ -461,34 +454,3 @@ def implicit_rewards(
     good, bad = pair_labels([item.example for item in items if isinstance(item.example, Labeled)])
     scores = torch.cat(rewards)
     return as_pairs([item.example for item in items]), torch.cat([scores[good], scores[bad]])
-
-
-def as_pairs(examples: Sequence[Preference]) -> list[Pair]:
-    """Pairs as they are; of labeled answers a good one with a bad one, see `pair_labels`."""
-    if examples and isinstance(examples[0], Pair):
-        return [x for x in examples if isinstance(x, Pair)]
-    singles = [x for x in examples if isinstance(x, Labeled)]
-    good, bad = pair_labels(singles)
-    return [
-        Pair(singles[i].prompt_ids, singles[i].answer_ids, singles[j].answer_ids, singles[i].row,
-             singles[i].prompt_key, singles[i].group)
-        for i, j in zip(good, bad, strict=True)
-    ]  # fmt: skip
-
-
-def pair_labels(examples: Sequence[Labeled]) -> tuple[list[int], list[int]]:
-    """Positions of good answers, and of a bad one for each: to the same prompt where any prompt has both.
-
-    Of a prompt with g good and b bad answers, max(g, b) pairs: every answer is in one, those of the rarer side in more.
-    """
-    of_prompt: dict[str, tuple[list[int], list[int]]] = {}
-    for i, x in enumerate(examples):
-        if x.probability != 0.5:
-            of_prompt.setdefault(x.prompt_key, ([], []))[x.probability < 0.5].append(i)
-    groups = [(good, bad) for good, bad in of_prompt.values() if good and bad]
-    if not groups:
-        sides = zip(*of_prompt.values(), strict=True) if of_prompt else ([], [])
-        good, bad = (sorted(i for part in side for i in part) for side in sides)
-        groups = [(good, bad)] if good and bad else []
-    found = [(g[k % len(g)], b[k % len(b)]) for g, b in groups for k in range(max(len(g), len(b)))]
-    return [i for i, _ in found], [j for _, j in found]

@@ -87,8 +87,13 @@ class PreferenceReport:
             )
         if self.test_ties:
             lines.append(f"{self.test_ties} held-out ties count in the loss alone.")
-        if not self.learned:
+        if self.accuracy.low <= 0.5:
             lines.append("Nothing was learned that can be told from chance: do not use this model.")
+        elif not self.learned:
+            lines.append(
+                "It ranks answers better than chance, but is so sure of itself that its loss is above that of knowing "
+                "nothing: use no probability of it. Fewer epochs or a lower learning rate hold it back."
+            )
         elif self.accuracy.low <= self.length_accuracy.value:
             lines.append("It is no better than the length-only baseline.")
         return "\n".join(lines)

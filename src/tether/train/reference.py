@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -59,7 +58,7 @@ def reference_logprobs(
             run.event("fallback", what=note)
             say(note)
     found: list[Tensor] = [torch.empty(0)] * len(responses)
-    with torch.no_grad(), _adapter_off(reference):
+    with torch.no_grad(), reference.without_adapter():
         for index in microbatches([len(p) + len(r) for p, r in responses], microbatch_tokens):
             batch = [responses[i] for i in index.tolist()]
             rows = Rows.of([p for p, _ in batch], [r for _, r in batch]).to(model.device)
@@ -71,10 +70,6 @@ def reference_logprobs(
     with wrap_os_errors(file), replacing(file) as partial:
         save_file({"logprobs": together}, partial, {"key": key, "sha256": _digest(together)})
     return found
-
-
-def _adapter_off(model: LanguageModel) -> AbstractContextManager[object]:
-    return model.lm.disable_adapter() if hasattr(model.lm, "disable_adapter") else nullcontext()
 
 
 def _key(responses: Sequence[Response], weights: str, model: LanguageModel, temperature: float) -> str:
