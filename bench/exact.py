@@ -442,8 +442,8 @@ def table(results: list[dict[str, Any]]) -> str:
             f"| {title} | {_mean(mine, 'score')}{f' (optimum {known[0]:.4f})' if known else ''} "
             f"| {_mean(mine, 'kl_to_reference')}{f' ({known[1]:.4f})' if known else ''} "
             f"| {' '.join(format(r['kl_to_optimum'], '.4f') for r in mine)} "
-            f"| {' '.join('–' if r['value_rmse'] is None else format(r['value_rmse'], '.3f') for r in mine)} | {reached}/{len(mine)} "
-            f"| {worst:.2f} of the bound, {len(gaps)} checkpoints |"
+            f"| {' '.join(format(r['value_rmse'], '.3f') for r in mine if r['value_rmse'] is not None) or '–'} "
+            f"| {reached}/{len(mine)} | {worst:.2f} of the bound, {len(gaps)} checkpoints |"
         )
     return "\n".join(lines)
 
