@@ -7,6 +7,7 @@ trained by `tether.ppo` as a user would call it, on a two-layer transformer; not
     python bench/exact.py                       every task, 5 seeds, table and docs/exact.svg
     python bench/exact.py --tasks E2 --seeds 0  one
     python bench/exact.py --routes bellman      Q-learning, from answers that nobody's policy wrote
+    python bench/exact.py --routes gae group dpo bellman    and how far they are from one another
 
 Needs about half a minute a run on one core.
 """
@@ -22,7 +23,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -130,7 +131,8 @@ class Exact:
     kl_to_optimum: float  # KL(π‖π*), nats, mean over prompts
     score: float  # E score under π
     kl_to_reference: float  # KL(π‖ref), nats
-    value_rmse: float  # critic against V*, weighted by visits under π
+    value_rmse: float | None  # critic against V*, weighted by visits under π
+    logprobs: list[list[float]]  # of every response to every prompt under π
 
 
 def response_logprobs(model: LanguageModel, prompt: int, responses: Sequence[Ids]) -> torch.Tensor:
@@ -144,7 +146,7 @@ def response_logprobs(model: LanguageModel, prompt: int, responses: Sequence[Ids
 
 def compare(task: Task, policy: LanguageModel, reference: LanguageModel, values: Callable[[Rows], Any] | None) -> Exact:
     responses = task.responses()
-    totals = [0.0, 0.0, 0.0, 0.0]
+    totals, logprobs = [0.0, 0.0, 0.0, 0.0], list[list[float]]()
     for prompt in task.prompts:
         score = torch.tensor([task.score(prompt, y) for y in responses], dtype=torch.float64)
         ref, pi = (response_logprobs(m, prompt, responses) for m in (reference, policy))
@@ -152,12 +154,14 @@ def compare(task: Task, policy: LanguageModel, reference: LanguageModel, values:
         best = best - best.logsumexp(0)
         p = pi.exp()
         assert abs(float(p.sum()) - 1) < 1e-4, "the enumeration missed a response"
+        logprobs.append(pi.tolist())
         totals[0] += float((p * (pi - best)).sum())
         totals[1] += float((p * score).sum())
         totals[2] += float((p * (pi - ref)).sum())
         totals[3] += _value_error(task, prompt, responses, ref, p, score, values) if values else 0.0
     n = len(task.prompts)
-    return Exact(totals[0] / n, totals[1] / n, totals[2] / n, math.sqrt(totals[3] / n))
+    rmse = math.sqrt(totals[3] / n) if values else None
+    return Exact(totals[0] / n, totals[1] / n, totals[2] / n, rmse, logprobs)
 
 
 def _value_error(task: Task, prompt: int, responses: list[Ids], ref: Any, p: Any, score: Any, values: Any) -> float:
@@ -413,8 +417,10 @@ def run_bellman(name: str, seed: int, cycles: int | None = None, **settings: Any
 
 def run_route(name: str, seed: int, cycles: int | None, route: str) -> dict[str, Any]:
     if route == "dpo":
-        return run_dpo(name, seed, cycles)
-    return run_bellman(name, seed, cycles) if route == "bellman" else run(name, seed, cycles, route)
+        result = run_dpo(name, seed, cycles)
+    else:
+        result = run_bellman(name, seed, cycles) if route == "bellman" else run(name, seed, cycles, route)
+    return {"cycles": cycles} | result
 
 
 # ---------------------------------------------------------------- table and plot
@@ -428,7 +434,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for name, route in dict.fromkeys((r["task"], r["route"]) for r in results):
         mine = [r for r in results if (r["task"], r["route"]) == (name, route)]
         title = name if route == "gae" else f"{name}, {route}"
-        reached = sum(r["kl_to_optimum"] <= 0.01 and r["value_rmse"] <= 0.05 for r in mine)
+        reached = sum(r["kl_to_optimum"] <= 0.01 and (r["value_rmse"] or 0) <= 0.05 for r in mine)
         gaps = [g for r in mine for g in r["gaps"]]
         worst = max((min(abs(s - t) / t / 0.15, abs(s - t) / 0.002) for _, t, s in gaps), default=0.0)
         known = TASKS[name].known
@@ -436,8 +442,8 @@ def table(results: list[dict[str, Any]]) -> str:
             f"| {title} | {_mean(mine, 'score')}{f' (optimum {known[0]:.4f})' if known else ''} "
             f"| {_mean(mine, 'kl_to_reference')}{f' ({known[1]:.4f})' if known else ''} "
             f"| {' '.join(format(r['kl_to_optimum'], '.4f') for r in mine)} "
-            f"| {' '.join(format(r['value_rmse'], '.3f') for r in mine)} | {reached}/{len(mine)} "
-            f"| {worst:.2f} of the bound, {len(gaps)} checkpoints |"
+            f"| {' '.join(format(r['value_rmse'], '.3f') for r in mine if r['value_rmse'] is not None) or '–'} "
+            f"| {reached}/{len(mine)} | {worst:.2f} of the bound, {len(gaps)} checkpoints |"
         )
     return "\n".join(lines)
 
@@ -446,10 +452,30 @@ def _mean(results: list[dict[str, Any]], key: str) -> str:
     return f"{sum(r[key] for r in results) / len(results):.4f}"
 
 
+def apart(results: list[dict[str, Any]]) -> str:
+    """How far the routes' policies are from one another, where two of them ended the same task with the same seed."""
+    lines = ["| task | routes | KL between any two, worst of both directions | seeds |", "|---|---|--:|--:|"]
+    for name in dict.fromkeys(r["task"] for r in results):
+        worst, seeds, routes = 0.0, set[int](), dict[str, None]()
+        for one, other in itertools.permutations([r for r in results if r["task"] == name], 2):
+            if one["seed"] == other["seed"] and one["route"] != other["route"]:
+                p, q = (torch.tensor(r["logprobs"], dtype=torch.float64) for r in (one, other))
+                worst = max(worst, float((p.exp() * (p - q)).sum(1).mean()))
+                seeds.add(one["seed"])
+                routes[one["route"]] = None
+        if seeds:
+            lines.append(f"| {name} | {', '.join(routes)} | {worst:.4f} | {len(seeds)} |")
+    return "\n".join(lines)
+
+
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """KL(π‖π*) over cycles, one thin line a seed."""
-    lines = [Line(r["task"], r["curve"]) for r in results]
-    draw(path, lines, x="cycle of 256 responses", y="KL(π‖π*), nats; dashed: the bar", log_y=(-4, 0.7), bar=0.01)
+    """KL(π‖π*) over the samples that were drawn or given, one thin line a seed."""
+    tasks, routes = ({r[key] for r in results} for key in ("task", "route"))
+    lines = []
+    for r in results:
+        name = ", ".join(r[key] for key, all_ in (("task", tasks), ("route", routes)) if len(all_) > 1)
+        lines.append(Line(name or r["task"], [(256 * cycle, kl) for cycle, kl in r["curve"]]))
+    draw(path, lines, x="responses used", y="KL(π‖π*), nats; dashed: the bar", log_y=(-4, 0.7), bar=0.01)
 
 
 def main() -> None:
@@ -461,19 +487,26 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--cycles", type=int, help="of 256 responses; by default each task's own, 60 to 250")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--to", type=Path, default=Path("runs/bench-exact.jsonl"), help="results; done runs are kept")
     parser.add_argument("--plot", type=Path, help="write the plot here")
     args = parser.parse_args()
-    wanted = [(t, seed, args.cycles, route) for t in args.tasks for route in args.routes for seed in args.seeds]
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        results = []
-        for result in pool.map(run_route, *zip(*wanted, strict=True)):
-            results.append(result)
-            print(f"{result['task']} {result['route']} seed {result['seed']}: KL(π‖π*) {result['kl_to_optimum']:.4f}, "
-                  f"critic RMSE {result['value_rmse']:.3f}", file=sys.stderr, flush=True)  # fmt: skip
+    args.to.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in args.to.read_text().splitlines()] if args.to.exists() else []
+    of = {(r["task"], r["seed"], r["cycles"], r["route"]): r for r in done}
+    wanted = list(itertools.product(args.tasks, args.seeds, [args.cycles], args.routes))
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool, args.to.open("a") as file:
+        for run_ in as_completed([pool.submit(run_route, *key) for key in wanted if key not in of]):
+            result = run_.result()
+            of[result["task"], result["seed"], result["cycles"], result["route"]] = result
+            print(json.dumps(result), file=file, flush=True)
+            name = f"{result['task']} {result['route']} seed {result['seed']}"
+            print(f"{name}: KL(π‖π*) {result['kl_to_optimum']:.4f}", file=sys.stderr, flush=True)
+    results = [
+        of[task, seed, args.cycles, route] for task in args.tasks for route in args.routes for seed in args.seeds
+    ]
     print(table(results))
-    if args.json:
-        args.json.write_text(json.dumps(results))
+    if len(args.routes) > 1:
+        print(f"\n{apart(results)}")
     if args.plot:
         plot(results, args.plot)
 
