@@ -48,7 +48,8 @@ class TwoLayers(nn.Module):
 
     def features(self, hidden: Tensor) -> Tensor:
         """[N, 2D] what the last layer sees."""
-        return relu(self.first(hidden))
+        features: Tensor = relu(self.first(hidden))
+        return features
 
     def of_tokens(self, features: Tensor, tokens: Tensor) -> Tensor:
         """[N] the output of one token each: [N, V] is not needed for that."""
