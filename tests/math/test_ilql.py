@@ -1,6 +1,7 @@
 """Implicit Q-learning: each loss by hand, its fixed point by enumeration, and what is sampled from.
 
-In the fixed point every response of a small task is a row, weighted by how likely the data holds it; V and Q are tables.
+In the fixed point every response of a small task is a row, weighted by how likely the data holds it; V and Q are
+tables.
 """
 
 import math
@@ -35,7 +36,7 @@ def test_v_is_the_expectile_of_a_coin(tau, value):
 
 
 def test_the_targets_of_q_worked_by_hand():
-    # γ = .9; a row of three tokens with score 2: .9·5, .9·7, 2; one of a single token with score -1: -1, V beyond unused
+    # γ = .9; three tokens, score 2: .9·5, .9·7, 2; a single token, score -1: -1, whatever V would be beyond it
     mask = torch.tensor([[True, True, True], [True, False, False]])
     values = torch.tensor([[3.0, 5.0, 7.0], [4.0, math.nan, math.inf]], requires_grad=True)
     targets = q_targets(torch.tensor([2.0, -1.0]), values, mask, gamma=0.9)

@@ -27,11 +27,11 @@ from tether.config import (
     ScoredConfig,
 )
 from tether.config.reading import to_yaml
-from tether.data.scored import ScoredResponse, load_scored
+from tether.data.scored import load_scored
 from tether.models.policy import build_policy
 from tether.train.qlearning import accumulate
-from tether.types import Prompt, Rows
-from tiny import random_ids, randomize
+from tether.types import Rows
+from tiny import randomize, scored_answers
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 import exact
@@ -40,19 +40,10 @@ CPU = torch.device("cpu")
 SECTION = QLearningSection(beta=0.5, lam=0.9)
 
 
-def answers() -> list[ScoredResponse]:
-    prompts, responses = random_ids([5, 1, 12, 5]), random_ids([6, 14, 3, 1], seed=1)
-    prompts[3], numbers = prompts[0], [0, 1, 2, 0]
-    return [
-        ScoredResponse(Prompt(tuple(p), "…", n), r, "length", float(s))
-        for p, r, n, s in zip(prompts, responses, numbers, [1.0, -2.0, 0.5, 3.0], strict=True)
-    ]
-
-
 def policy_and_references(directory, **settings):
     """A policy whose value head says something and whose weights have left the reference, and log-probs of that."""
     policy, reference, _ = build_policy(ModelConfig(str(directory), **settings), device=CPU, seed=0)
-    found = answers()
+    found = scored_answers()
     rows = Rows.of([a.prompt.ids for a in found], [a.response_ids for a in found])
     refs = reference.logprobs(rows, temperature=1.0)
     randomize(policy.critic.head if policy.critic else policy.value_head)
@@ -65,10 +56,10 @@ def policy_and_references(directory, **settings):
 def test_the_metrics_of_a_step_are_those_of_a_slow_reference(tiny_model):
     # in float64, token by token, off the whole logits of transformers' own model
     policy, references = policy_and_references(tiny_model())
-    got = accumulate(policy, answers(), references, SECTION)
+    got = accumulate(policy, scored_answers(), references, SECTION)
     model, head = copy.deepcopy(policy.lm).double(), copy.deepcopy(policy.value_head).double()
     residuals, values, log_ratios = [], [], []
-    for answer, ref in zip(answers(), references, strict=True):
+    for answer, ref in zip(scored_answers(), references, strict=True):
         ids, start, n = [*answer.prompt.ids, *answer.response_ids], len(answer.prompt.ids), len(answer.response_ids)
         with torch.no_grad():
             output = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
@@ -85,7 +76,7 @@ def test_the_metrics_of_a_step_are_those_of_a_slow_reference(tiny_model):
         log_ratios.append(sum(ratio))
     tokens = len(residuals)
     returns = torch.tensor(residuals) + torch.tensor(values)
-    g = [a.score - SECTION.beta * x for a, x in zip(answers(), log_ratios, strict=True)]
+    g = [a.score - SECTION.beta * x for a, x in zip(scored_answers(), log_ratios, strict=True)]
     assert got == {
         "qlearning/loss": pytest.approx(sum(a * a for a in residuals) / 2 / tokens, rel=1e-5),
         "qlearning/residual": pytest.approx(math.sqrt(sum(a * a for a in residuals) / tokens), rel=1e-5),
@@ -104,7 +95,7 @@ def test_microbatches_change_no_gradient(tiny_model, settings):
     policy, references = policy_and_references(tiny_model("qwen3"), **settings)
     found = []
     for tokens in (1, 20, 10_000):
-        metrics = accumulate(policy, answers(), references, replace(SECTION, microbatch_tokens=tokens))
+        metrics = accumulate(policy, scored_answers(), references, replace(SECTION, microbatch_tokens=tokens))
         named = [*policy.policy_parameters(), *policy.critic_parameters()]
         found.append((metrics, torch.cat([p.grad.flatten() for _, p in named])))
         for _, p in named:
