@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,6 +135,12 @@ VARIANTS = {
     "separate critic": {"critic": "separate"},
     "bfloat16": {"dtype": "bfloat16"},
 }
+IMPLICIT = {  # with heads, their targets, and the steps since these were synced
+    "ilql": {},
+    "ilql, LoRA": {"lora": LoraConfig(rank=2)},
+    "ilql, bfloat16": {"dtype": "bfloat16"},
+    "ilql, checkpointing": {"gradient_checkpointing": True},
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -169,11 +176,41 @@ def test_a_run_leaves_a_plain_model_with_its_critic_and_every_number_of_its_toke
     assert {tokenizer.decode(row["token_id"]) for row in rows} >= {"xy<eos>", "yy"}  # stopped, and cut
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", IMPLICIT)
+def test_an_implicit_run_leaves_a_plain_model_with_its_heads_and_every_number(tiny_model, data, tmp_path, variant):
+    config = config_for(tmp_path / "run", tiny_model("qwen3", vocab_size=264), data, loss="ilql")
+    run = tether.qlearning(replace(config, model=replace(config.model, **IMPLICIT[variant])))
+    assert len(run.metrics) == 12
+    assert run.metrics[0]["value/mean"] == 0
+    assert not (run.final / "adapter_config.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(run.final)
+    heads = load_file(run.final / "ilql" / "heads.safetensors")
+    tolerance = 0.1 if variant == "ilql, bfloat16" else 1e-4
+    for row in run.rollouts(12).to_pylist()[:6]:
+        n, ids = row["length"], [*row["prompt_token_id"], *row["token_id"]]
+        before, chosen = slice(len(ids) - n - 1, len(ids) - 1), (range(n), row["token_id"])
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        hidden = output.hidden_states[-1][0, before]
+
+        def outputs(name, hidden=hidden):
+            features = hidden @ heads[f"{name}.first.weight"].T + heads[f"{name}.first.bias"]
+            return features.relu() @ heads[f"{name}.last.weight"].T + heads[f"{name}.last.bias"]
+
+        value, q = outputs("value")[:, 0], torch.minimum(outputs("target_q1"), outputs("target_q2"))[chosen]
+        logprobs = output.logits[0, before].log_softmax(-1)[chosen]
+        for column, want in (("value", value), ("q", q), ("advantage", q - value), ("old_logprob", logprobs)):
+            assert_close(torch.tensor(row[column]), want, atol=tolerance, rtol=0)
+        assert row["reward"] == [0.0] * (n - 1) + [row["score"]]
+        assert row["kl"] is None
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *IMPLICIT])
 def test_a_run_that_is_killed_twice_ends_with_the_same_bits(tiny_model, data, tmp_path, variant):
     model = tiny_model("llama", num_hidden_layers=4, hidden_size=64)
-    config = config_for(tmp_path / "whole", model, data, epochs=4, batch=4)
-    settings = replace(config.model, **VARIANTS[variant])
+    loss = "ilql" if variant in IMPLICIT else "bellman"
+    config = config_for(tmp_path / "whole", model, data, epochs=4, batch=4, loss=loss)
+    settings = replace(config.model, **(VARIANTS | IMPLICIT)[variant])
     config = replace(config, checkpoint=CheckpointConfig(every=5), model=settings)
     whole = tether.qlearning(config)
     config = replace(config, run=str(tmp_path / "killed"))
@@ -186,7 +223,7 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_bits(tiny_model, data, tm
     killed = tether.qlearning(config)
     assert steady(killed) == steady(whole)
     assert len(steady(whole)) == 24
-    names = ["model.safetensors", "critic/value_head.safetensors"]
+    names = ["model.safetensors", "ilql/heads.safetensors" if loss == "ilql" else "critic/value_head.safetensors"]
     names += ["critic/model.safetensors"] if variant == "separate critic" else []
     for name in names:
         assert (killed.final / name).read_bytes() == (whole.final / name).read_bytes()
