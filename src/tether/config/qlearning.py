@@ -128,7 +128,7 @@ class QLearningConfig(TrainingConfig):
 
     def check(self, key: str) -> None:
         super().check(key)
-        if self.qlearning.loss != "ilql":
+        if not self.has_heads:
             return
         for name, why in (("reference", "which has no reference"), ("critic", "whose critic is its own head V")):
             value = getattr(self.model, name)
@@ -139,10 +139,15 @@ class QLearningConfig(TrainingConfig):
                 )
 
     @property
+    def has_heads(self) -> bool:
+        """Whether V and Q are heads of their own, and no reference is measured to."""
+        return self.qlearning.loss == "ilql"
+
+    @property
     def as_ppo(self) -> PPOSection:
         """The same rewards and advantages in PPO's words: for pages that show the arithmetic of a token."""
         section = self.qlearning
-        if section.loss == "ilql":
+        if self.has_heads:
             return PPOSection(gamma=section.ilql.gamma, kl=KLConfig(coef=0.0, place="loss"), whiten=False)
         return PPOSection(lam=section.lam, kl=KLConfig(coef=section.beta), whiten=False)
 

@@ -322,7 +322,7 @@ def qlearning_page(run: Run, config: QLearningConfig, metrics: Sequence[dict[str
     )
     headlines = []
     if metrics:
-        implicit = config.qlearning.loss == "ilql"
+        implicit = config.has_heads
         residual = _ends(metrics, "qlearning/residual")
         what = "of Q, noise in the scores included" if implicit else "0 at the best policy"
         name, label, note = (

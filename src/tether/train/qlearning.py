@@ -52,16 +52,15 @@ def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         architecture = model_config(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
         vocab_size = architecture.get_text_config().vocab_size
         check_vocabulary(tokenizer, vocab_size)
-        implicit = section.loss == "ilql"
         device = resolve_device(config.device)
-        policy, notes = load_policy(m, device=device, seed=config.seed, with_critic=not implicit)
+        policy, notes = load_policy(m, device=device, seed=config.seed, with_critic=not config.has_heads)
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, None)
         stop_id, context = next(iter(stop_ids), None), context_length(architecture)
         answers = load_scored(config.data, tokenizer, stop_id=stop_id, context=context, vocab_size=vocab_size)
         stop_ids = all_stop_ids(stop_ids, answers)
         plan = shuffled_batches(len(answers), batch=section.batch, epochs=section.epochs, seed=config.seed)
         check_warmup(config.optim, len(plan))
-        heads = ilql.build_heads(policy, seed=config.seed) if implicit else None
+        heads = ilql.build_heads(policy, seed=config.seed) if config.has_heads else None
         optimizer = build_optimizer(
             config.optim, policy.policy_parameters(), heads.trained() if heads else policy.critic_parameters(),
             lora=m.lora is not None, critic_is_head=policy.critic is None,
