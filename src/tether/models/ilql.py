@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import linear, relu
+from torch.nn.functional import embedding, linear, relu
 
 from tether.errors import ModelError
 from tether.math import ilql_logits, token_logprobs
@@ -53,7 +53,8 @@ class TwoLayers(nn.Module):
 
     def of_tokens(self, features: Tensor, tokens: Tensor) -> Tensor:
         """[N] the output of one token each: [N, V] is not needed for that."""
-        return torch.linalg.vecdot(features, self.last.weight[tokens]) + self.last.bias[tokens]
+        chosen: Tensor = torch.linalg.vecdot(features, self.last.weight[tokens]) + self.last.bias[tokens]
+        return chosen
 
 
 class ILQLHeads(nn.Module):
@@ -119,7 +120,10 @@ class Steering:
 
     def __init__(self, heads: dict[str, Tensor], *, strength: float, top_k: int) -> None:
         self.strength, self.top_k = strength, top_k
-        self._layers = [[heads[f"{name}.{part}"] for part in _LAYERS] for name in _TARGETS]
+        weight, bias, last_weight, last_bias = ([heads[f"{name}.{part}"] for name in _TARGETS] for part in _LAYERS)
+        # Both Q side by side, so that each token's rows are fetched at once: a step is a matter of few operations.
+        self._first = torch.cat(weight), torch.cat(bias)  # [4D, D], [4D]
+        self._last = torch.cat(last_weight, 1), torch.stack(last_bias, 1)  # [V, 4D], [V, 2]
 
     def __call__(self, logits: Tensor, hidden: Tensor) -> Tensor:
         """[N, V] logits, -inf where a token is never sampled, of the model's own logits and [N, D] hidden states."""
@@ -128,9 +132,18 @@ class Steering:
             return logits
         with torch.autocast(hidden.device.type, enabled=False):
             tokens = None if everything else logits.topk(self.top_k, dim=-1).indices
-            h = hidden.float()
-            q = torch.minimum(*(_q(layers, h, tokens) for layers in self._layers))
-            return ilql_logits(logits, q, tokens, strength=self.strength)
+            return ilql_logits(logits, self._min_q(hidden.float(), tokens), tokens, strength=self.strength)
+
+    def _min_q(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
+        """[N, K] of tokens [N, K]; [N, V] of all."""
+        features = relu(linear(hidden, *self._first))  # [N, 4D]
+        weight, bias = self._last
+        if tokens is None:
+            q1, q2 = (linear(f, w, b) for f, w, b in zip(features.chunk(2, 1), weight.chunk(2, 1), bias.T, strict=True))
+            return torch.minimum(q1, q2)
+        rows = embedding(tokens, weight).unflatten(-1, (2, -1))  # [N, K, 2, 2D]
+        both: Tensor = torch.linalg.vecdot(rows, features.view(len(features), 1, 2, -1)) + embedding(tokens, bias)
+        return both.amin(-1)
 
 
 def load_steering(
@@ -160,12 +173,3 @@ def load_steering(
             f"{[vocabulary, 2 * width]}: they belong to another model. Keep the two together as they were written."
         )
     return Steering(heads, strength=own if strength is None else strength, top_k=top_k)
-
-
-def _q(layers: list[Tensor], hidden: Tensor, tokens: Tensor | None) -> Tensor:
-    """[N, K] of tokens [N, K]; [N, V] of all."""
-    weight, bias, last_weight, last_bias = layers
-    features = relu(linear(hidden, weight, bias))
-    if tokens is None:
-        return linear(features, last_weight, last_bias)
-    return torch.bmm(last_weight[tokens], features[:, :, None]).squeeze(-1) + last_bias[tokens]
