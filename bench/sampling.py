@@ -166,7 +166,7 @@ def measure(name: str, folder: Path, rounds: int, lines: str, peers: Path) -> No
 
 
 def measure_steering(path: Path, rounds: int) -> None:
-    """Heads of random weights: what they say changes no cost. Prompts and lengths of line a, the 10 likeliest tokens."""
+    """Heads of random weights: what they say changes no cost. Prompts and lengths as in a, the 10 likeliest tokens."""
     lm = AutoModelForCausalLM.from_pretrained(path).eval()
     dtype = resolve_dtype("auto", torch.device("cpu"), lm.config)
     model = LanguageModel(lm.to(dtype), dtype)
