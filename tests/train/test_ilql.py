@@ -158,6 +158,14 @@ def test_the_final_model_imitates_the_data_and_its_heads_choose_the_better_answe
     )  # fmt: skip
     base, found = tether.evaluate(config, reward=reward).results
     assert found.score.mean > 0.95 > base.score.mean
+    other = EvaluateConfig(
+        [str(tiny_model(seed=1))], config.prompts, baseline=str(run.final), samples=32, device="cpu",
+        sampling=config.sampling,
+    )  # fmt: skip
+    base, far = tether.evaluate(other, reward=reward).results
+    assert base.kl.mean == 0
+    assert far.kl is None
+    assert "never come from the baseline's likeliest tokens" in far.note
     assert found.kl.mean > 0  # of what was sampled from, not of the language model alone
 
     exported = tether.export(run, tmp_path / "exported")

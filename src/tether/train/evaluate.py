@@ -173,6 +173,9 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
             asked = [p for p in prompts[baseline] for _ in range(config.samples)]
             ratios = _log_ratios(model, base, found, asked, config.sampling.temperature)
             kl, note = _by_prompt(ratios, config.samples), _truncation(config.sampling)
+            if not ratios.isfinite().all():  # the baseline is steered, and chooses among its likeliest tokens
+                kl = ratios = None
+                note = "some of its answers never come from the baseline's likeliest tokens (ilql): the KL is infinite"
         columns = response_columns(found, scored, source.tokenizer, stop_ids, responses_per_prompt=config.samples)
         answers.append(columns | {"kl": [None] * len(found) if ratios is None else ratios.tolist()})
         if name == baseline:
@@ -226,8 +229,14 @@ def _log_ratios(
 
     asked: the baseline's own encoding of each prompt: under another chat template the same answer follows other ids.
     """
+    if model is baseline:
+        return torch.zeros(len(found), dtype=torch.float64)
     theirs = Rows.of([p.ids for p in asked], found.response_ids)
-    return _summed_logprobs(model, found.rows(), temperature) - _summed_logprobs(baseline, theirs, temperature)
+    if model.steer is None:
+        ours = _summed_logprobs(model, found.rows(), temperature)
+    else:  # computed again, rounding could put a token just outside of the likeliest ones, and say that it never comes
+        ours = torch.tensor([sum(row) for row in found.sampler_logprobs], dtype=torch.float64)
+    return ours - _summed_logprobs(baseline, theirs, temperature)
 
 
 def _summed_logprobs(model: LanguageModel, rows: Rows, temperature: float) -> Tensor:
