@@ -48,8 +48,8 @@ class ScoredConfig(DataConfig):
 
 @dataclass(frozen=True)
 class ILQLSection(Section):
-    """Implicit Q-learning (Snell et al. 2022): heads V and Q beside a model that imitates the data, which steer it when
-    it is sampled from. Defaults: trlX's for random walks, but for its strengths of 1 and 100."""
+    """Of loss ilql, implicit Q-learning (Snell et al. 2022): heads V and Q beside a model that imitates the data, which
+    steer it when it is sampled from. Defaults: trlX's for random walks, which it samples at strengths 1 and 100."""
 
     tau: Annotated[float, _EXPECTILE] = 0.8
     """τ of the expectile that V is of Q. 0.5: the value of whoever wrote the data; towards 1: of the best tokens in it,
@@ -85,19 +85,19 @@ class QLearningSection(Section):
     the policy. ilql: implicit Q-learning, which improves on the data's tokens without a reference; it has no
     KL-regularized optimum, and its final model is a language model with heads that only Tether's sampler reads."""
     beta: Annotated[float, positive("without a KL to the reference the best policy has no log-probs to learn")] = 0.1
-    """β of the KL to the reference, reward units per nat: the smaller, the further the policy goes for a score."""
+    """bellman: β of the KL to the reference, reward units per nat: the smaller, the further the policy goes for a
+    score."""
     lam: Annotated[float, within(0, 1, "residuals are summed with weights λ^k, which would grow without bound")] = 1.0
-    """How far a residual reaches. 1: to the end of the answer, so that the score is felt at every token at once. 0: to
-    the next token alone, whose value the critic has to learn first."""
+    """bellman: how far a residual reaches. 1: to the end of the answer, so that the score is felt at every token at once.
+    0: to the next token alone, whose value the critic has to learn first."""
     epochs: Annotated[int, at_least(1, "nothing would be trained")] = 1
-    """Passes over the data. What is learned does not depend on who wrote it, so more of them do no harm but to overfit
-    a small file."""
+    """Passes over the data. What bellman learns does not depend on who wrote it, so more of them do no harm but to
+    overfit a small file."""
     batch: Annotated[int, at_least(1, "an optimizer step would have no answers")] = 64
     """Answers in an optimizer step."""
     microbatch_tokens: MicrobatchTokens = 8192
     """Padded tokens in memory at once; never changes the result."""
     ilql: ILQLSection = field(default_factory=ILQLSection)
-    """Of loss ilql."""
 
     def check(self, key: str) -> None:
         if self.loss == "ilql":
