@@ -88,7 +88,7 @@ class QLearningSection(Section):
     """bellman: β of the KL to the reference, reward units per nat: the smaller, the further the policy goes for a
     score."""
     lam: Annotated[float, within(0, 1, "residuals are summed with weights λ^k, which would grow without bound")] = 1.0
-    """bellman: how far a residual reaches. 1: to the end of the answer, so that the score is felt at every token at once.
+    """bellman: how far a residual reaches. 1: to the end of the answer, so that the score is felt at every token.
     0: to the next token alone, whose value the critic has to learn first."""
     epochs: Annotated[int, at_least(1, "nothing would be trained")] = 1
     """Passes over the data. What bellman learns does not depend on who wrote it, so more of them do no harm but to
