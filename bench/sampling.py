@@ -1,6 +1,7 @@
 """How fast does the local engine sample, beside HF `generate`, vLLM and the matmuls alone?
 
     python bench/sampling.py [--models 7M 100M] [--rounds 5] [--peers .peers]
+    python bench/sampling.py --steered DIR …    line q, on these models
 
 Every round runs ours, theirs and the bare matmuls one after the other, so that a busy machine slows all of them; the
 ratio printed is the median of the rounds' ratios. `generate` gets the better of float32 and bfloat16. vLLM takes part
@@ -11,6 +12,7 @@ where `bench/peers/setup.sh vllm` has been run.
     c  256 prompts × 16 tokens, ragged: mean 64, at most 256 against generate
     d  as a: time of the weights' matmuls alone, at the shapes used, over ours
     j  cost of a token at 4 × batch and 4 × length, over the cost at 1 ×
+    q  as a, steered by the heads of implicit Q-learning     against itself without; with --steered DIR … alone
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from peer import Peer
 from shapes import build, matmul_weights, prompts
+from tether.models.ilql import ILQLHeads, Steering
 from tether.models.language_model import LanguageModel
 from tether.models.loading import resolve_dtype
 from tether.samplers.local import LocalSampler
@@ -161,6 +165,22 @@ def measure(name: str, folder: Path, rounds: int, lines: str, peers: Path) -> No
         show("j", times, ", ".join(f"{k}: {ratio(t, times['1 ×']):.2f} a token" for k, t in times.items()))
 
 
+def measure_steering(path: Path, rounds: int) -> None:
+    """Heads of random weights: what they say changes no cost. Prompts and lengths as in a, the 10 likeliest tokens."""
+    lm = AutoModelForCausalLM.from_pretrained(path).eval()
+    dtype = resolve_dtype("auto", torch.device("cpu"), lm.config)
+    model = LanguageModel(lm.to(dtype), dtype)
+    torch.manual_seed(0)
+    heads = ILQLHeads(lm.config.hidden_size, lm.config.vocab_size)
+    for head in (heads.target_q1, heads.target_q2):
+        torch.nn.init.normal_(head.last.weight, std=0.02)
+    steered = replace(model, steer=Steering(heads.state_dict(), strength=1.0, top_k=10))
+    asked = torch.randint(2, lm.config.vocab_size, (64, LENGTH)).tolist()
+    times = compare({"plain": ours(model, asked, NEW, ()), "steered": ours(steered, asked, NEW, ())}, rounds)
+    text = f"{path.name}: steering adds {ratio(times['steered'], times['plain']) - 1:.0%} to the time of a token"
+    show("q", times, text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["7M", "100M"], choices=["7M", "100M"])
@@ -168,8 +188,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", type=Path, default=Path(".peers"))
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-models"))
+    parser.add_argument("--steered", nargs="+", type=Path, default=[], metavar="DIR")
     args = parser.parse_args()
-    for name in args.models:
+    for path in args.steered:
+        measure_steering(path, args.rounds)
+    for name in args.models if not args.steered else ():
         lines = args.lines if name == "7M" else "".join(set(args.lines) & {"d"})  # the others would take an hour
         measure(name, args.folder, args.rounds, lines, args.peers)
 

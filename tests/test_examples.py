@@ -56,6 +56,14 @@ def test_the_stories_example_trains_from_the_command_line_and_what_it_sampled_is
     assert len(replay.rollouts(8)) == 32
     assert (replay.final / "critic" / "value_head.safetensors").exists()
 
+    flags = ["--model.policy", str(stories260k), "--run", str(tmp_path / "ilql"), "--data.path", str(run.path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tether.cli", "qlearning", "ilql.yaml", *flags, "--qlearning.batch", "8"],
+        cwd=EXAMPLES / "qlearning", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ilql" / "final" / "ilql" / "heads.safetensors").exists()
+
 
 @pytest.mark.slow
 def test_the_polite_example_learns_from_the_command_line(stories260k, shared, tmp_path):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import ARCHITECTURES
+from tether.data.scored import ScoredResponse
 from tether.models.language_model import LanguageModel
 from tether.models.loading import without_dropout
 from tether.models.policy import Policy
@@ -65,3 +66,13 @@ def ragged(values: Tensor, rows: Rows) -> list[Tensor]:
 
 def prompts_of(lengths: Sequence[int], *, seed: int = 0) -> list[Prompt]:
     return [Prompt(tuple(ids), "…", row) for row, ids in enumerate(random_ids(lengths, seed=seed))]
+
+
+def scored_answers() -> list[ScoredResponse]:
+    """Four answers to three prompts, ragged; the last answers the first's prompt."""
+    prompts, responses = random_ids([5, 1, 12, 5]), random_ids([6, 14, 3, 1], seed=1)
+    prompts[3], numbers = prompts[0], [0, 1, 2, 0]
+    return [
+        ScoredResponse(Prompt(tuple(p), "…", n), r, "length", float(s))
+        for p, r, n, s in zip(prompts, responses, numbers, [1.0, -2.0, 0.5, 3.0], strict=True)
+    ]

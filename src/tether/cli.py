@@ -159,6 +159,10 @@ def _generate(argv: list[str]) -> None:
         "--stop-token-ids", metavar="IDS", type=_token_ids,
         help="what ends a response, e.g. '[2, 32000]'; '[]': only the length; default: every eos of the model",
     )  # fmt: skip
+    parser.add_argument(
+        "--strength", metavar="X", type=float,
+        help="of a model's Q-learning heads (ilql), 0: none; default: as it was trained with",
+    )  # fmt: skip
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same responses (%(default)s)")
     parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto (cuda, else mps, else cpu), cuda:1, …")
     parser.add_argument("--dtype", metavar="DTYPE", default="auto", help="auto, float32 or bfloat16 (%(default)s)")
@@ -182,6 +186,7 @@ def _generate(argv: list[str]) -> None:
     n, reward, as_pairs, to = (options.pop(name) for name in ("best_of", "reward", "pairs", "to"))
     if n is not None:
         given = {"--prompt": prompts, "--raw": raw, "--samples": options.pop("samples") != 1}
+        given["--strength"] = options.pop("strength") is not None
         if wrong := [flag for flag, is_given in given.items() if is_given]:
             raise ConfigError(
                 f"{wrong[0]} with --best-of, which draws N answers to each prompt of a file: it would be ignored. "

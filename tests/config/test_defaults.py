@@ -83,6 +83,11 @@ QLEARNING = (
     SFT.replace("policy: m,", "policy: m, critic: shared, reference: null,")
     .replace("sft: {epochs: 1, batch: 32", "qlearning: {loss: bellman, beta: 0.1, lam: 1.0, epochs: 1, batch: 64")
     .replace(", packing: false, train_on: completion", "")
+    .replace(
+        "batch: 64, microbatch_tokens: 8192",
+        "batch: 64, microbatch_tokens: 8192, ilql: {tau: 0.8, gamma: 0.99, cql: 0.1, awac: 1.0, polyak: 0.1, "
+        "sync_every: 5, strength: 1.0, top_k: 10}",
+    )
 )
 
 EVALUATE = """

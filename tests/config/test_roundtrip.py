@@ -13,6 +13,7 @@ from tether.config import (
     DPOConfig,
     DPOSection,
     EvaluateConfig,
+    ILQLSection,
     InitModelConfig,
     KLConfig,
     LogConfig,
@@ -109,7 +110,16 @@ qlearning_configs = st.builds(
     data=st.builds(ScoredConfig, path=text | st.lists(text, min_size=1, max_size=3, unique=True)),
     qlearning=st.builds(QLearningSection, beta=above_zero, lam=st.floats(0, 1)),
     optim=optim,
-)
+) | st.builds(
+    QLearningConfig,
+    run=text,
+    model=st.builds(ModelConfig, policy=text, lora=lora),
+    data=st.builds(ScoredConfig, path=text),
+    qlearning=st.builds(
+        QLearningSection, loss=st.just("ilql"),
+        ilql=st.builds(ILQLSection, tau=st.floats(0.1, 0.9), strength=above_zero, top_k=st.integers(0, 50)),
+    ),
+)  # fmt: skip
 evaluate_configs = st.builds(
     EvaluateConfig,
     models=st.lists(text, min_size=1, max_size=3),

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tether.config import (
     DataConfig,
@@ -18,6 +18,7 @@ from tether.config import (
     PPOSection,
     PromptsConfig,
     QLearningConfig,
+    QLearningSection,
     ReferencedModelConfig,
     RewardConfig,
     RewardSourceConfig,
@@ -161,6 +162,20 @@ def test_q_learning_holds_a_reference_only_until_its_first_step_and_only_another
     assert named.peak - alone.peak <= max(0, 4 * count - parts(alone)["activations"])  # never beside the activations
     separate = predict(replace(config, model=replace(base, critic="separate")), device="cpu")
     assert parts(separate)["optimizer"] > 8 * count
+
+
+def test_implicit_q_learning_holds_its_heads_and_their_targets(model, count):
+    config = QLearningConfig("run", ModelConfig(str(model), dtype="float32"), ScoredConfig("data.jsonl", max_tokens=64))
+    alone = predict(config, device="cpu")
+    heads = predict(replace(config, qlearning=QLearningSection(loss="ilql")), device="cpu")
+    architecture = AutoConfig.from_pretrained(model)
+    d, v = architecture.hidden_size, architecture.vocab_size
+    first = d * 2 * d + 2 * d
+    value, q = first + 2 * d + 1, first + 2 * d * v + v
+    assert parts(heads)["Q-learning heads"] == 4 * (value + 4 * q)
+    assert parts(heads)["optimizer"] == 8 * (count + value + 2 * q)
+    assert parts(heads)["gradients"] == 4 * (count + value + 2 * q)
+    assert parts(heads)["activations"] > parts(alone)["activations"]
 
 
 def test_the_table_names_every_part_that_matters_and_the_peak():

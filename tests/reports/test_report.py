@@ -21,6 +21,7 @@ from tether.config import (
     PPOSection,
     PromptsConfig,
     QLearningConfig,
+    QLearningSection,
     ReferencedModelConfig,
     RewardConfig,
     ScoredConfig,
@@ -238,11 +239,11 @@ MORE = ("response/length_min", "response/length_max", "eval/score_mean", "reward
         "optim/skipped_steps", "check/first_ratio_error", "memory/peak_mb")  # fmt: skip
 OF_DPO = ("loss", "accuracy", "margin", "chosen_logratio", "rejected_logratio", "chosen_logprob", "rejected_logprob")
 LINES = {"ppo": metrics(1, **dict.fromkeys(MORE, 1.0)), "sft": STEP, "reward": STEP, "qlearning": STEP,
-         "dpo": STEP | {f"dpo/{name}": 0.1 for name in OF_DPO}}  # fmt: skip
+         "ilql": STEP | {"qlearning/nll": 1.0}, "dpo": STEP | {f"dpo/{name}": 0.1 for name in OF_DPO}}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "evaluated"), [("ppo", False), ("ppo", True), ("sft", False), ("reward", False),
-                                                   ("dpo", False), ("qlearning", False)])  # fmt: skip
+                                                   ("dpo", False), ("qlearning", False), ("ilql", False)])  # fmt: skip
 def test_no_metric_that_is_null_keeps_the_report_from_being_written(tmp_path, monkeypatch, kind, evaluated):
     monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")  # four megabytes that nothing here looks at
     policy = SFTModelConfig("models/base")
@@ -252,10 +253,14 @@ def test_no_metric_that_is_null_keeps_the_report_from_being_written(tmp_path, mo
         "reward": RewardConfig(str(tmp_path / "run"), policy, DataConfig("d.jsonl")),
         "dpo": DPOConfig(str(tmp_path / "run"), ReferencedModelConfig("models/base"), DataConfig("d.jsonl")),
         "qlearning": QLearningConfig(str(tmp_path / "run"), ModelConfig("models/base"), ScoredConfig("d.jsonl")),
-    }[kind]
+        "ilql": QLearningConfig(
+            str(tmp_path / "run"), ModelConfig("models/base"), ScoredConfig("d.jsonl"),
+            qlearning=QLearningSection(loss="ilql"),
+        ),
+    }[kind]  # fmt: skip
     line = LINES[kind]
     unit, *names = line
-    with RunDirectory.open(config, command=kind) as run:
+    with RunDirectory.open(config, command="qlearning" if kind == "ilql" else kind) as run:
         if evaluated:
             run.write_evaluation(0, answers(["a", "b"], [[None, 1.0], [None, None]], 0))
             run.write_evaluation(1, answers(["a", "b"], [[None, 1.0], [1.0, float("nan")]], 1) | {"kl": [None] * 4})

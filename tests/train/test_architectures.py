@@ -17,6 +17,7 @@ from tether.config import (
     ModelConfig,
     OptimConfig,
     QLearningConfig,
+    QLearningSection,
     RewardConfig,
     RewardModelSection,
     RewardSourceConfig,
@@ -87,6 +88,9 @@ def test_every_architecture_goes_the_whole_way(
     learned = tether.qlearning(replayed)  # the export compares its reloaded logits with the trained model's
     assert abs(learned.metrics[0]["qlearning/log_ratio"]) <= 1e-4
     assert not [e for e in learned.events if e["event"] == "fallback"]
+    implicit = replace(replayed, run=str(tmp_path / "ilql"), qlearning=QLearningSection(loss="ilql"))
+    steered = tether.generate(tether.qlearning(implicit).final, ["a?"], max_new_tokens=4)
+    assert 1 <= len(steered[0].token_ids) <= 4
 
     tether.export(run, tmp_path / "exported")
     tokens = torch.arange(20)[None] * 7 % 258  # longer than the sliding windows

@@ -14,6 +14,7 @@ from tether.config import (
     LogConfig,
     ModelConfig,
     QLearningConfig,
+    QLearningSection,
     ReferencedModelConfig,
     RewardConfig,
     ScoredConfig,
@@ -74,24 +75,27 @@ def test_a_ppo_run_is_deterministic_while_it_runs_and_leaves_torch_as_it_was(tin
     assert settings() == (0, None)
 
 
-@pytest.mark.parametrize("trainer", ["sft", "reward_model", "dpo", "qlearning"])
+@pytest.mark.parametrize("trainer", ["sft", "reward_model", "dpo", "qlearning", "ilql"])
 def test_the_trainers_of_steps_are_deterministic_while_they_run_and_leave_torch_as_it_was(
     tiny_model, tmp_path, monkeypatch, trainer
 ):
     data = tmp_path / "data.jsonl"
+    command, section = trainer, {}
+    if trainer == "ilql":
+        command, section = "qlearning", {"qlearning": QLearningSection(loss="ilql")}
     kind, model, rows, answers = {
         "sft": (SFTConfig, SFTModelConfig, DataConfig, {"completion": "b"}),
         "reward_model": (RewardConfig, SFTModelConfig, DataConfig, {"chosen": "c", "rejected": "d"}),
         "dpo": (DPOConfig, ReferencedModelConfig, DataConfig, {"chosen": "c", "rejected": "d"}),
         "qlearning": (QLearningConfig, ModelConfig, ScoredConfig, {"completion": "b", "score": 1}),
-    }[trainer]
+    }[command]
     data.write_text("".join(json.dumps({"prompt": prompt, **answers}) + "\n" for prompt in "abcdefgh"))
     config = kind(
         run=str(tmp_path / "run"), device="cpu", deterministic=True, model=model(policy=str(tiny_model())),
-        data=rows(path=str(data)), log=LogConfig(tensorboard=False),
+        data=rows(path=str(data)), log=LogConfig(tensorboard=False), **section,
     )  # fmt: skip
     seen, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (seen.append(settings()), step(self)))
-    getattr(tether, trainer)(config)
+    getattr(tether, command)(config)
     assert set(seen) == {(2, ":4096:8")}
     assert settings() == (0, None)

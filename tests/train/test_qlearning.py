@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,11 +28,11 @@ from tether.config import (
     ScoredConfig,
 )
 from tether.config.reading import to_yaml
-from tether.data.scored import ScoredResponse, load_scored
+from tether.data.scored import load_scored
 from tether.models.policy import build_policy
 from tether.train.qlearning import accumulate
-from tether.types import Prompt, Rows
-from tiny import random_ids, randomize
+from tether.types import Rows
+from tiny import randomize, scored_answers
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 import exact
@@ -40,19 +41,10 @@ CPU = torch.device("cpu")
 SECTION = QLearningSection(beta=0.5, lam=0.9)
 
 
-def answers() -> list[ScoredResponse]:
-    prompts, responses = random_ids([5, 1, 12, 5]), random_ids([6, 14, 3, 1], seed=1)
-    prompts[3], numbers = prompts[0], [0, 1, 2, 0]
-    return [
-        ScoredResponse(Prompt(tuple(p), "…", n), r, "length", float(s))
-        for p, r, n, s in zip(prompts, responses, numbers, [1.0, -2.0, 0.5, 3.0], strict=True)
-    ]
-
-
 def policy_and_references(directory, **settings):
     """A policy whose value head says something and whose weights have left the reference, and log-probs of that."""
     policy, reference, _ = build_policy(ModelConfig(str(directory), **settings), device=CPU, seed=0)
-    found = answers()
+    found = scored_answers()
     rows = Rows.of([a.prompt.ids for a in found], [a.response_ids for a in found])
     refs = reference.logprobs(rows, temperature=1.0)
     randomize(policy.critic.head if policy.critic else policy.value_head)
@@ -65,10 +57,10 @@ def policy_and_references(directory, **settings):
 def test_the_metrics_of_a_step_are_those_of_a_slow_reference(tiny_model):
     # in float64, token by token, off the whole logits of transformers' own model
     policy, references = policy_and_references(tiny_model())
-    got = accumulate(policy, answers(), references, SECTION)
+    got = accumulate(policy, scored_answers(), references, SECTION)
     model, head = copy.deepcopy(policy.lm).double(), copy.deepcopy(policy.value_head).double()
     residuals, values, log_ratios = [], [], []
-    for answer, ref in zip(answers(), references, strict=True):
+    for answer, ref in zip(scored_answers(), references, strict=True):
         ids, start, n = [*answer.prompt.ids, *answer.response_ids], len(answer.prompt.ids), len(answer.response_ids)
         with torch.no_grad():
             output = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
@@ -85,7 +77,7 @@ def test_the_metrics_of_a_step_are_those_of_a_slow_reference(tiny_model):
         log_ratios.append(sum(ratio))
     tokens = len(residuals)
     returns = torch.tensor(residuals) + torch.tensor(values)
-    g = [a.score - SECTION.beta * x for a, x in zip(answers(), log_ratios, strict=True)]
+    g = [a.score - SECTION.beta * x for a, x in zip(scored_answers(), log_ratios, strict=True)]
     assert got == {
         "qlearning/loss": pytest.approx(sum(a * a for a in residuals) / 2 / tokens, rel=1e-5),
         "qlearning/residual": pytest.approx(math.sqrt(sum(a * a for a in residuals) / tokens), rel=1e-5),
@@ -104,7 +96,7 @@ def test_microbatches_change_no_gradient(tiny_model, settings):
     policy, references = policy_and_references(tiny_model("qwen3"), **settings)
     found = []
     for tokens in (1, 20, 10_000):
-        metrics = accumulate(policy, answers(), references, replace(SECTION, microbatch_tokens=tokens))
+        metrics = accumulate(policy, scored_answers(), references, replace(SECTION, microbatch_tokens=tokens))
         named = [*policy.policy_parameters(), *policy.critic_parameters()]
         found.append((metrics, torch.cat([p.grad.flatten() for _, p in named])))
         for _, p in named:
@@ -143,6 +135,12 @@ VARIANTS = {
     "separate critic": {"critic": "separate"},
     "bfloat16": {"dtype": "bfloat16"},
 }
+IMPLICIT = {  # with heads, their targets, and the steps since these were synced
+    "ilql": {},
+    "ilql, LoRA": {"lora": LoraConfig(rank=2)},
+    "ilql, bfloat16": {"dtype": "bfloat16"},
+    "ilql, checkpointing": {"gradient_checkpointing": True},
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -178,11 +176,41 @@ def test_a_run_leaves_a_plain_model_with_its_critic_and_every_number_of_its_toke
     assert {tokenizer.decode(row["token_id"]) for row in rows} >= {"xy<eos>", "yy"}  # stopped, and cut
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", IMPLICIT)
+def test_an_implicit_run_leaves_a_plain_model_with_its_heads_and_every_number(tiny_model, data, tmp_path, variant):
+    config = config_for(tmp_path / "run", tiny_model("qwen3", vocab_size=264), data, loss="ilql")
+    run = tether.qlearning(replace(config, model=replace(config.model, **IMPLICIT[variant])))
+    assert len(run.metrics) == 12
+    assert run.metrics[0]["value/mean"] == 0
+    assert not (run.final / "adapter_config.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(run.final)
+    heads = load_file(run.final / "ilql" / "heads.safetensors")
+    tolerance = 0.1 if variant == "ilql, bfloat16" else 1e-4
+    for row in run.rollouts(12).to_pylist()[:6]:
+        n, ids = row["length"], [*row["prompt_token_id"], *row["token_id"]]
+        before, chosen = slice(len(ids) - n - 1, len(ids) - 1), (range(n), row["token_id"])
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        hidden = output.hidden_states[-1][0, before]
+
+        def outputs(name, hidden=hidden):
+            features = hidden @ heads[f"{name}.first.weight"].T + heads[f"{name}.first.bias"]
+            return features.relu() @ heads[f"{name}.last.weight"].T + heads[f"{name}.last.bias"]
+
+        value, q = outputs("value")[:, 0], torch.minimum(outputs("target_q1"), outputs("target_q2"))[chosen]
+        logprobs = output.logits[0, before].log_softmax(-1)[chosen]
+        for column, want in (("value", value), ("q", q), ("advantage", q - value), ("old_logprob", logprobs)):
+            assert_close(torch.tensor(row[column]), want, atol=tolerance, rtol=0)
+        assert row["reward"] == [0.0] * (n - 1) + [row["score"]]
+        assert row["kl"] is None
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *IMPLICIT])
 def test_a_run_that_is_killed_twice_ends_with_the_same_bits(tiny_model, data, tmp_path, variant):
     model = tiny_model("llama", num_hidden_layers=4, hidden_size=64)
-    config = config_for(tmp_path / "whole", model, data, epochs=4, batch=4)
-    settings = replace(config.model, **VARIANTS[variant])
+    loss = "ilql" if variant in IMPLICIT else "bellman"
+    config = config_for(tmp_path / "whole", model, data, epochs=4, batch=4, loss=loss)
+    settings = replace(config.model, **(VARIANTS | IMPLICIT)[variant])
     config = replace(config, checkpoint=CheckpointConfig(every=5), model=settings)
     whole = tether.qlearning(config)
     config = replace(config, run=str(tmp_path / "killed"))
@@ -195,7 +223,7 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_bits(tiny_model, data, tm
     killed = tether.qlearning(config)
     assert steady(killed) == steady(whole)
     assert len(steady(whole)) == 24
-    names = ["model.safetensors", "critic/value_head.safetensors"]
+    names = ["model.safetensors", "ilql/heads.safetensors" if loss == "ilql" else "critic/value_head.safetensors"]
     names += ["critic/model.safetensors"] if variant == "separate critic" else []
     for name in names:
         assert (killed.final / name).read_bytes() == (whole.final / name).read_bytes()

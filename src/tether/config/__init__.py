@@ -7,7 +7,7 @@ from tether.config.dpo import DPOConfig, DPOSection
 from tether.config.evaluate import EvaluateConfig
 from tether.config.keys import Section
 from tether.config.ppo import HeldOutConfig, KLConfig, ModelConfig, PPOConfig, PPOSection
-from tether.config.qlearning import QLearningConfig, QLearningSection, ScoredConfig
+from tether.config.qlearning import ILQLSection, QLearningConfig, QLearningSection, ScoredConfig
 from tether.config.reward import PairsConfig, RewardConfig, RewardModelSection
 from tether.config.sections import (
     RESERVED_NAMES,
@@ -43,6 +43,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "HeldOutConfig",
+    "ILQLSection",
     "InitModelConfig",
     "KLConfig",
     "LabelsConfig",

@@ -179,7 +179,7 @@ KINDS: dict[str, Kind] = {
             hashes="tether.train.qlearning:input_hashes",
             memory="tether.diagnose.memory:named_reference",
             headline=(
-                ("residual", "qlearning/residual", "reward units; 0 at the best policy"),
+                ("residual", "qlearning/residual", "reward units; under bellman 0 at the best policy"),
                 ("critic", "value/explained_variance", "share of the returns that V foresees"),
                 ("log-ratio", "qlearning/log_ratio", "nats per answer of the data, to the reference"),
             ),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tether.config import ScoredConfig
@@ -21,7 +23,7 @@ from tether.data.text import fragments
 from tether.errors import DataError
 from tether.feedback.records import prompt_of
 from tether.runs import Run
-from tether.types import Prompt
+from tether.types import Prompt, Rows, microbatches
 
 _COLUMNS = ["prompt", "completion", "score"]
 _EXAMPLE = '{"prompt": "…", "completion": "…", "score": 0.5}'
@@ -36,6 +38,16 @@ class ScoredResponse:
     response_ids: list[int]  # never empty; the stop token included where it stopped
     finish_reason: str  # stop where the last token is a stop token, else length
     score: float
+
+
+def scored_microbatches(
+    answers: Sequence[ScoredResponse], microbatch_tokens: int, device: torch.device
+) -> Iterator[tuple[Tensor, Rows, Tensor]]:
+    """Microbatches: (which answers [B], their rows, scores [B])."""
+    for index in microbatches([len(a.prompt.ids) + len(a.response_ids) for a in answers], microbatch_tokens):
+        part = [answers[i] for i in index.tolist()]
+        rows = Rows.of([a.prompt.ids for a in part], [a.response_ids for a in part]).to(device)
+        yield index, rows, torch.tensor([a.score for a in part], device=device)
 
 
 def load_scored(

@@ -121,8 +121,8 @@ ADVICE: dict[str, Advice] = {
         "value/explained_variance", "",
         "A critic that learns too slowly from its start at zero, or too fast to stay behind the returns; or "
         "returns that nothing in the text foretells.",
-        "Change optim.critic_lr (up where it has hovered at 0 from the start, down where it fell below); or set "
-        "model.critic to separate.",
+        "Change optim.critic_lr (up where it has hovered at 0 from the start, down where it fell below); or, under "
+        "bellman, set model.critic to separate.",
     ),
     "reward-saturation": Advice(
         "reward/score_mean", "scores do not tell answers apart, or are all at the maximum",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tether.config import InitModelConfig, ModelConfig, PPOConfig, TrainingConfig, source_name
+from tether.config import InitModelConfig, ModelConfig, PPOConfig, QLearningConfig, TrainingConfig, source_name
 from tether.config.kinds import kind_of, resolve
 from tether.data.tokenizer import load_tokenizer
 from tether.diagnose.simulate import Shape, Step, simulate
@@ -93,19 +93,21 @@ def predict(
     architecture = architecture or architecture_of(config)
     dtype = _dtype(config, kind, architecture)
     critic = _critic(config, architecture)
+    q_heads = isinstance(config, QLearningConfig) and config.has_heads
     checkpointing = config.model.gradient_checkpointing
     if checkpointing == "auto":
         checkpointing = kind == "cuda" and _count(architecture) > 1e9
     step = simulate(
         architecture, Shape(*config.microbatch(prompt_tokens)), dtype=dtype, device=kind, lora=config.model.lora,
-        checkpointing=bool(checkpointing), critic=critic,
+        checkpointing=bool(checkpointing), critic=critic, q_heads=q_heads,
     )  # fmt: skip
-    trained = step.trained + step.critic
+    trained = step.trained + step.critic + step.heads
     parts = [
         Part("weights", step.weights),
         Part("gradients", 4 * trained, "always" if kind == "cpu" else "updating"),
         Part("optimizer", 8 * trained),
         Part("critic", 4 * step.critic),
+        Part("Q-learning heads", 4 * (step.heads + step.targets)),
         Part("activations", step.activations, "updating"),
     ]
     if kind == "cuda":  # torch steps all weights at once there, and needs room for one more copy of them

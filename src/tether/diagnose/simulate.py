@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from tether.config import LoraConfig
+from tether.models.ilql import ILQLHeads
 from tether.models.language_model import LanguageModel
 from tether.models.loading import add_lora, checkpoint_activations, quiet_transformers, without_dropout
 
@@ -31,6 +32,8 @@ class Step:
     weights: int  # masters and frozen weights
     trained: int  # number of trained weights, the critic's left out
     critic: int  # number of weights of a separate critic
+    heads: int  # number of trained weights of implicit Q-learning's heads
+    targets: int  # number of weights of their targets
     activations: int  # peak of the forward and backward pass of one microbatch, gradients left out
 
 
@@ -55,12 +58,12 @@ class Shape:
 
 def simulate(
     architecture: Any, shape: Shape, *, dtype: torch.dtype, device: str = "cpu", lora: LoraConfig | None = None,
-    checkpointing: bool = False, critic: Any = None,
+    checkpointing: bool = False, critic: Any = None, q_heads: bool = False,
 ) -> Step:  # fmt: skip
     """Build the model as training does and run one microbatch forward and backward.
 
     architecture: a transformers config. dtype: compute precision; trained weights are float32. device: cpu or cuda.
-    critic: a separate critic's transformers config, or None.
+    critic: a separate critic's transformers config, or None. q_heads: with the heads of implicit Q-learning.
     """
     with torch.device("meta"), torch.random.fork_rng(), quiet_transformers():
         lm: Any = AutoModelForCausalLM.from_config(architecture, dtype=dtype if lora else torch.float32)
@@ -76,19 +79,26 @@ def simulate(
             module.train()
             if checkpointing:
                 checkpoint_activations(module)
+        text = architecture.get_text_config()
+        heads = ILQLHeads(text.hidden_size, text.vocab_size) if q_heads else None
+        modules += [heads] if heads is not None else []
         trained = [p for module in modules for p in module.parameters() if p.requires_grad]
         for p in trained:
             p.grad = torch.zeros_like(p)  # gradients are a part of their own
         known = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         meter = _Meter([*known, *(p.grad for p in trained if p.grad is not None)])
         with meter:
-            _microbatch(_SimulatedModel(lm, dtype, simulated=device), trunk, shape).backward()
+            _microbatch(_SimulatedModel(lm, dtype, simulated=device), trunk, heads, shape).backward()
         critic_size = sum(p.numel() for p in trunk.parameters()) if trunk is not None else 0
+        in_heads = [p.numel() for p in heads.parameters() if p.requires_grad] if heads is not None else []
+        targets = [p.numel() for p in heads.parameters() if not p.requires_grad] if heads is not None else []
         return Step(
             parameters=parameters,
             weights=sum(p.numel() * p.element_size() for p in lm.parameters()),
             trained=sum(p.numel() for p in lm.parameters() if p.requires_grad),
             critic=critic_size,
+            heads=sum(in_heads),
+            targets=sum(targets),
             activations=meter.peak,
         )
 
@@ -107,7 +117,7 @@ def _bring_to_life(module: nn.Module) -> None:
                 part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
 
 
-def _microbatch(model: LanguageModel, critic: Any, shape: Shape) -> Tensor:
+def _microbatch(model: LanguageModel, critic: Any, heads: ILQLHeads | None, shape: Shape) -> Tensor:
     """What a trainer computes of one microbatch; a sum of it all stands for the loss."""
     tokens = torch.zeros(shape.rows, shape.width, dtype=torch.long)
     positions = torch.zeros(shape.rows * max(1, shape.targets), dtype=torch.long)  # which ones changes no size
@@ -115,6 +125,9 @@ def _microbatch(model: LanguageModel, critic: Any, shape: Shape) -> Tensor:
     if shape.targets:
         logprobs, entropy, hidden = model.logprobs(tokens, before, positions, entropy=True)
         loss = logprobs.sum() + entropy.sum() + hidden.float().sum()
+        if heads is not None:
+            with model.autocast():
+                loss = loss + sum(x.sum() for x in heads(hidden, positions))
     else:
         with model.autocast():
             loss = model.hidden(tokens)[before].float().sum()

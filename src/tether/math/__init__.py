@@ -24,6 +24,7 @@ from tether.math.diagnostics import (
     optimality_gap_logmeanexp,
     shared_phrase,
 )
+from tether.math.ilql import expectile_loss, ilql_logits, q_loss, q_targets
 from tether.math.kl import hold_kl, kl_error, kl_k1, kl_k2, kl_k3, next_kl_coef
 from tether.math.logprobs import Head, full_logprobs, token_logprobs
 from tether.math.losses import (

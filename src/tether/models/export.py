@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from tether.errors import ModelError, RunError
+from tether.models.ilql import FOLDER as ILQL
 from tether.models.language_model import LanguageModel
 from tether.models.loading import head_size, without_dropout
 from tether.runs import Run
@@ -108,13 +109,19 @@ def export(run: str | Path | Run, to: str | Path, *, best: bool = False) -> Path
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to} exists and is not empty: its files would mix with the model's. Name a new directory.")
     with replacing_directory(to.absolute()) as partial:
-        unwanted = shutil.ignore_patterns("critic", "best.json", SUMS)
+        unwanted = shutil.ignore_patterns("critic", ILQL, "best.json", SUMS)
         shutil.copytree(source, partial, dirs_exist_ok=True, ignore=unwanted)
         if run.kind.final == "language model":
             model = without_dropout(AutoModelForCausalLM.from_pretrained(source))
             check_reload(model, partial)
             if note := vllm_note(model.config):
                 print(note, file=sys.stderr)
+            if (source / ILQL).is_dir():
+                print(
+                    f"{to} is the language model alone, which imitates the data: the Q-learning heads that steer it in "
+                    f"{source} (ilql/) are known to Tether's own sampler only",
+                    file=sys.stderr,
+                )
         write_sums(partial)
     return to
 

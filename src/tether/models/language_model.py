@@ -9,7 +9,7 @@ causal attention no token sees what comes after it (see `tether.types`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from tether.math import Head, full_logprobs, token_logprobs
 from tether.models.loading import autocast
 from tether.types import Rows
 
+_STEERED_ROWS = 256  # positions whose logits are held at once
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
@@ -32,6 +33,7 @@ class LanguageModel:
     lm: Any  # the model that `transformers` would run, adapters included
     dtype: torch.dtype  # compute precision
     use_full_logits: bool = False  # read log-probs off the model's own logits: for heads that ours does not know
+    steer: Callable[[Tensor, Tensor], Tensor] | None = None  # (logits [N, V], hidden [N, D]) -> what is sampled from
 
     @property
     def trunk(self) -> nn.Module:
@@ -158,8 +160,22 @@ class LanguageModel:
                 hidden, logits = output.hidden_states[-1][before], output.logits[before]
                 return *full_logprobs(logits, targets, temperature=temperature, entropy=entropy), hidden
             hidden = self.hidden(tokens, **kwargs)[before]
+            if self.steer is not None:
+                return *self._steered_logprobs(hidden, targets, temperature=temperature, entropy=entropy), hidden
             return *token_logprobs(hidden, targets=targets, temperature=temperature, entropy=entropy,
                                    **self.head()), hidden  # fmt: skip
+
+    def _steered_logprobs(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """([N], [N]) log-probs and entropies of N tokens under what is sampled from; -inf where that never comes."""
+        assert self.steer is not None
+        head, found = self.output_head(), []
+        for h, chosen in zip(hidden.split(_STEERED_ROWS), targets.split(_STEERED_ROWS), strict=True):
+            logits = self.steer(head.logits(h), h)
+            found.append(full_logprobs(logits, chosen, temperature=temperature, entropy=entropy))
+        logprobs, entropies = zip(*found, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
 
     def check_head(self) -> str | None:
         """Compare our log-probs with the model's own logits on a probe; on a mismatch use those, and say so.

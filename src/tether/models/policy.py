@@ -59,10 +59,10 @@ class Policy(nn.Module):
             logprobs, entropies, hidden = self.model.response_logprobs(rows, temperature=temperature, entropy=entropy)
         values = None
         if self.critic is not None:
-            values = _fill(self.critic(rows), mask)
+            values = fill(self.critic(rows), mask)
         elif self.value_head is not None:
-            values = _fill(read_values(self.value_head, hidden), mask)
-        return PolicyOutput(_fill(logprobs, mask), _fill(entropies, mask), values)
+            values = fill(read_values(self.value_head, hidden), mask)
+        return PolicyOutput(fill(logprobs, mask), fill(entropies, mask), values)
 
     @property
     def has_critic(self) -> bool:
@@ -131,7 +131,7 @@ class Reference:
         model = self.frozen or self.policy.model
         with model.without_adapter():
             logprobs, _, _ = model.response_logprobs(rows, temperature=temperature, entropy=False)
-        return _fill(logprobs, rows.response_mask)
+        return fill(logprobs, rows.response_mask)
 
 
 def companions(config: ReferencedModelConfig) -> dict[str, Any]:
@@ -240,6 +240,6 @@ def read_values(head: nn.Linear, hidden: Tensor) -> Tensor:
         return values.squeeze(-1)
 
 
-def _fill(values: Tensor, mask: Tensor) -> Tensor:
+def fill(values: Tensor, mask: Tensor) -> Tensor:
     """[N] values of the counted positions -> [B, R], 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

@@ -116,20 +116,27 @@ DPO = [
 
 QLEARNING = [
     Curve("qlearning/residual", "Residual",
-          "Root mean square of the soft-Bellman residual over the tokens of a step, in reward units: how far policy "
-          "and critic are from agreeing with the scores. It falls to 0 at the best policy.", shows=(0,)),
+          "Root mean square of the residual over the tokens of a step, in reward units: how far policy and critic are "
+          "from agreeing with the scores. Under bellman it falls to 0 at the best policy. Under ilql it is of both Q, "
+          "against the reward and V of what follows, and what the scores have of noise stays.", shows=(0,)),
     Curve("qlearning/g_std", "Spread of g",
           "Deviation, among answers to one prompt, of the score less what the KL costs, in reward units. All are equal "
           "at the best policy; where no step holds two answers to a prompt there is none.", shows=(0,)),
     Curve("qlearning/log_ratio", "Log-ratio on the data",
           "Mean log(π/ref) of an answer of the data, in nats: below 0 where the policy leaves what the data holds, as "
           "it should leave bad answers. It is no KL: the policy did not write these answers."),
+    Curve("qlearning/nll", "Imitation",
+          "Of ilql: how badly the language model predicts the data, nats per token. It falls to the data's own "
+          "entropy; far below, the data is known by heart."),
+    Curve("qlearning/advantage", "Mean advantage of the data",
+          "Of ilql: mean of min Q̄ - V over the data's tokens, in reward units. Below 0, as V is of the better ones.",
+          shows=(0,)),
     Curve("value/explained_variance", "Explained variance",
-          "How much of the returns' spread the critic foresees: 1 is all, 0 no more than a constant would.", (0.5, 1),
-          shows=(0, 1)),
+          "How much of the returns' spread the critic foresees: 1 is all, 0 no more than a constant would. Under ilql "
+          "a return is the discounted score.", (0.5, 1), shows=(0, 1)),
     Curve("value/mean", "Mean value",
-          "Mean of V over the tokens, in reward units. Before an answer's first token it ends at what the best policy "
-          "is worth: its score, less its KL's price."),
+          "Mean of V over the tokens, in reward units. Under bellman it ends, before an answer's first token, at what "
+          "the best policy is worth: its score, less its KL's price. Under ilql it is the expectile of Q."),
     *SFT[1:],
 ]  # fmt: skip
 

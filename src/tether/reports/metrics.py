@@ -60,7 +60,11 @@ _OTHERS = {  # command -> what has no curve of its own
         **_SPEED,
     },
     "qlearning": {
-        "qlearning/loss": "Half the mean squared residual: what is minimized.",
+        "qlearning/loss": "What is minimized. bellman: half the mean squared residual. ilql: the squared residuals of "
+        "both Q, V's expectile, and the two cross-entropies by their weights.",
+        "qlearning/expectile_loss": "Of ilql: the loss of V, against the smaller of the two target Q.",
+        "qlearning/cql_loss": "Of ilql: cross-entropy of the softmax of both Q at the data's tokens, nats per token, "
+        "summed over the two.",
         "tokens/trained": "Tokens of the answers that the step was trained on.",
         **_SPEED,
     },

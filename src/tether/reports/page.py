@@ -321,15 +321,21 @@ def _of_held_out_pairs(found: dict[str, Any]) -> tuple[list[Headline], list[Figu
 def qlearning_page(run: Run, config: QLearningConfig, metrics: Sequence[dict[str, Any]]) -> Page:
     lora = " with LoRA" if config.model.lora else ""
     lede = (
-        f"Q-learning on {config.model.policy}{lora} from the scored answers of {', '.join(config.data.paths)}, "
-        f"epochs {config.qlearning.epochs}."
+        f"Q-learning ({config.qlearning.loss}) on {config.model.policy}{lora} from the scored answers of "
+        f"{', '.join(config.data.paths)}, epochs {config.qlearning.epochs}."
     )
     headlines = []
     if metrics:
-        residual, log_ratio = (_ends(metrics, f"qlearning/{name}") for name in ("residual", "log_ratio"))
+        implicit = config.has_heads
+        residual = _ends(metrics, "qlearning/residual")
+        what = "of Q, noise in the scores included" if implicit else "0 at the best policy"
+        name, label, note = (
+            ("nll", "Imitation", "per token of the data") if implicit
+            else ("log_ratio", "Log-ratio", "per answer of the data, to the reference")
+        )  # fmt: skip
         headlines = [
-            Headline("Residual", _change(*residual), "reward units, first and last tenth; 0 at the best policy"),
-            Headline("Log-ratio", f"{_number(log_ratio[1])} nats", "per answer of the data, to the reference"),
+            Headline("Residual", _change(*residual), f"reward units, first and last tenth; {what}"),
+            Headline(label, f"{_number(_ends(metrics, f'qlearning/{name}')[1])} nats", note),
             Headline("Steps", f"{metrics[-1]['step']:,}", f"of {config.qlearning.batch} answers"),
         ]
     return Page(lede, headlines, looks=_looks(run, config.as_ppo))

@@ -55,7 +55,9 @@ SIGNALS = {
         Signal("ratio", "Ratio, log", "How much likelier this cycle's update made the token; underlined where the clip "
                "cut its gradient.", "ratio", _log_ratio),
         Signal("kl", "KL to the reference", "How much likelier the token is than under the reference, in nats: summed "
-               "over the response, what it paid.", "old_logprob", _kl),
+               "over the response, what it paid.", "ref_logprob", _kl),
+        Signal("q", "Value of the token Q", "The smaller of the two target Q: what was expected to come once this "
+               "token was chosen.", "q", middle=None),
         Signal("entropy", "Entropy", "How open the choice was, in nats.", "entropy"),
         Signal("reward", "Reward", "What the token was paid: the KL's price, and the score at the last one.",
                "reward"),
@@ -113,8 +115,10 @@ def arithmetic(row: Row, t: int, ppo: PPOSection, beta: float | None) -> list[tu
     """
     reward, advantage = row["reward"], row["advantage"]
     last = t == len(reward) - 1
-    kl = row["old_logprob"][t] - row["ref_logprob"][t]
-    lines = [("KL", f"ln π − ln π_ref = {_n(row['old_logprob'][t])} − {_n(row['ref_logprob'][t])} = {_n(kl)}")]
+    lines, kl = [], 0.0
+    if "ref_logprob" in row:
+        kl = row["old_logprob"][t] - row["ref_logprob"][t]
+        lines = [("KL", f"ln π − ln π_ref = {_n(row['old_logprob'][t])} − {_n(row['ref_logprob'][t])} = {_n(kl)}")]
     score = f"score = {_n(row['score'])}" if last and row["score"] is not None else ""
     if beta is None:
         lines.append(("reward", f"r = {score}" if score else f"r = {_n(reward[t])}: nothing before the end"))
@@ -137,8 +141,11 @@ def _of_the_critic(row: Row, t: int, ppo: PPOSection) -> list[tuple[str, str]]:
     value, reward, delta, advantage = row["value"], row["reward"], row["delta"], row["advantage"]
     after, next_advantage = (0.0, 0.0) if t == len(value) - 1 else (value[t + 1], advantage[t + 1])
     actor, critic = ppo.lams
+    change = ("δ", f"r + γ·V′ − V = {_n(reward[t])} + {ppo.gamma:g}·{_n(after)} − {_n(value[t])} = {_n(delta[t])}")
+    if "q" in row:
+        return [change, ("A", f"min Q̄ − V = {_n(row['q'][t])} − {_n(value[t])} = {_n(advantage[t])}")]
     lines = [
-        ("δ", f"r + γ·V′ − V = {_n(reward[t])} + {ppo.gamma:g}·{_n(after)} − {_n(value[t])} = {_n(delta[t])}"),
+        change,
         ("A", f"δ + γλ·A′ = {_n(delta[t])} + {ppo.gamma * actor:g}·{_n(next_advantage)} = {_n(advantage[t])}"),
     ]
     if actor == critic:

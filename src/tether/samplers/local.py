@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,7 +58,7 @@ class LocalSampler:
         self._copied = model.dtype == torch.bfloat16 and model.hf_model.dtype == torch.float32
         self.model = model
         if self._copied:
-            self.model = LanguageModel(freeze(copy.deepcopy(model.lm), model.dtype), model.dtype, model.use_full_logits)
+            self.model = replace(model, lm=freeze(copy.deepcopy(model.lm), model.dtype))
         self.note = _why_not_cached(model)  # the fallback, for the log
         self.cached = self.note is None
         self.recorded = self.cached and model.device.type == "cuda"
@@ -256,6 +257,8 @@ class Batch:
         """Draw a token for every active slot and let the rows go that it finishes."""
         s = self.sampling
         logits = self.head.logits(self.hidden) if self.head else self.hidden
+        if self.model.steer is not None:
+            logits = self.model.steer(logits, self.hidden)
         chance = self.uniforms[: len(self.row)].gather(1, self.drawn[:, None]).squeeze(1)
         new = draw(logits, chance, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         self.ids[self.row, self.drawn] = new.tokens

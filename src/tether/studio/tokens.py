@@ -28,7 +28,7 @@ SORTS = {
     "best": ("best first", lambda r: -(r["score"] or 0.0)),
     "worst": ("worst first", lambda r: r["score"] or 0.0),
     "surprise": ("most surprising to the critic first", lambda r: -r["surprise"]),
-    "kl": ("highest KL first", lambda r: -r["kl"]),
+    "kl": ("highest KL first", lambda r: -(r["kl"] or 0.0)),
     "length": ("longest first", lambda r: -r["length"]),
     "order": ("as they were drawn", lambda r: r["number"]),
 }

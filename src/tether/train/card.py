@@ -99,18 +99,32 @@ def dpo_card(run: Run, config: DPOConfig, report: str) -> str:
 
 
 def qlearning_card(run: Run, config: QLearningConfig) -> str:
-    """A model card: what it learned from, how far the residual fell, and what its optimum would be."""
+    """A model card: what it learned from, how far the residual fell, and what its optimum would be, if it has one."""
     metrics, section = run.metrics, config.qlearning
+    residual = [_shown(m["qlearning/residual"]) for m in (metrics[0], metrics[-1])]
+    if section.loss == "ilql":
+        s = section.ilql
+        learned = [
+            f"Residual of Q, reward units: {residual[0]} before the first step, {residual[1]} before the last.",
+            "The files here are a language model that imitates the data. What was learned of the scores is in "
+            f"`ilql/`: heads that add {s.strength:g}·(min Q̄ − V) to the log-probs of "
+            f"{f'the {s.top_k} likeliest tokens' if s.top_k else 'all tokens'}. `tether generate` and "
+            "`tether evaluate` sample so; transformers and vLLM know the language model alone.",
+        ]
+    else:
+        learned = [
+            f"Residual, reward units: {residual[0]} before the first step, {residual[1]} before the last. At 0 this "
+            f"would be the best policy for the score less {section.beta:g} per nat of KL to the reference, and "
+            "`critic/` its value.",
+        ]
     return _card(
         run.path.name,
         config.model.policy,
         "qlearning, rlhf",
-        f"Trained by Q-learning with Tether from `{config.model.policy}` on the scored answers of "
+        f"Trained by Q-learning ({section.loss}) with Tether from `{config.model.policy}` on the scored answers of "
         f"{', '.join(f'`{path}`' for path in config.data.paths)}: epochs {section.epochs}, {len(metrics)} optimizer "
         f"steps, seed {config.seed}.",
-        f"Residual, reward units: {_shown(metrics[0]['qlearning/residual'])} before the first step, "
-        f"{_shown(metrics[-1]['qlearning/residual'])} before the last. At 0 this would be the best policy for the "
-        f"score less {section.beta:g} per nat of KL to the reference, and `critic/` its value.",
+        *learned,
         "It has been told the scores of answers in the data, and of no others: look at samples before you trust it.",
     )
 

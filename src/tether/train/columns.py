@@ -43,11 +43,12 @@ def response_columns(
 
 def rollout_columns(
     experience: Experience, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], ppo: PPOSection,
-    *, cycle: int, responses_per_prompt: int, new_logprobs: Tensor | None = None,
+    *, cycle: int, responses_per_prompt: int, new_logprobs: Tensor | None = None, min_q: Tensor | None = None,
 ) -> dict[str, list[Any]]:  # fmt: skip
     """Columns of B rows, one per response; per-token columns are lists as long as the response.
 
     new_logprobs [B, R]: of the last epoch's own passes; in evaluations there are none, and their columns hold nulls.
+    min_q [B, R]: of implicit Q-learning, which has no reference to measure a KL to.
     """
     completions, rollout = experience.completions, experience.rollout
     lengths = completions.lengths
@@ -78,6 +79,9 @@ def rollout_columns(
         **of_critic,
         "entropy": ragged(experience.entropy),
     }
+    if min_q is not None:
+        del columns["ref_logprob"], columns["return"]
+        columns |= {"kl": [None] * len(completions), "q": ragged(min_q)}
     if new_logprobs is None:
         return columns | {name: [[None] * n for n in lengths] for name in ("new_logprob", "ratio", "clipped")}
     ratio = (new_logprobs - rollout.old_logprobs).exp()

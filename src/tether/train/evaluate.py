@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from tether.data.prompts import load_prompts, prompts_of
 from tether.data.table import Table
 from tether.data.text import completion_text
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
-from tether.errors import ConfigError, DataError, RunError
+from tether.errors import ConfigError, DataError, ModelError, RunError
 from tether.math import Interval, best_of_n_kl_bound, best_of_n_kl_estimate, best_of_n_score, bootstrap_mean
+from tether.models.ilql import load_steering
 from tether.models.language_model import LanguageModel
 from tether.models.loading import context_length, load_causal_lm, model_config, resolve_device, resolve_dtype
 from tether.rewards import build_reward
@@ -45,17 +47,20 @@ class Generation:
 def generate(
     model: str | Path, prompts: Sequence[Text], *, samples: int = 1, temperature: float = 1.0, top_k: int = 0,
     top_p: float = 1.0, max_new_tokens: int = 64, seed: int = 0, device: str = "auto", dtype: str = "auto",
-    stop_token_ids: list[int] | None = None, trust_remote_code: bool = False,
+    stop_token_ids: list[int] | None = None, trust_remote_code: bool = False, strength: float | None = None,
 ) -> list[Generation]:  # fmt: skip
     """`samples` responses to each prompt, in the prompts' order.
 
-    model: a directory or hub id. prompts: texts, or chat messages. The other names are those of `tether ppo --help`.
+    model: a directory or hub id. prompts: texts, or chat messages. The other names are those of `tether ppo --help`;
+    strength: of the heads of `tether qlearning` with loss ilql, where the model has them; None: as it was trained with.
     Same seed, same responses: the draws behind response k to prompt i follow from (seed, i, k) alone.
     """
     if isinstance(prompts, str):
         raise DataError(f"prompts is the text {prompts[:40]!r}: every letter would be a prompt. Give a list: [text].")
     sampling = SamplingConfig("local", temperature, top_k, top_p, max_new_tokens, stop_token_ids)
     check_dtype(dtype)
+    if strength is not None and not (strength >= 0 and math.isfinite(strength)):
+        raise ConfigError(f"strength={strength} is not 0 or more: the worst tokens would be preferred. Set e.g. 1.")
     anywhere = PromptsConfig("the prompts given", max_tokens=sys.maxsize)
     check(
         EvaluateConfig([str(model)], anywhere, samples=samples, seed=seed, device=device, sampling=sampling),
@@ -63,7 +68,7 @@ def generate(
     )
     if not prompts:
         return []
-    source = Source(str(model), sampling, trust_remote_code)
+    source = Source(str(model), sampling, trust_remote_code, strength)
     table = Table(anywhere.path, [{"prompt": prompt} for prompt in prompts])
     asked = prompts_of(table, anywhere, source.tokenizer, **source.room)
     loaded = source.load(resolve_device(device), dtype)
@@ -168,6 +173,9 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
             asked = [p for p in prompts[baseline] for _ in range(config.samples)]
             ratios = _log_ratios(model, base, found, asked, config.sampling.temperature)
             kl, note = _by_prompt(ratios, config.samples), _truncation(config.sampling)
+            if not ratios.isfinite().all():  # the baseline is steered, and chooses among its likeliest tokens
+                kl = ratios = None
+                note = "some of its answers never come from the baseline's likeliest tokens (ilql): the KL is infinite"
         columns = response_columns(found, scored, source.tokenizer, stop_ids, responses_per_prompt=config.samples)
         answers.append(columns | {"kl": [None] * len(found) if ratios is None else ratios.tolist()})
         if name == baseline:
@@ -221,8 +229,14 @@ def _log_ratios(
 
     asked: the baseline's own encoding of each prompt: under another chat template the same answer follows other ids.
     """
+    if model is baseline:
+        return torch.zeros(len(found), dtype=torch.float64)
     theirs = Rows.of([p.ids for p in asked], found.response_ids)
-    return _summed_logprobs(model, found.rows(), temperature) - _summed_logprobs(baseline, theirs, temperature)
+    if model.steer is None:
+        ours = _summed_logprobs(model, found.rows(), temperature)
+    else:  # computed again, rounding could put a token just outside of the likeliest ones, and say that it never comes
+        ours = torch.tensor([sum(row) for row in found.sampler_logprobs], dtype=torch.float64)
+    return ours - _summed_logprobs(baseline, theirs, temperature)
 
 
 def _summed_logprobs(model: LanguageModel, rows: Rows, temperature: float) -> Tensor:
@@ -304,8 +318,10 @@ def _report_write_failure(config: EvaluateConfig, evaluation: Evaluation | None 
 class Source:
     """A model that need not be loaded yet: its tokenizer and its config answer what can be answered early."""
 
-    def __init__(self, path: str, sampling: SamplingConfig, trust_remote_code: bool) -> None:
-        self.path, self.sampling, self.trust_remote_code = path, sampling, trust_remote_code
+    def __init__(
+        self, path: str, sampling: SamplingConfig, trust_remote_code: bool, strength: float | None = None
+    ) -> None:
+        self.path, self.sampling, self.trust_remote_code, self.strength = path, sampling, trust_remote_code, strength
         self.config = model_config(path, trust_remote_code=trust_remote_code)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         check_vocabulary(self.tokenizer, self.config.get_text_config().vocab_size)
@@ -319,7 +335,23 @@ class Source:
         resolved = resolve_dtype(dtype, device, self.config)
         lm = load_causal_lm(self.path, dtype=resolved, device=device, trust_remote_code=self.trust_remote_code)
         model = LanguageModel(lm.eval().requires_grad_(False), resolved)
+        model.steer = steer = load_steering(
+            self.path, width=model.config.hidden_size, vocabulary=model.config.vocab_size, device=device,
+            strength=self.strength,
+        )  # fmt: skip
+        if steer is None and self.strength is not None:
+            raise ConfigError(
+                f"strength={self.strength:g} with {self.path}, which has no heads of Q-learning (ilql/) beside it: "
+                "it would be ignored. Leave it out."
+            )
+        if steer is not None:
+            _say(f"{self.path}: sampled with its Q-learning heads, strength {steer.strength:g}, top_k {steer.top_k}")
         _say(model.check_head(), _unlike_its_own(self.path, lm.generation_config, self.sampling))
+        if steer is not None and model.use_full_logits:
+            raise ModelError(
+                f"{self.path}: Q-learning heads (ilql/) beside a model whose output head is not a plain linear layer: "
+                "they could not steer it. Remove ilql/ to sample from the language model alone."
+            )
         return model
 
     def stop_ids(self, model: LanguageModel) -> tuple[int, ...]:

@@ -56,10 +56,12 @@ class TrainingState:
         signals: Signals,
         sinks: Sequence[LogSink],
         notes: Sequence[str] = (),
+        after_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         """The loop of a trainer whose unit is the optimizer step: go on where the run stopped, to the end of `plan`.
 
         accumulate: adds up the gradients of a step's batch, and returns the step's metrics so far.
+        after_step: gets the number of steps that are done, after each and before it is saved.
         """
         assert isinstance(self.run.config, TrainingConfig)
         self.restore()
@@ -75,6 +77,7 @@ class TrainingState:
                 if tokens := metrics.get("tokens/trained"):
                     metrics["tokens_per_s/update"] = tokens / seconds
                 self.done += 1
+                after_step(self.done)
                 log.write(self.done, metrics)
                 if self.steps.skipped:
                     log.alarms(self.done, [("skipped-steps", "optimizer step skipped: its gradient is not finite")])
