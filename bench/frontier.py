@@ -1,11 +1,11 @@
 """What does a nat buy? Score over KL for five ways to spend it, from one model, with one reward, on the same openings.
 
-stories260K and VADER's lexicon, as in examples/stories. Each way gets 24 × 128 = 3,072 scored answers and, where
-it trains, 192 optimizer steps of 64 answers each, so that every answer is learned from four times:
+stories260K and VADER's lexicon, as in examples/stories. Each way gets 18 × 128 = 2,304 scored answers and, where
+it trains, 144 optimizer steps of 64 answers each, so that every answer is learned from four times:
 
-    ppo        examples/stories/ppo.yaml, 24 cycles, but with the KL in the reward, a fixed β and no entropy bonus
+    ppo        examples/stories/ppo.yaml, 18 cycles, but with the KL in the reward, a fixed β and no entropy bonus
     group      the same without a critic: eight answers to an opening, compared with each other (RLOO)
-    dpo        pairs out of a pool: 32 answers of the start model to each of the 96 openings, drawn and scored once per
+    dpo        pairs out of a pool: 24 answers of the start model to each of the 96 openings, drawn and scored once per
                seed; each answer is compared with the next one to its opening
     bellman    `tether qlearning` on the same pool, answer by answer
     best-of-n  no training: the best of n of the same pool, for every n of BEST_OF
@@ -74,9 +74,9 @@ from tether.runs.files import write_atomically
 
 RATES = {"ppo": 1.5e-4, "group": 1.5e-4, "dpo": 3e-4, "bellman": 3e-4}
 ROUTES = [*RATES, "best-of-n"]
-BETAS = [0.02, 0.05, 0.1, 0.2]  # score units per nat
-BEST_OF = [1, 2, 4, 8, 16, 32]
-CYCLES, BATCH, STEP, EPOCHS = 24, 128, 64, 4  # of ppo; answers per cycle; answers per optimizer step
+BETAS = [0.05, 0.1, 0.2, 0.4]  # score units per nat
+BEST_OF = [1, 2, 4, 8, 16]
+CYCLES, BATCH, STEP, EPOCHS = 18, 128, 64, 4  # of ppo; answers per cycle; answers per optimizer step
 SAMPLES, NEW = 8, 64  # answers to an opening, of a policy that is measured; their longest, in tokens
 DOUBT = 0.25  # score units per log-odds of a label
 SENTIMENT = "sentiment.py:sentiment"
@@ -131,8 +131,8 @@ def choose(pool: dict[str, list[Answer]], seed: int) -> list[Row]:
 
 
 def winners(texts: list[list[str]], scores: torch.Tensor, n: int) -> list[str]:
-    """The best of each n answers in a row."""
-    best = scores.view(len(texts), -1, n).argmax(-1)
+    """The best of each n answers in a row; what is left over at the end is in none."""
+    best = scores[:, : scores.shape[1] // n * n].reshape(len(texts), -1, n).argmax(-1)
     return [row[i * n + k] for row, chosen in zip(texts, best.tolist(), strict=True) for i, k in enumerate(chosen)]
 
 
