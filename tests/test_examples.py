@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,38 @@ def test_the_random_walks_are_those_of_the_benchmark(monkeypatch):
         total += sum(s * score for s, (score, _) in zip(share, weighted, strict=True)) / sum(share)
     assert total / 20 == pytest.approx(0.97487, abs=1e-5)
     assert walks.optimality(["b"], [[walks.NAMES.index("c")]]) == [0.0]  # it never arrives
+
+
+def test_unseen_steps_break_off_from_logged_walks_and_leave_the_graph(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "random_walks")
+    import walks
+
+    edges, logged = walks.world()
+    rows = walks.unseen(logged)
+    assert len(rows) == len(logged)
+    for walk, row in zip(logged, rows, strict=True):
+        assert row[:-1] == walk[: len(row) - 1]
+        assert not edges[row[-2], row[-1]]
+        assert walks.score_walk(row) == 0.0
+    assert len({tuple(row[-2:]) for row in rows}) > 250  # of the 369 pairs of nodes without an edge between them
+
+
+@pytest.mark.slow
+def test_every_route_of_the_random_walks_trains_from_the_command_line(tmp_path):
+    here = tmp_path / "random_walks"
+    shutil.copytree(EXAMPLES / "random_walks", here, ignore=shutil.ignore_patterns("*.jsonl", "tokenizer", "runs"))
+
+    def call(*words):
+        done = subprocess.run([sys.executable, *words], cwd=here, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    call("walks.py")
+    call("-m", "tether.cli", "sft", "sft.yaml", "--sft.epochs", "1")
+    for route in ("ppo", "group"):
+        call("-m", "tether.cli", "ppo", f"{route}.yaml", "--ppo.cycles", "1", "--ppo.epochs", "1")
+        (metrics,) = tether.Run(here / "runs" / route).metrics
+        assert 0 < metrics["reward/score_mean"] < 1
+    call("-m", "tether.cli", "qlearning", "bellman.yaml", "--qlearning.epochs", "1")
+    run = tether.Run(here / "runs" / "bellman")
+    assert len(run.metrics) == 20  # 1000 walks and as many unseen steps, 100 at once
+    assert (run.final / "model.safetensors").exists()
