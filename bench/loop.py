@@ -40,21 +40,23 @@ def main() -> None:
     one = [__file__, "--model", args.model, "--to", str(args.to)]
     rows = sweep(args, lambda seed, path: figures([*one, "--seeds", str(seed), "--paths", path], path))
     print(
-        "| seed | CPU path | κ of both people | reward model, held out | lexicon before | after | KL, nats | minutes |"
+        "| seed | CPU path | κ of both people | reward model, held out | lexicon before | after | KL, nats "
+        "| distinct-2 against the start | minutes |"
     )
-    print("|---|---|--:|---|--:|--:|--:|--:|")
+    print("|---|---|--:|---|--:|--:|--:|--:|--:|")
     for r in rows:
         share = r["reward_model"]
         print(
             f"| {r['seed']} | {r['path']} | {' '.join(f'{k:.2f}' for k in r['kappa'])} "
             f"| {share['value']:.3f} [{share['low']:.3f}, {share['high']:.3f}] | {r['before']:.2f} | {r['after']:.2f} "
-            f"| {r['kl']:.1f} | {r['minutes']:.1f} |"
+            f"| {r['kl']:.1f} | {r['variety']:.0%} | {r['minutes']:.1f} |"
         )
     for name, take, form in (
         ("reward model", lambda r: r["reward_model"]["value"], ".3f"),
         ("before", lambda r: r["before"], ".2f"),
         ("after", lambda r: r["after"], ".2f"),
         ("kl", lambda r: r["kl"], ".1f"),
+        ("distinct-2", lambda r: r["variety"], ".0%"),
         ("minutes", lambda r: r["minutes"], ".1f"),
     ):
         print(f"{name:14}{ranged(map(take, rows), form)}")

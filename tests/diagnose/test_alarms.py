@@ -592,7 +592,7 @@ def test_answers_that_end_in_one_phrase_are_an_alarm_and_serious_where_the_score
     assert found(healthy(response__shared_phrase=0.9)) == []  # it was so from the start: a form of the data
 
 
-DEMO = json.loads((Path(__file__).parent / "demo_runs.json").read_text())  # curves of whole runs of the demo
+DEMO = json.loads((Path(__file__).parent / "demo_runs.json").read_text())  # curves of whole runs, four of the demo
 
 
 @pytest.mark.parametrize(
@@ -605,6 +605,14 @@ def test_the_demo_whose_score_rose_by_courtesies_is_told_from_the_one_that_learn
             for i, row in enumerate(healthy(n=len(DEMO[run]["reward/score_mean"]), seed=0))]  # fmt: skip
     alarms = [a for a in found(rows) if a.rule == "repeated-phrase"]
     assert [(a.severity, a.metric) for a in alarms] == [("serious", "response/shared_phrase")] * alarmed
+
+
+def test_a_phrase_in_nearly_every_answer_is_seen_in_a_run_of_sixteen_cycles():
+    """examples/loop without a KL target, seed 4: 20 nats, and "He liked to play with his friends." again and again."""
+    loop = DEMO["loop, seed 4"]
+    rows = [row | {name: curve[i] for name, curve in loop.items()} for i, row in enumerate(healthy(n=16, seed=0))]
+    (alarm,) = [a for a in found(rows) if a.rule == "repeated-phrase"]
+    assert alarm.severity == "serious"
 
 
 @pytest.mark.parametrize(("held_out", "train", "alarmed"), [(0.597, 0.708, True), (0.606, 0.698, True),

@@ -231,8 +231,9 @@ def entropy_collapse(view: View) -> Iterator[Alarm]:
 
 
 def repeated_phrase(view: View) -> Iterator[Alarm]:
-    """One phrase of four tokens in more than 60 % of the answers and in 30 % more of them than at the start; or in more
-    than a third and half as often again, where the score went along (correlation above 0.7): it rose by that. Or the
+    """One phrase of four tokens in more than 60 % of the answers and in 30 % more of them than at the start, for ten
+    cycles (in a loop of 16 cycles it was in 92 % at the end); or in more than a third and half as often again, for 15
+    cycles, where the score went along (correlation above 0.7): it rose by that. Or the
     share of distinct pairs of tokens below half of the start's. A policy that becomes surer says the same more often,
     but healthy runs keep 80 % of their pairs, and in the demo's no phrase stays in a third of the answers. It did in
     two of three runs whose reward model had learned courtesies and no facts."""
@@ -246,7 +247,7 @@ def repeated_phrase(view: View) -> Iterator[Alarm]:
         until = held.blocks[-1] + 1
         return correlation(curve.levels[:until], [_level_at(score, c) for c in curve.last[:until]]) if score else 0.0
 
-    shared = phrase.held(lambda share: share > max(0.6, start + 0.3), least=_PERSIST)
+    shared = phrase.held(lambda share: share > max(0.6, start + 0.3), least=2)
     if shared is None:
         often = phrase.held(lambda share: share > max(1 / 3, 1.5 * start), least=_PERSIST)
         shared = often if often and with_score(phrase, often) > 0.7 else None
