@@ -19,7 +19,8 @@ A policy is measured by `tether.evaluate`: fresh answers, 8 to each opening, the
 nats per response, the mean of their log-ratios. That of best-of-n is `tether.math`'s, as in `tether evaluate`.
 distinct-2 is bench/stories.py's, against the start model's answers.
 
-Learning rates: for each trained way the best of three or more, by score - β·KL on a seed that is not in the table.
+Learning rates: ppo's is the example's; the others' were picked by score - β·KL out of a few, on a seed that is not in
+the table. docs/evidence.md lists the tries.
 
     python bench/frontier.py --model DIR [--seeds 0 1 2 3 4] [--plot docs/frontier.svg]
     python bench/frontier.py --model DIR --seeds 100 --routes dpo --betas .05 --rate 1e-3 --to DIR  tries a rate
@@ -72,9 +73,9 @@ from tether.config import (
 from tether.runs import EvaluationDir, Run
 from tether.runs.files import write_atomically
 
-RATES = {"ppo": 1.5e-4, "group": 1.5e-4, "dpo": 3e-4, "bellman": 3e-4}
+RATES = {"ppo": 1.5e-4, "group": 7e-5, "dpo": 1e-4, "bellman": 1e-4}
 ROUTES = [*RATES, "best-of-n"]
-BETAS = [0.05, 0.1, 0.2, 0.4]  # score units per nat
+BETAS = [0.025, 0.05, 0.1, 0.2]  # score units per nat
 BEST_OF = [1, 2, 4, 8, 16]
 CYCLES, BATCH, STEP, EPOCHS = 18, 128, 64, 4  # of ppo; answers per cycle; answers per optimizer step
 SAMPLES, NEW = 8, 64  # answers to an opening, of a policy that is measured; their longest, in tokens

@@ -113,3 +113,12 @@ def test_a_level_too_rare_for_float64_adds_nothing():
     assert float(best_of_n_kl(known, n=200)) == pytest.approx(math.log(64 / 63), abs=1e-12)
     scores = torch.tensor([[0.0] * 4 + [1.0] * 252])
     assert float(best_of_n_kl_estimate(scores, n=200)) == pytest.approx(math.log(64 / 63), abs=1e-12)
+
+
+@pytest.mark.parametrize("samples", [3, 7, 24])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_kl_of_samples_that_all_differ_is_the_bound_whatever_their_number(samples, n):
+    # log n - (n-1)/n by hand; 1/3, 1/7 and 1/24 are no binary fractions, so levels do not end at 0 unless counted
+    bound = {1: 0.0, 2: 0.193147, 3: 0.431946}[n]
+    scores = torch.arange(float(samples))[None]
+    assert best_of_n_kl_estimate(scores, n=n).item() == pytest.approx(bound, abs=1e-6)

@@ -63,8 +63,8 @@ def best_of_n_kl_estimate(scores: Float[Tensor, "P N"], *, n: int) -> Float[Tens
 
 def _kl_estimate(scores: Float[Tensor, " N"], n: int) -> Float[Tensor, ""]:
     _, counts = scores.unique(return_counts=True)
-    high = counts.cumsum(0).double() / len(scores)
-    low = high - counts / len(scores)
+    up_to = counts.cumsum(0)
+    high, low = up_to.double() / len(scores), (up_to - counts).double() / len(scores)  # low is 0 exactly at the first
     best = high**n - low**n
     tied = best * (best * len(scores) / counts).clamp_min(1e-300).log()  # far below the best a share may underflow to 0
     return torch.where(counts > 1, tied, _spread(high, n) - _spread(low, n)).sum()
