@@ -101,7 +101,7 @@ def draw_pool(model: str, seed: int, to: Path, *, cycles: int) -> dict[str, list
     """As many scored answers of the start model as ppo has in all its cycles, by opening; drawn once, then kept."""
     prompts = EXAMPLE / "prompts.jsonl"
     each = cycles * BATCH // len(prompts.read_text().splitlines())
-    file = to / f"pool-{seed}-{each}.json"
+    file = to / f"pool-{Path(model).name}-{seed}-{each}.json"
     if not file.exists():
         found = tether.best_of_n(model, prompts, n=each, reward=SENTIMENT, max_new_tokens=NEW, seed=seed)
         write_atomically(file, json.dumps([asdict(opening) for opening in found]))
@@ -282,7 +282,11 @@ def main() -> None:
         for route in args.routes:
             command = [*one, "--routes", route]
             rows[route] = sweep(
-                only, lambda s, path, c=command: figures([*c, "--seeds", str(s)], path), route=route, **how(route)
+                only,
+                lambda s, path, c=command: figures([*c, "--seeds", str(s)], path),
+                route=route,
+                model=Path(model).name,
+                **how(route),
             )
     show(rows)
     if plot:

@@ -186,7 +186,11 @@ def _generate(argv: list[str]) -> None:
     n, reward, as_pairs, to = (options.pop(name) for name in ("best_of", "reward", "pairs", "to"))
     if n is not None:
         given = {"--prompt": prompts, "--raw": raw, "--samples": options.pop("samples") != 1}
-        given["--strength"] = options.pop("strength") is not None
+        if options.pop("strength") is not None:
+            raise ConfigError(
+                "--strength with --best-of, which samples a model as it was saved. Leave it out, or train with another "
+                "qlearning.ilql.strength."
+            )
         if wrong := [flag for flag, is_given in given.items() if is_given]:
             raise ConfigError(
                 f"{wrong[0]} with --best-of, which draws N answers to each prompt of a file: it would be ignored. "

@@ -86,7 +86,7 @@ QLEARNING = (
     .replace(
         "batch: 64, microbatch_tokens: 8192",
         "batch: 64, microbatch_tokens: 8192, ilql: {tau: 0.8, gamma: 0.99, cql: 0.1, awac: 1.0, polyak: 0.1, "
-        "sync_every: 5, strength: 1.0, top_k: 10}",
+        "sync_every: 5, strength: 10.0, top_k: 10}",
     )
 )
 

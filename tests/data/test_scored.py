@@ -132,4 +132,4 @@ def test_scores_that_are_all_equal_are_told(write, tiny_tokenizer, capsys):
         ScoredConfig(write("a.jsonl", [{"prompt": "a", "completion": c, "score": 2} for c in "bc"])),
         tiny_tokenizer, stop_id=1,
     )  # fmt: skip
-    assert "every answer has the score 2: the best policy is the reference" in capsys.readouterr().err
+    assert "every answer has the score 2: none is better than another" in capsys.readouterr().err

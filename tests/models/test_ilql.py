@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -112,10 +113,10 @@ def test_steering_adds_the_smaller_target_q_to_the_likeliest_tokens(top_k):
     assert_close(got, want.float())
 
 
-def test_without_strength_and_limit_the_logits_are_left_alone():
+def test_without_strength_the_logits_are_left_alone():
     heads, hidden = heads_and_hidden()
     logits = torch.randn(7, 11)
-    assert torch.equal(Steering(heads.state_dict(), strength=0.0, top_k=0)(logits, hidden), logits)
+    assert torch.equal(Steering(heads.state_dict(), strength=0.0, top_k=3)(logits, hidden), logits)
 
 
 def test_saved_heads_steer_as_the_trained_ones(tmp_path):
@@ -127,16 +128,24 @@ def test_saved_heads_steer_as_the_trained_ones(tmp_path):
     assert torch.equal(load_steering(str(tmp_path), **where)(logits, hidden), want)
     assert load_steering(str(tmp_path), strength=0.5, **where).strength == 0.5
     assert load_steering(str(tmp_path / "ilql"), **where) is None  # no heads beside it
-    with pytest.raises(ModelError, match=r"heads of \[11, 12\], where the language model beside it needs \[12, 12\]"):
+    with pytest.raises(ModelError, match=r"heads of shapes .*\[11, 12\].* needs .*\[12, 12\]"):
         load_steering(str(tmp_path), **where | {"vocabulary": 12})
 
 
-@pytest.mark.parametrize("damage", ["not json", '{"strength": 1}', None])
+@pytest.mark.parametrize(
+    "damage",
+    ["not json", '{"strength": 1}', '{"strength": -5, "top_k": 3}', '{"strength": NaN, "top_k": 3}', "", None, "head"],
+)
 def test_heads_that_cannot_be_read_are_never_left_out_silently(tmp_path, damage):
     heads, _ = heads_and_hidden()
     heads.save(tmp_path / "ilql", strength=3.0, top_k=4)
+    file = tmp_path / "ilql" / "heads.safetensors"
     if damage is None:
-        (tmp_path / "ilql" / "heads.safetensors").write_bytes(b"x" * 40)
+        file.write_bytes(b"x" * 40)
+    elif damage == "head":
+        save_file({name: x for name, x in load_file(file).items() if name != "target_q1.first.bias"}, file)
+    elif not damage:
+        (tmp_path / "ilql" / "ilql.json").unlink()
     else:
         (tmp_path / "ilql" / "ilql.json").write_text(damage)
     with pytest.raises(ModelError, match=r"without what Q-learning learned\. Copy the whole directory again"):

@@ -158,6 +158,7 @@ def test_the_final_model_imitates_the_data_and_its_heads_choose_the_better_answe
     )  # fmt: skip
     base, found = tether.evaluate(config, reward=reward).results
     assert found.score.mean > 0.95 > base.score.mean
+    assert (base.strength, found.strength) == (None, 8.0)
     other = EvaluateConfig(
         [str(tiny_model(seed=1))], config.prompts, baseline=str(run.final), samples=32, device="cpu",
         sampling=config.sampling,
@@ -171,9 +172,18 @@ def test_the_final_model_imitates_the_data_and_its_heads_choose_the_better_answe
     exported = tether.export(run, tmp_path / "exported")
     assert not (exported / "ilql").exists()
     assert "is the language model alone" in capsys.readouterr().err
+    assert "was exported without `ilql/`" in (exported / "README.md").read_text()
     page = tether.report(run).read_text()
     assert "Q-learning (ilql)" in page
     assert "min Q̄ − V" in page
+    assert "where the clip cut" not in page  # there is none
+
+    # whoever goes on from it is told what is left out, and its rollouts, a part of its data, are no data
+    _, notes = load_policy(ModelConfig(str(run.final)), device=CPU, seed=0)
+    assert any("Q-learning heads (ilql/), which this run leaves out" in note for note in notes)
+    again = replace(config_of := bandit(tmp_path, tiny_model()), data=replace(config_of.data, path=str(run.path)))
+    with pytest.raises(tether.DataError, match=r"is a run of tether qlearning.*Name a run of tether ppo"):
+        tether.qlearning(replace(again, run=str(tmp_path / "again")))
 
 
 def test_targets_are_synced_by_the_count_of_steps(tiny_model, tmp_path, monkeypatch):

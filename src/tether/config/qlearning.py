@@ -49,7 +49,8 @@ class ScoredConfig(DataConfig):
 @dataclass(frozen=True)
 class ILQLSection(Section):
     """Of loss ilql, implicit Q-learning (Snell et al. 2022): heads V and Q beside a model that imitates the data, which
-    steer it when it is sampled from. Defaults: trlX's for random walks, which it samples at strengths 1 and 100."""
+    steer it when it is sampled from. Defaults: trlX's for random walks, which it samples at strengths 1 and 100;
+    10 is 1/β of the other losses."""
 
     tau: Annotated[float, _EXPECTILE] = 0.8
     """τ of the expectile that V is of Q. 0.5: the value of whoever wrote the data; towards 1: of the best tokens in it,
@@ -60,11 +61,13 @@ class ILQLSection(Section):
     """Weight of the cross-entropy that keeps Q low for tokens that the data lacks (CQL)."""
     awac: Annotated[float, at_least(0, "the model would unlearn the data")] = 1.0
     """Weight of the language model's own cross-entropy: it imitates the data, good answers and bad ones alike."""
-    polyak: Annotated[float, within(0, 1, "targets would overshoot", "Set {key} above 0, up to 1.", ends="(]")] = 0.1
+    polyak: Annotated[
+        float, within(0, 1, "targets would stand still, or overshoot", "Set {key} above 0, up to 1.", ends="(]")
+    ] = 0.1
     """α: how far the targets move towards the two Q at each sync; 1 copies them."""
     sync_every: Annotated[int, at_least(1, "the targets would never be synced")] = 5
     """Optimizer steps from one sync of the targets to the next."""
-    strength: Annotated[float, at_least(0, "the worst tokens would be preferred")] = 1.0
+    strength: Annotated[float, at_least(0, "the worst tokens would be preferred")] = 10.0
     """Nats per unit of min Q̄ - V that are added to the log-probs when the final model is sampled from; 0: the language
     model alone. No loss reads it: tether generate --strength tries another without training."""
     top_k: Annotated[int, at_least(0, "0 already keeps every token")] = 10

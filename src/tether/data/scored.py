@@ -85,7 +85,7 @@ def load_scored(
             ended = not cut[i] and (replayed or stop_id is not None)
             found.append(ScoredResponse(prompt, answers[i], "stop" if ended else "length", scores[i]))
     if len({row.score for row in found}) == 1:
-        print(f"every answer has the score {found[0].score:g}: the best policy is the reference", file=sys.stderr)
+        print(f"every answer has the score {found[0].score:g}: none is better than another", file=sys.stderr)
     return found
 
 
@@ -120,6 +120,11 @@ def _read_run(
 ) -> tuple[Table, list[list[int]], list[list[int]]]:
     """(rows, ids of each prompt, ids of each answer) of what a run sampled, in the order in which it did."""
     run = Run.open(path)
+    if run.kind.command != "ppo":
+        raise DataError(
+            f"{path} is a run of tether {run.kind.command}: its rollouts are a part of its data, kept to be looked at. "
+            "Name a run of tether ppo, or the file that this one learned from."
+        )
     rows: list[dict[str, Any]] = []
     for cycle in run.rollout_cycles:
         rollouts = run.rollouts(cycle)

@@ -117,6 +117,8 @@ def export(run: str | Path | Run, to: str | Path, *, best: bool = False) -> Path
             if note := vllm_note(model.config):
                 print(note, file=sys.stderr)
             if (source / ILQL).is_dir():
+                with (partial / "README.md").open("a", encoding="utf-8") as card:
+                    card.write("\nThis copy was exported without `ilql/`: it is the language model alone.\n")
                 print(
                     f"{to} is the language model alone, which imitates the data: the Q-learning heads that steer it in "
                     f"{source} (ilql/) are known to Tether's own sampler only",

@@ -8,6 +8,7 @@ own does; and a sampler that keeps the top k of the language model asks for Q of
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ class TwoLayers(nn.Module):
 class ILQLHeads(nn.Module):
     """V, Q1 and Q2, each Linear(D, 2D) - ReLU - Linear, and the slowly following targets of the two Q.
 
-    Last layers begin at 0: what is sampled at first is the language model. The two Q differ by their first layers.
+    Last layers begin at 0: no token is preferred at first. The two Q differ by their first layers.
     Everything is float32 but CQL's product over the vocabulary, which is in the caller's autocast.
     """
 
@@ -115,7 +116,8 @@ class ILQLHeads(nn.Module):
 class Steering:
     """What implicit Q-learning samples from: see `tether.math.ilql_logits`.
 
-    heads: tensors by name, as `ILQLHeads.save` writes them. top_k 0: every token.
+    heads: tensors by name, as `ILQLHeads.save` writes them. strength 0: the language model alone, whatever top_k is.
+    top_k 0: every token.
     """
 
     def __init__(self, heads: dict[str, Tensor], *, strength: float, top_k: int) -> None:
@@ -127,9 +129,9 @@ class Steering:
 
     def __call__(self, logits: Tensor, hidden: Tensor) -> Tensor:
         """[N, V] logits, -inf where a token is never sampled, of the model's own logits and [N, D] hidden states."""
-        everything = not 0 < self.top_k < logits.shape[-1]
-        if everything and self.strength == 0:
+        if self.strength == 0:
             return logits
+        everything = not 0 < self.top_k < logits.shape[-1]
         with torch.autocast(hidden.device.type, enabled=False):
             tokens = None if everything else logits.topk(self.top_k, dim=-1).indices
             return ilql_logits(logits, self._min_q(hidden.float(), tokens), tokens, strength=self.strength)
@@ -146,30 +148,48 @@ class Steering:
         return both.amin(-1)
 
 
+def has_heads(model: str | Path) -> bool:
+    """Whether directory `model` has heads beside it, whole or damaged."""
+    return (Path(model) / FOLDER).is_dir()
+
+
+def heads_left_out(model: Any) -> list[str]:
+    """The note of a run that reads `model`, which may be None or a description of random weights instead of a path."""
+    if not isinstance(model, str) or not has_heads(model):
+        return []
+    return [
+        f"{model} has Q-learning heads ({FOLDER}/), which this run leaves out: it takes the language model alone, "
+        "which imitates the data that it was trained on"
+    ]
+
+
 def load_steering(
     model: str, *, width: int, vocabulary: int, device: torch.device, strength: float | None = None
 ) -> Steering | None:
-    """The heads beside the language model in directory `model`; None where it has none.
+    """The heads beside the language model in directory `model`; None where it has none. (Of a hub id: none.)
 
     width, vocabulary: of the language model. strength: another than it was saved with.
     """
-    folder = Path(model) / FOLDER
-    if not (folder / _SETTINGS).is_file():
+    if not has_heads(model):
         return None
+    folder = Path(model) / FOLDER
     try:
         settings: dict[str, Any] = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
         own, top_k = float(settings["strength"]), int(settings["top_k"])
+        if not (math.isfinite(own) and own >= 0 and top_k >= 0):
+            raise ValueError(f"strength {own:g} and top_k {top_k}, which are 0 or more")
         heads = {name: tensor.to(device) for name, tensor in load_file(folder / _HEADS).items()}
-        shapes = [heads[f"{name}.last.weight"].shape for name in _TARGETS]
+        shapes = [[list(heads[f"{name}.{layer}"].shape) for layer in _LAYERS] for name in _TARGETS]
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"{folder} cannot be read ({type(error).__name__}: {error}): the model would be sampled from without what "
             "Q-learning learned. Copy the whole directory again; or remove this one, to sample from the language model "
             "alone."
         ) from error
-    if any(shape != (vocabulary, 2 * width) for shape in shapes):
+    wanted = [[2 * width, width], [2 * width], [vocabulary, 2 * width], [vocabulary]]
+    if wrong := [shape for shape in shapes if shape != wanted]:
         raise ModelError(
-            f"{folder} has heads of {list(shapes[0])}, where the language model beside it needs "
-            f"{[vocabulary, 2 * width]}: they belong to another model. Keep the two together as they were written."
+            f"{folder} has heads of shapes {wrong[0]}, where the language model beside it needs {wanted}: they belong "
+            "to another model. Keep the two together as they were written."
         )
     return Steering(heads, strength=own if strength is None else strength, top_k=top_k)

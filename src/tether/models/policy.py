@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tether.config import ModelConfig, ReferencedModelConfig
 from tether.errors import ModelError
+from tether.models.ilql import heads_left_out
 from tether.models.language_model import LanguageModel, freeze
 from tether.models.loading import (
     add_lora,
@@ -193,7 +194,7 @@ def load_policy(
 
     policy = Policy(LanguageModel(lm, dtype), critic, value_head=with_critic).to(device)
     note = policy.model.check_head()
-    notes = [note] if note else []
+    notes = [*([note] if note else []), *heads_left_out(config.policy), *heads_left_out(config.reference)]
     if config.lora and critic:
         notes.append("model.lora adapts the policy alone: the separate critic's own trunk is trained whole, in float32")
     return policy.train(), notes

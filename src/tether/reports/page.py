@@ -74,6 +74,10 @@ class Page:
     before: Evaluation | None = None
     after: Evaluation | None = None
     looks: list[Look] = field(default_factory=list)
+    tokens_say: str = (
+        "Colored by advantage, around the cycle's mean: training made blue tokens likelier, orange ones less likely; "
+        "underlined where the clip cut the gradient."
+    )
     evaluated: bool = False  # whether it answers held-out prompts as it goes; the page says where it did not
 
 
@@ -338,7 +342,8 @@ def qlearning_page(run: Run, config: QLearningConfig, metrics: Sequence[dict[str
             Headline(label, f"{_number(_ends(metrics, f'qlearning/{name}')[1])} nats", note),
             Headline("Steps", f"{metrics[-1]['step']:,}", f"of {config.qlearning.batch} answers"),
         ]
-    return Page(lede, headlines, looks=_looks(run, config.as_ppo))
+    says = "Colored by advantage, around the mean: blue tokens turned out better than V said, orange ones worse."
+    return Page(lede, headlines, looks=_looks(run, config.as_ppo), tokens_say=says)
 
 
 # ---------------------------------------------------------------- parts

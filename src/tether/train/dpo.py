@@ -43,6 +43,7 @@ from tether.math import (
     unpaired_loss,
 )
 from tether.models.export import save_model
+from tether.models.ilql import heads_left_out
 from tether.models.language_model import LanguageModel
 from tether.models.loading import context_length, resolve_device
 from tether.models.policy import read_values, zero_head
@@ -82,6 +83,7 @@ def dpo(config: DPOConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
         if run.finished:
             return Run.open(run.path)
         model, tokenizer, notes = sft.load_model(config.model, device=resolve_device(config.device), seed=config.seed)
+        notes += heads_left_out(config.model.reference)
         stop_ids = stop_token_ids(tokenizer, model.hf_model.generation_config, None)
         context, pinned = context_length(model.config), inputs["data.path"]
         stop_id = next(iter(stop_ids), None)

@@ -97,6 +97,7 @@ class Result:
     length: float  # tokens per response
     truncated: float  # share of responses cut at the length limit
     note: str | None = None  # why there is no KL; or what it is instead, where samples are truncated
+    strength: float | None = None  # of its Q-learning heads (ilql); None: it has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,9 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
             asked = [p for p in prompts[baseline] for _ in range(config.samples)]
             ratios = _log_ratios(model, base, found, asked, config.sampling.temperature)
             kl, note = _by_prompt(ratios, config.samples), _truncation(config.sampling)
-            if not ratios.isfinite().all():  # the baseline is steered, and chooses among its likeliest tokens
+            if (
+                base.steer is not None and ratios.isinf().any()
+            ):  # the baseline is steered, and chooses among its likeliest tokens
                 kl = ratios = None
                 note = "some of its answers never come from the baseline's likeliest tokens (ilql): the KL is infinite"
         columns = response_columns(found, scored, source.tokenizer, stop_ids, responses_per_prompt=config.samples)
@@ -192,6 +195,7 @@ def evaluate(config: EvaluateConfig, *, reward: Callable[..., Any] | None = None
                 length=sum(found.lengths) / len(found),
                 truncated=found.finish_reasons.count("length") / len(found),
                 note=None if name == baseline else note,
+                strength=getattr(model.steer, "strength", None),
             )
         )
         del model, rewards  # before the next ones are loaded

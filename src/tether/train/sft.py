@@ -22,6 +22,7 @@ from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_i
 from tether.errors import ConfigError
 from tether.math import nll_loss
 from tether.models.export import save_model
+from tether.models.ilql import heads_left_out
 from tether.models.language_model import LanguageModel
 from tether.models.loading import (
     add_lora,
@@ -174,7 +175,7 @@ def load_model(
     model = LanguageModel(lm, dtype)
     note = model.check_head()
     lm.train()
-    return model, tokenizer, [note] if note else []
+    return model, tokenizer, [*([note] if note else []), *heads_left_out(config.policy)]
 
 
 def resolve_start(
