@@ -178,12 +178,9 @@ def test_the_final_model_imitates_the_data_and_its_heads_choose_the_better_answe
     assert "min Q̄ − V" in page
     assert "where the clip cut" not in page  # there is none
 
-    # whoever goes on from it is told what is left out, and its rollouts, a part of its data, are no data
+    # whoever goes on from it is told what is left out
     _, notes = load_policy(ModelConfig(str(run.final)), device=CPU, seed=0)
     assert any("Q-learning heads (ilql/), which this run leaves out" in note for note in notes)
-    again = replace(config_of := bandit(tmp_path, tiny_model()), data=replace(config_of.data, path=str(run.path)))
-    with pytest.raises(tether.DataError, match=r"is a run of tether qlearning.*Name a run of tether ppo"):
-        tether.qlearning(replace(again, run=str(tmp_path / "again")))
 
 
 def test_targets_are_synced_by_the_count_of_steps(tiny_model, tmp_path, monkeypatch):

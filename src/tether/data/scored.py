@@ -120,11 +120,6 @@ def _read_run(
 ) -> tuple[Table, list[list[int]], list[list[int]]]:
     """(rows, ids of each prompt, ids of each answer) of what a run sampled, in the order in which it did."""
     run = Run.open(path)
-    if run.kind.command != "ppo":
-        raise DataError(
-            f"{path} is a run of tether {run.kind.command}: its rollouts are a part of its data, kept to be looked at. "
-            "Name a run of tether ppo, or the file that this one learned from."
-        )
     rows: list[dict[str, Any]] = []
     for cycle in run.rollout_cycles:
         rollouts = run.rollouts(cycle)
