@@ -170,7 +170,9 @@ def test_every_route_of_the_random_walks_trains_from_the_command_line(tmp_path):
         call("-m", "tether.cli", "ppo", f"{route}.yaml", "--ppo.cycles", "1", "--ppo.epochs", "1")
         (metrics,) = tether.Run(here / "runs" / route).metrics
         assert 0 < metrics["reward/score_mean"] < 1
-    call("-m", "tether.cli", "qlearning", "bellman.yaml", "--qlearning.epochs", "1")
-    run = tether.Run(here / "runs" / "bellman")
-    assert len(run.metrics) == 20  # 1000 walks and as many unseen steps, 100 at once
-    assert (run.final / "model.safetensors").exists()
+    # 1000 walks, 100 at once; bellman's unseen steps are as many again
+    for route, steps, beside in (("bellman", 20, "critic"), ("ilql", 10, "ilql")):
+        call("-m", "tether.cli", "qlearning", f"{route}.yaml", "--qlearning.epochs", "1")
+        run = tether.Run(here / "runs" / route)
+        assert len(run.metrics) == steps
+        assert (run.final / beside).is_dir()
