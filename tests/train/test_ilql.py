@@ -119,7 +119,15 @@ def bandit(tmp_path, model, **section) -> QLearningConfig:
     """One prompt, two answers: b, which scores 1, is in every fourth row; c, which scores 0, in the others."""
     rows = [{"prompt": "a", "completion": "b" if i % 4 == 0 else "c", "score": float(i % 4 == 0)} for i in range(32)]
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"tau": 0.9, "gamma": 1.0, "cql": 0.0, "polyak": 0.5, "sync_every": 2, "strength": 8.0, "top_k": 4}
+    settings = {
+        "tau": 0.9,
+        "gamma": 1.0,
+        "cql": 0.0,
+        "polyak": 0.5,
+        "sync_every": 2,
+        "strength": 8.0,
+        "top_k": 2,
+    }  # b and c: without CQL, Q of others is a guess
     return QLearningConfig(
         run=str(tmp_path / "run"), device="cpu", model=ModelConfig(policy=str(model)),
         data=ScoredConfig(path=str(tmp_path / "scored.jsonl")), optim=OptimConfig(lr=2e-3, critic_lr=5e-3),
@@ -149,7 +157,7 @@ def test_the_final_model_imitates_the_data_and_its_heads_choose_the_better_answe
 
     assert share(0.0) == pytest.approx(0.25, abs=0.1)
     assert share(None) > 0.95  # the strength it was saved with
-    assert "sampled with its Q-learning heads, strength 8, top_k 4" in capsys.readouterr().err
+    assert "sampled with its Q-learning heads, strength 8, top_k 2" in capsys.readouterr().err
     assert main(["generate", str(run.final), "--prompt", "a", "--strength", "0", "--max-new-tokens", "2"]) == 0
 
     config = EvaluateConfig(
