@@ -14,6 +14,7 @@ from tether.config import (
     DPOSection,
     EvaluateConfig,
     HeldOutConfig,
+    ILQLSection,
     InitModelConfig,
     ModelConfig,
     OptimConfig,
@@ -129,6 +130,19 @@ def test_a_q_learning_dry_run_tells_answers_prompts_and_scores(tiny_model, tmp_p
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(tether.DataError, match="no column 'score'"):
         dry_run(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"cql": 0.0}, True), ({"cql": 0.0, "top_k": 0}, True), ({"cql": 0.0, "top_k": 1}, False), ({}, False)],
+)
+def test_a_dry_run_says_where_a_token_may_be_chosen_for_an_unlearned_q(tiny_model, tmp_path, settings, said):
+    rows = [{"prompt": "It is", "completion": " new", "score": s} for s in (0, 1)]
+    config = QLearningConfig(
+        str(tmp_path / "run"), ModelConfig(str(tiny_model("llama"))), ScoredConfig(lines(tmp_path / "d.jsonl", rows)),
+        qlearning=QLearningSection(loss="ilql", ilql=ILQLSection(**settings)),
+    )  # fmt: skip
+    assert ("never holds is whatever the heads began with" in dry_run(config)) is said
 
 
 def test_a_q_learning_dry_run_tells_the_stop_tokens_of_the_runs_that_it_reads(tiny_model, tmp_path):

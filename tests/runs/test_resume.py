@@ -11,11 +11,16 @@ from tether.config import (
     CheckpointConfig,
     DataConfig,
     HeldOutConfig,
+    ILQLSection,
     LogConfig,
     MissingEosConfig,
+    ModelConfig,
     PPOConfig,
+    QLearningConfig,
+    QLearningSection,
     RewardShapingConfig,
     RewardSourceConfig,
+    ScoredConfig,
     SFTConfig,
     SFTModelConfig,
     WandbConfig,
@@ -57,6 +62,19 @@ MAY_CHANGE = {
     "ppo.microbatch_tokens": (lambda c: change(c, "ppo", microbatch_tokens=64), False),
     "model.gradient_checkpointing": (lambda c: change(c, "model", gradient_checkpointing=True), False),
 }
+
+
+def test_the_strength_of_implicit_q_learning_may_change_as_no_loss_reads_it(tmp_path):
+    config = QLearningConfig(
+        str(tmp_path / "run"), ModelConfig("m"), ScoredConfig("d.jsonl"), qlearning=QLearningSection(loss="ilql")
+    )
+    run = RunDirectory.open(config, command="qlearning")
+    run.append_metrics({"step": 1})
+    run.__exit__(Interrupted, Interrupted("by SIGTERM"), None)
+    with RunDirectory.open(change(config, "qlearning", ilql=ILQLSection(strength=5.0, top_k=3)), command="qlearning"):
+        pass
+    changed = [event["key"] for event in Run.open(config.run).events if event["event"] == "config_changed"]
+    assert sorted(changed) == ["qlearning.ilql.strength", "qlearning.ilql.top_k"]
 
 
 @pytest.mark.parametrize("key", MAY_CHANGE)

@@ -30,7 +30,7 @@ from tether.config import (
 from tether.config.reading import to_yaml
 from tether.data.scored import load_scored
 from tether.models.policy import build_policy
-from tether.train.qlearning import accumulate
+from tether.train.bellman import accumulate
 from tether.types import Rows
 from tiny import randomize, scored_answers
 

@@ -207,6 +207,9 @@ class LabelsConfig(Section):
 # ---------------------------------------------------------------- rewards and sampling
 
 
+_SCORERS = ("function", "model")  # keys of a source that say what scores
+
+
 @dataclass(frozen=True)
 class RewardSourceConfig(Section):
     """One source of scores: a Python function or a reward model."""
@@ -231,10 +234,11 @@ class RewardSourceConfig(Section):
     Off: a None beside another source's score ends the run."""
 
     def check(self, key: str) -> None:
-        if (self.function is None) == (self.model is None):
+        given = [name for name in _SCORERS if getattr(self, name) is not None]
+        if len(given) != 1:
             raise ConfigError(
-                f"{key} needs exactly one of function and model, got function={self.function!r} and "
-                f"model={self.model!r}: it would be unclear what scores. Make it two entries, or drop one."
+                f"{key} needs exactly one of {', '.join(_SCORERS)}, and has {' and '.join(given) or 'none'}: it would "
+                f"be unclear what scores. {'Make it two entries, or drop one.' if given else 'Add one.'}"
             )
         if self.arguments and self.function is None:
             raise ConfigError(

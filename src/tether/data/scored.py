@@ -23,7 +23,7 @@ from tether.data.text import fragments
 from tether.errors import DataError
 from tether.feedback.records import prompt_of
 from tether.runs import Run
-from tether.types import Prompt, Rows, microbatches
+from tether.types import Completions, Prompt, Rows, microbatches
 
 _COLUMNS = ["prompt", "completion", "score"]
 _EXAMPLE = '{"prompt": "…", "completion": "…", "score": 0.5}'
@@ -94,6 +94,17 @@ def all_stop_ids(stop_ids: Sequence[int], answers: Sequence[ScoredResponse]) -> 
     end with such a token has to stop at it."""
     ended = {a.response_ids[-1] for a in answers if a.finish_reason == "stop"}
     return (*stop_ids, *sorted(ended - set(stop_ids)))
+
+
+def as_completions(answers: Sequence[ScoredResponse]) -> Completions:
+    """Answers of the data as if they had been sampled; with which probability is not known."""
+    return Completions(
+        prompts=[a.prompt for a in answers],
+        response_ids=[a.response_ids for a in answers],
+        sampler_logprobs=[[math.nan] * len(a.response_ids) for a in answers],
+        truncated_mass=[[math.nan] * len(a.response_ids) for a in answers],
+        finish_reasons=[a.finish_reason for a in answers],
+    )
 
 
 def is_run(path: str) -> bool:

@@ -18,6 +18,7 @@ from tether.config import (
     PPOConfig,
     PromptsConfig,
     QLearningConfig,
+    QLearningSection,
     RewardConfig,
     SFTConfig,
     TrainingConfig,
@@ -223,6 +224,7 @@ def of_scored(config: QLearningConfig, _: Mapping[str, str]) -> Inputs:
         f"{', '.join(config.data.paths)}: {len(answers)} answers to {prompts} prompts, {min(lengths)} to "
         f"{max(lengths)} tokens, half up to {sorted(lengths)[len(lengths) // 2]}",
         f"scores {min(scores):g} to {max(scores):g}, mean {sum(scores) / len(scores):.4g}",
+        *_unheld(section),
     ]
     steps = len(shuffled_batches(len(answers), batch=section.batch, epochs=section.epochs, seed=config.seed))
     check_warmup(config.optim, steps)
@@ -232,6 +234,18 @@ def of_scored(config: QLearningConfig, _: Mapping[str, str]) -> Inputs:
     rendered = render(start.tokenizer, [*first.prompt.ids, *first.response_ids], mask)
     shown = f"the first answer, score {first.score:g}\n{rendered}"
     return Inputs(facts, max(lengths), plan, shown, "a token of the answer, which has a residual")
+
+
+def _unheld(section: QLearningSection) -> list[str]:
+    """Said where implicit Q-learning may choose a token for a Q that nothing was learned of."""
+    if section.loss != "ilql" or section.ilql.cql or section.ilql.top_k == 1:
+        return []
+    of = "every token" if not section.ilql.top_k else f"the {section.ilql.top_k} likeliest tokens"
+    return [
+        f"qlearning.ilql.cql=0 and sampling among {of} (top_k={section.ilql.top_k}): Q of a token that the data never "
+        "holds is whatever the heads began with, and may be chosen for it. Set cql to 0.1, or top_k to the number of "
+        "tokens that the data holds in one place."
+    ]
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -6,21 +6,53 @@ data. Trunk and heads learn together, every loss through the trunk, as in Snell 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tether.config import QLearningSection
-from tether.data.scored import ScoredResponse, scored_microbatches
+from tether.config import QLearningConfig, QLearningSection
+from tether.data.scored import ScoredResponse, as_completions, scored_microbatches
 from tether.errors import ModelError
 from tether.math import expectile_loss, explained_variance, nll_loss, place_rewards, q_loss, q_targets
 from tether.models.ilql import FOLDER, HeadOutput, ILQLHeads
 from tether.models.policy import Policy, fill
 from tether.rewards import ScoredBatch
+from tether.runs import RunDirectory
 from tether.train.rollout import Experience
-from tether.types import Completions, Rollout, Rows
+from tether.types import Rollout, Rows
+
+
+class ImplicitQ:
+    """What `qlearning.loss: ilql` brings to the loop: see `tether.train.qlearning.Objective`."""
+
+    def __init__(self, policy: Policy, answers: Sequence[ScoredResponse], config: QLearningConfig) -> None:
+        self.policy, self.answers, self.section = policy, answers, config.qlearning
+        self.heads = build_heads(policy, seed=config.seed)
+
+    def parts(self) -> dict[str, Any]:
+        return {"ilql": self.heads}
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return self.heads.trained()
+
+    def prepare(self, run: RunDirectory, inputs: Mapping[str, str]) -> None:
+        pass  # there is no reference
+
+    def accumulate(self, batch: list[int]) -> dict[str, float | None]:
+        return accumulate(self.policy, self.heads, [self.answers[i] for i in batch], self.section)
+
+    def after_step(self, step: int) -> None:
+        if step % self.section.ilql.sync_every == 0:
+            self.heads.sync(self.section.ilql.polyak)
+
+    def inspect(self, which: Sequence[int]) -> tuple[Experience, Tensor]:
+        return inspect_answers(self.policy, self.heads, [self.answers[i] for i in which], self.section)
+
+    def save(self, final: Path) -> None:
+        self.heads.save(final / FOLDER, strength=self.section.ilql.strength, top_k=self.section.ilql.top_k)
 
 
 def build_heads(policy: Policy, *, seed: int) -> ILQLHeads:
@@ -92,13 +124,13 @@ def _discounted(scores: Tensor, rows: Rows, gamma: float) -> Tensor:
 
 @torch.no_grad()
 def inspect_answers(
-    policy: Policy, heads: ILQLHeads, answers: Sequence[ScoredResponse], section: QLearningSection,
-    completions: Completions,
-) -> tuple[Experience, Tensor]:  # fmt: skip
+    policy: Policy, heads: ILQLHeads, answers: Sequence[ScoredResponse], section: QLearningSection
+) -> tuple[Experience, Tensor]:
     """What the heads make of every token of these answers, as a cycle of PPO would have found it, and min Q̄ [B, R].
 
     Advantages are min Q̄ - V. There is no reference; the policy stands in its place, so that no KL is in the rewards.
     """
+    completions = as_completions(answers)
     rows = completions.rows()
     mask = rows.response_mask
     new, entropy, values, q = (torch.zeros(mask.shape) for _ in range(4))
@@ -113,9 +145,3 @@ def inspect_answers(
     rewards = place_rewards(scores, new, new, mask, kl_coef=0.0)
     rollout = Rollout(rows, new, new, values, rewards, q - values, q)
     return Experience(completions, ScoredBatch(scores, {}), rollout, q - values, entropy, 0.0, {}, []), q
-
-
-def save_heads(heads: ILQLHeads, section: QLearningSection) -> Callable[[Path], None]:
-    """What `save_model` is to add to a final directory."""
-    s = section.ilql
-    return lambda directory: heads.save(directory / FOLDER, strength=s.strength, top_k=s.top_k)
