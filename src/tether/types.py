@@ -194,6 +194,24 @@ def microbatches(lengths: Int[Tensor, " B"] | Sequence[int], max_tokens: int) ->
     return groups
 
 
+def similar(lengths: Int[Tensor, " B"]) -> list[Int64[Tensor, " _"]]:
+    """Split rows into groups of similar length: within an eighth of the longest, or few enough that it does not matter.
+
+    lengths: tokens of each row. Returns index tensors that partition 0 … B-1, longest first.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    groups, start = [], 0
+    for i in range(1, len(order)):
+        width = int(lengths[order[start]])
+        if (i - start) * width >= _GROUP_TOKENS and int(lengths[order[i]]) < width * 7 / 8:
+            groups.append(order[start:i])
+            start = i
+    return [*groups, order[start:]]
+
+
+_GROUP_TOKENS = 1024  # of a group, at least: below it a pass costs more than the padding that it saves
+
+
 # ---------------------------------------------------------------- extension points: these three, and no others
 
 

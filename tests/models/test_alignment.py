@@ -4,11 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from conftest import ARCHITECTURES
 from tether.models.loading import load_causal_lm
-from tether.types import Rows
+from tether.models.policy import Policy, SeparateCritic
+from tether.types import Rows, similar
 from tiny import VOCABULARY, language_model, policy_of, ragged, ragged_rows
 
 CPU = torch.device("cpu")
@@ -71,6 +74,47 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
         alone = policy(rows.select(torch.tensor([row])), temperature=1.0)
         for got, want in zip(alone, together, strict=True):
             assert_close(got[0], ragged(want, rows)[row], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("critic", [False, True])
+def test_rows_that_go_through_in_groups_of_their_length_are_what_each_is_alone(critic):
+    generator = torch.Generator().manual_seed(3)
+    prompts, responses = torch.randint(1, 30, (2, 60), generator=generator).tolist()
+    rows = ragged_rows(prompts, [2 * n for n in responses])
+    assert len(similar(rows.prompt_lengths + rows.response_lengths)) > 1  # else this shows nothing
+    policy = policy_of(language_model())
+    if critic:
+        policy = Policy(policy.model, SeparateCritic(policy.lm.base_model, policy.value_head, torch.float32))
+    named = [p for p in policy.parameters() if p.requires_grad]
+
+    def gradients(parts):
+        for part in parts:
+            out = policy(part, temperature=1.0)
+            (out.logprobs.sin().sum() + out.values.square().sum()).backward()
+        found = [p.grad for p in named]
+        policy.zero_grad()
+        return torch.cat([g.flatten() for g in found])
+
+    with torch.no_grad():
+        together = policy(rows, temperature=1.0)
+        for row in range(len(rows)):
+            alone = policy(rows.select(torch.tensor([row])), temperature=1.0)
+            for got, want in zip(alone, together, strict=True):
+                assert_close(ragged(want, rows)[row], got[0], atol=1e-5, rtol=0)
+    one = gradients(rows.select(torch.tensor([row])) for row in range(len(rows)))
+    assert float((gradients([rows]) - one).norm() / one.norm()) <= 1e-6
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=200))
+def test_groups_of_similar_length_hold_every_row_once_and_little_padding(lengths):
+    groups = [index.tolist() for index in similar(torch.tensor(lengths))]
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        longest, *rest = (lengths[i] for i in group)
+        assert rest == sorted(rest, reverse=True)
+        for rows, length in enumerate(rest, 1):  # a short one may join only where the group is still small
+            assert length <= longest
+            assert length >= longest * 7 / 8 or rows * longest < 1024
 
 
 DROPOUTS = {

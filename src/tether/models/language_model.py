@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tether.math import Head, full_logprobs, token_logprobs
 from tether.models.loading import autocast
-from tether.types import Rows
+from tether.types import Rows, similar
 
 _STEERED_ROWS = 256  # positions whose logits are held at once
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -137,7 +137,13 @@ class LanguageModel:
 
         Position t's come from the hidden state before token t. Without `entropy`, entropies are zeros.
         """
-        return self.logprobs(rows.tokens, rows.before_targets, rows.targets, temperature=temperature, entropy=entropy)
+        if self.use_full_logits:  # of a head that is not ours the model gives no hidden states without its logits
+            return self.logprobs(
+                rows.tokens, rows.before_targets, rows.targets, temperature=temperature, entropy=entropy
+            )
+        with self.autocast():
+            hidden = response_hidden(self.hidden, rows)
+            return *self._of_hidden(hidden, rows.targets, temperature=temperature, entropy=entropy), hidden
 
     def logprobs(
         self,
@@ -160,16 +166,14 @@ class LanguageModel:
                 hidden, logits = output.hidden_states[-1][before], output.logits[before]
                 return *full_logprobs(logits, targets, temperature=temperature, entropy=entropy), hidden
             hidden = self.hidden(tokens, **kwargs)[before]
-            if self.steer is not None:
-                return *self._steered_logprobs(hidden, targets, temperature=temperature, entropy=entropy), hidden
-            return *token_logprobs(hidden, targets=targets, temperature=temperature, entropy=entropy,
-                                   **self.head()), hidden  # fmt: skip
+            return *self._of_hidden(hidden, targets, temperature=temperature, entropy=entropy), hidden
 
-    def _steered_logprobs(
+    def _of_hidden(
         self, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:
         """([N], [N]) log-probs and entropies of N tokens under what is sampled from; -inf where that never comes."""
-        assert self.steer is not None
+        if self.steer is None:
+            return token_logprobs(hidden, targets=targets, temperature=temperature, entropy=entropy, **self.head())
         head, found = self.output_head(), []
         for h, chosen in zip(hidden.split(_STEERED_ROWS), targets.split(_STEERED_ROWS), strict=True):
             logits = self.steer(head.logits(h), h)
@@ -211,6 +215,23 @@ class LanguageModel:
             f"chunked log-probs differ from {type(self.hf_model).__name__}'s own by {gap:.2g} nats: "
             "log-probs come from full logits, which takes more memory"
         )
+
+
+def response_hidden(trunk: Callable[[Tensor], Tensor], rows: Rows) -> Tensor:
+    """[N, D] what trunk(tokens [B, T]) -> [B, T, D] says before each of the N response tokens of `rows`.
+
+    On a CPU, where a padded token costs as much as any and a further pass next to nothing, rows of similar length go
+    through the trunk together, group by group. A GPU is quicker with one pass.
+    """
+    lengths = rows.prompt_lengths + rows.response_lengths
+    groups = similar(lengths) if rows.tokens.device.type == "cpu" else []
+    if len(groups) < 2:
+        return trunk(rows.tokens)[rows.before_targets]
+    parts = [rows.select(index) for index in groups]
+    found = torch.cat([trunk(part.tokens)[part.before_targets] for part in parts])  # row after row of the groups
+    ends = rows.response_lengths.cumsum(0)
+    at = [torch.arange(int(ends[i] - rows.response_lengths[i]), int(ends[i])) for i in torch.cat(groups).tolist()]
+    return found[torch.cat(at).argsort()]
 
 
 def freeze(lm: Any, dtype: torch.dtype, *, same_bits: bool = False) -> Any:

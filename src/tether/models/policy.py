@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from tether.config import ModelConfig, ReferencedModelConfig
 from tether.errors import ModelError
 from tether.models.ilql import heads_left_out
-from tether.models.language_model import LanguageModel, freeze
+from tether.models.language_model import LanguageModel, freeze, response_hidden
 from tether.models.loading import (
     add_lora,
     autocast,
@@ -115,8 +115,8 @@ class SeparateCritic(nn.Module):
     def forward(self, rows: Rows) -> Tensor:
         """[N] values, one before each response token."""
         with autocast(self.dtype, rows.tokens.device):
-            hidden = self.trunk(input_ids=rows.tokens, use_cache=False).last_hidden_state
-        return read_values(self.head, hidden[rows.before_targets])
+            hidden = response_hidden(lambda x: self.trunk(input_ids=x, use_cache=False).last_hidden_state, rows)
+        return read_values(self.head, hidden)
 
 
 @dataclass(frozen=True)
