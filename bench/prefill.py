@@ -2,7 +2,8 @@
 
     python bench/prefill.py
 
-Each round encodes the same prompts both ways, one after the other; ratios are medians over rounds. The second way is
+Each round encodes the same prompts both ways, one after the other; ratios are medians over rounds, of CPU seconds, which
+other work on the machine leaves alone. The second way is
 what layers with a sliding window or a soft cap still take; here a window as long as the prompt less one forces it.
 """
 
@@ -20,12 +21,12 @@ from tether.samplers.slots import SlotCache
 
 
 @torch.no_grad()
-def seconds(model: LanguageModel, tokens: torch.Tensor) -> float:
+def cpu_seconds(model: LanguageModel, tokens: torch.Tensor) -> float:
     rows, width = tokens.shape
     cache = SlotCache(model, slots=rows, width=width)
-    began = time.perf_counter()
+    began = time.process_time()
     cache.prefill(tokens, torch.full((rows,), width), 0, torch.arange(rows))
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def main() -> None:
@@ -39,10 +40,10 @@ def main() -> None:
         tokens = torch.randint(4096, (2, width))
         ratios = []
         for round_ in range(6):
-            fused = seconds(model, tokens)
+            fused = cpu_seconds(model, tokens)
             slots.SlotCache.attend = lambda *a, window, limit=width - 1, **k: attend(*a, window=limit, **k)
             try:
-                held = seconds(model, tokens)
+                held = cpu_seconds(model, tokens)
             finally:
                 slots.SlotCache.attend = attend
             if round_:  # the first warms up
