@@ -2,9 +2,9 @@
 
     python bench/prefill.py
 
-Each round encodes the same prompts both ways, one after the other; ratios are medians over rounds, of CPU seconds, which
-other work on the machine leaves alone. The second way is
-what layers with a sliding window or a soft cap still take; here a window as long as the prompt less one forces it.
+Each round encodes the same prompts both ways, one after the other; ratios are medians over rounds, of CPU seconds,
+which other work on the machine leaves alone. The second way is what layers with a sliding window or a soft cap still
+take; here a window as long as the prompt less one forces it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A race to the same held-out objective: stories260K learns to please VADER, by our PPO, TRL's PPO and TRL's RLOO.
+"""A race to the same held-out objective: stories260K learns to please VADER, by our PPO with a critic and with a group
+baseline, TRL's PPO and TRL's RLOO.
 
     python bench/race.py --model DIR [--seeds 0 1 2 3 4] [--against trl-ppo trl-rloo] [--choose] [--peers .peers]
 
@@ -46,10 +47,15 @@ HELD_OUT, SAMPLES, NEW = 16, 16, 64  # openings kept from training; stories each
 BETA = 0.02  # score units a nat
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "ours": [
-        {"cycles": 12, "batch": 64, "minibatch": 64, "epochs": 1, "lr": 3e-4, "critic_lr": 1e-4, "lam": 1.0},
-        {"cycles": 12, "batch": 64, "minibatch": 64, "epochs": 1, "lr": 4e-4, "critic_lr": 1e-4, "lam": 1.0},
-        {"cycles": 6, "batch": 128, "minibatch": 128, "epochs": 1, "lr": 5e-4, "critic_lr": 1e-4, "lam": 1.0},
+    "critic": [
+        {"cycles": 12, "batch": 64, "lr": 3e-4},
+        {"cycles": 12, "batch": 64, "lr": 4e-4},
+        {"cycles": 6, "batch": 128, "lr": 5e-4},
+    ],
+    "group": [
+        {"cycles": 12, "batch": 64, "lr": 3e-4},
+        {"cycles": 12, "batch": 64, "lr": 5e-4},
+        {"cycles": 6, "batch": 128, "lr": 5e-4},
     ],
     "trl-ppo": [
         {"cycles": 12, "batch": 64, "minibatches": 1, "epochs": 1, "lr": 3e-4, "lam": 1.0},
@@ -62,7 +68,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"cycles": 6, "batch": 128, "iterations": 1, "generations": 8, "lr": 5e-4},
     ],
 }
-BEST = {"ours": 2, "trl-ppo": 1, "trl-rloo": 1}  # which of them, by --choose
+BEST = {"critic": 2, "group": 1, "trl-ppo": 1, "trl-rloo": 1}  # which of them, by --choose
+OURS = {  # what the two of ours add
+    "critic": {"advantage": "gae", "lam": 1.0, "value_coef": 0.1},
+    "group": {"advantage": "group", "responses_per_prompt": 8},
+}
 COPIES = 6  # of the policy, over a run
 
 
@@ -85,15 +95,15 @@ def curve(side: str, setting: dict[str, Any], model: str, seed: int, peers: Path
     held_out, train = openings[:HELD_OUT], openings[HELD_OUT:]
     every = max(1, setting["cycles"] // COPIES)
     with tempfile.TemporaryDirectory() as folder:
-        if side == "ours":
-            copies = ours(setting, model, seed, train, every, Path(folder))
+        if side in OURS:
+            copies = ours(side, setting, model, seed, train, every, Path(folder))
         else:
             copies = peer(side, setting, model, seed, train, every, Path(folder), peers)
         return measure(model, copies, held_out, Path(folder))
 
 
 def ours(
-    setting: dict[str, Any], model: str, seed: int, train: list[str], every: int, folder: Path
+    side: str, setting: dict[str, Any], model: str, seed: int, train: list[str], every: int, folder: Path
 ) -> list[tuple[float, str]]:
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in train))
@@ -103,10 +113,10 @@ def ours(
         config, run=str(folder / "run"), seed=seed, model=replace(config.model, policy=model),
         prompts=replace(config.prompts, path=str(prompts)),
         ppo=replace(
-            config.ppo, kl=KLConfig(coef=BETA), entropy_coef=0.0, value_coef=0.1,
-            **{k: setting[k] for k in ("cycles", "batch", "minibatch", "epochs", "lam")},
+            config.ppo, kl=KLConfig(coef=BETA), entropy_coef=0.0, cycles=setting["cycles"], batch=setting["batch"],
+            minibatch=setting["batch"], epochs=1, **OURS[side],
         ),
-        optim=replace(config.optim, lr=setting["lr"], critic_lr=setting["critic_lr"]),
+        optim=replace(config.optim, lr=setting["lr"], critic_lr=1e-4 if side == "critic" else None),
         evaluate=HeldOutConfig(every=0), checkpoint=CheckpointConfig(every=every, keep=10**6),
     )  # fmt: skip
     run = tether.ppo(config)
@@ -189,26 +199,26 @@ def main() -> None:
     sys.path.insert(0, str(EXAMPLE))
     os.chdir(EXAMPLE)  # the example's reward function is named relative to it
     if args.choose:
-        for side in ("ours", *args.against):
+        for side in (*OURS, *args.against):
             for setting in SETTINGS[side]:
                 print(setting)
                 show(side, curve(side, setting, model, 0, peers))
         return
-    times: dict[str, list[tuple[float, float]]] = {side: [] for side in args.against}
+    ratios: dict[tuple[str, str], list[float]] = {}
     for seed in args.seeds:
         print(f"seed {seed}")
-        mine = curve("ours", SETTINGS["ours"][BEST["ours"]], model, seed, peers)
-        show("ours", mine)
-        for side in args.against:
-            theirs = curve(side, SETTINGS[side][BEST[side]], model, seed, peers)
-            show(side, theirs)
-            line, a, b = race(mine, theirs)
-            times[side].append((a, b))
-            print(f"  to {line:.3f}: ours {a:.0f} s, {side} {b:.0f} s: {b / a:.1f} ×", flush=True)
-    for side, pairs in times.items():
-        ratios = sorted(b / a for a, b in pairs)
+        curves = {}
+        for side in (*OURS, *args.against):
+            curves[side] = curve(side, SETTINGS[side][BEST[side]], model, seed, peers)
+            show(side, curves[side])
+        for theirs, mine in itertools.product(args.against, OURS):
+            line, a, b = race(curves[mine], curves[theirs])
+            ratios.setdefault((mine, theirs), []).append(b / a)
+            print(f"  to {line:.3f}: {mine} {a:.0f} s, {theirs} {b:.0f} s: {b / a:.1f} ×", flush=True)
+    for (mine, theirs), found in ratios.items():
         print(
-            f"h  {statistics.median(ratios):.1f} × {side} [{ratios[0]:.1f}, {ratios[-1]:.1f}] over {len(pairs)} seeds"
+            f"h  with a {mine} {statistics.median(found):.1f} × {theirs} [{min(found):.1f}, {max(found):.1f}] "
+            f"over {len(found)} seeds"
         )
 
 
