@@ -214,35 +214,34 @@ def build(task: Task, directory: Path, seed: int) -> None:
     (directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def config(task: Task, directory: Path, seed: int, cycles: int, route: str) -> PPOConfig:
+def config(task: Task, directory: Path, seed: int, cycles: int, route: str) -> PPOConfig:  # cycles: of 256 responses
     """gae: a critic. group: a group baseline in its place. constant: a group baseline, and a rate that never falls.
 
-    At the optimum a group baseline leaves no noise, so the rate may stay, but only where a step shrinks with the
-    gradient. Adam divides by the gradient's size: with a small eps every step is about lr long, however near the
-    optimum, and 16 steps along one cycle's advantages pass it. Hence one step a cycle, and an eps above the gradients,
-    which is gradient descent with momentum at the rate lr/eps = 0.1.
+    At the optimum every response has the same g, so a group baseline leaves no noise and the rate may stay; but not
+    along advantages that are older than the step before, and not with steps as long as the rate however small the
+    gradient is, as Adam's are. Hence one step a cycle, of 64 responses, and a β₂ that remembers larger gradients.
     """
     section: dict[str, Any] = {"epochs": 4, "minibatch": 64, "advantage": "group"}
-    optim = OptimConfig(lr=2e-3, critic_lr=2e-3)
+    optim, batch = OptimConfig(lr=2e-3, critic_lr=2e-3), 256
     if route == "gae":
         section |= {"advantage": "gae", "lam": 0.95, "value_coef": 0.5}
     if route == "constant":
-        section |= {"epochs": 1, "minibatch": 256}
-        optim = OptimConfig(lr=1e-2, eps=0.1, schedule="constant")
+        section, batch = section | {"epochs": 1}, 64
+        optim = OptimConfig(lr=1e-3, betas=(0.9, 0.999), schedule="constant")
     return PPOConfig(
         run=str(directory / "run"), seed=seed, device="cpu",
         model=ModelConfig(policy=str(directory / "model")),
         prompts=PromptsConfig(path=str(directory / "prompts.jsonl")),
         sampling=SamplingConfig(
-            max_new_tokens=task.length, stop_token_ids=[] if task.stop is None else [task.stop], slots=256
+            max_new_tokens=task.length, stop_token_ids=[] if task.stop is None else [task.stop], slots=batch
         ),
         ppo=PPOSection(
-            cycles=cycles, batch=256, responses_per_prompt=256 // len(task.prompts),
+            cycles=cycles * 256 // batch, batch=batch, responses_per_prompt=batch // len(task.prompts),
             kl=KLConfig(coef=task.beta), **section,
         ),
         optim=optim,
         log=LogConfig(rollouts_every=0, tensorboard=False),
-        checkpoint=CheckpointConfig(every=10, keep=1000),
+        checkpoint=CheckpointConfig(every=10 * 256 // batch, keep=1000),
         evaluate=HeldOutConfig(every=0),
     )  # fmt: skip
 
@@ -260,7 +259,8 @@ def run(name: str, seed: int, cycles: int | None = None, route: str = "gae") -> 
         ) -> list[float]:
             return [task.score(p, tuple(y)) for p, y in zip(symbol, completion_ids, strict=True)]
 
-        done = tether.ppo(config(task, directory, seed, cycles or task.cycles, route), reward=score)
+        wanted = config(task, directory, seed, cycles or task.cycles, route)
+        done = tether.ppo(wanted, reward=score)
         reference = LanguageModel(
             load_causal_lm(str(directory / "model"), dtype=torch.float32, device=CPU), torch.float32
         )
@@ -277,7 +277,7 @@ def run(name: str, seed: int, cycles: int | None = None, route: str = "gae") -> 
             values = lambda rows, policy=policy: policy(rows, temperature=1.0).values  # noqa: E731
             exact = compare(task, policy.model, reference, values if policy.has_critic else None)
             cycle = int(checkpoint.name.removeprefix("cycle-"))
-            curve.append((cycle, exact.kl_to_optimum))
+            curve.append((cycle * wanted.ppo.batch / 256, exact.kl_to_optimum))
             if 0.01 <= exact.kl_to_optimum <= 0.5:
                 gaps.append((cycle, exact.kl_to_optimum, sampled_gap(task, policy.model, reference, seed, cycle)))
     return {"task": name, "route": route, "seed": seed, "curve": curve, "gaps": gaps, **vars(exact)}
