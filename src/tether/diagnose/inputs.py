@@ -23,6 +23,7 @@ from tether.config import (
     SFTConfig,
     TrainingConfig,
     check_warmup,
+    model_paths,
     source_name,
 )
 from tether.data.examples import load_examples
@@ -37,6 +38,7 @@ from tether.models.loading import context_length, model_config
 from tether.models.policy import companions
 from tether.models.reward_model import check_one_label
 from tether.rewards import FunctionReward, load_function
+from tether.rewards.ensemble import check_members
 from tether.train.contexts import check_contexts
 from tether.train.dpo import load as load_preferences
 from tether.train.dpo import mismatch
@@ -266,8 +268,15 @@ def _sources(
             )
             facts.append(f"reward {name}: {source.function}, weight {source.weight:g}")
             continue
-        assert source.model is not None
-        check_one_label(source.model, model_config(source.model))
+        for path in model_paths(source):
+            check_one_label(path, model_config(path))
+        if source.models is not None:
+            check_members(source.models, name)
+            facts.append(
+                f"reward {name}: {len(source.models)} models, {', '.join(source.models)}, pessimism "
+                f"{source.pessimism:g}, weight {source.weight:g}"
+            )
+            continue
         facts.append(f"reward {name}: model {source.model}, weight {source.weight:g}")
     return facts
 

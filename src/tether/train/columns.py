@@ -38,6 +38,7 @@ def response_columns(
         "length": completions.lengths,
         "score": scored.scores.tolist(),
         **{f"score/{name}": list(answers) for name, answers in scored.parts.items()},
+        **{f"disagreement/{name}": found for name, found in scored.disagreement.items()},
     }
 
 

@@ -183,6 +183,8 @@ def input_hashes(config: PPOConfig) -> dict[str, str]:
     paths = {"model.reference": m.reference,
              "model.critic": m.critic if m.critic not in ("shared", "separate") else None,
              **{f"reward[{i}].model": s.model for i, s in enumerate(config.reward)},
+             **{f"reward[{i}].models[{k}]": path for i, s in enumerate(config.reward)
+                for k, path in enumerate(s.models or [])},
              **{f"reward[{i}].function": function_file(s.function) for i, s in enumerate(config.reward)
                 if s.function is not None}}  # fmt: skip
     data = {"prompts.path": config.prompts.path, "evaluate.prompts": config.evaluate.prompts}

@@ -49,6 +49,7 @@ class Experience:
         m = self.metrics
         sums = ("score_mean", "score_std", "score_min", "score_max", "total_mean")
         sources = [f"reward/{name}_mean" for name in self.scored.parts]  # one may be called `length`
+        sources += [f"reward/{name}_disagreement" for name in self.scored.disagreement]
         own = ("kl/ref_mean", "response/length_mean", "response/truncated_fraction", "value/explained_variance")
         return (
             {f"eval/{name}": m[f"reward/{name}"] for name in sums}
@@ -125,6 +126,7 @@ def collect(
         "reward/score_max": float(scored.scores.max()),
         **{f"reward/{name}_mean": _mean_of_answers(answers) for name, answers in scored.parts.items()},
         **{f"reward/{name}_missing": float(count) for name, count in scored.missing.items()},
+        **{f"reward/{name}_disagreement": sum(found) / len(found) for name, found in scored.disagreement.items()},
         "reward/total_mean": float(rewards.sum(1).mean()),
         "kl/ref_mean": float(log_ratio_sums.mean()),
         "kl/ref_per_token": float(masked_mean(old - ref, mask)),
