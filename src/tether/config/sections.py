@@ -290,19 +290,27 @@ def source_name(source: RewardSourceConfig) -> str:
     return str(source.model).rstrip("/").rpartition("/")[2]
 
 
-def check_names(sources: list[RewardSourceConfig]) -> None:
-    """Raise ConfigError where two sources, or a source and the sum, would have the same metrics."""
+def identities(source: RewardSourceConfig) -> set[str]:
+    """What a source scores by, however it is written: its function with its arguments, or its reward models."""
+    if source.function is None:
+        return {str(Path(path).resolve()) for path in model_paths(source)}
+    file, _, name = source.function.rpartition(":")
+    return {f"{Path(file).resolve() if file.endswith('.py') else file}:{name} {sorted(source.arguments.items())}"}
+
+
+def check_names(sources: list[RewardSourceConfig], key: str = "reward") -> None:
+    """Raise ConfigError where two sources, or a source and the sum, would have the same metrics. key: of the list."""
     names: set[str] = set()
     for i, name in enumerate(map(source_name, sources)):
         if name in names:
             raise ConfigError(
-                f"reward[{i}] is called {name!r} like one before it: their metrics would overwrite each other. "
-                f"Set reward[{i}].name."
+                f"{key}[{i}] is called {name!r} like one before it: their metrics would overwrite each other. "
+                f"Set {key}[{i}].name."
             )
         if name in RESERVED_NAMES:
             raise ConfigError(
-                f"reward[{i}] is called {name!r}, as the metric reward/{name}_mean already is: it would be "
-                f"overwritten. Set reward[{i}].name."
+                f"{key}[{i}] is called {name!r}, as the metric reward/{name}_mean already is: it would be "
+                f"overwritten. Set {key}[{i}].name."
             )
         names.add(name)
 

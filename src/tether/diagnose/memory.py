@@ -163,7 +163,7 @@ def beside_policy(trained: Trained) -> list[Part]:
     rows = max(1, min(slots, PREFILL_TOKENS // prompt))
     scores = rows * text.num_attention_heads * prompt**2 * (8 + item) if _holds_scores(text) else 0
     parts.append(Part("sampler's workspace", max(scores, slots * drawing), "sampling"))
-    for source in config.reward:
+    for source in [*config.reward, *config.evaluate.gold]:
         held = 0
         for path in model_paths(source):
             other = _read(config, path)

@@ -34,7 +34,8 @@ def check_contexts(
     if isinstance(config, PPOConfig):
         for what, other in companions(config.model).items():
             _check(what, other, longest, new)
-    for source in config.reward:
+    gold = config.evaluate.gold if isinstance(config, PPOConfig) else []
+    for source in [*config.reward, *gold]:
         for path in model_paths(source):
             name, own = f"reward model {source_name(source)}", load_tokenizer(path)
             if same_tokens(tokenizer, own):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +44,8 @@ class Experience:
     metrics: Metrics
     alarms: list[tuple[str, str]]  # self-checks out of bounds: rule, text
 
-    def evaluation_metrics(self) -> Metrics:
-        """The metrics of an evaluation, eval/*."""
+    def evaluation_metrics(self, gold: Mapping[str, Sequence[float | None]]) -> Metrics:
+        """The metrics of an evaluation, eval/*. gold: name of a gold source -> its score of each response."""
         m = self.metrics
         sums = ("score_mean", "score_std", "score_min", "score_max", "total_mean")
         sources = [f"reward/{name}_mean" for name in self.scored.parts]  # one may be called `length`
@@ -55,6 +55,7 @@ class Experience:
             {f"eval/{name}": m[f"reward/{name}"] for name in sums}
             | {f"eval/{name}": m[name] for name in sources}
             | {f"eval/{name.replace('kl/', 'kl_').rpartition('/')[2]}": m[name] for name in own if name in m}
+            | {f"eval/gold/{name}_mean": _mean_of_answers(answers) for name, answers in gold.items()}
         )
 
 
