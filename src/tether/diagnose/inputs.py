@@ -180,6 +180,7 @@ def of_pairs(config: RewardConfig, hashes: Mapping[str, str]) -> Inputs:
     steps = len(shuffled_batches(len(train), batch=section.batch, epochs=section.epochs, seed=config.seed))
     check_warmup(config.optim, steps)
     plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} pairs"
+    plan += f", for each of {section.members} reward models" if section.members else ""
     first, shown = train[0], []
     for name, ids in (("chosen", first.chosen_ids), ("rejected", first.rejected_ids)):
         mask = [False] * (len(first.prompt_ids) + len(ids) - 1) + [True]  # the score is read at the last token
