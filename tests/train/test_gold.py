@@ -1,6 +1,7 @@
 """Gold: it is asked on held-out prompts alone, decides what is best, and ends a run that it says got worse."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,8 @@ from tether.cli import main
 from tether.config import HeldOutConfig, RewardSourceConfig
 from tether.config.reading import to_yaml
 from tether.errors import ConfigError
+from tether.reports.held_out import Evaluation, best_of, fit_law
+from tether.reports.page import _gold_figure, _held_out_figures
 from tether.train import ppo as ppo_module
 from tether.train.gold import best_and_below
 from tiny_ppo import tiny_config
@@ -161,3 +164,42 @@ def test_a_gold_function_may_not_change_while_a_run_goes_on(run, tmp_path, capsy
     source.write_text(to_yaml(replace(run.config, evaluate=other)))
     assert main(["ppo", str(source)]) == 2
     assert "its curves would mix two experiments" in capsys.readouterr().err
+
+
+def test_the_report_draws_score_and_gold_over_distance_with_the_law(run, tmp_path):
+    evaluations = [Evaluation.read(run, cycle) for cycle in run.evaluation_cycles]
+    figure = next(f for f in _held_out_figures(run, evaluations) if f.title == "Score and gold over distance")
+    score, gold, chosen = figure.plot["data"][:3]
+    assert gold["y"] == pytest.approx([-s for s in score["y"]])  # as the two sources are
+    assert gold["x"][1:] == pytest.approx([max(0.0, m["eval/kl_ref_mean"]) ** 0.5 for m in run.metrics])
+    # Chosen by the proxy, gold of the best of n falls with n as far as the proxy's rises.
+    assert chosen["y"] == pytest.approx([-score for _, _, score in best_of(evaluations[0])])
+    assert "gold (people)" in figure.says
+    assert "Score and gold over distance" in tether.report(run).read_text(encoding="utf-8")
+
+
+def test_the_figure_tells_gaos_law_of_a_run_and_of_best_of_n():
+    def at(cycle, distance, gold):
+        row = {"score": distance, "kl": distance**2, "gold/people": gold}
+        return Evaluation(cycle, {0: [row, row], 1: [row]})
+
+    rows = [{"score": float(k), "kl": 0.0, "gold/people": float(k % 5)} for k in range(16)]
+    distances = [0.5, 1.0, 1.5, 2.0, 3.0]
+    run = [
+        Evaluation(0, {0: rows}),
+        *(at(c, d, 1.875 + d * (2 - 0.7 * math.log(d))) for c, d in enumerate(distances, 1)),
+    ]
+    figure = _gold_figure(run)  # 1.875: gold of the start model, the mean over its rows
+    assert "this run, d(α − β·log d): α 2, β 0.7, R² 1." in figure.says
+    assert "best of n, d(α − β·d): α" in figure.says
+    assert [len(trace["x"]) for trace in figure.plot["data"]] == [6, 6, 5, 60, 60]
+
+
+def test_a_law_is_fitted_to_four_points_or_more_and_drawn_from_the_start():
+    distance = [0.0, 0.5, 1.0, 2.0, 3.0]
+    gold = [0.1 + d * (2 - 0.5 * d) for d in distance]
+    law = fit_law(distance, gold, 0.1, rl=False)
+    assert (law.alpha, law.beta, law.r_squared) == pytest.approx((2, 0.5, 1))
+    assert (law.distance[0], law.gold[0], law.distance[-1], law.gold[-1]) == pytest.approx((0, 0.1, 3, 1.6))
+    assert fit_law(distance, gold, 0.1, rl=True).r_squared < 1
+    assert fit_law(distance[:4], gold[:4], 0.1, rl=False) is None

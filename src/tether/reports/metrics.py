@@ -47,8 +47,7 @@ _OTHERS = {  # command -> what has no curve of its own
         "memory/peak_mb": "Peak memory, MiB: what torch had on the GPU, or the process on a CPU.",
         "eval/*": "The same of the held-out prompts, where a cycle was evaluated: `score_*`, `total_mean`, "
         "`reward/SOURCE_mean`, `reward/SOURCE_disagreement`, `kl_ref_mean`, `length_mean`, `truncated_fraction`, "
-        "`explained_variance`.",
-        "eval/gold/SOURCE_mean": "Mean of a source of `evaluate.gold` on the held-out prompts.",
+        "`explained_variance`; and `gold/SOURCE_mean` of each source of `evaluate.gold`.",
         **_SPEED,
     },
     "sft": {"tokens/trained": "Tokens of the examples that the step was trained on.", **_SPEED},
