@@ -99,8 +99,14 @@ def overoptimization(
         traces.append({"x": x, "y": y, "mode": "lines", "hoverinfo": "skip", "showlegend": False,
                        "line": {"color": color, "dash": "dot", "width": 1}})  # fmt: skip
     plot = _plot(traces, x_title="distance: √KL to the reference, √nats", y_range=None, shapes=[])
-    right = {**plot["layout"]["yaxis"], "overlaying": "y", "side": "right", "showgrid": False}
-    plot["layout"] |= {"hovermode": "closest", "showlegend": True, "height": 290, "yaxis2": right}
+    # Auto, else its ticks stand where those of the left axis do.
+    right = {"overlaying": "y", "side": "right", "showgrid": False, "tickmode": "auto"}
+    plot["layout"] |= {
+        "hovermode": "closest",
+        "showlegend": True,
+        "height": 290,
+        "yaxis2": {**plot["layout"]["yaxis"], **right},
+    }
     return plot
 
 
