@@ -17,8 +17,8 @@ model: {policy: m, critic: shared, reference: null, lora: null, dtype: auto, gra
         revision: null, trust_remote_code: false}
 prompts: {path: p, split: train, max_tokens: 512, overlong: error, limit: null, chat_template_kwargs: {}}
 reward:
-  - {function: "f.py:f", model: null, weight: 1.0, name: null, timeout_s: 60.0, dtype: auto, arguments: {},
-     optional: false}
+  - {function: "f.py:f", model: null, models: null, pessimism: 0.5, weight: 1.0, name: null, timeout_s: 60.0,
+     dtype: auto, arguments: {}, optional: false}
 reward_shaping: {clip: null, missing_eos: null}
 sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto}
 ppo:
@@ -47,7 +47,7 @@ optim: {lr: null, critic_lr: null, schedule: linear, warmup: 0, betas: [0.9, 0.9
         max_grad_norm: 1.0}
 log: {rollouts_every: 1, tensorboard: true, wandb: null}
 checkpoint: {every: 50, keep: 2}
-evaluate: {every: 10, prompts: null, count: 16, samples: 4}
+evaluate: {every: 10, prompts: null, count: 16, samples: 4, gold: [], stop_when_gold_falls: null}
 """
 
 SFT = """
@@ -69,12 +69,12 @@ REWARD = (
     .replace("*", "{annotators: null, since: null, until: null, guideline: null}")
     .replace(
         "sft: {epochs: 1, batch: 32, microbatch_tokens: 8192, packing: false, train_on: completion}",
-        "reward_model: {epochs: 1, batch: 32, microbatch_tokens: 8192, center: 0.0, test_fraction: 0.1}",
+        "reward_model: {epochs: 1, batch: 32, microbatch_tokens: 8192, center: 0.0, test_fraction: 0.1, members: null}",
     )
 )
 
 DPO = REWARD.replace("policy: m", "policy: m, reference: null").replace(
-    "reward_model: {epochs: 1, batch: 32, microbatch_tokens: 8192, center: 0.0, test_fraction: 0.1}",
+    "reward_model: {epochs: 1, batch: 32, microbatch_tokens: 8192, center: 0.0, test_fraction: 0.1, members: null}",
     "dpo: {loss: sigmoid, beta: 0.1, gamma: 0.0, flipped: 0.0, smoothing: 0.0, average: false, nll: 0.0, epochs: 1, "
     "batch: 32, test_fraction: 0.1, microbatch_tokens: 8192}",
 )
@@ -102,8 +102,8 @@ dtype: auto
 trust_remote_code: false
 prompts: {path: p, split: train, max_tokens: 512, overlong: error, limit: null, chat_template_kwargs: {}}
 reward:
-  - {function: "f.py:f", model: null, weight: 1.0, name: null, timeout_s: 60.0, dtype: auto, arguments: {},
-     optional: false}
+  - {function: "f.py:f", model: null, models: null, pessimism: 0.5, weight: 1.0, name: null, timeout_s: 60.0,
+     dtype: auto, arguments: {}, optional: false}
 reward_shaping: {clip: null, missing_eos: null}
 sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto}
 """

@@ -124,7 +124,7 @@ def test_options_are_no_keys(file):
         ("lr", "optim.lr"),
         ("ppo.lr", "optim.lr"),  # the right name in the wrong section, though ppo.kl is spelled more alike
         ("ppo.kl.targets", "ppo.kl.target"),  # not model.lora.targets: misspelled where it stands
-        ("modle.dtype", "model.dtype or reward[].dtype"),
+        ("modle.dtype", "model.dtype or reward[].dtype or evaluate.gold[].dtype"),
         ("learning.rate", None),
         ("ppo.value-clip", "ppo.value_clip"),
         ("PPO.Cycles", "ppo.cycles"),
@@ -262,7 +262,7 @@ def test_unknown_keys_in_the_file_at_any_depth(tmp_path, text, meant):
         (
             "reward",
             "a.py:f",
-            "reward='a.py:f': expected a list (a mapping {function, model, weight, name, …} each). "
+            "reward='a.py:f': expected a list (a mapping {function, model, models, pessimism, …} each). "
             "Write reward: [{function: a.py:f}]; as a flag, --reward '[{function: a.py:f}]'.",
         ),
         ("reward", "[{function: 3}]", "reward[0].function=3: expected text or null. Put it in quotes."),

@@ -122,3 +122,15 @@ def test_the_kl_of_samples_that_all_differ_is_the_bound_whatever_their_number(sa
     bound = {1: 0.0, 2: 0.193147, 3: 0.431946}[n]
     scores = torch.arange(float(samples))[None]
     assert best_of_n_kl_estimate(scores, n=n).item() == pytest.approx(bound, abs=1e-6)
+
+
+def test_gold_of_the_chosen_ones_is_the_mean_over_every_choice():
+    scores = torch.tensor([[0.3, -1.0, 2.0, 0.5, 0.1], [5.0, 4.0, 3.0, 2.0, 1.0]])
+    gold = torch.tensor([[1.0, 7.0, -2.0, 0.0, 3.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    for n in range(1, 6):
+        want = [
+            sum(max((s[i], g[i]) for i in chosen)[1] for chosen in itertools.combinations(range(5), n))
+            / math.comb(5, n)
+            for s, g in zip(scores.tolist(), gold.tolist(), strict=True)
+        ]
+        assert best_of_n_score(scores, n=n, values=gold).tolist() == pytest.approx(want)

@@ -43,7 +43,8 @@ def test_the_page_lists_every_metric_of_a_ppo_run_and_no_other(tiny_model, tmp_p
     )
     metrics = tether.ppo(config, reward=id_score).metrics[0]
     found = {re.sub(r"^eval/.*", "eval/*", name).replace("id_score", "SOURCE") for name in metrics}
-    elsewhere = {"reward/SOURCE_missing", "advantage/dead_groups"}  # of optional sources, and of group baselines
+    # of optional sources, of ensembles, and of group baselines
+    elsewhere = {"reward/SOURCE_missing", "reward/SOURCE_disagreement", "advantage/dead_groups"}
     assert found - {"cycle"} == listed("ppo") - elsewhere
 
 

@@ -30,6 +30,7 @@ from tether.config.sections import (
     WandbConfig,
     check,
     check_warmup,
+    model_paths,
     source_name,
 )
 from tether.config.sft import SFTConfig, SFTSection
@@ -73,5 +74,6 @@ __all__ = [
     "WandbConfig",
     "check",
     "check_warmup",
+    "model_paths",
     "source_name",
 ]

@@ -16,6 +16,7 @@ from tether.config.sections import (
     TrainingConfig,
     check_names,
     check_warmup,
+    identities,
 )
 from tether.errors import ConfigError
 
@@ -199,6 +200,32 @@ class HeldOutConfig(Section):
     """Prompts, the same through the whole run so that one sees them learn."""
     samples: Annotated[int, at_least(1, "there would be nothing to evaluate; evaluate.every 0 turns it off")] = 4
     """Responses to each."""
+    gold: list[RewardSourceConfig] = field(default_factory=list)
+    """Sources that score these responses and nothing else: they are neither summed nor trained on, and tell whether the
+    score is still worth what it says. best/ is then the policy with the highest mean of the first of them."""
+    stop_when_gold_falls: Annotated[int | None, at_least(1, "the run would end at once; null never ends it")] = None
+    """End the run once so many evaluations in a row lie below the best by gold: the 95 % interval of the difference,
+    prompt by prompt, is below 0 for each. null: never. 2 or 3 are usual."""
+
+    def check(self, key: str) -> None:
+        if self.gold and not self.every:
+            raise ConfigError(
+                f"{key}.gold is given with {key}.every=0: nothing would be evaluated, and gold never asked. Set "
+                f"{key}.every to 1 or more."
+            )
+        if self.stop_when_gold_falls is not None and not self.gold:
+            raise ConfigError(
+                f"{key}.stop_when_gold_falls={self.stop_when_gold_falls} without {key}.gold: there is nothing to fall. "
+                f"Add a source to {key}.gold, or leave it out."
+            )
+        for i, source in enumerate(self.gold):
+            for name in ("weight", "optional"):
+                if getattr(source, name) != getattr(type(source), name):
+                    raise ConfigError(
+                        f"{key}.gold[{i}].{name} is set: gold is not summed, and answers every response, so it would "
+                        "be ignored. Leave it out."
+                    )
+        check_names(self.gold, f"{key}.gold")
 
 
 @dataclass(frozen=True)
@@ -217,6 +244,14 @@ class PPOConfig(TrainingConfig):
     def check(self, key: str) -> None:
         super().check(key)
         check_names(self.reward)
+        trained_on = {what: i for i, source in enumerate(self.reward) for what in identities(source)}
+        for i, source in enumerate(self.evaluate.gold):
+            if same := identities(source) & trained_on.keys():
+                where = f"reward[{trained_on[same.pop()]}]"
+                raise ConfigError(
+                    f"evaluate.gold[{i}] is what {where} scores by: the policy learns to please it, so it could not "
+                    "tell when that stops being good. Name a source that is not trained on."
+                )
         if not self.ppo.has_critic and self.model.critic != "shared":
             raise ConfigError(
                 f"model.critic={self.model.critic} with ppo.advantage={self.ppo.advantage}: nothing would use the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
@@ -37,6 +38,10 @@ class RewardModelSection(Section):
     test_fraction: float = 0.1
     """Share of the pairs held out for the reported accuracy; pairs with a prompt or group in common stay together (with
     an answer, where all have one prompt). 0 holds none out: nothing is then known about other pairs."""
+    members: Annotated[int | None, at_least(2, "nothing could disagree; null trains one reward model")] = None
+    """Train so many reward models, one after the other: an ensemble for `reward: [{models: …}]`, in final/member-1 and
+    so on. Each has another seed and other pairs, drawn with replacement by prompt or group from the training side; 4 or
+    5 are usual. null: one, in final/."""
 
     def check(self, key: str) -> None:
         if not 0 <= self.test_fraction < 1:
@@ -52,6 +57,14 @@ class RewardConfig(TrainingConfig):
 
     data: PairsConfig
     reward_model: RewardModelSection = field(default_factory=RewardModelSection)
+
+    @property
+    def member_seeds(self) -> list[int]:
+        """A seed for each reward model; of the only one the run's own."""
+        count = self.reward_model.members
+        if count is None:
+            return [self.seed]
+        return [random.Random(f"{self.seed}, member {k}").getrandbits(62) for k in range(1, count + 1)]
 
     def __post_init__(self) -> None:
         if not isinstance(self.data, PairsConfig) and isinstance(self.data, DataConfig):

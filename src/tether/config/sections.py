@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tether.config.keys import Section, at_least, leaves, positive, within
@@ -207,18 +208,23 @@ class LabelsConfig(Section):
 # ---------------------------------------------------------------- rewards and sampling
 
 
-_SCORERS = ("function", "model")  # keys of a source that say what scores
+_SCORERS = ("function", "model", "models")  # keys of a source that say what scores
 
 
 @dataclass(frozen=True)
 class RewardSourceConfig(Section):
-    """One source of scores: a Python function or a reward model."""
+    """One source of scores: a Python function, a reward model, or an ensemble of them."""
 
     function: str | None = None
     """FILE.py:NAME or package.module:NAME of f(prompts, completions, completion_ids, **columns), which returns a list
     of numbers, None where it has no answer."""
     model: str | None = None
     """Directory or hub id of a sequence classifier with one label."""
+    models: list[str] | None = None
+    """Two or more of them with one tokenizer, an ensemble: `tether reward` with reward_model.members trains one."""
+    pessimism: Annotated[float, at_least(0, "the score would be above the members' mean where they disagree")] = 0.5
+    """Of an ensemble: how much of the members' variance the score loses, per reward unit. 0: their mean; towards
+    infinity: their minimum."""
     weight: float = 1.0
     """Factor of this source in the sum."""
     name: str | None = None
@@ -240,6 +246,23 @@ class RewardSourceConfig(Section):
                 f"{key} needs exactly one of {', '.join(_SCORERS)}, and has {' and '.join(given) or 'none'}: it would "
                 f"be unclear what scores. {'Make it two entries, or drop one.' if given else 'Add one.'}"
             )
+        if self.models is not None:
+            if len(self.models) < 2:
+                raise ConfigError(
+                    f"{key}.models has {len(self.models)} of the 2 or more that an ensemble needs: nothing could "
+                    "disagree. List more directories, or write `model: DIR` for one."
+                )
+            places = [Path(path).resolve() for path in self.models]
+            if twice := [path for path, at in zip(self.models, places, strict=True) if places.count(at) > 1]:
+                raise ConfigError(
+                    f"{key}.models holds {twice[-1]} twice: it would count double, and never disagree with itself. "
+                    "Leave it out once."
+                )
+        elif self.pessimism != type(self).pessimism:
+            raise ConfigError(
+                f"{key}.pessimism={self.pessimism:g} without models: only an ensemble disagrees, so it would be "
+                "ignored. Leave it out, or list the ensemble's directories in models."
+            )
         if self.arguments and self.function is None:
             raise ConfigError(
                 f"{key}.arguments is given with a model, which takes none: it would do nothing. Leave it out."
@@ -250,28 +273,44 @@ class RewardSourceConfig(Section):
             )
 
 
+def model_paths(source: RewardSourceConfig) -> list[str]:
+    """The reward models of a source, by directory or hub id; none where it is a function."""
+    return [source.model] if source.model is not None else source.models or []
+
+
 def source_name(source: RewardSourceConfig) -> str:
-    """The name a source has in metrics and rollouts: its `name`, else the function's name or the directory's."""
+    """The name a source has in metrics and rollouts: its `name`, else the function's name or the directory's; of an
+    ensemble "ensemble"."""
     if source.name:
         return source.name
+    if source.models:
+        return "ensemble"
     if source.function:
         return source.function.rpartition(":")[2]
     return str(source.model).rstrip("/").rpartition("/")[2]
 
 
-def check_names(sources: list[RewardSourceConfig]) -> None:
-    """Raise ConfigError where two sources, or a source and the sum, would have the same metrics."""
+def identities(source: RewardSourceConfig) -> set[str]:
+    """What a source scores by, however it is written: its function with its arguments, or its reward models."""
+    if source.function is None:
+        return {str(Path(path).resolve()) for path in model_paths(source)}
+    file, _, name = source.function.rpartition(":")
+    return {f"{Path(file).resolve() if file.endswith('.py') else file}:{name} {sorted(source.arguments.items())}"}
+
+
+def check_names(sources: list[RewardSourceConfig], key: str = "reward") -> None:
+    """Raise ConfigError where two sources, or a source and the sum, would have the same metrics. key: of the list."""
     names: set[str] = set()
     for i, name in enumerate(map(source_name, sources)):
         if name in names:
             raise ConfigError(
-                f"reward[{i}] is called {name!r} like one before it: their metrics would overwrite each other. "
-                f"Set reward[{i}].name."
+                f"{key}[{i}] is called {name!r} like one before it: their metrics would overwrite each other. "
+                f"Set {key}[{i}].name."
             )
         if name in RESERVED_NAMES:
             raise ConfigError(
-                f"reward[{i}] is called {name!r}, as the metric reward/{name}_mean already is: it would be "
-                f"overwritten. Set reward[{i}].name."
+                f"{key}[{i}] is called {name!r}, as the metric reward/{name}_mean already is: it would be "
+                f"overwritten. Set {key}[{i}].name."
             )
         names.add(name)
 

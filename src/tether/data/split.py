@@ -28,14 +28,7 @@ def split_pairs(
     """
     if test_fraction == 0:
         return list(pairs), []
-    links: list[list[Hashable]] = [[("prompt", pair.prompt_key)] for pair in pairs]
-    what = "prompt"
-    if len({pair.prompt_key for pair in pairs}) == 1:
-        links = [[("answer", *ids) for ids in pair.answers] for pair in pairs]
-        what = "answer"
-    components = _components([
-        keys if pair.group is None else [*keys, ("group", pair.group)] for keys, pair in zip(links, pairs, strict=True)
-    ])  # fmt: skip
+    components, what = _linked(pairs)
     if len(components) < 2:
         raise DataError(
             f"all {len(pairs)} pairs hang together by {what} or group, so none can be held out for the test: its "
@@ -54,9 +47,35 @@ def split_pairs(
     return [p for i, p in enumerate(pairs) if i not in test], [p for i, p in enumerate(pairs) if i in test]
 
 
+def resample(pairs: Sequence[Example], seed: int) -> list[Example]:
+    """As many pairs, drawn with replacement: a prompt or group comes with all its pairs, which are not independent.
+
+    The last that is drawn is cut. Source: Efron 1979, the bootstrap, by clusters.
+    """
+    components, draw = _linked(pairs)[0], random.Random(seed)
+    drawn: list[int] = []
+    while len(drawn) < len(pairs):
+        drawn += draw.choice(components)
+    return [pairs[i] for i in drawn[: len(pairs)]]
+
+
 def share_prompts(train: Sequence[Pair | Labeled], test: Sequence[Pair | Labeled]) -> bool:
     """Whether held-out pairs have prompts that are trained on: they were held out by their answers."""
     return not {pair.prompt_key for pair in train}.isdisjoint(pair.prompt_key for pair in test)
+
+
+def _linked(pairs: Sequence[Example]) -> tuple[list[list[int]], str]:
+    """(places of pairs that hang together by prompt or group, what they hang together by)."""
+    links: list[list[Hashable]] = [[("prompt", pair.prompt_key)] for pair in pairs]
+    what = "prompt"
+    if len({pair.prompt_key for pair in pairs}) == 1:
+        links = [[("answer", *ids) for ids in pair.answers] for pair in pairs]
+        what = "answer"
+    keys = [
+        found if pair.group is None else [*found, ("group", pair.group)]
+        for found, pair in zip(links, pairs, strict=True)
+    ]
+    return _components(keys), what
 
 
 def _components(links: Sequence[Sequence[Hashable]]) -> list[list[int]]:

@@ -20,9 +20,11 @@ from tether.config import (
     QLearningConfig,
     QLearningSection,
     RewardConfig,
+    RewardSourceConfig,
     SFTConfig,
     TrainingConfig,
     check_warmup,
+    model_paths,
     source_name,
 )
 from tether.data.examples import load_examples
@@ -37,6 +39,7 @@ from tether.models.loading import context_length, model_config
 from tether.models.policy import companions
 from tether.models.reward_model import check_one_label
 from tether.rewards import FunctionReward, load_function
+from tether.rewards.ensemble import check_members
 from tether.train.contexts import check_contexts
 from tether.train.dpo import load as load_preferences
 from tether.train.dpo import mismatch
@@ -105,7 +108,7 @@ def of_evaluation(config: EvaluateConfig, _: Mapping[str, str]) -> Inputs:
     facts = [_lengths(config.prompts, prompts=[len(p.ids) for p in asked])]
     for name, source in sources.items():
         stops = stop_token_ids(source.tokenizer, load_generation_config(name), config.sampling.stop_token_ids)
-        told = _sources(config, prompts[name], source.tokenizer, stops)
+        told = _sources(config.reward, prompts[name], source.tokenizer, stops)
         facts += told if name == baseline else []
     plan = (
         f"{len(asked)} prompts, {config.samples} responses to each, {len(sources)} models: "
@@ -124,7 +127,8 @@ def of_ppo(config: PPOConfig, _: Mapping[str, str]) -> Inputs:
         *start.facts,
         _lengths(config.prompts, prompts=[len(x.ids) for x in sets.loaded]),
         f"{len(train)} prompts to train on, {len(held_out)} to evaluate on{f' ({note})' if note else ''}",
-        *_sources(config, train + held_out, tokenizer, stops),
+        *_sources(config.reward, train + held_out, tokenizer, stops),
+        *_sources(config.evaluate.gold, held_out, tokenizer, stops, kind="gold"),
     ]
     check_contexts(config, train + held_out, tokenizer)
     plan = (
@@ -176,6 +180,7 @@ def of_pairs(config: RewardConfig, hashes: Mapping[str, str]) -> Inputs:
     steps = len(shuffled_batches(len(train), batch=section.batch, epochs=section.epochs, seed=config.seed))
     check_warmup(config.optim, steps)
     plan = f"{section.epochs} epochs: {steps:,} optimizer steps of up to {section.batch} pairs"
+    plan += f", for each of {section.members} reward models" if section.members else ""
     first, shown = train[0], []
     for name, ids in (("chosen", first.chosen_ids), ("rejected", first.rejected_ids)):
         mask = [False] * (len(first.prompt_ids) + len(ids) - 1) + [True]  # the score is read at the last token
@@ -253,22 +258,30 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _sources(
-    config: PPOConfig | EvaluateConfig, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
-) -> list[str]:
+    sources: Sequence[RewardSourceConfig], prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int], kind: str = "reward",
+) -> list[str]:  # fmt: skip
     """Import the functions and read the reward models' configs."""
     facts = []
-    for source in config.reward:
+    for source in sources:
         name = source_name(source)
         if source.function is not None:
             function = load_function(source.function)
             FunctionReward(function, name=name, tokenizer=tokenizer, stop_ids=stops, fixed=source.arguments).check(
                 prompts
             )
-            facts.append(f"reward {name}: {source.function}, weight {source.weight:g}")
+            facts.append(f"{kind} {name}: {source.function}, weight {source.weight:g}")
             continue
-        assert source.model is not None
-        check_one_label(source.model, model_config(source.model))
-        facts.append(f"reward {name}: model {source.model}, weight {source.weight:g}")
+        for path in model_paths(source):
+            check_one_label(path, model_config(path))
+        if source.models is not None:
+            check_members(source.models, name)
+            facts.append(
+                f"{kind} {name}: {len(source.models)} models, {', '.join(source.models)}, pessimism "
+                f"{source.pessimism:g}, weight {source.weight:g}"
+            )
+            continue
+        facts.append(f"{kind} {name}: model {source.model}, weight {source.weight:g}")
     return facts
 
 

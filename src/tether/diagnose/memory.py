@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from tether.config import InitModelConfig, ModelConfig, PPOConfig, QLearningConfig, TrainingConfig, source_name
+from tether.config import (
+    InitModelConfig,
+    ModelConfig,
+    PPOConfig,
+    QLearningConfig,
+    TrainingConfig,
+    model_paths,
+    source_name,
+)
 from tether.config.kinds import kind_of, resolve
 from tether.data.tokenizer import load_tokenizer
 from tether.diagnose.simulate import Shape, Step, simulate
@@ -155,11 +163,14 @@ def beside_policy(trained: Trained) -> list[Part]:
     rows = max(1, min(slots, PREFILL_TOKENS // prompt))
     scores = rows * text.num_attention_heads * prompt**2 * (8 + item) if _holds_scores(text) else 0
     parts.append(Part("sampler's workspace", max(scores, slots * drawing), "sampling"))
-    for source in config.reward:
-        if source.model is not None:
-            other = _read(config, source.model)
+    for source in [*config.reward, *config.evaluate.gold]:
+        held = 0
+        for path in model_paths(source):
+            other = _read(config, path)
             taken = resolve_dtype(source.dtype, torch.device("cpu"), other) if kind == "cpu" else dtype
-            parts.append(Part(f"reward model {source_name(source)}", _count(other) * taken.itemsize))
+            held += _count(other) * taken.itemsize
+        if held:
+            parts.append(Part(f"reward model {source_name(source)}", held))
     return parts
 
 

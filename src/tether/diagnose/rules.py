@@ -373,7 +373,8 @@ def second_opinion(view: View) -> Iterator[Alarm]:
     score = view.curve("reward/score_mean")
     sums = ("reward/score_mean", "reward/total_mean")
     sources = [n for n in view.series.names if re.fullmatch(r"reward/.*_mean", n) and n not in sums]
-    for name in [*sources, "eval/score_mean"]:
+    gold = [n for n in view.series.names if re.fullmatch(r"eval/gold/.*_mean", n)]
+    for name in [*sources, *gold, "eval/score_mean"]:
         held_out = name.startswith("eval/")
         reading = (view.series.sparse(name) if held_out else view.curve(name)).coarse()
         if len(reading) < 8 or len(score) < 8:
@@ -384,6 +385,7 @@ def second_opinion(view: View) -> Iterator[Alarm]:
         scores = [median([_level_at(score, c) for c in reading.last[i : i + 3]]) for i in (peak, len(smooth) - 1)]
         rise = scores[1] - scores[0]
         whose = "the score on held-out prompts" if held_out else f"the source {name[len('reward/') : -len('_mean')]}"
+        whose = f"gold {name[len('eval/gold/') : -len('_mean')]} on held-out prompts" if name in gold else whose
         if then < now and fall > max(7 * reading.noise, 0.2 * went, 1e-9) and rise > max(3 * score.noise, 1e-9):
             yield alarm(
                 "second-opinion/held-out" if held_out else "second-opinion", (then, reading.last[-1]), "serious",

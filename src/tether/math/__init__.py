@@ -24,6 +24,7 @@ from tether.math.diagnostics import (
     optimality_gap_logmeanexp,
     shared_phrase,
 )
+from tether.math.ensemble import disagreement, pessimistic_mean
 from tether.math.ilql import expectile_loss, ilql_logits, q_loss, q_targets
 from tether.math.kl import hold_kl, kl_error, kl_k1, kl_k2, kl_k3, next_kl_coef
 from tether.math.logprobs import Head, full_logprobs, token_logprobs
@@ -37,6 +38,7 @@ from tether.math.losses import (
     value_loss,
 )
 from tether.math.masked import masked_mean, masked_sum, masked_var, whiten
+from tether.math.overoptimization import GoldFit, best_of_n_law, fit_best_of_n, fit_rl, rl_law
 from tether.math.preference_losses import (
     ipo_loss,
     kto_loss,

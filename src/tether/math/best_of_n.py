@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def best_of_n_score(scores: Float[Tensor, "P N"], *, n: int) -> Float[Tensor, " P"]:
+def best_of_n_score(
+    scores: Float[Tensor, "P N"], *, n: int, values: Float[Tensor, "P N"] | None = None
+) -> Float[Tensor, " P"]:
     """E[max of n] for each prompt, from N ≥ n samples of it: unbiased, and over every choice of n samples.
+
+    values: another reading of the samples, gold, whose mean over the ones that `scores` would choose is wanted; among
+    samples that score alike the later one is chosen.
 
         Σ_i s_(i) · C(i-1, n-1) / C(N, n)        s_(1) ≤ … ≤ s_(N); the weight is P(s_(i) is the best of n of the N)
 
@@ -21,7 +26,9 @@ def best_of_n_score(scores: Float[Tensor, "P N"], *, n: int) -> Float[Tensor, " 
     """
     samples = scores.shape[1]
     weights = [math.comb(i, n - 1) / math.comb(samples, n) for i in range(samples)]
-    return scores.double().sort(1).values @ torch.tensor(weights, dtype=torch.float64, device=scores.device)
+    order = scores.double().sort(dim=1, stable=True)
+    best = order.values if values is None else values.double().gather(1, order.indices)
+    return best @ torch.tensor(weights, dtype=torch.float64, device=scores.device)
 
 
 def best_of_n_probabilities(probabilities: Float[Tensor, " L"], *, n: int) -> Float[Tensor, " L"]:

@@ -165,6 +165,15 @@ def ppo_curves(config: PPOConfig, metrics: Metrics) -> list[Curve]:
     if len(sources) > 1:
         says = "Mean answer of this reward source, before its weight and before clipping."
         found += [Curve(f"reward/{name}_mean", f"Source: {name}", says) for name in sources]
+    says = (
+        "Mean deviation of the reward models' scores of one response. It grows as the policy leaves what they were "
+        "trained on: a score that rises with it is not to be trusted."
+    )
+    ensembles = dict.fromkeys(name for m in metrics for name in m if re.fullmatch(r"reward/.*_disagreement", name))
+    found += [
+        Curve(name, f"Disagreement: {name[len('reward/') : -len('_disagreement')]}", says, shows=(0,))
+        for name in ensembles
+    ]
     return found
 
 

@@ -20,6 +20,7 @@ _OTHERS = {  # command -> what has no curve of its own
         "reward/score_max": "Highest score.",
         "reward/SOURCE_mean": "Mean answer of one reward source, before its weight and before clipping.",
         "reward/SOURCE_missing": "Responses to which an optional source gave no answer.",
+        "reward/SOURCE_disagreement": "Of an ensemble: mean over responses of the deviation of its members' scores.",
         "reward/total_mean": "Mean over responses of the sum of per-token rewards: the score less what the KL cost.",
         "kl/ref_per_token": "KL to the reference, nats per token.",
         "policy/loss": "The clipped surrogate, as it is minimized, in units of the advantage.",
@@ -45,7 +46,8 @@ _OTHERS = {  # command -> what has no curve of its own
         "optim/steps": "Optimizer steps made in the cycle, where `ppo.stop_epoch_at_kl` may end it early.",
         "memory/peak_mb": "Peak memory, MiB: what torch had on the GPU, or the process on a CPU.",
         "eval/*": "The same of the held-out prompts, where a cycle was evaluated: `score_*`, `total_mean`, "
-        "`reward/SOURCE_mean`, `kl_ref_mean`, `length_mean`, `truncated_fraction`, `explained_variance`.",
+        "`reward/SOURCE_mean`, `reward/SOURCE_disagreement`, `kl_ref_mean`, `length_mean`, `truncated_fraction`, "
+        "`explained_variance`; and `gold/SOURCE_mean` of each source of `evaluate.gold`.",
         **_SPEED,
     },
     "sft": {"tokens/trained": "Tokens of the examples that the step was trained on.", **_SPEED},

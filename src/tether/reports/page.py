@@ -22,9 +22,9 @@ from tether.diagnose.alarms import alarms
 from tether.diagnose.diagnosis import preference_report
 from tether.errors import RunError
 from tether.reports.curves import curves, sources_of
-from tether.reports.held_out import Evaluation, best_of, win_share
+from tether.reports.held_out import Evaluation, Law, best_of, fit_law, win_share
 from tether.reports.html import safe_json, templates
-from tether.reports.plots import Plot, calibration, frontier, points
+from tether.reports.plots import Plot, calibration, frontier, overoptimization, points
 from tether.reports.signals import SIGNALS, Scale, surprise, tokens_of, value_curve
 from tether.reports.text import prompt_text
 from tether.runs import Run, to_plain
@@ -196,13 +196,14 @@ def _held_out_figures(run: Run, evaluations: Sequence[Evaluation]) -> list[Figur
     kl = [e.mean("kl").mean for e in evaluations]
     means = [s.mean for s in score]
     chosen = best_of(evaluations[0]) if evaluations[0].cycle == 0 else []
-    prompts = len(evaluations[-1].answers)
+    prompts, best = len(evaluations[-1].answers), run.best
+    by = " by gold" if best and "gold" in best else ""
     return [
         Figure(
             "Held-out score",
             f"{prompts} {run.held_out_claim}, with the same draws each time; bars are 95 % intervals over "
             "prompts. It should follow the training score: where it stays behind, the model has learned the prompts."
-            + (f" The best policy, of cycle {best['cycle']}, is kept in best/." if (best := run.best) else ""),
+            + (f" The best policy{by}, of cycle {best['cycle']}, is kept in best/." if best else ""),
             points(cycles, means, unit="cycle", low=[s.low for s in score], high=[s.high for s in score]),
         ),
         Figure(
@@ -211,7 +212,38 @@ def _held_out_figures(run: Run, evaluations: Sequence[Evaluation]) -> list[Figur
             "start model. A line that turns flat or falls while it runs to the right is over-optimization.",
             frontier(kl, means, [f"cycle {c}" for c in cycles], chosen if len(chosen) > 1 else []),
         ),
+        *([_gold_figure(evaluations)] if evaluations[-1].gold else []),
     ]
+
+
+def _gold_figure(evaluations: Sequence[Evaluation]) -> Figure:
+    """Proxy and gold over √KL, with Gao's laws where there are points enough."""
+    columns = evaluations[-1].gold
+    asked = [e for e in evaluations if columns[0] in e.gold]
+    distance = [math.sqrt(max(0.0, e.mean("kl").mean)) for e in asked]
+    golds = [[e.mean(column).mean for e in asked] for column in columns]
+    start = asked[0] if asked[0].cycle == 0 else None
+    chosen = [(math.sqrt(max(0.0, kl)), gold) for _, kl, gold in best_of(start, columns[0])] if start else []
+    laws: list[Law] = []
+    says = (
+        f"What is trained on, and gold ({', '.join(c.removeprefix('gold/') for c in columns)}), which is not. "
+        "Where gold falls while the score rises, the policy pleases the score alone."
+    )
+    if start:
+        for what, found, rl in (
+            ("this run, d(α − β·log d)", list(zip(distance, golds[0], strict=True)), True),
+            ("best of n, d(α − β·d)", chosen, False),
+        ):
+            law = fit_law([d for d, _ in found], [g for _, g in found], golds[0][0], rl=rl)
+            if law is not None:
+                laws.append(law)
+                fit = f"α {_number(law.alpha)}, β {_number(law.beta)}, R² {_number(law.r_squared)}"
+                says += f" Dotted, Gao's law of {what}: {fit}."
+    plot = overoptimization(
+        distance, [e.mean().mean for e in asked], golds, chosen if len(chosen) > 1 else [],
+        [(law.distance, law.gold) for law in laws],
+    )  # fmt: skip
+    return Figure("Score and gold over distance", says, plot)
 
 
 def _looks(run: Run, ppo: PPOSection) -> list[Look]:
@@ -313,6 +345,10 @@ def _of_held_out_pairs(found: dict[str, Any]) -> tuple[list[Headline], list[Figu
         Headline("Held-out loss", f"{found['loss']:.3f}", "nats per pair; knowing nothing is 0.693"),
         Headline("Calibration error", f"{found['calibration_error']:.3f}", "mean gap of confidence and accuracy"),
     ]
+    if members := found.get("members"):
+        alone = ", ".join(f"{member['value']:.1%}" for member in members)
+        note = f"held-out accuracy of each of the {len(members)} reward models; the other figures are of their mean"
+        headlines.insert(1, Headline("Members alone", alone, note))
     figure = Figure(
         "Calibration",
         "Held-out pairs by how sure the model was; bars are 95 % intervals. On the dashed line it is right as often as "

@@ -74,6 +74,42 @@ def frontier(
     return plot
 
 
+def overoptimization(
+    distance: Numbers, score: Numbers, golds: Sequence[Numbers], best_of: Sequence[tuple[float, float]],
+    laws: Sequence[tuple[Numbers, Numbers]],
+) -> Plot:  # fmt: skip
+    """Proxy (right axis) and gold (left) over distance. best_of: (distance, first gold) of choosing the best of n
+    answers of the start model. laws: curves of (distance, first gold), that of this run and that of best of n."""
+    hover = "%{y:.4g} at %{x:.3g} √nats<extra></extra>"
+    dots = {"mode": "markers", "hovertemplate": hover}
+    traces: list[dict[str, Any]] = [
+        {"x": distance, "y": score, "name": "score, right axis", "yaxis": "y2", "mode": "lines+markers",
+         "hovertemplate": hover, "line": {"color": "--faint", "width": 1}, "marker": {"color": "--faint", "size": 4}}
+    ]  # fmt: skip
+    for i, gold in enumerate(golds):
+        color = "--accent" if i == 0 else "--muted"
+        name = "gold" if len(golds) == 1 else f"gold {i + 1}"
+        traces.append({"x": distance, "y": gold, "name": name, **dots, "marker": {"color": color, "size": 6}})
+    if best_of:
+        traces.append(
+            {"x": [d for d, _ in best_of], "y": [gold for _, gold in best_of], **dots,
+             "name": "gold, best of n of the start model", "marker": {"color": "--warm", "size": 6}}
+        )  # fmt: skip
+    for (x, y), color in zip(laws, ("--accent", "--warm"), strict=False):
+        traces.append({"x": x, "y": y, "mode": "lines", "hoverinfo": "skip", "showlegend": False,
+                       "line": {"color": color, "dash": "dot", "width": 1}})  # fmt: skip
+    plot = _plot(traces, x_title="distance: √KL to the reference, √nats", y_range=None, shapes=[])
+    # Auto, else its ticks stand where those of the left axis do.
+    right = {"overlaying": "y", "side": "right", "showgrid": False, "tickmode": "auto"}
+    plot["layout"] |= {
+        "hovermode": "closest",
+        "showlegend": True,
+        "height": 290,
+        "yaxis2": {**plot["layout"]["yaxis"], **right},
+    }
+    return plot
+
+
 def calibration(bins: Sequence[dict[str, Any]]) -> Plot:
     """Confidence against accuracy, with intervals, and the diagonal where both agree."""
     y = [b["accuracy"]["value"] for b in bins]

@@ -1,4 +1,4 @@
-"""Where scores come from: Python functions and reward models, weighted and summed."""
+"""Where scores come from: Python functions, reward models and ensembles of them, weighted and summed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from tether.config import RESERVED_NAMES, RewardShapingConfig, RewardSourceConfig, source_name
 from tether.errors import ConfigError
 from tether.rewards.combine import RewardSet, ScoredBatch, shape_scores
+from tether.rewards.ensemble import EnsembleReward
 from tether.rewards.function import FunctionReward, ObjectReward, function_file, load_function
 from tether.rewards.model import ModelReward
 from tether.types import Reward
@@ -38,6 +39,10 @@ def build_reward(
         if source.function is not None:
             scorer = FunctionReward(
                 load_function(source.function), name=name, timeout_s=source.timeout_s, fixed=source.arguments, **policy
+            )
+        elif source.models is not None:
+            scorer = EnsembleReward(
+                source.models, name=name, pessimism=source.pessimism, dtype=source.dtype, device=device, **policy
             )
         else:
             assert source.model is not None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tether.config import RewardShapingConfig
 from tether.errors import RewardError
+from tether.rewards.ensemble import EnsembleReward
 from tether.rewards.function import describe_row
 from tether.types import Completions, Prompt, Reward
 
@@ -21,6 +22,7 @@ class ScoredBatch:
     scores: Tensor  # [B] float64, what PPO maximizes: summed, clipped, missing_eos applied
     parts: dict[str, list[float | None]]  # source name -> B raw answers, before weight and shaping
     missing: dict[str, int] = field(default_factory=dict)  # optional source name -> responses that it did not score
+    disagreement: dict[str, list[float]] = field(default_factory=dict)  # ensemble's name -> B deviations of its members
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,13 @@ class RewardSet:
             source.check(prompts)
 
     def score(self, completions: Completions) -> ScoredBatch:
-        parts = {name: list(source.score(completions)) for name, (source, _) in self.sources.items()}
+        parts: dict[str, list[float | None]] = {}
+        disagreement: dict[str, list[float]] = {}
+        for name, (source, _) in self.sources.items():
+            if isinstance(source, EnsembleReward):
+                parts[name], disagreement[name] = source.score_and_disagreement(completions)
+            else:
+                parts[name] = list(source.score(completions))
         for row, answers in enumerate(zip(*parts.values(), strict=True)):
             if all(answer is None for answer in answers):
                 raise RewardError(
@@ -60,7 +68,8 @@ class RewardSet:
         for name, (_, weight) in self.sources.items():
             total += weight * torch.tensor([0.0 if a is None else a for a in parts[name]], dtype=torch.float64)
         missing = {name: parts[name].count(None) for name in parts if name in self.optional}
-        return ScoredBatch(shape_scores(total, completions.finish_reasons, self.shaping), parts, missing)
+        scores = shape_scores(total, completions.finish_reasons, self.shaping)
+        return ScoredBatch(scores, parts, missing, disagreement)
 
 
 def shape_scores(scores: Tensor, finish_reasons: Sequence[str], shaping: RewardShapingConfig) -> Tensor:

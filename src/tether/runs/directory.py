@@ -249,7 +249,7 @@ def _remove_what_came_to_nothing(path: Path) -> None:
     """Files of a process that ended before its first cycle did; what stays is overwritten."""
     for name in ("events.jsonl", "metrics.jsonl"):
         (path / name).unlink(missing_ok=True)
-    for name in ("rollouts", "evaluations", "checkpoints", "best"):
+    for name in ("rollouts", "evaluations", "checkpoints", "best", "members"):
         shutil.rmtree(path / name, ignore_errors=True)
 
 

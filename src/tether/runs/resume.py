@@ -22,7 +22,8 @@ Change = tuple[str, Any, Any]  # dotted key, value when the run began, value now
 
 # `run` is where the directory is now: it may have been moved. What a revision stands for is among the inputs.
 _MAY_CHANGE = re.compile(
-    r"run$|model\.revision$|(log|checkpoint)(\.|$)|evaluate\.(every|samples)$|reward\[\d+\]\.(timeout_s|dtype|optional)$"
+    r"run$|model\.revision$|(log|checkpoint)(\.|$)|evaluate\.(every|samples|stop_when_gold_falls)$"
+    r"|(reward|evaluate\.gold)\[\d+\]\.(timeout_s|dtype|optional)$"
     r"|\w+\.microbatch_tokens$|model\.gradient_checkpointing$|sampling\.slots$|qlearning\.ilql\.(strength|top_k)$"
 )
 # These change rounding or the order of floating-point sums.
@@ -121,7 +122,7 @@ def config_changes(path: Path, old: Config, new: Config) -> list[Change]:
         why = "its curves would mix two experiments"
         if grew:
             why = f"the learning rate falls towards the old end, so {key} may grow under optim.schedule: constant alone"
-        if key.startswith("evaluate."):
+        if key.startswith("evaluate.") and not key.startswith("evaluate.gold"):
             why = "other prompts would be held out, and some of them have been trained on"
         raise RunError(
             f"{key} was {_shown(before)} when the run in {path} began and is {_shown(now)} now: {why}. Set it back to "

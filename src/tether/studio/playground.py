@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
 
-from tether.config import ModelConfig, PPOConfig, PromptsConfig, RewardSourceConfig
+from tether.config import ModelConfig, PPOConfig, PromptsConfig, RewardSourceConfig, model_paths
 from tether.errors import DataError, RunError, TetherError, first_line
 from tether.reports.html import safe_json
 from tether.reports.text import visible
@@ -274,7 +274,11 @@ def _load(run: Run, device_name: str) -> Models:
     }
     samplers = {side: LocalSampler(model, slots=1) for side, model in models.items()}
     sources: list[RewardSourceConfig] = [
-        replace(s, model=_placed(s.model, home)) for s in config.reward if s.model is not None
+        replace(
+            s, model=s.model and _placed(s.model, home), models=s.models and [_placed(path, home) for path in s.models]
+        )
+        for s in config.reward
+        if model_paths(s)
     ]
     rewards = build_reward(sources, config.reward_shaping, tokenizer, stops["after"], device) if sources else None
     return Models(config, tokenizer, policy, samplers, stops, rewards)

@@ -28,6 +28,7 @@ SORTS = {
     "best": ("best first", lambda r: -(r["score"] or 0.0)),
     "worst": ("worst first", lambda r: r["score"] or 0.0),
     "surprise": ("most surprising to the critic first", lambda r: -r["surprise"]),
+    "disagreement": ("reward models that disagree most first", lambda r: -r["disagreement"]),
     "kl": ("highest KL first", lambda r: -(r["kl"] or 0.0)),
     "length": ("longest first", lambda r: -r["length"]),
     "order": ("as they were drawn", lambda r: r["number"]),
@@ -63,8 +64,9 @@ def routes(studio: Studio) -> APIRouter:
         return studio.page(
             request, "cycle.html.j2", id=run_id, name=studio.runs.name(run), unit=run.kind.unit, folder=folder,
             cycle=cycle, there=there, rows=shown, count=len(rows), total=len(content.rows), page=page,
-            pages=pages, sort=sort, sorts={k: v[0] for k, v in SORTS.items()}, find=find, finish=finish,
-            parts=content.parts, prompt_text=prompt_text,
+            pages=pages, sort=sort, find=find, finish=finish, parts=content.parts, ensembles=content.ensembles,
+            sorts={k: v[0] for k, v in SORTS.items() if content.ensembles or k != "disagreement"},
+            color=content.color, prompt_text=prompt_text,
         )  # fmt: skip
 
     @router.get("/runs/{run_id}/{folder}/{cycle}/{number}")
@@ -90,6 +92,7 @@ def routes(studio: Studio) -> APIRouter:
             cycle=cycle, number=number, count=len(content.rows), row=row, tokens=tokens, signal=signal, signals=signals,
             scale=content.scale(signal), curve=value_curve(row, _MOST_SHOWN), rest="".join(row["text"][_MOST_SHOWN:]),
             strip=_strip(run, folder, row), prompt=prompt_text(row["prompt"]), parts=content.parts,
+            ensembles=content.ensembles,
             data=safe_json({"steps": steps, "lines": [t["lines"] for t in tokens], "says": says}),
         )  # fmt: skip
 
@@ -103,8 +106,11 @@ def routes(studio: Studio) -> APIRouter:
 class Content:
     """A cycle's responses."""
 
-    rows: list[dict[str, Any]]  # with `number`, their place in the file, and `surprise`
+    rows: list[
+        dict[str, Any]
+    ]  # with `number`, their place in the file, `surprise` and `disagreement`, of the ensembles
     parts: list[str]  # names of the reward sources
+    ensembles: list[str]  # those of them that have several reward models
     scales: dict[str, Scale]  # filled as signals are asked for
 
     def scale(self, key: str) -> Scale:
@@ -112,6 +118,11 @@ class Content:
         if key not in self.scales:
             self.scales[key] = Scale.of(SIGNALS[key], self.rows)
         return self.scales[key]
+
+    def color(self, row: Row, ensemble: str) -> int:
+        """How far an ensemble disagrees on a response: 0, or 1 … STEPS among the cycle's."""
+        most = max(r[f"disagreement/{ensemble}"] for r in self.rows)
+        return Scale(0.0, most or 1.0).step(row[f"disagreement/{ensemble}"])
 
 
 def read(run: Run, folder: Folder, cycle: int) -> Content:
@@ -127,9 +138,13 @@ def read(run: Run, folder: Folder, cycle: int) -> Content:
 def _read(path: str, folder: Folder, cycle: int, stamp: int) -> Content:
     table = Run(path).table(folder, cycle)
     rows = table.to_pylist()
+    parts, ensembles = (
+        [n.removeprefix(kind) for n in table.column_names if n.startswith(kind)] for kind in ("score/", "disagreement/")
+    )
     for number, row in enumerate(rows):
-        row |= {"number": number, "surprise": surprise(row)}
-    return Content(rows, [n[len("score/") :] for n in table.column_names if n.startswith("score/")], {})
+        disputed = max((row[f"disagreement/{name}"] for name in ensembles), default=0.0)
+        row |= {"number": number, "surprise": surprise(row), "disagreement": disputed}
+    return Content(rows, parts, ensembles, {})
 
 
 def _strip(run: Run, folder: Folder, row: Row) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""best/: the policy of the evaluation with the highest score so far, kept whatever becomes of the checkpoints."""
+"""best/: the policy of the evaluation with the highest score or gold, kept whatever becomes of the checkpoints."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from tether.config import PPOConfig
 from tether.runs import Run, RunDirectory
 from tether.train.card import ppo_card
+from tether.train.gold import gold_metric
 
 
 def keep_best(
@@ -19,17 +20,21 @@ def keep_best(
 ) -> None:  # fmt: skip
     """Write best/ where this cycle was evaluated and scored higher than the one in it, or is done again after a kill.
 
-    Call before metrics are logged: what they say is best is then there. write_model(directory, card, add) writes the
-    policy.
+    Where there is gold, it is what decides. Call before metrics are logged: what they say is best is then there.
+    write_model(directory, card, add) writes the policy.
     """
     score = metrics.get("eval/score_mean")
     if score is None or not math.isfinite(score):
         return
+    found = {"score": float(score)}
+    if name := gold_metric(config):
+        found["gold"] = metrics[name]
+    by = "gold" if name else "score"
     best = Run(run.path).best
-    if best is not None and best["cycle"] != cycle and not score > best["score"]:
+    if best is not None and best["cycle"] != cycle and not found[by] > best[by]:
         return
-    record = json.dumps({"cycle": cycle, "score": float(score)}) + "\n"
+    record = json.dumps({"cycle": cycle, **found}) + "\n"
     which = f"cycle {cycle}, the best on held-out prompts"
     card = ppo_card(run.path.name, [*run.metrics(), {"cycle": cycle, **metrics}], config, which)
     write_model(run.path / "best", card, lambda directory: (directory / "best.json").write_text(record))
-    run.event("best", cycle=cycle, score=score)
+    run.event("best", cycle=cycle, **found)

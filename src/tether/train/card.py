@@ -32,7 +32,8 @@ def ppo_card(
     compared = []
     if best and evaluated:
         compared.append(
-            f"Best on the held-out prompts: cycle {best['cycle']} (score {best['score']:.4g}), kept in the "
+            f"Best on the held-out prompts{' by gold' if 'gold' in best else ''}: cycle {best['cycle']} "
+            f"(score {best['score']:.4g}), kept in the "
             f"run's `best/`; the last one scores {evaluated[-1]:.4g}."
         )
     return _card(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,7 @@ def response_columns(
         "length": completions.lengths,
         "score": scored.scores.tolist(),
         **{f"score/{name}": list(answers) for name, answers in scored.parts.items()},
+        **{f"disagreement/{name}": found for name, found in scored.disagreement.items()},
     }
 
 
@@ -109,8 +110,10 @@ class Record:
         if every and (cycle % every == 0 or cycle == 1):
             self.run.write_rollouts(cycle, self._columns(experience, cycle, new_logprobs))
 
-    def evaluation(self, experience: Experience, cycle: int) -> None:
-        self.run.write_evaluation(cycle, self._columns(experience, cycle, samples=self.config.evaluate.samples))
+    def evaluation(self, experience: Experience, cycle: int, gold: Mapping[str, Sequence[float | None]]) -> None:
+        """gold: name of a gold source -> its score of each response."""
+        columns = self._columns(experience, cycle, samples=self.config.evaluate.samples)
+        self.run.write_evaluation(cycle, columns | {f"gold/{name}": list(found) for name, found in gold.items()})
 
     @contextmanager
     def left_behind(self, experience: Experience, cycle: int) -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.config import EvaluateConfig, PPOConfig, source_name
+from tether.config import EvaluateConfig, PPOConfig, model_paths, source_name
 from tether.data.chat import encode_prompts, encode_texts
 from tether.data.tokenizer import load_tokenizer
 from tether.errors import ConfigError, DataError
@@ -34,13 +34,14 @@ def check_contexts(
     if isinstance(config, PPOConfig):
         for what, other in companions(config.model).items():
             _check(what, other, longest, new)
-    for source in config.reward:
-        if source.model is not None:
-            name, own = f"reward model {source_name(source)}", load_tokenizer(source.model)
+    gold = config.evaluate.gold if isinstance(config, PPOConfig) else []
+    for source in [*config.reward, *gold]:
+        for path in model_paths(source):
+            name, own = f"reward model {source_name(source)}", load_tokenizer(path)
             if same_tokens(tokenizer, own):
-                _check(name, model_config(source.model), longest, new)
+                _check(name, model_config(path), longest, new)
             else:
-                _check(name, model_config(source.model), *_in_tokens_of(own, name, prompts, longest, tokenizer, new))
+                _check(name, model_config(path), *_in_tokens_of(own, name, prompts, longest, tokenizer, new))
 
 
 def _check(what: str, architecture: Any, longest: int, new: int) -> None:

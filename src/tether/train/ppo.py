@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tether.config import PPOConfig, PPOSection, check
+from tether.config import PPOConfig, PPOSection, RewardShapingConfig, check
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.math import hold_kl, kl_error, next_kl_coef
 from tether.models.export import save_model
@@ -29,6 +29,7 @@ from tether.train.best import keep_best
 from tether.train.card import ppo_card
 from tether.train.columns import Record
 from tether.train.contexts import check_contexts
+from tether.train.gold import fallen_below
 from tether.train.held_out import load_prompt_sets
 from tether.train.log import Logger
 from tether.train.optim import PROMPTS, ScheduledOptimizer, build_optimizer, permutation
@@ -71,6 +72,8 @@ def ppo(
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, s.stop_token_ids)
         rewards = build_reward(config.reward, config.reward_shaping, tokenizer, stop_ids, device, reward)
         rewards.check(sets.train + sets.held_out)
+        gold = build_reward(config.evaluate.gold, RewardShapingConfig(), tokenizer, stop_ids, device)
+        gold.check(sets.held_out)
         engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(policy.model, s)
         optimizer = build_optimizer(
             config.optim, policy.policy_parameters(), policy.critic_parameters(),
@@ -93,8 +96,9 @@ def ppo(
                 return metrics
             experience = collect(sets.held_out, *parts, test, p, kl_coef=lambda *_: state.kl_coef, cycle=0,
                                  progress=lambda phase: log.phase(f"evaluating, {phase}"))  # fmt: skip
-            record.evaluation(experience, state.done)
-            metrics = metrics | experience.evaluation_metrics()
+            found = gold.score(experience.completions).parts if gold.sources else {}
+            record.evaluation(experience, state.done, found)
+            metrics = metrics | experience.evaluation_metrics(found)
             if state.done:
                 keep_best(run, config, state.done, metrics, write_model)
             return metrics
@@ -118,7 +122,8 @@ def ppo(
                     evaluate({})
 
             beta = partial(_kl_coef, state, p)
-            while state.done < p.cycles:
+            fell = fallen_below(run.path, config)
+            while state.done < p.cycles and fell is None:
                 cycle = state.done + 1
                 asked = _prompts_of(cycle, sets.train, config)
                 with signals.droppable():
@@ -133,10 +138,13 @@ def ppo(
                 record.rollouts(experience, cycle, done.new_logprobs)
                 with log.writing(cycle, {**experience.metrics, **done.metrics}) as metrics:
                     metrics |= evaluate(metrics)
-                state.save_if_due(p.cycles)
+                if (fell := fallen_below(run.path, config) if "eval/score_mean" in metrics else None) is not None:
+                    run.event("gold_fell", cycle=cycle, best=fell)
+                    log.note(f"cycle {cycle}: gold has fallen since cycle {fell}, so the run ends here")
+                state.save_if_due(p.cycles if fell is None else cycle)
 
             ended = Run(run.path)
-            card = ppo_card(run.path.name, ended.metrics, config, f"the last cycle, {p.cycles}", ended.best)
+            card = ppo_card(run.path.name, ended.metrics, config, f"the last cycle, {state.done}", ended.best)
             write_model(run.path / "final", card)
             log.note(f"done: {run.path / 'final'} is the policy of the last cycle")
     return Run.open(run.path)
@@ -181,10 +189,12 @@ def input_hashes(config: PPOConfig) -> dict[str, str]:
     """Hashes of what the run reads: it continues only on the same, but for reward functions, whose change is noted."""
     m = config.model
     paths = {"model.reference": m.reference,
-             "model.critic": m.critic if m.critic not in ("shared", "separate") else None,
-             **{f"reward[{i}].model": s.model for i, s in enumerate(config.reward)},
-             **{f"reward[{i}].function": function_file(s.function) for i, s in enumerate(config.reward)
-                if s.function is not None}}  # fmt: skip
+             "model.critic": m.critic if m.critic not in ("shared", "separate") else None}  # fmt: skip
+    for key, sources in (("reward", config.reward), ("evaluate.gold", config.evaluate.gold)):
+        for i, s in enumerate(sources):
+            paths[f"{key}[{i}].model"] = s.model
+            paths |= {f"{key}[{i}].models[{k}]": path for k, path in enumerate(s.models or [])}
+            paths[f"{key}[{i}].function"] = function_file(s.function) if s.function is not None else None
     data = {"prompts.path": config.prompts.path, "evaluate.prompts": config.evaluate.prompts}
     hashes = {key: hash_files(path) for key, path in paths.items() if path is not None}
     hashes |= {key: hash_files(path, kind="dataset") for key, path in data.items() if path is not None}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -63,6 +63,7 @@ class PreferenceReport:
     std: float
     learned: bool | None  # the interval lies above chance, and the loss below log 2; None, as above: nothing decided
     held_out: int = 0  # pairs, or labeled answers, whether or not they are decided
+    members: list[Share | None] = field(default_factory=list)  # accuracy of each model of an ensemble; else empty
 
     def text(self) -> str:
         """A few lines for the console and the model card."""
@@ -80,6 +81,9 @@ class PreferenceReport:
             f"Loss {self.loss:.4f} nats per pair (knowing nothing: 0.6931); calibration error "
             f"{self.calibration_error:.3f}.",
         ]
+        if self.members:
+            alone = ", ".join(f"{member.value:.3f}" for member in self.members if member is not None)
+            lines.insert(1, f"It is that of the mean of {len(self.members)} reward models; of each alone: {alone}.")
         if self.same_prompts:
             lines.append(
                 "All pairs have the same prompt, so they were held out by their answers: the figures are for this "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,17 +15,33 @@ from transformers import PreTrainedTokenizerBase
 from tether.config import RewardConfig, SFTModelConfig, check, check_warmup
 from tether.data.pairs import Pair, load_pairs
 from tether.data.snapshot import pin_labels
-from tether.data.split import share_prompts, split_pairs
+from tether.data.split import resample, share_prompts, split_pairs
 from tether.data.tokenizer import check_vocabulary, load_generation_config, stop_token_ids
 from tether.math import bradley_terry_loss
-from tether.models.loading import add_lora, context_length, resolve_device, set_checkpointing
-from tether.models.reward_model import RewardModel, init_reward_model, reward_model_from_config, save_reward_model
-from tether.runs import Run, recorded_inputs
+from tether.models.loading import (
+    add_lora,
+    context_length,
+    model_config,
+    resolve_device,
+    resolve_dtype,
+    set_checkpointing,
+)
+from tether.models.reward_model import (
+    RewardModel,
+    init_reward_model,
+    load_reward_model,
+    reward_model_from_config,
+    save_reward_model,
+)
+from tether.runs import Run, RunDirectory, recorded_inputs
+from tether.runs.files import replacing_directory, wrap_os_errors, write_sums
 from tether.train import sft
 from tether.train.card import reward_card
+from tether.train.checkpoint import latest
 from tether.train.optim import ScheduledOptimizer, build_optimizer, read_numbers, shuffled_batches
 from tether.train.preamble import check_parts, open_run
 from tether.train.preference_report import PreferenceReport, build_report
+from tether.train.signals import Signals
 from tether.train.state import TrainingState
 from tether.types import LogSink, microbatches
 
@@ -41,36 +60,78 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
     with open_run(config, command="reward", fresh=fresh, inputs=inputs) as (run, signals):
         if run.finished:
             return Run.open(run.path)
-        model, adapter, tokenizer = load_model(config.model, device=device, seed=config.seed)
+        seeds = config.member_seeds
+        model, adapter, tokenizer = load_model(config.model, device=device, seed=seeds[0])
         stop_id = stop_token(config.model, tokenizer)
         context = context_length(model.classifier.config)
         pairs = load_pairs(config.data, tokenizer, stop_id=stop_id, context=context, pinned=inputs["data.path"])
         train, test = split_pairs(pairs, section.test_fraction, config.seed)
         if share_prompts(train, test):
             print(f"all {len(pairs)} pairs have one prompt: {len(test)} are held out by their answers", file=sys.stderr)
-        plan = shuffled_batches(len(train), batch=section.batch, epochs=section.epochs, seed=config.seed)
-        check_warmup(config.optim, len(plan))
-        named = [(name, p) for name, p in model.classifier.named_parameters() if p.requires_grad]
-        trunk = [(name, p) for name, p in named if not name.startswith("score.")]
-        head = [(name, p) for name, p in named if name.startswith("score.")]  # learns faster
-        optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
-        steps = ScheduledOptimizer(optimizer, config.optim, len(plan))
-        parts = {"policy": adapter or model.classifier, "head": model.head}  # an adapter does not hold the head
-
-        def learn(batch: list[int]) -> dict[str, float | None]:
-            return accumulate(model, [train[i] for i in batch], section.center, section.microbatch_tokens)
-
-        TrainingState(run, parts, steps, tokenizer).run_steps(plan, learn, signals, sinks)
-        if adapter is not None:
-            # In place: the classifier's own layers are whole again. In float32: bfloat16 would lose a small update.
-            adapter.float().merge_and_unload()
-        report = finish(model, train, test)
+        plans = [shuffled_batches(len(train), batch=section.batch, epochs=section.epochs, seed=s) for s in seeds]
+        length, places = len(plans[0]), [run.path / "final"]
+        check_warmup(config.optim, length)
+        if section.members is not None:
+            places = [run.path / "members" / f"member-{k + 1}" for k in range(section.members)]
+        for k, (seed, plan, place) in enumerate(zip(seeds, plans, places, strict=True)):
+            if section.members is not None and place.exists() and steps_done(run) >= (k + 1) * length:
+                continue
+            if k:
+                model, adapter, tokenizer = load_model(config.model, device=device, seed=seed)
+            drawn = train if section.members is None else resample(train, seed)
+            fit(model, adapter, tokenizer, drawn, plan, run, config, signals, sinks, first=k * length,
+                total=len(plans) * length)  # fmt: skip
+            report = finish(model, train, test)
+            save(model, tokenizer, place, run, config, report, stop_id=stop_id)
+        if section.members is not None:
+            del model, adapter
+            report = finish_ensemble(places, config, train, test, device)
+            gather_members(run, config, report)
         report.write(run.path)
         print(report.text())
-        card = reward_card(Run(run.path), config, report.text())
-        trust = config.model.trust_remote_code
-        save_reward_model(model, tokenizer, run.path / "final", stop_id=stop_id, card=card, trust_remote_code=trust)
     return Run.open(run.path)
+
+
+def fit(
+    model: RewardModel, adapter: Any | None, tokenizer: PreTrainedTokenizerBase, train: Sequence[Pair],
+    plan: Sequence[list[int]], run: RunDirectory, config: RewardConfig, signals: Signals, sinks: Sequence[LogSink],
+    *, first: int, total: int,
+) -> None:  # fmt: skip
+    """Train a model on `train`, batch by batch of `plan`, from where the run stopped; an adapter is merged after.
+
+    first, total: steps of the run before the model's, and of all its models.
+    """
+    section = config.reward_model
+    named = [(name, p) for name, p in model.classifier.named_parameters() if p.requires_grad]
+    trunk = [(name, p) for name, p in named if not name.startswith("score.")]
+    head = [(name, p) for name, p in named if name.startswith("score.")]  # learns faster
+    optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
+    steps = ScheduledOptimizer(optimizer, config.optim, len(plan))
+    parts = {"policy": adapter or model.classifier, "head": model.head}  # an adapter does not hold the head
+
+    def learn(batch: list[int]) -> dict[str, float | None]:
+        return accumulate(model, [train[i] for i in batch], section.center, section.microbatch_tokens)
+
+    TrainingState(run, parts, steps, tokenizer).run_steps(plan, learn, signals, sinks, first=first, total=total)
+    if adapter is not None:
+        # In place: the classifier's own layers are whole again. In float32: bfloat16 would lose a small update.
+        adapter.float().merge_and_unload()
+
+
+def save(
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, place: Path, run: RunDirectory, config: RewardConfig,
+    report: PreferenceReport, *, stop_id: int | None,
+) -> None:  # fmt: skip
+    """Write the model with its card."""
+    card = reward_card(Run(run.path), config, report.text())
+    trust = config.model.trust_remote_code
+    save_reward_model(model, tokenizer, place, stop_id=stop_id, card=card, trust_remote_code=trust)
+
+
+def steps_done(run: RunDirectory) -> int:
+    """Steps at the newest intact checkpoint."""
+    found = latest(run.path, lambda _: None)
+    return int(found[1][run.unit]) if found else 0
 
 
 def accumulate(
@@ -113,6 +174,37 @@ def finish(model: RewardModel, train: Sequence[Pair], test: Sequence[Pair]) -> P
     report = build_report(train, raw, test, held_out)
     model.mean, model.std = report.mean, report.std
     return report
+
+
+def finish_ensemble(
+    places: Sequence[Path], config: RewardConfig, train: Sequence[Pair], test: Sequence[Pair], device: torch.device
+) -> PreferenceReport:
+    """Judge the mean of the members' raw scores on the held-out pairs, and each member beside it.
+
+    All members are normalized on the same answers, those that any of them may have been trained on, so that what they
+    disagree about is on one scale.
+    """
+    raw, held_out = [], []
+    for place in places:
+        dtype = resolve_dtype(config.model.dtype, device, model_config(str(place)))
+        where = {"trust_remote_code": config.model.trust_remote_code}
+        member = load_reward_model(str(place), dtype=dtype, device=device, **where)
+        member.mean, member.std = 0.0, 1.0
+        raw.append(member.score(rows_of(train)).double())
+        held_out.append(member.score(rows_of(test)).double())
+    alone = [build_report(train, a, test, b) for a, b in zip(raw, held_out, strict=True)]
+    whole = build_report(train, torch.stack(raw).mean(0), test, torch.stack(held_out).mean(0))
+    return replace(whole, members=[report.accuracy for report in alone])
+
+
+def gather_members(run: RunDirectory, config: RewardConfig, report: PreferenceReport) -> None:
+    """final/ of the trained members, all or none, in the place of members/."""
+    members = run.path / "members"
+    with wrap_os_errors(run.path / "final"), replacing_directory(run.path / "final") as partial:
+        shutil.copytree(members, partial, dirs_exist_ok=True)
+        (partial / "README.md").write_text(reward_card(Run(run.path), config, report.text()), encoding="utf-8")
+        write_sums(partial)
+    shutil.rmtree(members)
 
 
 def input_hashes(config: RewardConfig, *, fresh: bool = False) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,16 +44,18 @@ class Experience:
     metrics: Metrics
     alarms: list[tuple[str, str]]  # self-checks out of bounds: rule, text
 
-    def evaluation_metrics(self) -> Metrics:
-        """The metrics of an evaluation, eval/*."""
+    def evaluation_metrics(self, gold: Mapping[str, Sequence[float | None]]) -> Metrics:
+        """The metrics of an evaluation, eval/*. gold: name of a gold source -> its score of each response."""
         m = self.metrics
         sums = ("score_mean", "score_std", "score_min", "score_max", "total_mean")
         sources = [f"reward/{name}_mean" for name in self.scored.parts]  # one may be called `length`
+        sources += [f"reward/{name}_disagreement" for name in self.scored.disagreement]
         own = ("kl/ref_mean", "response/length_mean", "response/truncated_fraction", "value/explained_variance")
         return (
             {f"eval/{name}": m[f"reward/{name}"] for name in sums}
             | {f"eval/{name}": m[name] for name in sources}
             | {f"eval/{name.replace('kl/', 'kl_').rpartition('/')[2]}": m[name] for name in own if name in m}
+            | {f"eval/gold/{name}_mean": _mean_of_answers(answers) for name, answers in gold.items()}
         )
 
 
@@ -125,6 +127,7 @@ def collect(
         "reward/score_max": float(scored.scores.max()),
         **{f"reward/{name}_mean": _mean_of_answers(answers) for name, answers in scored.parts.items()},
         **{f"reward/{name}_missing": float(count) for name, count in scored.missing.items()},
+        **{f"reward/{name}_disagreement": sum(found) / len(found) for name, found in scored.disagreement.items()},
         "reward/total_mean": float(rewards.sum(1).mean()),
         "kl/ref_mean": float(log_ratio_sums.mean()),
         "kl/ref_per_token": float(masked_mean(old - ref, mask)),

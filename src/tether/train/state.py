@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,22 +58,28 @@ class TrainingState:
         sinks: Sequence[LogSink],
         notes: Sequence[str] = (),
         after_step: Callable[[int], None] = lambda step: None,
+        first: int = 0,
+        total: int | None = None,
     ) -> None:
         """The loop of a trainer whose unit is the optimizer step: go on where the run stopped, to the end of `plan`.
 
+        first, total: where the run trains several models one after the other, the steps before this one's, and of all.
         accumulate: adds up the gradients of a step's batch, and returns the step's metrics so far.
         after_step: gets the number of steps that are done, after each and before it is saved.
         """
         assert isinstance(self.run.config, TrainingConfig)
-        self.restore()
-        with Logger(self.run, self.run.config.log, total=len(plan), sinks=sinks) as log, self.saved_when_stopped():
+        self.restore(first, first + len(plan))
+        with (
+            Logger(self.run, self.run.config.log, total=total or len(plan), sinks=sinks) as log,
+            self.saved_when_stopped(),
+        ):
             for note in notes:
                 log.fallback(note)
-            while self.done < len(plan):
+            while self.done < first + len(plan):
                 signals.stop_if_requested()
                 began = time.perf_counter()
-                metrics = dict(accumulate(plan[self.done]))
-                metrics |= self.steps.step(self.done)
+                metrics = dict(accumulate(plan[self.done - first]))
+                metrics |= self.steps.step(self.done - first)
                 seconds = metrics["time/update_s"] = time.perf_counter() - began
                 if tokens := metrics.get("tokens/trained"):
                     metrics["tokens_per_s/update"] = tokens / seconds
@@ -82,7 +89,7 @@ class TrainingState:
                 if self.steps.skipped:
                     log.alarms(self.done, [("skipped-steps", "optimizer step skipped: its gradient is not finite")])
                 self.steps.stop_if_broken()
-                self.save_if_due(len(plan))
+                self.save_if_due(first + len(plan))
 
     def save_if_due(self, total: int) -> None:
         """Write a checkpoint where the config asks for one, and after the last of `total` cycles (or steps)."""
@@ -90,14 +97,19 @@ class TrainingState:
         if self.done % self.run.config.checkpoint.every == 0 or self.done == total:
             self.save()
 
-    def restore(self) -> None:
-        """Put back the newest intact checkpoint, and cut the run's files back to it; without one stay at the start."""
+    def restore(self, first: int = 0, last: float = math.inf) -> None:
+        """Put back the newest intact checkpoint, and cut the run's files back to it; without one stay at the start.
+
+        first, last: of a model that is trained between these steps; a checkpoint outside is another model's.
+        """
 
         def passed_over(text: str) -> None:
             self.run.event("checkpoint_damaged", what=text)
             say(text)
 
-        if found := checkpoint.latest(self.run.path, passed_over):
+        self.done = first
+        found = checkpoint.latest(self.run.path, passed_over)
+        if found and (not first or first < found[1][self.run.unit]) and found[1][self.run.unit] <= last:
             directory, numbers = found
             for name, model in self.models.items():
                 checkpoint.restore_weights(model, directory / name)
