@@ -1,6 +1,7 @@
 """Servers of rewards on loopback: `tether serve` itself, in a thread or a process, and scripted ones."""
 
 import asyncio
+import json
 import os
 import re
 import socket
@@ -16,7 +17,8 @@ from random import Random
 
 import torch
 import uvicorn
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from tether.data.tokenizer import load_tokenizer
 from tether.models.reward_model import init_reward_model, save_reward_model
@@ -89,6 +91,37 @@ class Flapping:
                 self.faults.append("late")
                 await asyncio.sleep(self.late_s)
         await self.app(scope, receive, send)
+
+
+class Scripted:
+    """An endpoint of somebody else's: answers what it is told to, and remembers what it was asked.
+
+    answer: a body, or a function from a request's body to scores. statuses: of the first requests; then 200.
+    drip_s: seconds between one byte of the body and the next.
+    """
+
+    def __init__(self, answer, *, statuses=(), drip_s=0.0, threaded=False) -> None:
+        self.answer, self.statuses, self.drip_s, self.threaded = answer, list(statuses), drip_s, threaded
+        self.asked: list[tuple[dict, dict]] = []
+
+    async def __call__(self, scope, receive, send):
+        assert scope["type"] == "http"
+        request = Request(scope, receive)
+        body = json.loads(await request.body())
+        self.asked.append((dict(request.headers), body))
+        status = self.statuses.pop(0) if self.statuses else 200
+        answer = self.answer
+        if callable(answer):
+            answer = {"scores": await asyncio.to_thread(answer, body) if self.threaded else answer(body)}
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+
+        async def dripping():
+            for i in range(len(content)):
+                yield content[i : i + 1]
+                await asyncio.sleep(self.drip_s)
+
+        response = StreamingResponse(dripping(), status) if self.drip_s else Response(content, status)
+        await response(scope, receive, send)
 
 
 @contextmanager

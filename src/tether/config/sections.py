@@ -12,6 +12,7 @@ import re
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from tether.config.keys import Section, at_least, leaves, positive, within
 from tether.errors import ConfigError
@@ -207,24 +208,33 @@ class LabelsConfig(Section):
 # ---------------------------------------------------------------- rewards and sampling
 
 
-_SCORERS = ("function", "model")  # keys of a source that say what scores
+_SCORERS = ("function", "model", "url")  # keys of a source that say what scores
 
 
 @dataclass(frozen=True)
 class RewardSourceConfig(Section):
-    """One source of scores: a Python function or a reward model."""
+    """One source of scores: a Python function, a reward model, or a server of one."""
 
     function: str | None = None
     """FILE.py:NAME or package.module:NAME of f(prompts, completions, completion_ids, **columns), which returns a list
     of numbers, None where it has no answer."""
     model: str | None = None
     """Directory or hub id of a sequence classifier with one label."""
+    url: str | None = None
+    """Address of a server that scores, such as http://127.0.0.1:8766/score of `tether serve`; see docs/serving.md."""
+    key_env: str | None = None
+    """Environment variable that holds a url's key; null: it wants none. The key itself is written nowhere."""
+    probe: bool = True
+    """Ask a url before the run whether it tells different answers apart, and refuse it where it scores them all alike;
+    off for one that may, such as a verifier of exact answers."""
     weight: float = 1.0
     """Factor of this source in the sum."""
     name: str | None = None
-    """Name in metrics and rollouts (reward/<name>_mean, score/<name>); null: the function's or the directory's."""
+    """Name in metrics and rollouts (reward/<name>_mean, score/<name>); null: the function's or the directory's, `url`
+    of a url."""
     timeout_s: Annotated[float, positive("every call would time out")] = 60.0
-    """Seconds that a function may take for a whole cycle; then the run stops, saved."""
+    """Seconds that a function may take for a whole cycle, or a url with everything that is tried again, each attempt at
+    most a third of them; then the run stops, saved."""
     dtype: Dtype = "auto"
     """Precision of a reward model."""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -242,7 +252,17 @@ class RewardSourceConfig(Section):
             )
         if self.arguments and self.function is None:
             raise ConfigError(
-                f"{key}.arguments is given with a model, which takes none: it would do nothing. Leave it out."
+                f"{key}.arguments is given with a {given[0]}, which takes none: it would do nothing. Leave it out."
+            )
+        for name, value in (("key_env", self.key_env), ("probe", None if self.probe else False)):
+            if value is not None and self.url is None:
+                raise ConfigError(f"{key}.{name} is for a url, and would do nothing with a {given[0]}. Leave it out.")
+        if self.url is not None:
+            _check_url(f"{key}.url", self.url)
+        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", self.key_env):
+            raise ConfigError(
+                f"{key}.key_env is not the name of an environment variable: if it is the key itself, it would be "
+                "written into every run directory. Put the key in a variable, and write that variable's name here."
             )
         if self.function is not None and not all(self.function.rpartition(":")[::2]):
             raise ConfigError(
@@ -250,12 +270,36 @@ class RewardSourceConfig(Section):
             )
 
 
+def _check_url(key: str, url: str) -> None:
+    """Raise ConfigError where `url` is no address of a server, or holds a secret."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is not a number
+    except ValueError:
+        parts = urlsplit("")
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            f"{key} holds a name or password before @: it would be written into every run directory. Leave it out; a "
+            "key belongs in an environment variable, which key_env names."
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", url):
+        raise ConfigError(
+            f"{key}={url!r} is not the address of a server: nothing could be asked. Write http://HOST:PORT/score, or "
+            "https://…"
+        )
+
+
 def source_name(source: RewardSourceConfig) -> str:
-    """The name a source has in metrics and rollouts: its `name`, else the function's name or the directory's."""
+    """The name a source has in metrics and rollouts: its `name`, else the function's name or the directory's.
+
+    That of a url is always the same: a server may move to another address while a run goes on.
+    """
     if source.name:
         return source.name
     if source.function:
         return source.function.rpartition(":")[2]
+    if source.url:
+        return "url"
     return str(source.model).rstrip("/").rpartition("/")[2]
 
 

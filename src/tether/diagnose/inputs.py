@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from tether.config import (
     QLearningConfig,
     QLearningSection,
     RewardConfig,
+    RewardSourceConfig,
     SFTConfig,
     TrainingConfig,
     check_warmup,
@@ -36,7 +38,7 @@ from tether.diagnose.memory import architecture_of
 from tether.models.loading import context_length, model_config
 from tether.models.policy import companions
 from tether.models.reward_model import check_one_label
-from tether.rewards import FunctionReward, load_function
+from tether.rewards import FunctionReward, load_function, url_reward
 from tether.train.contexts import check_contexts
 from tether.train.dpo import load as load_preferences
 from tether.train.dpo import mismatch
@@ -255,7 +257,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def _sources(
     config: PPOConfig | EvaluateConfig, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
 ) -> list[str]:
-    """Import the functions and read the reward models' configs."""
+    """Import the functions, read the reward models' configs, ask the servers."""
     facts = []
     for source in config.reward:
         name = source_name(source)
@@ -266,10 +268,23 @@ def _sources(
             )
             facts.append(f"reward {name}: {source.function}, weight {source.weight:g}")
             continue
+        if source.url is not None:
+            url_reward(source, tokenizer, stops).check(prompts)
+            answers = "it answers" if source.probe else "not asked: probe is off"
+            facts.append(f"reward {name}: {source.url}, weight {source.weight:g}; {answers}{_in_clear(source)}")
+            continue
         assert source.model is not None
         check_one_label(source.model, model_config(source.model))
         facts.append(f"reward {name}: model {source.model}, weight {source.weight:g}")
     return facts
+
+
+def _in_clear(source: RewardSourceConfig) -> str:
+    """Said where a key travels so that others can read it."""
+    host = urlsplit(source.url or "").hostname
+    if source.key_env is None or str(source.url).startswith("https:") or host in ("127.0.0.1", "localhost", "::1"):
+        return ""
+    return f"; its key and all answers travel to {host} unencrypted (http): use https, or a tunnel (ssh -L)"
 
 
 def _lengths(data: PromptsConfig | DataConfig, **kept: list[int]) -> str:

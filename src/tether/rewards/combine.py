@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,8 @@ from torch import Tensor
 from tether.config import RewardShapingConfig
 from tether.errors import RewardError
 from tether.rewards.function import describe_row
+from tether.rewards.url import UrlReward, request_hashes
+from tether.runs.answers import KeptAnswers
 from tether.types import Completions, Prompt, Reward
 
 
@@ -35,14 +40,16 @@ class RewardSet:
     sources: Mapping[str, tuple[Reward, float]]  # by name, with their weights
     shaping: RewardShapingConfig
     optional: Collection[str] = ()  # names of the sources that may answer None
+    kept: KeptAnswers | None = None  # where answers from other machines are kept
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise RewardError if a source cannot score these prompts: before anything is sampled."""
         for source, _ in self.sources.values():
             source.check(prompts)
 
-    def score(self, completions: Completions) -> ScoredBatch:
-        parts = {name: list(source.score(completions)) for name, (source, _) in self.sources.items()}
+    def score(self, completions: Completions, phase: str = "") -> ScoredBatch:
+        """phase: what the responses are for, cycle-000003 say; answers from other machines are kept under it."""
+        parts = self._ask(completions, phase)
         for row, answers in enumerate(zip(*parts.values(), strict=True)):
             if all(answer is None for answer in answers):
                 raise RewardError(
@@ -61,6 +68,43 @@ class RewardSet:
             total += weight * torch.tensor([0.0 if a is None else a for a in parts[name]], dtype=torch.float64)
         missing = {name: parts[name].count(None) for name in parts if name in self.optional}
         return ScoredBatch(shape_scores(total, completions.finish_reasons, self.shaping), parts, missing)
+
+    def _ask(self, completions: Completions, phase: str) -> dict[str, list[float | None]]:
+        """Every source's answers, in the config's order. Other machines are asked all at once, each in a thread, while
+        the sources here compute; what was kept of them is not asked for again."""
+        remote = {name: source for name, (source, _) in self.sources.items() if isinstance(source, UrlReward)}
+        kept, requests = self.kept, request_hashes(completions) if self.kept and phase and remote else []
+        parts: dict[str, list[float | None] | None] = dict.fromkeys(self.sources)
+        if kept and requests:
+            parts |= {name: kept.read(phase, name, requests) for name in remote}
+        asked = {name: _in_thread(source.score, completions) for name, source in remote.items() if parts[name] is None}
+        try:
+            for name, (source, _) in self.sources.items():
+                if name not in remote:
+                    parts[name] = list(source.score(completions))
+            for name, answer in asked.items():
+                parts[name] = scores = answer.result()
+                if kept and requests:
+                    kept.write(phase, name, requests, scores)
+        except BaseException:
+            for name in asked:
+                remote[name].cancel()
+            raise
+        return {name: answers for name, answers in parts.items() if answers is not None}
+
+
+def _in_thread(score: Callable[[Completions], list[float | None]], completions: Completions) -> Future[Any]:
+    """Call it in a thread that never holds up the end of the process, as one of a pool would."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(score(completions))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="reward", daemon=True).start()
+    return future
 
 
 def shape_scores(scores: Tensor, finish_reasons: Sequence[str], shaping: RewardShapingConfig) -> Tensor:
