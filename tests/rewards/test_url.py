@@ -240,11 +240,14 @@ def test_servers_are_asked_at_the_same_time_and_answer_in_the_configs_order(tiny
     assert scored.scores.tolist() == [5.0]
 
 
-def test_where_one_source_fails_the_others_are_not_waited_for(tiny_tokenizer):
+@pytest.mark.parametrize("broken_first", [True, False])
+def test_where_one_source_fails_the_others_are_not_waited_for(tiny_tokenizer, broken_first):
     busy, broken = Scripted({}, statuses=[503] * 1000), Scripted({"scores": []})
     began = time.monotonic()
-    with listening(busy) as a, listening(broken) as b, pytest.raises(RewardError, match="u0 returned 0 scores"):
-        reward_of(tiny_tokenizer, b, a, timeout_s=30.0).score(completions_of(tiny_tokenizer, ["x"]))
+    with listening(busy) as a, listening(broken) as b, pytest.raises(RewardError, match="returned 0 scores"):
+        reward_of(tiny_tokenizer, *((b, a) if broken_first else (a, b)), timeout_s=30.0).score(
+            completions_of(tiny_tokenizer, ["x"])
+        )
     assert time.monotonic() - began < 10
 
 
@@ -263,6 +266,16 @@ def test_kept_answers_stand_in_for_the_same_requests_of_the_same_phase_alone(tin
         assert again.score(batch).parts != first.parts
         assert len(server.asked) == 5
     assert TOKEN.encode() not in kept.read_bytes()
+
+
+def test_an_answer_that_ends_the_run_is_not_kept_to_end_it_again(tiny_tokenizer, tmp_path):
+    server, batch = Scripted({"scores": [None]}), completions_of(tiny_tokenizer, ["a"])
+    with listening(server) as url:
+        reward = reward_of(tiny_tokenizer, url, kept=tmp_path / "rewards.db")
+        with pytest.raises(RewardError, match="no reward source scored row 0"):
+            reward.score(batch, "cycle-000001")
+        server.answer = {"scores": [2.0]}  # somebody fixed it
+        assert reward.score(batch, "cycle-000001").scores.tolist() == [2.0]
 
 
 def test_a_score_comes_back_from_the_file_with_every_bit_and_none_as_none(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,11 @@ class RewardSet:
 
     def score(self, completions: Completions, phase: str = "") -> ScoredBatch:
         """phase: what the responses are for, cycle-000003 say; answers from other machines are kept under it."""
-        parts = self._ask(completions, phase)
+        remote = {name: source for name, (source, _) in self.sources.items() if isinstance(source, UrlReward)}
+        store = self.kept if phase and remote else None
+        requests = request_hashes(completions) if store else []
+        kept = {name: store.read(phase, name, requests) for name in remote} if store else {}
+        parts = self._ask(completions, {name: scores for name, scores in kept.items() if scores is not None}, remote)
         for row, answers in enumerate(zip(*parts.values(), strict=True)):
             if all(answer is None for answer in answers):
                 raise RewardError(
@@ -63,34 +67,35 @@ class RewardSet:
                     "a score: counted as 0, it would reward or punish the response for nothing. Let it answer every "
                     "row, or set `optional: true` of this source if nothing is what it should add."
                 )
+        for name in remote:
+            if store and kept[name] is None:  # only now: an answer that ends the run would end it again
+                store.write(phase, name, requests, parts[name])
         total = torch.zeros(len(completions), dtype=torch.float64)
         for name, (_, weight) in self.sources.items():
             total += weight * torch.tensor([0.0 if a is None else a for a in parts[name]], dtype=torch.float64)
         missing = {name: parts[name].count(None) for name in parts if name in self.optional}
         return ScoredBatch(shape_scores(total, completions.finish_reasons, self.shaping), parts, missing)
 
-    def _ask(self, completions: Completions, phase: str) -> dict[str, list[float | None]]:
+    def _ask(
+        self, completions: Completions, kept: Mapping[str, list[float | None]], remote: Mapping[str, UrlReward]
+    ) -> dict[str, list[float | None]]:
         """Every source's answers, in the config's order. Other machines are asked all at once, each in a thread, while
-        the sources here compute; what was kept of them is not asked for again."""
-        remote = {name: source for name, (source, _) in self.sources.items() if isinstance(source, UrlReward)}
-        kept, requests = self.kept, request_hashes(completions) if self.kept and phase and remote else []
-        parts: dict[str, list[float | None] | None] = dict.fromkeys(self.sources)
-        if kept and requests:
-            parts |= {name: kept.read(phase, name, requests) for name in remote}
-        asked = {name: _in_thread(source.score, completions) for name, source in remote.items() if parts[name] is None}
+        the sources here compute. kept: answers that are there already."""
+        asked = {name: _in_thread(source.score, completions) for name, source in remote.items() if name not in kept}
+        parts = dict(kept)
         try:
             for name, (source, _) in self.sources.items():
                 if name not in remote:
                     parts[name] = list(source.score(completions))
-            for name, answer in asked.items():
-                parts[name] = scores = answer.result()
-                if kept and requests:
-                    kept.write(phase, name, requests, scores)
+            ended, _ = wait(asked.values(), return_when=FIRST_EXCEPTION)
+            for name, future in asked.items():
+                if future in ended:  # where one is not, another has failed
+                    parts[name] = future.result()
         except BaseException:
             for name in asked:
                 remote[name].cancel()
             raise
-        return {name: answers for name, answers in parts.items() if answers is not None}
+        return {name: parts[name] for name in self.sources}
 
 
 def _in_thread(score: Callable[[Completions], list[float | None]], completions: Completions) -> Future[Any]:
