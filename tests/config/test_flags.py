@@ -262,7 +262,7 @@ def test_unknown_keys_in_the_file_at_any_depth(tmp_path, text, meant):
         (
             "reward",
             "a.py:f",
-            "reward='a.py:f': expected a list (a mapping {function, model, weight, name, …} each). "
+            "reward='a.py:f': expected a list (a mapping {function, model, url, weight, …} each). "
             "Write reward: [{function: a.py:f}]; as a flag, --reward '[{function: a.py:f}]'.",
         ),
         ("reward", "[{function: 3}]", "reward[0].function=3: expected text or null. Put it in quotes."),

@@ -222,11 +222,6 @@ class RewardSourceConfig(Section):
     """Directory or hub id of a sequence classifier with one label."""
     url: str | None = None
     """Address of a server that scores, such as http://127.0.0.1:8766/score of `tether serve`; see docs/serving.md."""
-    key_env: str | None = None
-    """Environment variable that holds a url's key; null: it wants none. The key itself is written nowhere."""
-    probe: bool = True
-    """Ask a url before the run whether it tells different answers apart, and refuse it where it scores them all alike;
-    off for one that may, such as a verifier of exact answers."""
     weight: float = 1.0
     """Factor of this source in the sum."""
     name: str | None = None
@@ -242,6 +237,11 @@ class RewardSourceConfig(Section):
     optional: bool = False
     """May answer None beside other sources' scores: it then adds nothing to the sum, counted as reward/<name>_missing.
     Off: a None beside another source's score ends the run."""
+    key_env: str | None = None
+    """Environment variable that holds a url's key; null: it wants none. The key itself is written nowhere."""
+    probe: bool = True
+    """Ask a url before the run whether it tells different answers apart, and refuse it where it scores them all alike;
+    off for one that may, such as a verifier of exact answers."""
 
     def check(self, key: str) -> None:
         given = [name for name in _SCORERS if getattr(self, name) is not None]
