@@ -13,12 +13,12 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "tether"
 
 FLOORS = [
-    {"errors", "config", "types", "statistics"},
+    {"errors", "config", "types", "statistics", "remote"},
     {"math"},
     {"models", "data", "feedback", "runs"},
     {"samplers", "rewards"},
     {"train", "diagnose", "feedback.items"},
-    {"studio", "reports", "demo", "cli", "__main__"},
+    {"studio", "reports", "demo", "serving", "cli", "__main__"},
 ]
 WITH_SHAPES = ("torch", "jaxtyping")  # jaxtyping for annotations only: production does not load it (test_shapes.py)
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

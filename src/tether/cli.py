@@ -384,11 +384,42 @@ def _studio(argv: list[str]) -> None:
     )  # fmt: skip
 
 
+def _serve(argv: list[str]) -> None:
+    parser = _parser("serve", "A reward model over HTTP: POST /score, for `reward: [{url: …, key_env: …}]`.")
+    parser.add_argument("model", metavar="DIR", help="directory or hub id of a reward model, as `tether reward` writes")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", metavar="N", type=int, default=8766, help="0 takes a free one (%(default)s)")
+    parser.add_argument(
+        "--token-env", metavar="NAME", help="environment variable that holds the token; default: a new one, printed"
+    )
+    parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto (cuda, else mps, else cpu), cuda:1, …")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="precision (%(default)s)"
+    )
+    parser.add_argument("--rows", metavar="N", type=int, default=8192, help="most answers a request (%(default)s)")
+    parser.add_argument("--megabytes", metavar="N", type=int, default=128, help="longest request (%(default)s)")
+    parser.add_argument(
+        "--waiting",
+        metavar="N",
+        type=int,
+        default=32,
+        help="most requests that wait; further ones get 503 (%(default)s)",
+    )
+    args = parser.parse_args(argv)
+    from tether.serving.serve import serve
+
+    serve(
+        args.model, host=args.host, port=args.port, token_env=args.token_env, device=args.device, dtype=args.dtype,
+        most_rows=args.rows, most_megabytes=args.megabytes, most_waiting=args.waiting,
+    )  # fmt: skip
+
+
 COMMANDS = {  # beside the rows of KINDS
     "demo": _demo,
     "generate": _generate,
     "label": _label,
     "report": _report,
+    "serve": _serve,
     "studio": _studio,
     "export": _export,
     "doctor": _doctor,
@@ -413,6 +444,7 @@ TRAINERS
   generate MODEL     sample from any model directory
   evaluate C.yaml    score, KL and win rate on prompts, with intervals
   label              make a queue of answers for people to compare
+  serve DIR          a reward model over HTTP, for runs on other machines
   studio [DIR]       pages to watch runs, look inside completions, compare and label
   report RUN         one self-contained HTML file about a run
   export RUN         a plain Hugging Face directory, checked by reloading it

@@ -13,6 +13,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from tether.config.keys import Section, at_least, leaves, positive, within
 from tether.errors import ConfigError
@@ -208,12 +209,12 @@ class LabelsConfig(Section):
 # ---------------------------------------------------------------- rewards and sampling
 
 
-_SCORERS = ("function", "model", "models")  # keys of a source that say what scores
+_SCORERS = ("function", "model", "models", "url")  # keys of a source that say what scores
 
 
 @dataclass(frozen=True)
 class RewardSourceConfig(Section):
-    """One source of scores: a Python function, a reward model, or an ensemble of them."""
+    """One source of scores: a Python function, a reward model, an ensemble of them, or a server of one."""
 
     function: str | None = None
     """FILE.py:NAME or package.module:NAME of f(prompts, completions, completion_ids, **columns), which returns a list
@@ -225,12 +226,16 @@ class RewardSourceConfig(Section):
     pessimism: Annotated[float, at_least(0, "the score would be above the members' mean where they disagree")] = 0.5
     """Of an ensemble: how much of the members' variance the score loses, per reward unit. 0: their mean; towards
     infinity: their minimum."""
+    url: str | None = None
+    """Address of a server that scores, such as http://127.0.0.1:8766/score of `tether serve`; see docs/serving.md."""
     weight: float = 1.0
     """Factor of this source in the sum."""
     name: str | None = None
-    """Name in metrics and rollouts (reward/<name>_mean, score/<name>); null: the function's or the directory's."""
+    """Name in metrics and rollouts (reward/<name>_mean, score/<name>); null: the function's or the directory's, `url`
+    of a url."""
     timeout_s: Annotated[float, positive("every call would time out")] = 60.0
-    """Seconds that a function may take for a whole cycle; then the run stops, saved."""
+    """Seconds that a function may take for a whole cycle, or a url with everything that is tried again, each attempt at
+    most a third of them; then the run stops, saved."""
     dtype: Dtype = "auto"
     """Precision of a reward model."""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -238,6 +243,11 @@ class RewardSourceConfig(Section):
     optional: bool = False
     """May answer None beside other sources' scores: it then adds nothing to the sum, counted as reward/<name>_missing.
     Off: a None beside another source's score ends the run."""
+    key_env: str | None = None
+    """Environment variable that holds a url's key; null: it wants none. The key itself is written nowhere."""
+    probe: bool = True
+    """Ask a url before the run whether it tells different answers apart, and refuse it where it scores them all alike;
+    off for one that may, such as a verifier of exact answers."""
 
     def check(self, key: str) -> None:
         given = [name for name in _SCORERS if getattr(self, name) is not None]
@@ -265,7 +275,17 @@ class RewardSourceConfig(Section):
             )
         if self.arguments and self.function is None:
             raise ConfigError(
-                f"{key}.arguments is given with a model, which takes none: it would do nothing. Leave it out."
+                f"{key}.arguments is given with a {given[0]}, which takes none: it would do nothing. Leave it out."
+            )
+        for name, value in (("key_env", self.key_env), ("probe", None if self.probe else False)):
+            if value is not None and self.url is None:
+                raise ConfigError(f"{key}.{name} is for a url, and would do nothing with a {given[0]}. Leave it out.")
+        if self.url is not None:
+            _check_url(f"{key}.url", self.url)
+        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", self.key_env):
+            raise ConfigError(
+                f"{key}.key_env is not the name of an environment variable: if it is the key itself, it would be "
+                "written into every run directory. Put the key in a variable, and write that variable's name here."
             )
         if self.function is not None and not all(self.function.rpartition(":")[::2]):
             raise ConfigError(
@@ -274,24 +294,51 @@ class RewardSourceConfig(Section):
 
 
 def model_paths(source: RewardSourceConfig) -> list[str]:
-    """The reward models of a source, by directory or hub id; none where it is a function."""
+    """The reward models of a source, by directory or hub id; none where it is a function or a server."""
     return [source.model] if source.model is not None else source.models or []
+
+
+def _check_url(key: str, url: str) -> None:
+    """Raise ConfigError where `url` is no address of a server, or holds a secret."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is not a number
+    except ValueError:
+        parts = urlsplit("")
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            f"{key} holds a name or password before @: it would be written into every run directory. Leave it out; a "
+            "key belongs in an environment variable, which key_env names."
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", url):
+        raise ConfigError(
+            f"{key}={url!r} is not the address of a server: nothing could be asked. Write http://HOST:PORT/score, or "
+            "https://…"
+        )
 
 
 def source_name(source: RewardSourceConfig) -> str:
     """The name a source has in metrics and rollouts: its `name`, else the function's name or the directory's; of an
-    ensemble "ensemble"."""
+    ensemble "ensemble".
+
+    That of a url is always the same: a server may move to another address while a run goes on.
+    """
     if source.name:
         return source.name
     if source.models:
         return "ensemble"
     if source.function:
         return source.function.rpartition(":")[2]
+    if source.url:
+        return "url"
     return str(source.model).rstrip("/").rpartition("/")[2]
 
 
 def identities(source: RewardSourceConfig) -> set[str]:
-    """What a source scores by, however it is written: its function with its arguments, or its reward models."""
+    """What a source scores by, however it is written: its function with its arguments, its server, or its reward
+    models."""
+    if source.url is not None:
+        return {source.url}
     if source.function is None:
         return {str(Path(path).resolve()) for path in model_paths(source)}
     file, _, name = source.function.rpartition(":")

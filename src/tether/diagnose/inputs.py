@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,7 +39,7 @@ from tether.diagnose.memory import architecture_of
 from tether.models.loading import context_length, model_config
 from tether.models.policy import companions
 from tether.models.reward_model import check_one_label
-from tether.rewards import FunctionReward, load_function
+from tether.rewards import FunctionReward, load_function, url_reward
 from tether.rewards.ensemble import check_members
 from tether.train.contexts import check_contexts
 from tether.train.dpo import load as load_preferences
@@ -261,7 +262,7 @@ def _sources(
     sources: Sequence[RewardSourceConfig], prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase,
     stops: Sequence[int], kind: str = "reward",
 ) -> list[str]:  # fmt: skip
-    """Import the functions and read the reward models' configs."""
+    """Import the functions, read the reward models' configs, ask the servers."""
     facts = []
     for source in sources:
         name = source_name(source)
@@ -271,6 +272,11 @@ def _sources(
                 prompts
             )
             facts.append(f"{kind} {name}: {source.function}, weight {source.weight:g}")
+            continue
+        if source.url is not None:
+            url_reward(source, tokenizer, stops).check(prompts)
+            answers = "it answers" if source.probe else "not asked: probe is off"
+            facts.append(f"{kind} {name}: {source.url}, weight {source.weight:g}; {answers}{_in_clear(source)}")
             continue
         for path in model_paths(source):
             check_one_label(path, model_config(path))
@@ -283,6 +289,14 @@ def _sources(
             continue
         facts.append(f"{kind} {name}: model {source.model}, weight {source.weight:g}")
     return facts
+
+
+def _in_clear(source: RewardSourceConfig) -> str:
+    """Said where a key travels so that others can read it."""
+    host = urlsplit(source.url or "").hostname
+    if source.key_env is None or str(source.url).startswith("https:") or host in ("127.0.0.1", "localhost", "::1"):
+        return ""
+    return f"; its key and all answers travel to {host} unencrypted (http): use https, or a tunnel (ssh -L)"
 
 
 def _lengths(data: PromptsConfig | DataConfig, **kept: list[int]) -> str:

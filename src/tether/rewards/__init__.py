@@ -1,9 +1,10 @@
-"""Where scores come from: Python functions, reward models and ensembles of them, weighted and summed."""
+"""Where scores come from: functions, reward models, ensembles of them and other machines, weighted and summed."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,8 @@ from tether.rewards.combine import RewardSet, ScoredBatch, shape_scores
 from tether.rewards.ensemble import EnsembleReward
 from tether.rewards.function import FunctionReward, ObjectReward, function_file, load_function
 from tether.rewards.model import ModelReward
+from tether.rewards.url import UrlReward
+from tether.runs.answers import KeptAnswers
 from tether.types import Reward
 
 
@@ -25,11 +28,13 @@ def build_reward(
     stop_ids: Sequence[int],
     device: torch.device,
     given: Callable[..., Any] | Reward | None = None,
+    kept: Path | None = None,
 ) -> RewardSet:
     """Load every source. Functions come first: a typo in one is found before a model is loaded.
 
     tokenizer, stop_ids: the policy's. given: one more source, passed from Python, with weight 1: a function, or
-    an object with the methods of `Reward`, called by its `name` or that of its class.
+    an object with the methods of `Reward`, called by its `name` or that of its class. kept: the file that keeps what
+    other machines answer.
     """
     built: dict[str, tuple[Reward, float]] = {}
     policy: dict[str, Any] = {"tokenizer": tokenizer, "stop_ids": stop_ids}
@@ -44,6 +49,8 @@ def build_reward(
             scorer = EnsembleReward(
                 source.models, name=name, pessimism=source.pessimism, dtype=source.dtype, device=device, **policy
             )
+        elif source.url is not None:
+            scorer = url_reward(source, tokenizer, stop_ids)
         else:
             assert source.model is not None
             scorer = ModelReward(source.model, name=name, dtype=source.dtype, device=device, **policy)
@@ -65,4 +72,13 @@ def build_reward(
         built[name] = (scorer, 1.0)
     order = [*(source_name(s) for s in sources), *built]  # as the config lists them, in metrics and rollouts too
     optional = {source_name(s) for s in sources if s.optional}
-    return RewardSet({name: built[name] for name in order}, shaping, optional)
+    return RewardSet({name: built[name] for name in order}, shaping, optional, KeptAnswers(kept) if kept else None)
+
+
+def url_reward(source: RewardSourceConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> UrlReward:
+    """A source that is a URL. ConfigError where its key is not in the environment."""
+    assert source.url is not None
+    return UrlReward(
+        source.url, name=source_name(source), key_env=source.key_env, timeout_s=source.timeout_s, probe=source.probe,
+        tokenizer=tokenizer, stop_ids=stop_ids,
+    )  # fmt: skip

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,8 @@ from tether.config import RewardShapingConfig
 from tether.errors import RewardError
 from tether.rewards.ensemble import EnsembleReward
 from tether.rewards.function import describe_row
+from tether.rewards.url import UrlReward, request_hashes
+from tether.runs.answers import KeptAnswers
 from tether.types import Completions, Prompt, Reward
 
 
@@ -37,20 +42,22 @@ class RewardSet:
     sources: Mapping[str, tuple[Reward, float]]  # by name, with their weights
     shaping: RewardShapingConfig
     optional: Collection[str] = ()  # names of the sources that may answer None
+    kept: KeptAnswers | None = None  # where answers from other machines are kept
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise RewardError if a source cannot score these prompts: before anything is sampled."""
         for source, _ in self.sources.values():
             source.check(prompts)
 
-    def score(self, completions: Completions) -> ScoredBatch:
-        parts: dict[str, list[float | None]] = {}
-        disagreement: dict[str, list[float]] = {}
-        for name, (source, _) in self.sources.items():
-            if isinstance(source, EnsembleReward):
-                parts[name], disagreement[name] = source.score_and_disagreement(completions)
-            else:
-                parts[name] = list(source.score(completions))
+    def score(self, completions: Completions, phase: str = "") -> ScoredBatch:
+        """phase: what the responses are for, cycle-000003 say; answers from other machines are kept under it."""
+        remote = {name: source for name, (source, _) in self.sources.items() if isinstance(source, UrlReward)}
+        store = self.kept if phase and remote else None
+        requests = request_hashes(completions) if store else []
+        kept = {name: store.read(phase, name, requests) for name in remote} if store else {}
+        parts, disagreement = self._ask(
+            completions, {name: scores for name, scores in kept.items() if scores is not None}, remote
+        )
         for row, answers in enumerate(zip(*parts.values(), strict=True)):
             if all(answer is None for answer in answers):
                 raise RewardError(
@@ -64,12 +71,55 @@ class RewardSet:
                     "a score: counted as 0, it would reward or punish the response for nothing. Let it answer every "
                     "row, or set `optional: true` of this source if nothing is what it should add."
                 )
+        for name in remote:
+            if store and kept[name] is None:  # only now: an answer that ends the run would end it again
+                store.write(phase, name, requests, parts[name])
         total = torch.zeros(len(completions), dtype=torch.float64)
         for name, (_, weight) in self.sources.items():
             total += weight * torch.tensor([0.0 if a is None else a for a in parts[name]], dtype=torch.float64)
         missing = {name: parts[name].count(None) for name in parts if name in self.optional}
         scores = shape_scores(total, completions.finish_reasons, self.shaping)
         return ScoredBatch(scores, parts, missing, disagreement)
+
+    def _ask(
+        self, completions: Completions, kept: Mapping[str, list[float | None]], remote: Mapping[str, UrlReward]
+    ) -> tuple[dict[str, list[float | None]], dict[str, list[float]]]:
+        """Every source's answers, in the config's order, and how far the members of ensembles are apart.
+
+        Other machines are asked all at once, each in a thread, while the sources here compute. kept: answers that are
+        there already.
+        """
+        asked = {name: _in_thread(source.score, completions) for name, source in remote.items() if name not in kept}
+        parts, disagreement = dict(kept), dict[str, list[float]]()
+        try:
+            for name, (source, _) in self.sources.items():
+                if isinstance(source, EnsembleReward):
+                    parts[name], disagreement[name] = source.score_and_disagreement(completions)
+                elif name not in remote:
+                    parts[name] = list(source.score(completions))
+            ended, _ = wait(asked.values(), return_when=FIRST_EXCEPTION)
+            for name, future in asked.items():
+                if future in ended:  # where one is not, another has failed
+                    parts[name] = future.result()
+        except BaseException:
+            for name in asked:
+                remote[name].cancel()
+            raise
+        return {name: parts[name] for name in self.sources}, disagreement
+
+
+def _in_thread(score: Callable[[Completions], list[float | None]], completions: Completions) -> Future[Any]:
+    """Call it in a thread that never holds up the end of the process, as one of a pool would."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(score(completions))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="reward", daemon=True).start()
+    return future
 
 
 def shape_scores(scores: Tensor, finish_reasons: Sequence[str], shaping: RewardShapingConfig) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -107,9 +110,14 @@ class ModelReward:
 
 def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
     """Whether ids of one mean the same to the other: vocabulary, chat template, and how a text becomes ids."""
+    return _meaning(a) == _meaning(b)
+
+
+def tokens_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal where `same_tokens` is true: what two machines compare."""
+    return hashlib.sha256(json.dumps(_meaning(tokenizer), sort_keys=True).encode()).hexdigest()
+
+
+def _meaning(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     probe = "It's 3.14 o'clock —\n\n  naïve “quotes”, tabs\tand 東京 🙂."
-    return (
-        a.get_vocab() == b.get_vocab()
-        and a.chat_template == b.chat_template
-        and a(probe).input_ids == b(probe).input_ids
-    )
+    return [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer(probe).input_ids]

@@ -20,6 +20,7 @@ from tether.config import Config
 from tether.config.kinds import KINDS
 from tether.config.reading import to_yaml
 from tether.errors import Interrupted, RunError, TetherError
+from tether.runs import answers
 from tether.runs.environment import describe_environment, environment_changes
 from tether.runs.files import (
     SCHEMA,
@@ -108,7 +109,7 @@ class RunDirectory:
     @classmethod
     def _create(cls, config: Config, command: str, lock: Lock, inputs: dict[str, str]) -> RunDirectory:
         run = cls(config, command, lock, resumed=False, finished=False)
-        _remove_what_came_to_nothing(run.path)
+        _remove_what_came_to_nothing(run.path, config)
         environment = {"id": uuid4().hex, "created": now(), "inputs": inputs, "seed": config.seed}
         environment |= describe_environment()
         write_atomically(run.path / "environment.json", json.dumps(environment, indent=2) + "\n")
@@ -245,8 +246,13 @@ def recorded_inputs(path: str | Path) -> dict[str, str]:
     return dict(read_environment(path)["inputs"]) if has_something_to_continue(path) else {}
 
 
-def _remove_what_came_to_nothing(path: Path) -> None:
-    """Files of a process that ended before its first cycle did; what stays is overwritten."""
+def _remove_what_came_to_nothing(path: Path, config: Config) -> None:
+    """Files of a process that ended before its first cycle did; what stays is overwritten. What other machines answered
+    is kept for the same config: it will ask the same."""
+    before = path / "config.yaml"
+    if not before.exists() or before.read_text(encoding="utf-8") != to_yaml(config):
+        for name in (answers.NAME, f"{answers.NAME}-journal"):
+            (path / name).unlink(missing_ok=True)
     for name in ("events.jsonl", "metrics.jsonl"):
         (path / name).unlink(missing_ok=True)
     for name in ("rollouts", "evaluations", "checkpoints", "best", "members"):

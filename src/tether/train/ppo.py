@@ -23,7 +23,7 @@ from tether.models.export import save_model
 from tether.models.loading import context_length, model_config, resolve_device
 from tether.models.policy import build_policy
 from tether.rewards import build_reward, function_file
-from tether.runs import Run, hash_files
+from tether.runs import Run, answers, hash_files
 from tether.samplers import build_sampler
 from tether.train.best import keep_best
 from tether.train.card import ppo_card
@@ -70,9 +70,10 @@ def ppo(
         check_contexts(config, sets.train + sets.held_out, tokenizer)
         policy, reference, notes = build_policy(m, device=device, seed=config.seed, with_critic=p.has_critic)
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, s.stop_token_ids)
-        rewards = build_reward(config.reward, config.reward_shaping, tokenizer, stop_ids, device, reward)
+        kept = run.path / answers.NAME
+        rewards = build_reward(config.reward, config.reward_shaping, tokenizer, stop_ids, device, reward, kept)
         rewards.check(sets.train + sets.held_out)
-        gold = build_reward(config.evaluate.gold, RewardShapingConfig(), tokenizer, stop_ids, device)
+        gold = build_reward(config.evaluate.gold, RewardShapingConfig(), tokenizer, stop_ids, device, kept=kept)
         gold.check(sets.held_out)
         engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(policy.model, s)
         optimizer = build_optimizer(
@@ -95,8 +96,10 @@ def ppo(
             if not config.evaluate.every or (state.done % config.evaluate.every and state.done != p.cycles):
                 return metrics
             experience = collect(sets.held_out, *parts, test, p, kl_coef=lambda *_: state.kl_coef, cycle=0,
+                                 phase=f"evaluation-{state.done:06d}",
                                  progress=lambda phase: log.phase(f"evaluating, {phase}"))  # fmt: skip
-            found = gold.score(experience.completions).parts if gold.sources else {}
+            phase = f"gold-{state.done:06d}"
+            found = gold.score(experience.completions, phase).parts if gold.sources else {}
             record.evaluation(experience, state.done, found)
             metrics = metrics | experience.evaluation_metrics(found)
             if state.done:
@@ -127,7 +130,8 @@ def ppo(
                 cycle = state.done + 1
                 asked = _prompts_of(cycle, sets.train, config)
                 with signals.droppable():
-                    experience = collect(asked, *parts, train, p, kl_coef=beta, cycle=cycle, progress=log.phase)
+                    experience = collect(asked, *parts, train, p, kl_coef=beta, cycle=cycle,
+                                         phase=f"cycle-{cycle:06d}", progress=log.phase)  # fmt: skip
                 log.alarms(cycle, experience.alarms)
                 with record.left_behind(experience, cycle):
                     done = update(policy, steps, experience.rollout, p, cycle=cycle, kl_coef=experience.kl_coef,

@@ -62,11 +62,11 @@ class Experience:
 def collect(
     prompts: Sequence[Prompt], sampler: Sampler, reward: RewardSet, policy: Policy, reference: Reference,
     sampling: Sampling, ppo: PPOSection, *, kl_coef: Callable[[Tensor, Tensor], float], cycle: int,
-    progress: Callable[[str], None] = lambda _: None,
+    phase: str = "", progress: Callable[[str], None] = lambda _: None,
 ) -> Experience:  # fmt: skip
     """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens.
 
-    kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B].
+    kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B]. phase: see `RewardSet.score`.
     """
     clock = _Clock()
     progress("sampling")
@@ -79,7 +79,7 @@ def collect(
         )
 
     progress("scoring")
-    scored = reward.score(completions)
+    scored = reward.score(completions, phase)
     clock.lap("time/score_s")
 
     progress("valuing")
