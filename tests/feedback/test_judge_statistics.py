@@ -33,6 +33,18 @@ def test_votes_are_counted_with_half_a_vote_for_either(wins, votes, p):
     assert vote_probability(wins, votes) == pytest.approx(p)
 
 
+@pytest.mark.parametrize("q", [-1.0, 0.0, 0.5, 1.0])
+def test_sixty_four_votes_in_both_orders_are_within_two_points(q):
+    # of a judge with a bias of 2 logits, on average over 2000 pairs: the rest is the noise of 128 votes
+    rng = np.random.default_rng(1)
+    first, second = rng.binomial(64, sigmoid(q + 2), 2000), rng.binomial(64, sigmoid(-q + 2), 2000)
+    labels = [
+        debiased_probability(vote_probability(a, 64), vote_probability(b, 64))
+        for a, b in zip(first, second, strict=True)
+    ]
+    assert np.mean(labels) == pytest.approx(sigmoid(q), abs=0.02)
+
+
 def test_the_true_rate_behind_an_imperfect_judge():
     # of a true rate 5/7: 5/7·.8 + 2/7·.1 = .6 is what the judge says yes to
     theta, low, high = rogan_gladen(0.6, 500, specificity=0.9, negatives=100, sensitivity=0.8, positives=100)

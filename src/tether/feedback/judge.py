@@ -12,7 +12,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tether.config import JudgeConfig, check
 from tether.errors import ConfigError, Interrupted, ModelError, StoreError
 from tether.feedback.constitution import draw_principle, read_constitution
+from tether.feedback.endpoint import Endpoint, check_key
 from tether.feedback.items import read_items
+from tether.feedback.judge_cache import JudgeCache, cache_path
+from tether.feedback.local_judge import LocalJudge
 from tether.feedback.queue import display_order, fingerprint
 from tether.feedback.records import Item, Verdict
 from tether.feedback.schema import is_store
@@ -33,6 +38,9 @@ from tether.train.signals import Signals
 
 _SAVE_EVERY_S = 2.0  # labels wait so long for others, to be written together
 _TRIAL = 20  # comparisons after which a judge of which none could be read is given up
+_SAMPLED = 64  # pairs that the estimate looks at
+_CHARACTERS_A_TOKEN = 4  # of English in today's tokenizers
+_REASONS = 120  # tokens of an answer with reasons
 _SILENCE_S = 5.0  # without a terminal a line says this often how far it is
 
 
@@ -48,7 +56,7 @@ class Judged:
     failed: Counter[str] = field(default_factory=Counter)  # comparisons that gave no label, by reason
     example: str = ""  # what the model said in one of them
     left: int = 0  # pairs that still wait, where a limit was reached
-    spent: str = ""  # requests and tokens, of an endpoint
+    spent: str = ""  # requests and tokens since the judge's first start, of an endpoint
 
     def __str__(self) -> str:
         parts = [f"{self.store}: {self.labels} pairs labeled by {self.judge}"]
@@ -59,6 +67,8 @@ class Judged:
             parts.append(f"{self.rankings} items of more than two answers left out")
         if self.spent:
             parts.append(self.spent)
+        if self.left:
+            parts.append(f"{self.left} still wait: a limit was reached; raise limits and run the same command again")
         return "; ".join(parts)
 
 
@@ -71,7 +81,6 @@ def judge(config: JudgeConfig, *, fresh: bool = False) -> Judged:
             "Set judge.name to another name to have every pair asked about again."
         )
     principles = read_constitution(config.judge.constitution)
-    asker = _asker(config)
     source = None if _is_store(config.data.path) else read_items(config.data.path)
     with Store(store_path(config), create=source is not None) as store:
         among = None if source is None else set(store.add_items(source.items).ids)
@@ -79,12 +88,13 @@ def judge(config: JudgeConfig, *, fresh: bool = False) -> Judged:
         store.add_judge(config.judge.annotator, _made_of(config, principles))
         done = Judged(str(store.path), config.judge.annotator, before=queue.labeled, rankings=queue.rankings)
         if queue.waiting:
-            say(f"{_estimate(config, queue)}")
-            _label(asker, queue, store, done)
+            say(_estimate(config, queue))
+            with _asker(config) as asker:
+                _label(asker, queue, store, done)
     return done
 
 
-def _label(asker: Any, queue: _Queue, store: Store, done: Judged) -> None:
+def _label(asker: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judged) -> None:
     """Ask about everything that waits, and write labels as they come."""
     pending: list[Verdict] = []
     saved = time.monotonic()
@@ -102,13 +112,14 @@ def _label(asker: Any, queue: _Queue, store: Store, done: Judged) -> None:
             for outcome in outcomes:
                 if isinstance(outcome, Verdict):
                     pending.append(outcome)
-                else:
+                elif outcome is not None:
                     done.failed[outcome.reason] += 1
                     done.example = done.example or outcome.reply
                 if time.monotonic() - saved > _SAVE_EVERY_S:
                     save()
                 failed = done.failed.total()
-                screen.show(done.labels + len(pending) + failed, f"{failed} without an answer" if failed else "")
+                summary = [asker.cost(), f"{failed} without an answer" if failed else ""]
+                screen.show(done.labels + len(pending) + failed, "; ".join(filter(None, summary)))
                 if failed >= _TRIAL and not done.labels + len(pending):
                     break
                 if signals.requested:
@@ -116,8 +127,11 @@ def _label(asker: Any, queue: _Queue, store: Store, done: Judged) -> None:
         finally:
             outcomes.close()
             save()
+        done.spent = asker.cost()
+        done.left = len(queue.waiting) - done.labels - done.failed.total()
         if signals.requested:
-            raise Interrupted(f"stopped by a signal: {done}. The same command goes on from there.")
+            left, done.left = done.left, 0
+            raise Interrupted(f"stopped by a signal: {done}; {left} still wait. The same command goes on from there.")
     if done.failed and not done.labels:
         raise _unreadable(done, queue.config)
 
@@ -192,24 +206,76 @@ def _made_of(config: JudgeConfig, principles: Sequence[str]) -> dict[str, Any]:
     return {"model": j.model, "constitution": digest, "orders": j.orders, "votes": j.votes, "seed": config.seed}
 
 
-# ---------------------------------------------------------------- who is asked
+# ---------------------------------------------------------------- who is asked, and what it costs
 
 
-def _asker(config: JudgeConfig) -> Any:
-    from tether.feedback.local_judge import LocalJudge  # loads torch
-
-    return LocalJudge(config)
+@contextmanager
+def _asker(config: JudgeConfig) -> Iterator[Endpoint | LocalJudge]:
+    if config.judge.base_url is None:
+        yield LocalJudge(config)
+        return
+    cache = JudgeCache(cache_path(store_path(config), config.judge.annotator))
+    try:
+        yield Endpoint(config.judge, config.limits, cache)
+    finally:
+        cache.close()
 
 
 def _estimate(config: JudgeConfig, queue: _Queue) -> str:
-    orders = 2 if config.judge.orders == "both" else 1
-    return f"{len(queue.waiting)} pairs to compare, {orders * len(queue.waiting)} questions to {config.judge.model}"
+    return describe_plan(config, len(queue.waiting), list(islice(queue.comparisons(), _SAMPLED)))
+
+
+def describe_plan(config: JudgeConfig, pairs: int, sample: Sequence[Comparison]) -> str:
+    """What comparing so many pairs takes, told before the first is asked about; sample: some of them."""
+    j, limits = config.judge, config.limits
+    orders = 2 if j.orders == "both" else 1
+    who = f"{pairs} pairs, {'both orders' if orders == 2 else 'one order'}, {j.annotator}"
+    if j.base_url is None:
+        return f"{who}: {pairs * orders:,} questions to {j.model}, in this process"
+    characters = sum(len(m["content"]) for c in sample for m in c.question(c.orders[0], "text"))
+    tokens = characters / max(1, len(sample)) / _CHARACTERS_A_TOKEN
+    soft = pairs * orders
+    cost = {"log-probs": (soft, soft * (tokens + 1)), "text": (soft * j.votes, soft * j.votes * (tokens + _REASONS))}
+    if j.answer != "auto":
+        cost.pop("text" if j.answer == "logprobs" else "log-probs")
+    told = " or ".join(f"{n:,} requests and about {_rounded(t):,} tokens ({form})" for form, (n, t) in cost.items())
+    caps = [f"{n:,} {what}" for what, n in (("requests", limits.requests), ("tokens", limits.tokens)) if n is not None]
+    return f"{who} at {j.base_url}: {told}, answers that are kept aside; limits: {' and '.join(caps) or 'none'}"
+
+
+def _rounded(tokens: float) -> int:
+    """To two digits: it is an estimate."""
+    return int(float(f"{tokens:.2g}"))
 
 
 def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
-    """What --dry-run tells: the pairs, the principles and how much would be asked. Asks and writes nothing."""
+    """`Inputs` for --dry-run: the pairs, the principles, and what it would take. Asks nothing and writes nothing."""
+    from tether.diagnose.inputs import Inputs
 
-    raise NotImplementedError
+    principles = read_constitution(config.judge.constitution)
+    path = store_path(config)
+    if _is_store(config.data.path):
+        with Store(path, create=False) as store:
+            queue = _Queue(store, config, principles, None)
+            pairs, sample = len(queue.waiting), list(islice(queue.comparisons(), _SAMPLED))
+            facts = [f"{path}: {pairs} pairs wait, {queue.labeled} are labeled by {config.judge.annotator}"]
+    else:
+        items = [item for item in read_items(config.data.path).items if item.kind == "pair"][: config.data.limit]
+        pairs = len(items)
+        sample = [comparison(item, 0, config, principles) for item in items[:_SAMPLED]]
+        facts = [f"{config.data.path}: {pairs} pairs, for the store {path}"]
+    facts.append(f"{config.judge.constitution}: {len(principles)} principles, one drawn for each pair")
+    longest = 0
+    if config.judge.base_url is None:
+        local = LocalJudge(config)
+        longest = max((len(local.encode(c, order)) for c in sample for order in c.orders), default=0)
+        facts.append(f"questions of up to {longest} tokens (of the first {len(sample)} pairs), of {local.context}")
+    else:
+        check_key(config.judge)
+    shown = ""
+    if sample:
+        shown = "\n\n".join(m["content"] for m in sample[0].question(sample[0].orders[0], "logprobs"))
+    return Inputs(facts, longest, f"{describe_plan(config, pairs, sample)}\n\nthe first question\n\n{shown}")
 
 
 # ---------------------------------------------------------------- progress

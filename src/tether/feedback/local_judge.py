@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -46,12 +46,16 @@ class LocalJudge:
             whole = "\n\n".join(message["content"] for message in messages)
             return encode_prompts(self.tokenizer, [[{"role": "user", "content": whole}]])[0]
 
-    def compare(self, comparisons: Iterable[Comparison]) -> Iterator[Verdict | NoVerdict]:
+    def compare(self, comparisons: Iterable[Comparison]) -> Generator[Verdict | NoVerdict, None, None]:
         """What the model says of each, in their order."""
         model = self._load()
         waiting = iter(comparisons)
         while batch := list(islice(waiting, _AT_ONCE)):
             yield from self._compare(model, batch)
+
+    def cost(self) -> str:
+        """Nothing that would be paid for."""
+        return ""
 
     def _load(self) -> LanguageModel:
         device = resolve_device(self._device)
