@@ -273,7 +273,8 @@ def test_the_last_verdict_of_a_text_is_read_or_none(text, letter):
     ("text", "letter"),
     [
         ('{"reasoning": "x", "verdict": "B"}', "B"), ('```json\n{"verdict": "A"}\n```', "A"),
-        ('{"verdict": "C"}', None), ('{"reasoning": "x", "verd', None), ('["A"]', None), ('{"verdict": null}', None), ("A", None),
+        ('{"verdict": "C"}', None), ('{"reasoning": "x", "verd', None), ('["A"]', None),
+        ('{"verdict": null}', None), ("A", None),
     ],
 )  # fmt: skip
 def test_a_json_verdict_is_read_or_none(text, letter):
