@@ -1,4 +1,4 @@
-"""`tether judge`: from a store or a file of pairs to labels beside people's, which mix with theirs only when asked to."""
+"""`tether judge`: from a store or a file of pairs to labels beside people's, which they join only when asked to."""
 
 import json
 import sqlite3

@@ -6,7 +6,7 @@
     agreement.py   whether people can be trusted: α, κ, biases      export.py    JSONL for everybody else
     items.py       `tether label`: where the items come from
     judge.py       `tether judge`: a model that labels        verdict.py   what it is asked, and how it is read
-    endpoint.py    asked over HTTP     local_judge.py  in this process     judge_cache.py  what was paid     constitution.py
+    endpoint.py    asked over HTTP, local_judge.py in this process; judge_cache.py what was paid; constitution.py
 
 Pages and the command line need no torch: nothing here loads it but what a model answers
 in: `items.py`, `judge.py` and `local_judge.py`.

@@ -137,10 +137,8 @@ def _label(asker: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judg
 
 
 def _unreadable(done: Judged, config: JudgeConfig) -> ModelError:
-    from tether.reports.text import visible  # what a model wrote must not act on the terminal
-
     reason, count = done.failed.most_common(1)[0]
-    said = f", as in {visible(done.example[:80])!r}" if done.example else ""
+    said = f", as in {done.example[:80]!r}" if done.example else ""
     return ModelError(
         f"judge.model={config.judge.model}: none of {done.failed.total()} comparisons gave a label ({count}: "
         f"{reason}{said}). Use a model that can follow instructions, or one that was trained to answer with a letter."
@@ -275,7 +273,8 @@ def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
     shown = ""
     if sample:
         shown = "\n\n".join(m["content"] for m in sample[0].question(sample[0].orders[0], "logprobs"))
-    return Inputs(facts, longest, f"{describe_plan(config, pairs, sample)}\n\nthe first question\n\n{shown}")
+    plan = f"{describe_plan(config, pairs, sample)}\n\nthe first question\n{shown}"
+    return Inputs(facts, longest, plan.replace("\n", "\n  "))
 
 
 # ---------------------------------------------------------------- progress
