@@ -1,7 +1,11 @@
 """`tether judge`: from a store or a file of pairs to labels beside people's, which they join only when asked to."""
 
 import json
+import os
+import signal
 import sqlite3
+import threading
+import time
 
 import pytest
 
@@ -124,9 +128,9 @@ def test_a_limit_that_is_reached_is_said_and_the_rest_follows_later(labeled, con
 
 
 def test_a_file_of_pairs_becomes_items_of_the_store(config, server, tmp_path, capsys):
-    rows = [{"prompt": [{"role": "user", "content": "Hey"}], "chosen": "worth 1", "rejected": "worth -0.5"},
-            {"prompt": "K", "a": "worth 0", "b": "worth 0"}, {"prompt": "K", "a": "worth 0", "b": "worth 0.0"}]  # fmt: skip
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [rows[0], rows[2]]))
+    chat = {"prompt": [{"role": "user", "content": "Hey"}], "chosen": "worth 1", "rejected": "worth -0.5"}
+    plain = {"prompt": "K", "a": "worth 0", "b": "worth 0.0"}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (chat, plain)))
     Store("mine.db").add_items([Item("another", (Answer("worth 1"), Answer("worth 2")))])
     assert main(["judge", config, "--data.path", "pairs.jsonl", "--to", "mine.db", "--judge.name", "x"]) == 0
     assert "mine.db: 2 pairs labeled by judge:x" in capsys.readouterr().out
@@ -160,6 +164,31 @@ def test_another_judge_under_the_same_name_is_refused(labeled, config, capsys):
     assert main(["judge", config, "--judge.constitution", "honest"]) == 2
     assert "judge:critic has labeled in preferences.db with another constitution" in capsys.readouterr().err
     assert main(["judge", config, "--judge.constitution", "honest", "--judge.name", "honest-critic"]) == 0
+
+
+def test_a_store_that_is_missing_is_named(config, capsys):
+    assert main(["judge", config]) == 2
+    assert "preferences.db does not exist, so there are no labels to read" in capsys.readouterr().err
+
+
+def test_a_signal_keeps_what_was_paid_and_exits_with_3(labeled, config, server, capsys):
+    server.delay_s = 0.2
+
+    def interrupt():
+        while len(server.asked) < 4:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert main(["judge", config, "--limits.concurrency", "2"]) == 3
+    said = capsys.readouterr().err
+    assert "stopped by a signal: preferences.db: " in said
+    assert "still wait. The same command goes on from there." in said
+    asked = len(server.asked)
+    assert 4 <= asked < 10
+    assert main(["judge", config]) == 0
+    assert len(server.asked) == 10  # none of them twice
+    assert max(server.answered.values()) == 1
 
 
 def test_a_store_without_pairs_is_refused(config, capsys):

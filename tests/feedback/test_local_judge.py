@@ -71,7 +71,23 @@ def test_labels_of_a_local_model_are_its_letters_debiased(judge_model, pairs, ca
         q = (math.log(first / (1 - first)) - math.log(second / (1 - second))) / 2
         assert label.probability == pytest.approx(1 / (1 + math.exp(-q)), abs=1e-5)
         assert label.choice == ("a" if q > 0 else "b")
+    assert main(command(judge_model, "--dry-run", "--judge.name", "other")) == 0
+    told = capsys.readouterr().out
+    assert "5 pairs, both orders, judge:other: 10 questions to" in told
+    assert "questions of up to" in told
     event = next(iter(store.events()))
     assert event["annotator"] == "judge:tiny"
     assert event["principle"] == PRINCIPLE
     assert [answer["order"] for answer in event["answers"]] == [[0, 1], [1, 0]]
+
+
+def test_a_local_model_that_names_neither_letter_gives_no_label(tiny_model, pairs, capsys):
+    assert main(command(tiny_model("gpt2", n_positions=1024))) == 2
+    assert "none of 5 comparisons gave a label (5: neither letter likely" in capsys.readouterr().err
+    with Store("preferences.db", create=False) as store:
+        assert list(store.labels(Filters(judges=True))) == []
+
+
+def test_questions_longer_than_the_model_give_no_label(tiny_model, pairs, capsys):
+    assert main(command(tiny_model("gpt2", n_positions=64))) == 2
+    assert "5: longer than the model's 64 tokens" in capsys.readouterr().err

@@ -193,8 +193,9 @@ def store_path(config: JudgeConfig) -> str:
 
 
 def _is_store(path: str) -> bool:
+    """Whether it is a store, or named like one: a store that is missing is no data set of the hub."""
     file = Path(path)
-    return file.is_file() and is_store(file)
+    return is_store(file) if file.is_file() else file.suffix == ".db"
 
 
 def _made_of(config: JudgeConfig, principles: Sequence[str]) -> dict[str, Any]:
