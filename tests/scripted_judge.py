@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on loopback that judges by a known rule, likes the first place, and fails on a schedule."""
+"""An OpenAI-compatible endpoint on loopback: judges by a known rule, likes the first place, and fails on a schedule."""
 
 import json
 import math

@@ -218,6 +218,20 @@ def test_what_is_no_such_endpoint_ends_the_judge(server, tmp_path, change, said)
         ask(server, tmp_path, comparisons(5)[0], answer="auto", retries=1)
 
 
+def test_an_endpoint_that_is_gone_for_good_ends_the_judge(server, tmp_path):
+    server.fault = lambda n: 503 if n >= 20 else None
+    with pytest.raises(ModelError, match="HTTP 503 Service Unavailable"):
+        ask(server, tmp_path, comparisons(100)[0], retries=0)
+    assert 20 + 20 <= len(server.asked) <= 20 + 20 + 2 * 8
+
+
+def test_a_question_that_is_too_long_does_not_cost_the_others_their_form(server, tmp_path):
+    server.fault = lambda n: 400 if n in (0, 1, 2, 7) else None  # the first pair in every form, and a later one
+    verdicts, failed, *_ = ask(server, tmp_path, comparisons(6)[0], answer="auto", concurrency=1)
+    assert [f.reason for f in failed] == ["the endpoint refused the question"] * 2
+    assert {a["form"] for v in verdicts.values() for a in v.answers} == {"logprobs"}
+
+
 def test_the_key_is_sent_and_stands_nowhere(server, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "sk-very-secret")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-somebody-else")

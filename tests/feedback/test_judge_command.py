@@ -197,7 +197,10 @@ def test_a_store_without_pairs_is_refused(config, capsys):
     assert "preferences.db holds no pair of answers, so there is nothing to compare" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"", "no principle"), (b"# only\n\n", "no principle"), (b"a\nb\xff", "line 2: not UTF-8")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "no principle"), (b"# only\n\n", "no principle"), (b"a\nb\xff", "line 2: not UTF-8")],
+)
 def test_a_constitution_without_a_principle_or_not_in_utf8_is_named(tmp_path, content, said):
     (tmp_path / "c.txt").write_bytes(content)
     with pytest.raises(DataError, match=said):
@@ -205,7 +208,7 @@ def test_a_constitution_without_a_principle_or_not_in_utf8_is_named(tmp_path, co
 
 
 def test_a_missing_constitution_is_named():
-    with pytest.raises(DataError, match="judge.constitution=helpfull cannot be read"):
+    with pytest.raises(DataError, match=r"judge\.constitution=helpfull cannot be read"):
         read_constitution("helpfull")
 
 
@@ -250,6 +253,12 @@ def test_a_judge_that_could_not_be_asked_is_refused(section, said):
 def test_a_budget_below_one_request_is_refused(config, capsys):
     assert main(["judge", config, "--limits.requests", "0"]) == 2
     assert "limits.requests=0 is below 1: nothing could be asked" in capsys.readouterr().err
+
+
+def test_a_token_budget_below_one_request_is_refused(labeled, config, server, capsys):
+    assert main(["judge", config, "--limits.tokens", "300"]) == 2
+    assert "tokens that one request can take: nothing could be asked" in capsys.readouterr().err
+    assert server.asked == []
 
 
 def test_nobody_can_call_themselves_a_judge(tmp_path):

@@ -246,6 +246,12 @@ class Endpoint:
 
     def _reserve(self, tokens: int) -> None:
         """Count the request, or raise _Spent; where only what is in flight stands in the way, wait for it."""
+        most = self._limits.tokens
+        if most is not None and tokens > most:
+            raise ConfigError(
+                f"limits.tokens={most} is below the {tokens} tokens that one request can take: nothing could be asked. "
+                f"Set it to {tokens} or more."
+            )
         with self._turn:
             while not self._cache.reserve(tokens, most_requests=self._limits.requests, most_tokens=self._limits.tokens):
                 requests, _ = self._cache.spent()
@@ -254,6 +260,8 @@ class Endpoint:
                     self.spent = True
                     raise _Spent
                 self._turn.wait()
+                if self.stop.is_set():
+                    raise Cancelled
             self._in_flight += 1
 
     def _parse(self, content: bytes, form: str) -> tuple[Reply, int | None]:
