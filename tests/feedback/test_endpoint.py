@@ -119,6 +119,13 @@ def test_faults_give_no_wrong_label_and_never_pass_the_budget(server, tmp_path):
     assert max(server.answered.values()) == 1  # a hanging answer came too late, and is counted as none
 
 
+@pytest.mark.parametrize("fault", [408, 429, 500, "half", "hang"])
+def test_what_may_pass_is_asked_again(server, tmp_path, fault):
+    server.fault = lambda n: fault if n == 0 else None
+    verdicts, failed, _, (requests, _) = ask(server, tmp_path, comparisons(1)[0], timeout_s=0.5)
+    assert (len(verdicts), failed, requests) == (1, [], 3)
+
+
 def test_tokens_are_reserved_before_a_request_and_settled_after_it(server, tmp_path):
     asked, _ = comparisons(20)
     most = max(most_tokens({"messages": c.question(o, "logprobs"), "max_tokens": 1}) for c in asked for o in BOTH)
@@ -141,6 +148,7 @@ def test_a_cut_answer_is_neither_read_nor_kept(server, tmp_path):
     assert (verdicts, failed[0].reason) == ({}, "refused, filtered or cut")
     verdicts, *_ = ask(server, tmp_path, comparisons(1)[0], answer="text")
     assert len(verdicts) == 1
+    assert len(server.asked) == 3  # both orders, of which the first was cut before
 
 
 RUN = """
