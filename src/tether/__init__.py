@@ -11,7 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tether.config import DPOConfig, EvaluateConfig, PPOConfig, QLearningConfig, RewardConfig, SFTConfig
+    from tether.config import (
+        DPOConfig,
+        EvaluateConfig,
+        JudgeConfig,
+        PPOConfig,
+        QLearningConfig,
+        RewardConfig,
+        SFTConfig,
+    )
     from tether.config.reading import load_config
     from tether.errors import (
         BatchError,
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
         TetherError,
         TrainingError,
     )
+    from tether.feedback.judge import judge
     from tether.models.export import export
     from tether.reports.page import report
     from tether.runs import Run
@@ -44,6 +53,7 @@ _HOME = {
     "reward_model": "tether.train.reward",
     "dpo": "tether.train.dpo",
     "evaluate": "tether.train.evaluate",
+    "judge": "tether.feedback.judge",
     "generate": "tether.train.evaluate",
     "best_of_n": "tether.train.rejection_sampling",
     "export": "tether.models.export",
@@ -51,7 +61,8 @@ _HOME = {
     "load_config": "tether.config.reading",
     "Run": "tether.runs",
     **dict.fromkeys(
-        ("PPOConfig", "SFTConfig", "RewardConfig", "DPOConfig", "QLearningConfig", "EvaluateConfig"), "tether.config"
+        ("PPOConfig", "SFTConfig", "RewardConfig", "DPOConfig", "QLearningConfig", "EvaluateConfig", "JudgeConfig"),
+        "tether.config",
     ),
     **dict.fromkeys(
         ("TetherError", "ConfigError", "DataError", "ModelError", "RewardError", "RunError", "StoreError",
@@ -67,6 +78,7 @@ __all__ = [
     "DataError",
     "EvaluateConfig",
     "Interrupted",
+    "JudgeConfig",
     "LabelError",
     "ModelError",
     "PPOConfig",
@@ -85,6 +97,7 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "judge",
     "load_config",
     "ppo",
     "qlearning",

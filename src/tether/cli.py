@@ -312,6 +312,7 @@ def _label(argv: list[str]) -> None:
         help="of the answers that are drawn; a new store keeps it for order, sides and overlap (0)",
     )  # fmt: skip
     parser.add_argument("--export", metavar="DIR", help="write preferences.jsonl, events.jsonl and items.jsonl")
+    parser.add_argument("--judges", action="store_true", help="with --export: the labels of judges among the pairs too")
     parser.add_argument("--status", action="store_true", help="how far the labeling is")
     args = parser.parse_args(argv)
     if (args.sample is None) != (args.prompts is None):
@@ -330,7 +331,7 @@ def _label(argv: list[str]) -> None:
         )  # fmt: skip
     done = label(
         to=args.to, source=found, gold=args.gold, overlap=args.overlap, seed=args.seed, guidelines=args.guidelines,
-        annotators=args.annotator, export=args.export, status=args.status,
+        annotators=args.annotator, export=args.export, judges=args.judges, status=args.status,
     )  # fmt: skip
     print("\n".join(done))
 
@@ -444,6 +445,7 @@ TRAINERS
   generate MODEL     sample from any model directory
   evaluate C.yaml    score, KL and win rate on prompts, with intervals
   label              make a queue of answers for people to compare
+  judge C.yaml       have a model compare them, under a constitution
   serve DIR          a reward model over HTTP, for runs on other machines
   studio [DIR]       pages to watch runs, look inside completions, compare and label
   report RUN         one self-contained HTML file about a run

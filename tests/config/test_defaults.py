@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from tether.config import DPOConfig, EvaluateConfig, PPOConfig, QLearningConfig, RewardConfig, SFTConfig
+from tether.config import DPOConfig, EvaluateConfig, JudgeConfig, PPOConfig, QLearningConfig, RewardConfig, SFTConfig
 from tether.config.keys import keys
 from tether.config.kinds import KINDS
 from tether.config.reading import load_config, to_yaml
@@ -66,7 +66,7 @@ checkpoint: {every: 50, keep: 2}
 
 REWARD = (
     SFT.replace("chat_template_kwargs: {}}", "chat_template_kwargs: {}, labels: *}")
-    .replace("*", "{annotators: null, since: null, until: null, guideline: null}")
+    .replace("*", "{annotators: null, since: null, until: null, guideline: null, judges: false}")
     .replace(
         "sft: {epochs: 1, batch: 32, microbatch_tokens: 8192, packing: false, train_on: completion}",
         "reward_model: {epochs: 1, batch: 32, microbatch_tokens: 8192, center: 0.0, test_fraction: 0.1, members: null}",
@@ -108,6 +108,18 @@ reward_shaping: {clip: null, missing_eos: null}
 sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto}
 """
 
+JUDGE = """
+judge: {model: m, base_url: null, key_env: null, name: null, constitution: helpful, orders: both, votes: 1,
+        answer: auto}
+data: {path: d, limit: null}
+to: null
+limits: {requests: null, tokens: null, concurrency: 8, timeout_s: 60.0, retries: 5}
+seed: 0
+device: auto
+dtype: auto
+trust_remote_code: false
+"""
+
 LEAST = {
     "ppo": "{run: r, model: {policy: m}, prompts: {path: p}, reward: [{function: 'f.py:f'}], ppo: {}}",
     "sft": "{run: r, model: {policy: m}, data: {path: d}, sft: {}}",
@@ -115,12 +127,21 @@ LEAST = {
     "dpo": "{run: r, model: {policy: m}, data: {path: d}, dpo: {}}",
     "qlearning": "{run: r, model: {policy: m}, data: {path: d}, qlearning: {}}",
     "evaluate": "{models: [m], prompts: {path: p}, reward: [{function: 'f.py:f'}]}",
+    "judge": "{judge: {model: m}, data: {path: d}}",
 }
 
 
 @pytest.mark.parametrize(
     ("kind", "whole"),
-    [("ppo", PPO), ("sft", SFT), ("reward", REWARD), ("dpo", DPO), ("qlearning", QLEARNING), ("evaluate", EVALUATE)],
+    [
+        ("ppo", PPO),
+        ("sft", SFT),
+        ("reward", REWARD),
+        ("dpo", DPO),
+        ("qlearning", QLEARNING),
+        ("evaluate", EVALUATE),
+        ("judge", JUDGE),
+    ],
     ids=str,
 )
 def test_the_least_config_has_exactly_the_promised_keys_and_defaults(tmp_path, kind, whole):
@@ -137,7 +158,9 @@ def test_defaults_inside_optional_parts(tmp_path):
     assert (config.ppo.lams, config.ppo.clips) == ((0.95, 0.95), (0.2, 0.2))
 
 
-@pytest.mark.parametrize("cls", [PPOConfig, SFTConfig, RewardConfig, DPOConfig, QLearningConfig, EvaluateConfig])
+@pytest.mark.parametrize(
+    "cls", [PPOConfig, SFTConfig, RewardConfig, DPOConfig, QLearningConfig, EvaluateConfig, JudgeConfig]
+)
 def test_configs_are_frozen(cls):
     assert cls.__dataclass_params__.frozen
 

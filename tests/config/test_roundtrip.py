@@ -15,7 +15,11 @@ from tether.config import (
     EvaluateConfig,
     ILQLSection,
     InitModelConfig,
+    JudgeConfig,
+    JudgedConfig,
+    JudgeSection,
     KLConfig,
+    LimitsConfig,
     LogConfig,
     LoraConfig,
     MissingEosConfig,
@@ -127,10 +131,17 @@ evaluate_configs = st.builds(
     reward=st.just([RewardSourceConfig(function="a.py:f")]),
     baseline=maybe(text),
 )
+judge_configs = st.builds(
+    JudgeConfig,
+    judge=st.builds(JudgeSection, model=text, constitution=text, votes=st.integers(1, 9)),
+    data=st.builds(JudgedConfig, path=text),
+    limits=st.builds(LimitsConfig, tokens=maybe(st.integers(1, 10**9)), timeout_s=above_zero),
+    to=maybe(text),
+)
 
 
 @settings(max_examples=150, deadline=None)
-@given(config=ppo_configs | sft_configs | dpo_configs | qlearning_configs | evaluate_configs)
+@given(config=ppo_configs | sft_configs | dpo_configs | qlearning_configs | evaluate_configs | judge_configs)
 def test_a_printed_config_loads_back_equal(tmp_path_factory, config: Config):
     path = tmp_path_factory.mktemp("roundtrip", numbered=True) / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")

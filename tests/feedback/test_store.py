@@ -208,7 +208,7 @@ def test_a_newer_schema_is_refused(tmp_path):
     Store(tmp_path / "s.db").close()
     with sqlite3.connect(tmp_path / "s.db") as raw:
         raw.execute("PRAGMA user_version = 99")
-    with pytest.raises(StoreError, match="has schema 99, and this version of tether knows schemas up to 1"):
+    with pytest.raises(StoreError, match="has schema 99, and this version of tether knows schemas up to 2"):
         Store(tmp_path / "s.db")
 
 

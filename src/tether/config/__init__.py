@@ -5,6 +5,7 @@ Loads no torch, and pydantic and ruamel.yaml only with `reading`.
 
 from tether.config.dpo import DPOConfig, DPOSection
 from tether.config.evaluate import EvaluateConfig
+from tether.config.judge import JudgeConfig, JudgedConfig, JudgeSection, LimitsConfig
 from tether.config.keys import Section
 from tether.config.ppo import HeldOutConfig, KLConfig, ModelConfig, PPOConfig, PPOSection
 from tether.config.qlearning import ILQLSection, QLearningConfig, QLearningSection, ScoredConfig
@@ -46,8 +47,12 @@ __all__ = [
     "HeldOutConfig",
     "ILQLSection",
     "InitModelConfig",
+    "JudgeConfig",
+    "JudgeSection",
+    "JudgedConfig",
     "KLConfig",
     "LabelsConfig",
+    "LimitsConfig",
     "LogConfig",
     "LoraConfig",
     "MissingEosConfig",

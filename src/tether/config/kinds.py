@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tether.config.dpo import DPOConfig
 from tether.config.evaluate import EvaluateConfig
+from tether.config.judge import JudgeConfig
 from tether.config.ppo import PPOConfig
 from tether.config.qlearning import QLearningConfig
 from tether.config.reward import RewardConfig
@@ -196,6 +197,15 @@ KINDS: dict[str, Kind] = {
             section="models",
             run="tether.train.evaluate:evaluate",
             inputs="tether.diagnose.inputs:of_evaluation",
+        ),
+        Kind(
+            command="judge",
+            title="judge",
+            purpose="Have a model compare pairs of answers under a constitution; its labels stand beside people's.",
+            config=JudgeConfig,
+            section="judge",
+            run="tether.feedback.judge:judge",
+            inputs="tether.feedback.judge:inputs",
         ),
     )
 }  # fmt: skip

@@ -29,7 +29,6 @@ MicrobatchTokens = Annotated[int, at_least(1, "not one token would fit in memory
 class Config(Section):
     """What a command takes: everything of a run."""
 
-    run: str | None
     seed: int
     device: str
 
@@ -192,6 +191,9 @@ class LabelsConfig(Section):
     the labels that it began with, whatever was labeled since."""
     guideline: Annotated[int | None, at_least(1, "versions count from 1; null takes every label")] = None
     """Only labels given under this version of the guidelines; null: any."""
+    judges: bool = False
+    """Labels of judges (tether judge) too, beside those of the people above. Off: only those of a judge that
+    `annotators` names."""
 
     def check(self, key: str) -> None:
         if self.annotators == []:

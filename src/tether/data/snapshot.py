@@ -64,7 +64,7 @@ def read_pairs(config: PairsConfig, pinned: str | None = None) -> Table:
         under = " under data.labels" if config.labels != LabelsConfig() else ""
         raise DataError(
             f"{config.path} has no label by which one answer is better than another{under}: there is nothing "
-            "to learn. Label some pairs (tether studio), or widen data.labels."
+            "to learn. Label some pairs (tether studio), or widen data.labels (judges: true takes those of judges)."
         )
     return Table(config.path, found.rows[: config.limit])
 

@@ -26,8 +26,8 @@ def dry_run(config: Config, *, fresh: bool = False) -> str:
     resolve_device(config.device)
     kind, hashes = kind_of(config), dict[str, str]()
     if not isinstance(config, TrainingConfig):
-        if config.run is not None:
-            check_writable(Path(config.run))
+        if (run := getattr(config, "run", None)) is not None:
+            check_writable(Path(run))
     else:
         check_place(Path(config.run))
         if not fresh and has_something_to_continue(Path(config.run)):  # hashing takes a second a gigabyte

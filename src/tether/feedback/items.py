@@ -15,7 +15,7 @@ from tether.data.pairs import triple
 from tether.data.table import Table, kind, listed, read_table
 from tether.errors import ConfigError, DataError, RunError, StoreError
 from tether.feedback.queue import draw
-from tether.feedback.records import Added, Answer, Item, Progress, Prompt, prompt_of
+from tether.feedback.records import Added, Answer, Filters, Item, Progress, Prompt, prompt_of
 from tether.feedback.store import Store, check_fraction
 from tether.runs import Run
 
@@ -34,16 +34,19 @@ class ItemBatch:
 
 def label(
     *, to: str, source: ItemBatch | None = None, gold: str | None = None, overlap: float = 0.2, seed: int | None = None,
-    guidelines: str | None = None, annotators: Sequence[str] = (), export: str | None = None, status: bool = False,
+    guidelines: str | None = None, annotators: Sequence[str] = (), export: str | None = None, judges: bool = False,
+    status: bool = False,
 ) -> list[str]:  # fmt: skip
     """Do what the command line asks for; returns what was done, a line each.
 
-    seed: of a new store; one that is there keeps its own.
+    seed: of a new store; one that is there keeps its own. judges: their labels are exported among the pairs too.
     Everything is read before anything is written: a mistake in the third file leaves the store as it was.
     """
     check_fraction("overlap", overlap)
     checked = read_items(gold, gold=True) if gold else None
     text = _read_text(guidelines) if guidelines else None
+    if judges and export is None:
+        raise ConfigError("--judges goes with --export: nothing else is written. Add --export DIR, or leave it out.")
     adds = bool(source or checked or text or annotators)
     if not (adds or export or status):
         raise ConfigError(
@@ -63,7 +66,7 @@ def label(
         for name in annotators:
             lines.append(f"{name} is registered" + ("" if store.add_annotator(name) else " already"))
         if export is not None:
-            done = store.export(export)
+            done = store.export(export, Filters(judges=judges))
             lines.append(
                 f"{done.path}: {done.rows} pairs in preferences.jsonl, {done.events} events, {done.items} items"
             )

@@ -13,7 +13,7 @@ from typing import Any
 
 from tether.errors import LabelError
 from tether.feedback.queue import REPEAT_AFTER, REPEAT_SPREAD, Mix, chance, draw, may_take, person_of, take_lease
-from tether.feedback.records import RANKING, Judgment, Receipt, check_text, iso_time
+from tether.feedback.records import RANKING, Judgment, Receipt, Verdict, check_text, iso_time
 from tether.feedback.schema import GOLD, MAIN, REPEAT, to_json
 
 _LONGEST_KEY = 200  # characters
@@ -68,6 +68,36 @@ def record(
     elif row["pool"] == MAIN and row["kind"] == "pair" and decided:
         _plan_repeat(connection, person, row, mix)
     return Receipt(event, "label", item, annotator, at)
+
+
+def record_verdict(connection: sqlite3.Connection, judge: str, verdict: Verdict, *, now: float) -> int:
+    """Add a judge's label; returns its event, or that of the label which stands already.
+
+    People are asked all the same: the item needs as many labels of theirs as before.
+    """
+    person = person_of(connection, judge)
+    standing = connection.execute(
+        "SELECT event FROM standing WHERE item = ? AND annotator = ?", (verdict.item, person["id"])
+    ).fetchone()
+    if standing is not None:
+        return int(standing["event"])
+    (tried,) = connection.execute(
+        "SELECT count(*) FROM events WHERE annotator = ? AND item = ?", (person["id"], verdict.item)
+    ).fetchone()
+    event = _append(
+        connection, kind="label", annotator=person["id"], item=verdict.item, key=f"{verdict.item}-{tried}",
+        at=_not_before_the_last(connection, now), choice=verdict.choice, shown=to_json(verdict.order),
+    )  # fmt: skip
+    connection.execute(
+        "INSERT INTO standing (event, item, annotator, decided) VALUES (?, ?, ?, 1)",
+        (event, verdict.item, person["id"]),
+    )
+    connection.execute(
+        "INSERT INTO verdicts VALUES (?, ?, ?, ?)",
+        (event, verdict.probability, verdict.principle, to_json(verdict.answers)),
+    )
+    connection.execute("UPDATE annotators SET labels = labels + 1 WHERE id = ?", (person["id"],))
+    return event
 
 
 def undo(connection: sqlite3.Connection, annotator: str, key: str, *, now: float, mix: Mix) -> Receipt | None:

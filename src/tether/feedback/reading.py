@@ -18,6 +18,7 @@ from typing import Any
 from tether.errors import StoreError
 from tether.feedback.queue import guideline_now, person_of
 from tether.feedback.records import (
+    JUDGE,
     RANKING,
     TIES,
     Answer,
@@ -30,12 +31,13 @@ from tether.feedback.records import (
 
 _LABEL = (
     "SELECT e.id AS event, e.item, a.name AS annotator, i.kind, e.choice, e.ranking, e.strength, e.axes, e.note, "
-    'e.reason, e.shown AS "order", e.seconds, e.guideline, e.at, i.gold, i.repeat_of, i.longer'
+    'e.reason, e.shown AS "order", e.seconds, e.guideline, e.at, i.gold, i.repeat_of, i.longer, v.probability'
 )
 _PAIR = _LABEL + ", i.prompt, i.answers, i.grp"
-_OF = " JOIN items i ON i.id = e.item JOIN annotators a ON a.id = e.annotator"
+_OF = " JOIN items i ON i.id = e.item JOIN annotators a ON a.id = e.annotator LEFT JOIN verdicts v ON v.event = e.id"
 _NOW = f" FROM standing s CROSS JOIN events e ON e.id = s.event{_OF}"  # CROSS: in this order, which is the answer's
 _THEN = f" FROM events e{_OF}"
+_BY_A_JUDGE = f"a.name GLOB '{JUDGE}*'"
 
 
 # ---------------------------------------------------------------- items
@@ -54,6 +56,16 @@ def items(connection: sqlite3.Connection, number: int | None = None) -> Iterator
         yield StoredItem(**dict(row) | parsed)
 
 
+def judge_queue(connection: sqlite3.Connection, judge: str) -> list[tuple[int, str, bool]]:
+    """(number, kind, labeled by this judge) of every item but repeats, gold ones too, in the order of their queues."""
+    rows = connection.execute(
+        "SELECT id, kind, EXISTS (SELECT 1 FROM standing s JOIN annotators a ON a.id = s.annotator WHERE s.item = "
+        "items.id AND a.name = ?) AS labeled FROM items WHERE repeat_of IS NULL ORDER BY pool, position, id",
+        (judge,),
+    )
+    return [(row["id"], row["kind"], bool(row["labeled"])) for row in rows]
+
+
 def _answers(row: sqlite3.Row) -> tuple[Answer, ...]:
     return tuple(Answer(**answer) for answer in json.loads(row["answers"]))
 
@@ -66,7 +78,8 @@ def labels(
     limit: int | None = None, newest_first: bool = False,
 ) -> Iterator[Label]:  # fmt: skip
     """Labels that stand, in the order in which they were given; before: only events below that number."""
-    if limit is not None and filters.annotators is not None and len(filters.annotators) > 1:
+    several = filters.annotators is not None and len(filters.annotators) > 1 and not filters.judges
+    if limit is not None and filters.annotators is not None and several:
         # Each person's labels are in order in an index; those of several would all be sorted for the sake of a page.
         each = (
             labels(connection, replace(filters, annotators=[name]), as_of=as_of, before=before, limit=limit,
@@ -98,8 +111,11 @@ def _standing(
         values += [as_of, as_of]
     if filters.annotators is not None:
         people = [person_of(connection, name)["id"] for name in filters.annotators]
-        query += f" AND {annotator} IN ({', '.join('?' * len(people))})"
+        theirs = f"{annotator} IN ({', '.join('?' * len(people))})"
+        query += f" AND ({theirs} OR {_BY_A_JUDGE})" if filters.judges else f" AND {theirs}"
         values += people
+    elif not filters.judges:
+        query += f" AND NOT {_BY_A_JUDGE}"
     for sign, time in zip((">=", "<"), time_bounds(filters.since, filters.until), strict=True):
         if time is not None:
             query, values = f"{query} AND {number} {sign} ?", [*values, _first_event(connection, time)]
@@ -172,7 +188,7 @@ def _pairs(row: sqlite3.Row) -> Iterator[dict[str, Any]]:
             "rejected": _in_form_of(prompt, answers[worse].text),
             "chosen_finish_reason": answers[better].finish_reason,
             "rejected_finish_reason": answers[worse].finish_reason,
-            "probability": 0.5 if row["choice"] in TIES else 1.0,
+            "probability": _probability(row),
             "strength": row["strength"],
             "annotator": row["annotator"],
             "item": row["item"],
@@ -180,6 +196,15 @@ def _pairs(row: sqlite3.Row) -> Iterator[dict[str, Any]]:
             "axes": _in_terms_of(row["choice"], json.loads(row["axes"]) if row["axes"] else None),
             "note": row["note"],
         }
+
+
+def _probability(row: sqlite3.Row) -> float:
+    """That the answer that stands as chosen is preferred: a judge's own, of a person 1, and 0.5 of a tie."""
+    if row["choice"] in TIES:
+        return 0.5
+    if row["probability"] is None:
+        return 1.0
+    return float(max(row["probability"], 1 - row["probability"]))
 
 
 def _in_form_of(prompt: Any, text: str) -> Any:
@@ -208,9 +233,11 @@ def events(connection: sqlite3.Connection) -> Iterator[dict[str, Any]]:
     """What happened, oldest first, as JSON can hold it."""
     rows = connection.execute(
         "SELECT e.id AS event, e.kind, a.name AS annotator, e.item, e.key, e.at, e.guideline, e.choice, e.ranking, "
-        "e.strength, e.axes, e.note, e.reason, e.shown, e.seconds, e.undoes FROM events e JOIN annotators a "
-        "ON a.id = e.annotator ORDER BY e.id"
+        "e.strength, e.axes, e.note, e.reason, e.shown, e.seconds, e.undoes, v.probability, v.principle, v.answers "
+        "FROM events e JOIN annotators a ON a.id = e.annotator LEFT JOIN verdicts v ON v.event = e.id ORDER BY e.id"
     )
     for row in rows:
         event = {name: row[name] for name in row.keys() if row[name] is not None}  # noqa: SIM118  a Row iterates values
-        yield event | {name: json.loads(event[name]) for name in ("ranking", "axes", "shown") if name in event}
+        yield event | {
+            name: json.loads(event[name]) for name in ("ranking", "axes", "shown", "answers") if name in event
+        }

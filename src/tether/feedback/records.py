@@ -12,10 +12,17 @@ from tether.errors import LabelError, StoreError
 
 Prompt = str | list[dict[str, Any]]  # plain text, or chat messages that wait for an answer
 
-TIES = ("both_good", "both_bad")
-CHOICES = ("a", "b", *TIES, "skip")  # "a" and "b" are answers 0 and 1 in stored order, wherever they were shown
+TIES = ("both_good", "both_bad", "tie")  # tie is a judge's: it does not say which of the two
+CHOICES = (
+    "a",
+    "b",
+    "both_good",
+    "both_bad",
+    "skip",
+)  # "a" and "b" are answers 0 and 1 in stored order, wherever they were shown
 AXES = ("helpful", "harmless", "honest")
 SIDES = ("a", "b", "tie")
+JUDGE = "judge:"  # how the names of judges begin, and nobody else's
 RANKING = "ranking"  # the choice of a label whose answers were put in an order
 LONGEST_TEXT = 10_000  # characters of a note or reason: a page's mistake or an attack is longer
 
@@ -165,6 +172,21 @@ def check_text(name: str, text: str, longest: int) -> None:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a judge, which is a model, makes of a pair."""
+
+    item: int
+    probability: float  # that answer 0 is better
+    order: tuple[int, ...]  # stored indices as they were shown; where both orders were asked, the first of them
+    principle: str
+    answers: tuple[dict[str, Any], ...]  # of each order: how it was shown, the probability, what the model wrote
+
+    @property
+    def choice(self) -> str:
+        return "tie" if self.probability == 0.5 else "a" if self.probability > 0.5 else "b"
+
+
 # ---------------------------------------------------------------- out, to the person who labels
 
 
@@ -286,6 +308,7 @@ class Label:
     gold: int | None
     repeat_of: int | None
     longer: int | None  # index of the longest answer; None where two are as long
+    probability: float | None = None  # a judge's, that answer 0 is better; None: a person's
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +340,7 @@ class Filters:
     since: str | None = None  # ISO date or time, UTC where it names no zone; inclusive
     until: str | None = None  # a date means to the end of that day; a time is inclusive
     guideline: int | None = None  # version under which the label was given
+    judges: bool = False  # the labels of every judge too; one that `annotators` names is read anyway
 
 
 def time_bounds(since: str | None, until: str | None) -> tuple[str | None, str | None]:

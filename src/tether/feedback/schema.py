@@ -21,7 +21,7 @@ from typing import Any
 
 from tether.errors import StoreError, did_you_mean_path, first_line
 
-SCHEMA = 1
+SCHEMA = 2  # 2: verdicts
 APPLICATION = 0x54455448  # "TETH": tells our file from anybody else's SQLite
 MAGIC = b"SQLite format 3\x00"  # how every such file begins
 
@@ -117,6 +117,16 @@ CREATE TABLE totals (
 INSERT INTO totals VALUES (0, 0, 0, 0);
 """
 
+_VERDICTS = """
+CREATE TABLE verdicts (                      -- what a judge's label has beside a person's
+    event INTEGER PRIMARY KEY REFERENCES events (id),
+    probability REAL NOT NULL,               -- that answer 0 is better
+    principle TEXT NOT NULL,
+    answers TEXT NOT NULL                    -- JSON: of each order the probability, and what the model wrote
+);
+CREATE TABLE judges (name TEXT PRIMARY KEY, made_of TEXT NOT NULL) WITHOUT ROWID;  -- JSON: what its labels depend on
+"""
+
 
 def is_store(path: Path) -> bool:
     """Whether the file is SQLite; whether it is ours, opening it says."""
@@ -144,13 +154,15 @@ class Database:
             self._check_ours(connection)
             if _pragma(connection, "user_version") == 0:
                 connection.execute("PRAGMA journal_mode = WAL")  # stays so, in the file
+            if _pragma(connection, "user_version") < SCHEMA:
                 self._make_tables()
 
     def _make_tables(self) -> None:
         with self.write() as connection:
-            if _pragma(connection, "user_version") == SCHEMA:
+            version = _pragma(connection, "user_version")
+            if version == SCHEMA:
                 return  # another process was faster
-            for statement in _statements(_TABLES):
+            for statement in _statements(_VERDICTS if version else _TABLES + _VERDICTS):
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {SCHEMA}")

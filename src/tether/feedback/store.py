@@ -13,6 +13,7 @@ is for whoever runs the project.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from tether.errors import StoreError
 from tether.feedback import judgments, queue, reading
 from tether.feedback.export import export
 from tether.feedback.records import (
+    JUDGE,
     Added,
     AnnotatorProgress,
     Exported,
@@ -37,9 +39,10 @@ from tether.feedback.records import (
     Receipt,
     StoredItem,
     Task,
+    Verdict,
     iso_time,
 )
-from tether.feedback.schema import Database
+from tether.feedback.schema import Database, to_json
 
 _LARGEST = 2**63 - 1  # of SQLite's integers: a number from an address may be anything
 LEASE_S = 600.0  # seconds: long enough for two long answers, short enough that nobody waits for one who has left
@@ -116,6 +119,14 @@ class Store:
     def add_annotator(self, name: str) -> bool:
         """Register somebody who labels; False if the name is there already."""
         name = name.strip()
+        if name.startswith(JUDGE):
+            raise StoreError(
+                f"{name[:100]!r} begins like the name of a judge, which is a model: a person's labels would count as "
+                "its labels. Give another name."
+            )
+        return self._add_annotator(name)
+
+    def _add_annotator(self, name: str) -> bool:
         if not name or len(name) > 100 or not name.isprintable():
             raise StoreError(
                 f"{name[:100]!r} is not a name that labels could be told apart by. Give 1 to 100 printable characters."
@@ -129,6 +140,24 @@ class Store:
                 (name, iso_time(self._clock()), -_LARGEST, -_LARGEST),  # before every position, of items put first too
             )
             return added.rowcount == 1
+
+    def add_judge(self, name: str, made_of: dict[str, Any]) -> None:
+        """Register a model that labels; StoreError where one of that name labels here that is made of something else.
+
+        name: judge:NAME. made_of: what its labels depend on.
+        """
+        self._add_annotator(name)
+        with self._database.write() as c:
+            kept = c.execute("SELECT made_of FROM judges WHERE name = ?", (name,)).fetchone()
+            if kept is None:
+                c.execute("INSERT INTO judges VALUES (?, ?)", (name, to_json(made_of)))
+                return
+        before = json.loads(kept["made_of"])
+        if changed := [key for key, value in made_of.items() if before.get(key) != value]:
+            raise StoreError(
+                f"{name} has labeled in {self.path} with another {' and '.join(changed)}: two judges would stand under "
+                "one name. Set judge.name to another name, or put back what was there."
+            )
 
     def add_guidelines(self, text: str) -> int:
         """Put a text in force; returns its version. The text that is in force already stays the version it is."""
@@ -175,6 +204,17 @@ class Store:
             return judgments.record(
                 c, annotator, item, key, judgment, on_screen=on_screen, seconds=seconds, now=self._clock(), mix=self.mix
             )
+
+    def judge_queue(self, judge: str) -> list[tuple[int, str, bool]]:
+        """(number, kind, labeled by this judge) of every item but repeats, in the order of their queues."""
+        with self._database.read() as c:
+            return reading.judge_queue(c, judge)
+
+    def record_verdicts(self, judge: str, verdicts: Sequence[Verdict]) -> None:
+        """Keep a judge's labels, all or none of them; an item that it has labeled already keeps the label it has."""
+        with self._database.write() as c:
+            for verdict in verdicts:
+                judgments.record_verdict(c, judge, verdict, now=self._clock())
 
     def undo(self, annotator: str, *, key: str) -> Receipt | None:
         """Withdraw the annotator's latest label or skip; `next_task` gives its item back. None: none stands.
@@ -241,8 +281,8 @@ class Store:
         """Rows to fit a reward model to, and counts of what did not become one. The order is that of labeling.
 
         Columns: prompt, chosen, rejected (messages where the prompt is messages), chosen_finish_reason,
-        rejected_finish_reason, probability (that chosen is preferred: 1, of a tie 0.5), strength, annotator, item,
-        group, axes (chosen, rejected or tie), note.
+        rejected_finish_reason, probability (that chosen is preferred: 1, of a tie 0.5, a judge's own), strength,
+        annotator, item, group, axes (chosen, rejected or tie), note.
         A ranking of K answers is K·(K-1)/2 rows that share a group.
         """
         with self._database.read() as c:

@@ -225,7 +225,7 @@ class RunDirectory:
 
 
 def _path(config: Config) -> Path:
-    return Path(str(config.run))
+    return Path(str(vars(config)["run"]))
 
 
 def _function(config: Config, key: str) -> str:
