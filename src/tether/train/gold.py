@@ -21,22 +21,24 @@ def gold_metric(config: PPOConfig) -> str | None:
     return f"eval/gold/{source_name(config.evaluate.gold[0])}_mean" if config.evaluate.gold else None
 
 
-def fallen_below(path: Path, config: PPOConfig) -> int | None:
-    """The cycle of the best evaluation by gold, where the last `evaluate.stop_when_gold_falls` ones lie below it; None.
+def fallen_below(path: Path, config: PPOConfig, cycle: int) -> int | None:
+    """The cycle of the best evaluation by gold, where the last `evaluate.stop_when_gold_falls` ones lie below it; None
+    where they do not, or `cycle`, the last one, was not evaluated.
 
     Everything is read off evaluations/ of the run in `path`, so a run that is continued ends where it would have.
     """
     wanted = config.evaluate.stop_when_gold_falls
-    if wanted is None:
+    run = Run(path)
+    if wanted is None or cycle not in run.evaluation_cycles:
         return None
-    run, column = Run(path), f"gold/{source_name(config.evaluate.gold[0])}"
+    column = f"gold/{source_name(config.evaluate.gold[0])}"
     by_prompt = {}
-    for cycle in run.evaluation_cycles:
-        table = read_table(run.table_file("evaluations", cycle), columns=["prompt_index", column]).to_pydict()
+    for evaluated in run.evaluation_cycles:
+        table = read_table(run.table_file("evaluations", evaluated), columns=["prompt_index", column]).to_pydict()
         answers: dict[int, list[float]] = {}
         for prompt, gold in zip(table["prompt_index"], table[column], strict=True):
             answers.setdefault(prompt, []).append(gold)
-        by_prompt[cycle] = {prompt: sum(found) / len(found) for prompt, found in answers.items()}
+        by_prompt[evaluated] = {prompt: sum(found) / len(found) for prompt, found in answers.items()}
     best, below = best_and_below(by_prompt)
     return best if below >= wanted else None
 

@@ -125,8 +125,7 @@ def ppo(
                     evaluate({})
 
             beta = partial(_kl_coef, state, p)
-            fell = fallen_below(run.path, config)
-            while state.done < p.cycles and fell is None:
+            while state.done < p.cycles and fallen_below(run.path, config, state.done) is None:
                 cycle = state.done + 1
                 asked = _prompts_of(cycle, sets.train, config)
                 with signals.droppable():
@@ -142,11 +141,13 @@ def ppo(
                 record.rollouts(experience, cycle, done.new_logprobs)
                 with log.writing(cycle, {**experience.metrics, **done.metrics}) as metrics:
                     metrics |= evaluate(metrics)
-                if (fell := fallen_below(run.path, config) if "eval/score_mean" in metrics else None) is not None:
-                    run.event("gold_fell", cycle=cycle, best=fell)
-                    log.note(f"cycle {cycle}: gold has fallen since cycle {fell}, so the run ends here")
-                state.save_if_due(p.cycles if fell is None else cycle)
+                state.save_if_due(p.cycles)
 
+            if state.done < p.cycles:
+                state.save()
+                fell = fallen_below(run.path, config, state.done)
+                run.event("gold_fell", cycle=state.done, best=fell)
+                log.note(f"cycle {state.done}: gold has fallen since cycle {fell}, so the run ends here")
             ended = Run(run.path)
             card = ppo_card(run.path.name, ended.metrics, config, f"the last cycle, {state.done}", ended.best)
             write_model(run.path / "final", card)
