@@ -202,7 +202,7 @@ def test_a_key_that_is_not_in_the_environment_is_an_error_that_shows_no_key(tiny
         ({"url": "http://h:port/score"}, "is not the address of a server"),
         ({"url": "http://h/a b"}, "is not the address of a server"),
         ({"url": "http://me:hunter2@h/score"}, "name or password before @"),
-        ({"url": "http://h/score", "model": "rm"}, "exactly one of function, model, url"),
+        ({"url": "http://h/score", "model": "rm"}, "exactly one of function, model, models, url"),
         ({"url": "http://h/score", "arguments": {"a": 1}}, "given with a url"),
         ({"url": "http://h/score", "key_env": "sk-proj-hunter2"}, "not the name of an environment variable"),
         ({"model": "rm", "key_env": "KEY"}, "key_env is for a url"),
