@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from labeled import label
 from tether.feedback.agreement import (
     _alpha_of,
     _coincidences,
@@ -19,7 +19,6 @@ from tether.feedback.agreement import (
     krippendorff_alpha,
     wilson,
 )
-from tether.feedback.records import Label
 
 # Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C: 4 observers, 12 units, values missing
 RELIABILITY = {
@@ -37,15 +36,6 @@ def published():
             if value != ".":
                 units.setdefault((unit, 0, 1), {})[observer] = value
     return units
-
-
-def label(item, annotator, choice="a", **changes) -> Label:
-    plain = Label(
-        event=0, item=item, annotator=annotator, kind="pair", choice=choice, ranking=None, strength=None, axes={},
-        note=None, reason=None, order=(0, 1), seconds=None, guideline=None, at="2026-10-01T00:00:00.000Z", gold=None,
-        repeat_of=None, longer=None,
-    )  # fmt: skip
-    return replace(plain, **changes)
 
 
 def test_alpha_of_krippendorffs_published_example():

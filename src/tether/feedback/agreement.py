@@ -87,8 +87,8 @@ def agreement(labels: Iterable[Label], *, seed: int = 0, draws: int = 1000) -> A
     return Agreement(
         alpha=krippendorff_alpha(units, seed=seed, draws=draws),
         kappas=cohen_kappas(units),
-        overall=_quality(None, labels),
-        annotators=tuple(_quality(name, by_person[name]) for name in sorted(by_person)),
+        overall=quality(None, labels),
+        annotators=tuple(quality(name, by_person[name]) for name in sorted(by_person)),
     )
 
 
@@ -187,7 +187,8 @@ def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float:
 # ---------------------------------------------------------------- one person
 
 
-def _quality(annotator: str | None, labels: Sequence[Label]) -> Quality:
+def quality(annotator: str | None, labels: Sequence[Label]) -> Quality:
+    """One annotator's labels that stand, or everybody's."""
     judged = [label for label in labels if label.choice != "skip"]
     plain = [label for label in judged if label.gold is None and label.repeat_of is None]
     decided = [label for label in plain if label.choice in ("a", "b")]

@@ -31,7 +31,8 @@ from tether.feedback.records import (
 
 _LABEL = (
     "SELECT e.id AS event, e.item, a.name AS annotator, i.kind, e.choice, e.ranking, e.strength, e.axes, e.note, "
-    'e.reason, e.shown AS "order", e.seconds, e.guideline, e.at, i.gold, i.repeat_of, i.longer, v.probability'
+    'e.reason, e.shown AS "order", e.seconds, e.guideline, e.at, i.gold, i.repeat_of, i.longer, v.probability, '
+    "(SELECT avg(value ->> 'probability') FROM json_each(v.answers)) AS first"
 )
 _PAIR = _LABEL + ", i.prompt, i.answers, i.grp"
 _OF = " JOIN items i ON i.id = e.item JOIN annotators a ON a.id = e.annotator LEFT JOIN verdicts v ON v.event = e.id"

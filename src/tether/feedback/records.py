@@ -309,6 +309,7 @@ class Label:
     repeat_of: int | None
     longer: int | None  # index of the longest answer; None where two are as long
     probability: float | None = None  # a judge's, that answer 0 is better; None: a person's
+    first: float | None = None  # a judge's, that the answer shown first wins: mean over the orders that were asked
 
 
 @dataclass(frozen=True, slots=True)

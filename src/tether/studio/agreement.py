@@ -14,6 +14,8 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 
 from tether.errors import RunError
 from tether.feedback.agreement import Agreement, agreement
+from tether.feedback.judges import JudgeQuality, judge_quality
+from tether.feedback.records import Filters
 from tether.feedback.store import Store
 from tether.studio.shared import Studio
 
@@ -22,16 +24,19 @@ _WAIT_S = 0.05
 _MOST_REWARD_RUNS = 8
 
 
+Statistics = tuple[Agreement, tuple[JudgeQuality, ...]]  # of people, and of every judge beside them
+
+
 class Computed:
     """The statistics of the newest labels, computed beside the pages: a million labels take longer than a page may."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="agreement")
         self._lock = threading.Lock()
-        self._running: tuple[int, Future[Agreement]] | None = None  # up to which event, and the work
-        self._newest: tuple[int, Agreement] | None = None
+        self._running: tuple[int, Future[Statistics]] | None = None  # up to which event, and the work
+        self._newest: tuple[int, Statistics] | None = None
 
-    def of(self, store: Store) -> tuple[int, Agreement] | None:
+    def of(self, store: Store) -> tuple[int, Statistics] | None:
         """(the last event it knows of, statistics): of now where that is quickly done, else older; None: not yet."""
         last = store.last_event()
         with self._lock:
@@ -48,12 +53,12 @@ class Computed:
         return self._newest
 
 
-def _count(store: Store, last: int) -> Agreement:
+def _count(store: Store, last: int) -> Statistics:
     """A page makes dozens of short calls that let go of the interpreter (SQLite, files): beside a thread that computes,
     each would wait Python's usual 5 ms to get it back."""
     sys.setswitchinterval(0.0002)
     try:
-        return agreement(store.labels(as_of=last))
+        return agreement(store.labels(as_of=last)), judge_quality(store.labels(Filters(judges=True), as_of=last))
     finally:
         sys.setswitchinterval(_USUAL_S)
 
@@ -67,10 +72,10 @@ def routes(studio: Studio) -> APIRouter:
     def page(request: Request) -> HTMLResponse:
         store = studio.labels() if studio.has_labels else None
         found = computed.of(store) if store else None
+        last, (people, judges) = found or (0, (None, ()))
         return studio.page(
-            request, "agreement.html.j2", overview=store.overview() if store else None,
-            found=found[1] if found else None, behind=store.last_event() - found[0] if store and found else 0,
-            models=reward_models(studio),
+            request, "agreement.html.j2", overview=store.overview() if store else None, found=people, judges=judges,
+            behind=store.last_event() - last if store and found else 0, models=reward_models(studio),
         )  # fmt: skip
 
     @router.get("/agreement/{name}.jsonl")
