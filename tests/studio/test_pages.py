@@ -13,12 +13,13 @@ import httpx
 import pytest
 
 import tether
+from labeled import pairs
 from served import form_token, serve
 from tether.config import EvaluateConfig, PromptsConfig, SamplingConfig
 from tether.config.ppo import PPOSection
 from tether.errors import StoreError
 from tether.feedback import agreement
-from tether.feedback.records import Answer, Item
+from tether.feedback.records import Answer, Item, Verdict
 from tether.feedback.store import Store
 from tether.reports.signals import SIGNALS, STEPS, Scale, arithmetic, beta_of
 from tether.reports.text import visible
@@ -534,3 +535,21 @@ def test_a_prompt_that_some_evaluations_did_not_ask_is_shown_where_it_was(traine
         text = client.get(f"/runs/{ids(client)['first']}/evaluations/4/0").text
         assert "The same prompt through the run" in text
         assert "cycle 0<" not in text
+
+
+def test_a_judge_stands_beside_people_on_the_agreement_page(studio):
+    store = Store(studio.store)
+    store.add_items(pairs(3))
+    store.add_annotator("Bo")
+    store.add_judge("judge:m", {})
+    task = store.next_task("Bo")
+    store.record("Bo", task.item, choice="a", key="k")
+    answers = ({"order": [0, 1], "probability": 0.9}, {"order": [1, 0], "probability": 0.3})
+    items = [item for item, _, _ in store.judge_queue("judge:m")]
+    store.record_verdicts("judge:m", [Verdict(item, 0.8, (0, 1), "be kind", answers) for item in items])
+    client = studio.client()
+    page = next(text for _ in range(100) if "Judges beside" in (text := client.get("/agreement").text))
+    row = page.partition('<th scope="row">judge:m</th>')[2].partition("</tr>")[0]
+    assert [cell.split()[0] for cell in re.findall(r">([^<>]+)<", row)][:3] == ["3", "0", "100"]
+    assert "0.60" in row  # ½ (.9 + .3): what is shown first
+    assert "<dt>labels</dt><dd>1</dd>" in page
