@@ -37,6 +37,7 @@ class ScriptedJudge(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.turn = threading.Lock()
+        self.empty: dict[str, float] = {}  # worth of answers that do not say theirs
         self.asked: list[dict[str, Any]] = []  # bodies, in order
         self.answered: Counter[str] = Counter()  # whole answers by body
         self.headers: list[dict[str, str]] = []
@@ -103,7 +104,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, reply)
 
     def _reply(self, judge: ScriptedJudge, body: dict[str, Any], form: str, number: int) -> dict[str, Any]:
-        a, b = (float(x) for x in re.findall(r"worth (-?[\d.]+)", body["messages"][-1]["content"]))
+        asked = body["messages"][-1]["content"]
+        a, b = (
+            float(stated[1]) if (stated := re.match(r"worth (-?[\d.]+)", answer)) else judge.empty[answer.strip()]
+            for answer in re.findall(r"\[Answer [AB]\]\n(.*)", asked)
+        )
         p = sigmoid(a - b + BIAS)
         choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
         if form == "logprobs":

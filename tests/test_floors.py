@@ -17,7 +17,7 @@ FLOORS = [
     {"math"},
     {"models", "data", "feedback", "runs"},
     {"samplers", "rewards"},
-    {"train", "diagnose", "feedback.items", "feedback.judge"},
+    {"train", "diagnose", "feedback.items", "feedback.judge", "feedback.probe"},
     {"studio", "reports", "demo", "serving", "cli", "__main__"},
 ]
 WITH_SHAPES = ("torch", "jaxtyping")  # jaxtyping for annotations only: production does not load it (test_shapes.py)

@@ -460,7 +460,8 @@ usage: tether doctor [C.yaml] [--key VALUE …]
        tether doctor RUN
 
 Without a config: what this machine has. With one: checks its data and models, and predicts
-peak memory by part. Keys are those of the command that the config is for.
+peak memory by part; a judge is asked about a few answers without content, beside real ones.
+Keys are those of the command that the config is for.
 
 With a run directory: how the run stands, and what went wrong in it. Each alarm says what,
 the likely cause, and the knob to turn; docs/guide.md lists them. It may still be running."""

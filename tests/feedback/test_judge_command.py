@@ -279,3 +279,19 @@ def test_a_store_of_the_first_schema_takes_a_judges_labels(labeled):
         (label,) = store.labels(Filters(annotators=["judge:x"]))
         assert (label.probability, label.choice) == (0.5, "tie")  # the second verdict changes nothing
         assert store.preferences(Filters(annotators=["judge:x"])).ties == 1
+
+
+def test_the_doctor_says_which_answers_without_content_win_against_real_ones(labeled, config, server, capsys):
+    server.empty = {":": 5.0, "Solution": -5.0, "Thought process:": -5.0, "Let's solve this problem step by step.": 0.1}
+    assert main(["doctor", config]) == 0
+    told = capsys.readouterr().out
+    assert "':' beats a real answer in 5 of 5 [57 %, 100 %]" in told
+    assert "'Solution' beats a real answer in 0 of 5 [0 %, 43 %]" in told
+    # first answers are worth .5 -1 .75 -.25 and 1, in whatever place
+    assert '"Let\'s solve this problem step by step." beats a real answer in 2 of 5' in told
+    assert "It can be won with nothing: ':', " in told
+    assert len(server.asked) == 5 * 4 * 2
+    with Store(labeled, create=False) as store:
+        assert list(store.labels(Filters(judges=True))) == list(store.labels())  # it left no label
+    assert main(["doctor", config]) == 0
+    assert len(server.asked) == 5 * 4 * 2  # nothing is paid for twice

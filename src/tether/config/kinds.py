@@ -61,6 +61,8 @@ class Kind:
     """module:function of what the report says at its top. None: the headline."""
     final: Literal["language model", "classifier"] = "language model"
     """What final/ holds."""
+    probe: str | None = None
+    """module:function of config that tries out what it names, for `tether doctor C.yaml`; returns what it found."""
     tried: bool = False
     """The studio's "Try it" sets its final model beside the one that it began from."""
 
@@ -206,6 +208,7 @@ KINDS: dict[str, Kind] = {
             section="judge",
             run="tether.feedback.judge:judge",
             inputs="tether.feedback.judge:inputs",
+            probe="tether.feedback.probe:probe",
         ),
     )
 }  # fmt: skip

@@ -44,18 +44,24 @@ def dry_run(config: Config, *, fresh: bool = False) -> str:
 
 
 def doctor(config: Config | None = None) -> str:
-    """What this machine has; with a config also its data check, peak memory by part, and whether that fits."""
+    """What this machine has; with a config also its data check, peak memory by part, and whether that fits; of a judge
+    whether it can be won with nothing."""
     text = f"machine\n{_indented(machine())}"
     if config is None:
         return text
+    if probe := kind_of(config).probe:
+        check(config)
+        inputs = resolve(kind_of(config).inputs)(config, {})
+        return "\n\n".join([text, _data(inputs), f"probe\n{_indented(resolve(probe)(config))}"])
     if not isinstance(config, TrainingConfig):
         *first, last = (kind.command for kind in KINDS.values() if kind.trains)
         raise ConfigError(
-            f"tether doctor checks runs that train: give it a config of tether {', '.join(first)} or {last}."
+            f"tether doctor checks runs that train, and judges: give it a config of tether {', '.join(first)}, {last} "
+            "or judge."
         )
     check(config)
     kind = kind_of(config)
-    inputs: Inputs = resolve(kind.inputs)(config, {})
+    inputs = resolve(kind.inputs)(config, {})
     plan = f"plan\n  {inputs.plan}"
     if kind.final == "language model" and (note := vllm_note(architecture_of(config))):
         plan += f"\n  {note}"

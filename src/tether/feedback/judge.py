@@ -81,7 +81,7 @@ def judge(config: JudgeConfig, *, fresh: bool = False) -> Judged:
             "Set judge.name to another name to have every pair asked about again."
         )
     principles = read_constitution(config.judge.constitution)
-    source = None if _is_store(config.data.path) else read_items(config.data.path)
+    source = None if is_store_path(config.data.path) else read_items(config.data.path)
     with Store(store_path(config), create=source is not None) as store:
         among = None if source is None else set(store.add_items(source.items).ids)
         queue = _Queue(store, config, principles, among)
@@ -89,12 +89,12 @@ def judge(config: JudgeConfig, *, fresh: bool = False) -> Judged:
         done = Judged(str(store.path), config.judge.annotator, before=queue.labeled, rankings=queue.rankings)
         if queue.waiting:
             say(_estimate(config, queue))
-            with _asker(config) as asker:
-                _label(asker, queue, store, done)
+            with asker(config) as asked:
+                _label(asked, queue, store, done)
     return done
 
 
-def _label(asker: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judged) -> None:
+def _label(asked: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judged) -> None:
     """Ask about everything that waits, and write labels as they come."""
     pending: list[Verdict] = []
     saved = time.monotonic()
@@ -107,7 +107,7 @@ def _label(asker: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judg
         saved = time.monotonic()
 
     with Signals() as signals, _screen(len(queue.waiting)) as screen:
-        outcomes = asker.compare(queue.comparisons())
+        outcomes = asked.compare(queue.comparisons())
         try:
             for outcome in outcomes:
                 if isinstance(outcome, Verdict):
@@ -118,7 +118,7 @@ def _label(asker: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judg
                 if time.monotonic() - saved > _SAVE_EVERY_S:
                     save()
                 failed = done.failed.total()
-                summary = [asker.cost(), f"{failed} without an answer" if failed else ""]
+                summary = [asked.cost(), f"{failed} without an answer" if failed else ""]
                 screen.show(done.labels + len(pending) + failed, "; ".join(filter(None, summary)))
                 if failed >= _TRIAL and not done.labels + len(pending):
                     break
@@ -127,7 +127,7 @@ def _label(asker: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judg
         finally:
             outcomes.close()
             save()
-        done.spent = asker.cost()
+        done.spent = asked.cost()
         done.left = len(queue.waiting) - done.labels - done.failed.total()
         if signals.requested:
             left, done.left = done.left, 0
@@ -182,7 +182,7 @@ def comparison(item: Any, number: int, config: JudgeConfig, principles: tuple[st
 def store_path(config: JudgeConfig) -> str:
     """Where labels go."""
     path = config.data.path
-    if not _is_store(path):
+    if not is_store_path(path):
         return config.to or "preferences.db"
     if config.to is not None and Path(config.to).absolute() != Path(path).absolute():
         raise ConfigError(
@@ -192,7 +192,7 @@ def store_path(config: JudgeConfig) -> str:
     return path
 
 
-def _is_store(path: str) -> bool:
+def is_store_path(path: str) -> bool:
     """Whether it is a store, or named like one: a store that is missing is no data set of the hub."""
     file = Path(path)
     return is_store(file) if file.is_file() else file.suffix == ".db"
@@ -209,7 +209,8 @@ def _made_of(config: JudgeConfig, principles: Sequence[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _asker(config: JudgeConfig) -> Iterator[Endpoint | LocalJudge]:
+def asker(config: JudgeConfig) -> Iterator[Endpoint | LocalJudge]:
+    """Whoever answers the questions, with the cache of its answers open."""
     if config.judge.base_url is None:
         yield LocalJudge(config)
         return
@@ -253,7 +254,7 @@ def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
 
     principles = read_constitution(config.judge.constitution)
     path = store_path(config)
-    if _is_store(config.data.path):
+    if is_store_path(config.data.path):
         with Store(path, create=False) as store:
             queue = _Queue(store, config, principles, None)
             pairs, sample = len(queue.waiting), list(islice(queue.comparisons(), _SAMPLED))
