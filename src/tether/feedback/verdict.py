@@ -93,8 +93,11 @@ def _content(message: Mapping[str, Any]) -> str:
 def letter_probability(logprobs: Mapping[str, float]) -> float | None:
     """P(A) among A and B, from log-probs of what may come next; variants (`A`, ` A`) are added up.
 
-    None where less than half of the mass is on either letter: the model was about to say something else.
+    None where less than half of the mass is on either letter: the model was about to say something else; and where
+    there is no log-prob (NaN, or above 0 by more than rounding).
     """
+    if not all(x < 0.01 for x in logprobs.values()):
+        return None
     mass = {letter: sum(math.exp(x) for token, x in logprobs.items() if token.strip() == letter) for letter in "AB"}
     total = mass["A"] + mass["B"]
     return mass["A"] / total if total >= LEAST_MASS else None
