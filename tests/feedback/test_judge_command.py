@@ -279,3 +279,25 @@ def test_a_store_of_the_first_schema_takes_a_judges_labels(labeled):
         (label,) = store.labels(Filters(annotators=["judge:x"]))
         assert (label.probability, label.choice) == (0.5, "tie")  # the second verdict changes nothing
         assert store.preferences(Filters(annotators=["judge:x"])).ties == 1
+
+
+def test_pairs_that_cannot_be_read_do_not_keep_a_judge_from_those_behind_them(config, server, capsys):
+    mute = [Item(f"M{i}", (Answer("worth 1"), Answer("worth 0"))) for i in range(25)]
+    with Store("preferences.db", gold_fraction=0, repeat_fraction=0) as store:
+        store.add_items([Item("Q", (Answer("worth 1"), Answer("worth 0"))), *mute], overlap=0)
+    server.fault = lambda n: "refuse" if "[Prompt]\nM" in server.asked[n]["messages"][-1]["content"] else None
+    assert main(["judge", config, "--judge.answer", "logprobs", "--data.limit", "26"]) == 0
+    assert "1 pairs labeled by judge:critic; 25 without an answer" in capsys.readouterr().out
+    with Store("preferences.db") as store:
+        store.add_items([Item("later", (Answer("worth 1"), Answer("worth 0")))], overlap=0)
+    assert main(["judge", config, "--judge.answer", "logprobs"]) == 0
+    assert "1 pairs labeled by judge:critic; 1 were labeled before; 25 without" in capsys.readouterr().out
+    assert main(["judge", config, "--judge.answer", "logprobs"]) == 0  # nothing but those is left: no error either
+    assert "0 pairs labeled by judge:critic; 2 were labeled before; 25 without" in capsys.readouterr().out
+
+
+def test_a_judge_that_has_labeled_nothing_may_still_be_changed(labeled, config, server, capsys):
+    assert main(["judge", config, "--judge.base_url", "http://127.0.0.1:9/v1", "--limits.retries", "0"]) == 2
+    assert main(["judge", config, "--judge.constitution", "honest"]) == 0
+    assert main(["judge", config]) == 2
+    assert "judge:critic has labeled in preferences.db with another constitution" in capsys.readouterr().err

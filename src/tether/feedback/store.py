@@ -144,13 +144,13 @@ class Store:
     def add_judge(self, name: str, made_of: dict[str, Any]) -> None:
         """Register a model that labels; StoreError where one of that name labels here that is made of something else.
 
-        name: judge:NAME. made_of: what its labels depend on.
+        name: judge:NAME. made_of: what its labels depend on; until it has labeled something, that may change.
         """
         self._add_annotator(name)
         with self._database.write() as c:
             kept = c.execute("SELECT made_of FROM judges WHERE name = ?", (name,)).fetchone()
-            if kept is None:
-                c.execute("INSERT INTO judges VALUES (?, ?)", (name, to_json(made_of)))
+            if kept is None or not queue.person_of(c, name)["labels"]:
+                c.execute("INSERT OR REPLACE INTO judges VALUES (?, ?)", (name, to_json(made_of)))
                 return
         before = json.loads(kept["made_of"])
         if changed := [key for key, value in made_of.items() if before.get(key) != value]:
