@@ -301,3 +301,14 @@ def test_a_judge_that_has_labeled_nothing_may_still_be_changed(labeled, config, 
     assert main(["judge", config, "--judge.constitution", "honest"]) == 0
     assert main(["judge", config]) == 2
     assert "judge:critic has labeled in preferences.db with another constitution" in capsys.readouterr().err
+
+
+def test_half_a_character_is_asked_about_as_a_replacement(config, server, capsys):
+    with Store("preferences.db", gold_fraction=0, repeat_fraction=0) as store:
+        store.add_items([Item("Q\ud83d", (Answer("worth 1"), Answer("worth 0 \ude00")))], overlap=0)
+    assert main(["judge", config, "--dry-run"]) == 0
+    assert main(["judge", config]) == 0
+    assert "1 pairs labeled" in capsys.readouterr().out
+    asked = server.asked[0]["messages"][-1]["content"]
+    assert "Q\ufffd\n" in asked
+    assert "worth 0 \ufffd\n" in asked

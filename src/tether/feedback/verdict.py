@@ -68,6 +68,8 @@ class NoVerdict:
 def question(principle: str, prompt: Prompt, first: str, second: str, form: str = "logprobs") -> list[dict[str, str]]:
     """Chat messages that ask which of two answers is better; `first` is shown as A. form: one of FORMS."""
     shown = f"Principle: {principle}\n\n[Prompt]\n{_as_text(prompt)}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}"
+    # A store holds half a character as it came, which neither a request nor a tokenizer can: U+FFFD stands for it.
+    shown = shown.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{shown}\n\n{_ENDINGS[form]}"}]
 
 
