@@ -303,6 +303,19 @@ def test_a_judge_that_has_labeled_nothing_may_still_be_changed(labeled, config, 
     assert "judge:critic has labeled in preferences.db with another constitution" in capsys.readouterr().err
 
 
+def test_a_name_stands_for_the_judge_that_labels_first(labeled, config, server):
+    def another_starts(number):
+        if number == 0:
+            with Store(labeled) as store:
+                store.add_judge("judge:critic", {"model": "another"})
+
+    server.fault = another_starts
+    assert main(["judge", config]) == 0
+    with Store(labeled) as store, pytest.raises(StoreError, match=r"has labeled in .* with another model"):
+        store.add_judge("judge:critic", {"model": "another"})
+    assert main(["judge", config]) == 0
+
+
 def test_half_a_character_is_asked_about_as_a_replacement(config, server, capsys):
     with Store("preferences.db", gold_fraction=0, repeat_fraction=0) as store:
         store.add_items([Item("Q\ud83d", (Answer("worth 1"), Answer("worth 0 \ude00")))], overlap=0)
