@@ -261,6 +261,15 @@ def test_a_key_that_is_not_in_the_environment_is_named(server, tmp_path):
         ask(server, tmp_path, comparisons(1)[0], key_env="NO_SUCH_KEY")
 
 
+@pytest.mark.parametrize("key", ["sk-very\nsecret", "sk-very-secrét", "sk-very secret"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(server, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(ConfigError, match=r"judge\.key_env=JUDGE_KEY: .* characters that no key has") as error:
+        ask(server, tmp_path, comparisons(1)[0], key_env="JUDGE_KEY", retries=0)
+    assert "very" not in str(error.value)
+    assert not server.asked
+
+
 def test_two_judges_of_one_name_do_not_pay_for_the_same(tmp_path):
     first = JudgeCache(tmp_path / "c.db")
     with pytest.raises(StoreError, match="in use by another tether judge"):
@@ -277,6 +286,11 @@ def test_letters_are_summed_over_their_variants_and_need_half_of_the_mass():
     assert letter_probability({token: math.log(p) for token, p in logs.items()}) == pytest.approx(0.45 / 0.6)
     assert letter_probability({"A": math.log(0.3), "B": math.log(0.19), "I": math.log(0.5)}) is None
     assert letter_probability({}) is None
+
+
+@pytest.mark.parametrize("logprob", [math.inf, 1e6, math.nan])
+def test_log_probs_that_are_none_are_no_verdict(logprob):
+    assert letter_probability({"A": logprob, "B": -1.0}) is None
 
 
 @pytest.mark.parametrize(

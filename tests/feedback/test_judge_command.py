@@ -266,6 +266,15 @@ def test_nobody_can_call_themselves_a_judge(tmp_path):
         Store(tmp_path / "s.db").add_annotator("judge:me")
 
 
+def test_nobody_labels_or_takes_back_a_label_in_a_judges_name(labeled, config):
+    assert main(["judge", config]) == 0
+    with Store(labeled, create=False) as store:
+        with pytest.raises(StoreError, match="begins like the name of a judge"):
+            store.undo("judge:critic", key="k")
+        with pytest.raises(StoreError, match="begins like the name of a judge"):
+            store.record("judge:critic", 1, key="k", choice="a")
+
+
 def test_a_store_of_the_first_schema_takes_a_judges_labels(labeled):
     with sqlite3.connect(labeled) as raw:  # as it was before there were judges
         raw.execute("DROP TABLE verdicts")
@@ -295,3 +304,49 @@ def test_the_doctor_says_which_answers_without_content_win_against_real_ones(lab
         assert list(store.labels(Filters(judges=True))) == list(store.labels())  # it left no label
     assert main(["doctor", config]) == 0
     assert len(server.asked) == 5 * 4 * 2  # nothing is paid for twice
+
+
+def test_pairs_that_cannot_be_read_do_not_keep_a_judge_from_those_behind_them(config, server, capsys):
+    mute = [Item(f"M{i}", (Answer("worth 1"), Answer("worth 0"))) for i in range(25)]
+    with Store("preferences.db", gold_fraction=0, repeat_fraction=0) as store:
+        store.add_items([Item("Q", (Answer("worth 1"), Answer("worth 0"))), *mute], overlap=0)
+    server.fault = lambda n: "refuse" if "[Prompt]\nM" in server.asked[n]["messages"][-1]["content"] else None
+    assert main(["judge", config, "--judge.answer", "logprobs", "--data.limit", "26"]) == 0
+    assert "1 pairs labeled by judge:critic; 25 without an answer" in capsys.readouterr().out
+    with Store("preferences.db") as store:
+        store.add_items([Item("later", (Answer("worth 1"), Answer("worth 0")))], overlap=0)
+    assert main(["judge", config, "--judge.answer", "logprobs"]) == 0
+    assert "1 pairs labeled by judge:critic; 1 were labeled before; 25 without" in capsys.readouterr().out
+    assert main(["judge", config, "--judge.answer", "logprobs"]) == 0  # nothing but those is left: no error either
+    assert "0 pairs labeled by judge:critic; 2 were labeled before; 25 without" in capsys.readouterr().out
+
+
+def test_a_judge_that_has_labeled_nothing_may_still_be_changed(labeled, config, server, capsys):
+    assert main(["judge", config, "--judge.base_url", "http://127.0.0.1:9/v1", "--limits.retries", "0"]) == 2
+    assert main(["judge", config, "--judge.constitution", "honest"]) == 0
+    assert main(["judge", config]) == 2
+    assert "judge:critic has labeled in preferences.db with another constitution" in capsys.readouterr().err
+
+
+def test_a_name_stands_for_the_judge_that_labels_first(labeled, config, server):
+    def another_starts(number):
+        if number == 0:
+            with Store(labeled) as store:
+                store.add_judge("judge:critic", {"model": "another"})
+
+    server.fault = another_starts
+    assert main(["judge", config]) == 0
+    with Store(labeled) as store, pytest.raises(StoreError, match=r"has labeled in .* with another model"):
+        store.add_judge("judge:critic", {"model": "another"})
+    assert main(["judge", config]) == 0
+
+
+def test_half_a_character_is_asked_about_as_a_replacement(config, server, capsys):
+    with Store("preferences.db", gold_fraction=0, repeat_fraction=0) as store:
+        store.add_items([Item("Q\ud83d", (Answer("worth 1"), Answer("worth 0 \ude00")))], overlap=0)
+    assert main(["judge", config, "--dry-run"]) == 0
+    assert main(["judge", config]) == 0
+    assert "1 pairs labeled" in capsys.readouterr().out
+    asked = server.asked[0]["messages"][-1]["content"]
+    assert "Q\ufffd\n" in asked
+    assert "worth 0 \ufffd\n" in asked

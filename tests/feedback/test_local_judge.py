@@ -8,9 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tether.cli import main
+from tether.config import JudgeConfig, JudgedConfig, JudgeSection
+from tether.feedback.local_judge import LocalJudge
 from tether.feedback.records import Filters
 from tether.feedback.store import Store
-from tether.feedback.verdict import question
+from tether.feedback.verdict import Comparison, question
 
 PRINCIPLE = "Choose the answer that is shorter."
 
@@ -86,6 +88,13 @@ def test_a_local_model_that_names_neither_letter_gives_no_label(tiny_model, pair
     assert "none of 5 comparisons gave a label (5: neither letter likely" in capsys.readouterr().err
     with Store("preferences.db", create=False) as store:
         assert list(store.labels(Filters(judges=True))) == []
+
+
+def test_a_signal_can_be_heeded_after_every_forward_pass(judge_model, pairs, monkeypatch):
+    monkeypatch.setattr("tether.feedback.local_judge._FORWARD_TOKENS", 1)  # a pass for each of 2 × 2 questions
+    config = JudgeConfig(JudgeSection(str(judge_model)), JudgedConfig("pairs.jsonl"), device="cpu")
+    asked = [Comparison(i, f"Say {i}", ("It is", "no"), PRINCIPLE, ((0, 1), (1, 0))) for i in range(2)]
+    assert [x if x is None else x.item for x in LocalJudge(config).compare(asked)] == [None] * 4 + [0, 1]
 
 
 def test_questions_longer_than_the_model_give_no_label(tiny_model, pairs, capsys):

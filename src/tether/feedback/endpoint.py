@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -327,6 +328,11 @@ def check_key(config: JudgeSection) -> str | None:
         raise ConfigError(
             f"judge.key_env={config.key_env}: there is no such variable in the environment, or it is empty, so the "
             f"endpoint would refuse every request. Set it: export {config.key_env}=…"
+        )
+    if not re.fullmatch(r"[!-~]+", key):  # HTTP clients quote such a header in their errors, and the key with it
+        raise ConfigError(
+            f"judge.key_env={config.key_env}: what is in that variable has spaces, line breaks or letters outside of "
+            "ASCII, characters that no key has, and could not be sent. Set it to the key alone."
         )
     return key
 

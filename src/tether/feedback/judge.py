@@ -97,10 +97,13 @@ def judge(config: JudgeConfig, *, fresh: bool = False) -> Judged:
 def _label(asked: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judged) -> None:
     """Ask about everything that waits, and write labels as they come."""
     pending: list[Verdict] = []
+    made_of = _made_of(queue.config, queue.principles)
     saved = time.monotonic()
 
     def save() -> None:
         nonlocal saved
+        if pending:  # again: until the first label, another process may have changed what the name stands for
+            store.add_judge(done.judge, made_of)
         store.record_verdicts(done.judge, pending)
         done.labels += len(pending)
         pending.clear()
@@ -120,7 +123,7 @@ def _label(asked: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judg
                 failed = done.failed.total()
                 summary = [asked.cost(), f"{failed} without an answer" if failed else ""]
                 screen.show(done.labels + len(pending) + failed, "; ".join(filter(None, summary)))
-                if failed >= _TRIAL and not done.labels + len(pending):
+                if failed >= _TRIAL and not done.before + done.labels + len(pending):
                     break
                 if signals.requested:
                     break
@@ -132,7 +135,7 @@ def _label(asked: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judg
         if signals.requested:
             left, done.left = done.left, 0
             raise Interrupted(f"stopped by a signal: {done}; {left} still wait. The same command goes on from there.")
-    if done.failed and not done.labels:
+    if done.failed and not done.before + done.labels:  # one that has labeled before can: these pairs are at fault
         raise _unreadable(done, queue.config)
 
 

@@ -46,8 +46,8 @@ class LocalJudge:
             whole = "\n\n".join(message["content"] for message in messages)
             return encode_prompts(self.tokenizer, [[{"role": "user", "content": whole}]])[0]
 
-    def compare(self, comparisons: Iterable[Comparison]) -> Generator[Verdict | NoVerdict, None, None]:
-        """What the model says of each, in their order."""
+    def compare(self, comparisons: Iterable[Comparison]) -> Generator[Verdict | NoVerdict | None, None, None]:
+        """What the model says of each, in their order; None after a forward pass, so that a signal can be heeded."""
         model = self._load()
         waiting = iter(comparisons)
         while batch := list(islice(waiting, _AT_ONCE)):
@@ -65,7 +65,7 @@ class LocalJudge:
         model.check_head()
         return model
 
-    def _compare(self, model: LanguageModel, batch: Sequence[Comparison]) -> Iterator[Verdict | NoVerdict]:
+    def _compare(self, model: LanguageModel, batch: Sequence[Comparison]) -> Iterator[Verdict | NoVerdict | None]:
         asked = [(i, order, self.encode(x, order)) for i, x in enumerate(batch) for order in x.orders]
         fits = [row for row in asked if self.context is None or len(row[2]) <= self.context]
         logprobs: dict[tuple[int, tuple[int, int]], dict[str, float]] = {}
@@ -74,6 +74,7 @@ class LocalJudge:
             found = next_logprobs(model, [ids for *_, ids in rows], list(self._letters.values()))
             for (i, order, _), row in zip(rows, found.tolist(), strict=True):
                 logprobs[i, order] = dict(zip(self._letters, row, strict=True))
+            yield None
         for i, comparison in enumerate(batch):
             if any((i, order) not in logprobs for order in comparison.orders):
                 yield NoVerdict(comparison.item, f"longer than the model's {self.context} tokens")

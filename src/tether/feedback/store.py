@@ -119,11 +119,7 @@ class Store:
     def add_annotator(self, name: str) -> bool:
         """Register somebody who labels; False if the name is there already."""
         name = name.strip()
-        if name.startswith(JUDGE):
-            raise StoreError(
-                f"{name[:100]!r} begins like the name of a judge, which is a model: a person's labels would count as "
-                "its labels. Give another name."
-            )
+        _check_person(name)
         return self._add_annotator(name)
 
     def _add_annotator(self, name: str) -> bool:
@@ -144,13 +140,13 @@ class Store:
     def add_judge(self, name: str, made_of: dict[str, Any]) -> None:
         """Register a model that labels; StoreError where one of that name labels here that is made of something else.
 
-        name: judge:NAME. made_of: what its labels depend on.
+        name: judge:NAME. made_of: what its labels depend on; until it has labeled something, that may change.
         """
         self._add_annotator(name)
         with self._database.write() as c:
             kept = c.execute("SELECT made_of FROM judges WHERE name = ?", (name,)).fetchone()
-            if kept is None:
-                c.execute("INSERT INTO judges VALUES (?, ?)", (name, to_json(made_of)))
+            if kept is None or not queue.person_of(c, name)["labels"]:
+                c.execute("INSERT OR REPLACE INTO judges VALUES (?, ?)", (name, to_json(made_of)))
                 return
         before = json.loads(kept["made_of"])
         if changed := [key for key, value in made_of.items() if before.get(key) != value]:
@@ -199,6 +195,7 @@ class Store:
         strength: 1 slightly, 2 clearly, 3 much better; with a and b alone.
         axes: of helpful, harmless, honest, each a, b or tie. reason: of a skip. seconds: spent on it.
         """
+        _check_person(annotator)
         judgment = Judgment.of(choice, strength=strength, axes=axes or {}, note=note, reason=reason)
         with self._database.write() as c:
             return judgments.record(
@@ -222,6 +219,7 @@ class Store:
         A skipped item that somebody else has been given since is theirs: `next_task` then gives another.
         key: as for `record`, so that a request sent twice undoes one label.
         """
+        _check_person(annotator)
         with self._database.write() as c:
             return judgments.undo(c, annotator, key, now=self._clock(), mix=self.mix)
 
@@ -312,3 +310,12 @@ def check_fraction(name: str, fraction: float | None) -> None:
     """StoreError for a number outside [0, 1]; None is allowed."""
     if fraction is not None and not 0 <= fraction <= 1:
         raise StoreError(f"{name}={fraction} must be in [0, 1]: it is a share of the items. Give 0.2, say.")
+
+
+def _check_person(name: str) -> None:
+    """Raise StoreError for the name of a judge: nobody labels in its name, or takes a label of it back."""
+    if name.startswith(JUDGE):
+        raise StoreError(
+            f"{name[:100]!r} begins like the name of a judge, which is a model: a person's labels would count as its "
+            "labels. Give another name."
+        )

@@ -68,6 +68,8 @@ class NoVerdict:
 def question(principle: str, prompt: Prompt, first: str, second: str, form: str = "logprobs") -> list[dict[str, str]]:
     """Chat messages that ask which of two answers is better; `first` is shown as A. form: one of FORMS."""
     shown = f"Principle: {principle}\n\n[Prompt]\n{_as_text(prompt)}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}"
+    # A store holds half a character as it came, which neither a request nor a tokenizer can: U+FFFD stands for it.
+    shown = shown.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{shown}\n\n{_ENDINGS[form]}"}]
 
 
@@ -93,8 +95,11 @@ def _content(message: Mapping[str, Any]) -> str:
 def letter_probability(logprobs: Mapping[str, float]) -> float | None:
     """P(A) among A and B, from log-probs of what may come next; variants (`A`, ` A`) are added up.
 
-    None where less than half of the mass is on either letter: the model was about to say something else.
+    None where less than half of the mass is on either letter: the model was about to say something else; and where
+    there is no log-prob (NaN, or above 0 by more than rounding).
     """
+    if not all(x < 0.01 for x in logprobs.values()):
+        return None
     mass = {letter: sum(math.exp(x) for token, x in logprobs.items() if token.strip() == letter) for letter in "AB"}
     total = mass["A"] + mass["B"]
     return mass["A"] / total if total >= LEAST_MASS else None
