@@ -92,9 +92,10 @@ def ppo(
             same every time: what differs is the policy."""
             if not config.evaluate.every or (state.done % config.evaluate.every and state.done != p.cycles):
                 return metrics
-            experience = collect(sets.held_out, *parts, test, p, kl_coef=lambda *_: state.kl_coef, cycle=0,
-                                 phase=f"evaluation-{state.done:06d}",
-                                 progress=lambda phase: log.phase(f"evaluating, {phase}"))  # fmt: skip
+            with signals.droppable():
+                experience = collect(sets.held_out, *parts, test, p, kl_coef=lambda *_: state.kl_coef, cycle=0,
+                                     phase=f"evaluation-{state.done:06d}",
+                                     progress=lambda phase: log.phase(f"evaluating, {phase}"))  # fmt: skip
             record.evaluation(experience, state.done)
             metrics = metrics | experience.evaluation_metrics()
             if state.done:
@@ -116,8 +117,9 @@ def ppo(
             for text in [*notes, *([sets.note] if sets.note else []), *fallbacks]:
                 log.fallback(text)
             if state.done == 0:
-                with signals.droppable():
-                    evaluate({})
+                evaluate({})
+            elif "eval/score_mean" not in (line := run.metrics()[-1]) and (evaluated := evaluate(line)) is not line:
+                log.rewrite(state.done, evaluated)  # its evaluation was dropped, or a reward failed in it
 
             beta = partial(_kl_coef, state, p)
             while state.done < p.cycles:
