@@ -108,6 +108,7 @@ def test_a_repeated_request_has_the_same_key_and_another_request_another(tiny_to
         (b'{"scores": [1, 2', "where .* belongs"),
         (b"<html>\x1b[2J hello", "where .* belongs"),
         (b'{"scores": [' + b"1" * 2_000_000, "more than 1,000,200 bytes"),
+        (b'{"scores": ' + b"[" * 200_000, "where .* belongs"),
     ],
 )
 def test_an_answer_that_holds_no_scores_is_an_error_that_names_the_row(tiny_tokenizer, answer, complaint):
@@ -143,7 +144,10 @@ def test_a_server_that_stays_away_ends_it_within_the_deadline_and_says_how_often
 
 def test_an_answer_that_trickles_in_is_not_waited_for(tiny_tokenizer):
     server = Scripted({"scores": [1.0]}, drip_s=0.2)
-    with listening(server) as url, pytest.raises(RewardError, match=r"did not end within 0.5 s"):
+    with (
+        listening(server) as url,
+        pytest.raises(RewardError, match=r"within 0\.\d+ s; tried"),
+    ):  # the last attempt has what is left
         reward_of(tiny_tokenizer, url, timeout_s=1.5).score(completions_of(tiny_tokenizer, ["a"]))
 
 
@@ -158,7 +162,74 @@ def test_the_right_model_behind_a_wrong_token_is_an_error_without_either(
     assert "another-token" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["1", "s", "null", "-"])
+def test_a_key_that_is_also_a_piece_of_the_answer_changes_no_score(tiny_tokenizer, monkeypatch, key):
+    monkeypatch.setenv("REWARD_KEY", key)
+    server = Scripted({"scores": [1.25, -11.0, None]})
+    with listening(server) as url:
+        batch = completions_of(tiny_tokenizer, ["a", "b", "c"])
+        assert reward_of(tiny_tokenizer, url).sources["u0"][0].score(batch) == [1.25, -11.0, None]
+
+
+@pytest.mark.parametrize("quoted", [TOKEN, "".join(f"\\u{ord(c):04x}" for c in TOKEN)])
+def test_a_server_that_answers_with_the_key_puts_it_into_no_error(tiny_tokenizer, quoted):
+    server = Scripted(f'{{"scores": ["{quoted}"]}}'.encode())
+    with (
+        listening(server) as url,
+        pytest.raises(RewardError, match=r"returned '\(the key\)' \(str\) for row 0") as error,
+    ):
+        reward_of(tiny_tokenizer, url).score(completions_of(tiny_tokenizer, ["a"]))
+    assert error.value.__cause__ is None  # a traceback shows causes
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_a_server_on_this_machine(tiny_tokenizer, monkeypatch):
+    proxy, server = Scripted({"scores": [9.0]}), Scripted({"scores": [1.0]})
+    with listening(proxy) as between, listening(server) as url:
+        monkeypatch.setenv("HTTP_PROXY", between)
+        monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+        scored = reward_of(tiny_tokenizer, url).score(completions_of(tiny_tokenizer, ["a"]))
+    assert scored.scores.tolist() == [1.0]
+    assert proxy.asked == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("ALL_PROXY", "socks5://127.0.0.1:9"), ("HTTP_PROXY", "ftp://p"), ("SSL_CERT_FILE", "/nowhere/ca.pem")],
+)
+def test_an_environment_that_no_client_works_in_is_an_error_that_names_the_variables(
+    tiny_tokenizer, monkeypatch, variable, value
+):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"reward u0 cannot be asked with this environment .*{variable}"):
+        reward_of(tiny_tokenizer, "http://rewards.example/score")
+
+
+def test_an_address_that_no_machine_can_have_is_an_error(tiny_tokenizer):
+    with pytest.raises(RewardError, match=r"http://a\.\.b/score cannot be asked"):
+        reward_of(tiny_tokenizer, "http://a..b/score").score(completions_of(tiny_tokenizer, ["a"]))
+
+
+def test_a_server_that_is_waited_for_is_said_once_on_the_screen(tiny_tokenizer, capfd):
+    away, quick = Scripted({}, statuses=[503] * 1000), Scripted({"scores": [1.0]}, statuses=[503])
+    with listening(quick) as url:
+        reward_of(tiny_tokenizer, url).score(completions_of(tiny_tokenizer, ["a"]))
+    assert capfd.readouterr().err == ""  # for a moment alone
+    with listening(away) as url:
+        with pytest.raises(RewardError, match=r"or raise timeout_s"):
+            reward_of(tiny_tokenizer, url, timeout_s=5.0).score(completions_of(tiny_tokenizer, ["a"]))
+        said = f"reward u0: {url} does not answer; asked again for "
+    assert [line.startswith(said) for line in capfd.readouterr().err.splitlines()] == [True]
+
+
 # ---------------------------------------------------------------- before the run
+
+
+def test_a_server_that_is_not_there_before_the_run_is_no_matter_of_timeout_s(tiny_tokenizer):
+    # It is waited for at most 20 seconds then, whatever timeout_s says.
+    reward = reward_of(tiny_tokenizer, "http://127.0.0.1:9/score", timeout_s=1.0)
+    with pytest.raises(RewardError, match="See whether the server runs, then run the same command again") as error:
+        reward.check([Prompt((5,), "p", 0)])
+    assert "timeout_s" not in str(error.value)
 
 
 def test_a_source_that_scores_different_answers_alike_is_refused_unless_it_may(tiny_tokenizer):

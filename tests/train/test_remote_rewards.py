@@ -229,3 +229,41 @@ def test_a_dry_run_asks_the_server_and_names_a_wrong_key(policy, reward_model, t
         monkeypatch.delenv("REWARD_KEY")
         assert main(["ppo", str(tmp_path / "c.yaml")]) == 2
         assert "environment variable REWARD_KEY is not set" in capsys.readouterr().err
+
+
+def test_a_signal_ends_the_waiting_in_an_evaluation_too_and_it_is_done_later(policy, whole, tmp_path):
+    server, away = RandomServer(), Scripted({"detail": "away"}, statuses=[503] * 1000)
+
+    async def away_in_the_second_evaluation(scope, receive, send):
+        if len(server.asked) < 4 or not away.statuses:
+            await server(scope, receive, send)
+            return
+        await away(scope, receive, send)
+        if len(away.asked) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with listening(away_in_the_second_evaluation) as url:
+        config = config_of(tmp_path / "run", policy, remote(url, timeout_s=30.0))
+        with pytest.raises(Interrupted, match="stopped after cycle 2, saved"):
+            tether.ppo(config)
+        away.statuses.clear()
+        assert same(tether.ppo(config), whole)
+
+
+@pytest.mark.parametrize("evaluation", [2, 3])
+def test_an_evaluation_that_a_server_refused_is_done_when_the_run_goes_on(policy, whole, tmp_path, evaluation):
+    server, refusing = RandomServer(), Scripted({"detail": "closed"}, statuses=[400])
+    last = {2: 4, 3: 7}[evaluation]  # requests before it: probe, evaluation, cycles 1 and 2, evaluation, cycles 3 and 4
+
+    async def refuses_once(scope, receive, send):
+        await (refusing if len(server.asked) == last and refusing.statuses else server)(scope, receive, send)
+
+    with listening(refuses_once) as url:
+        config = config_of(tmp_path / "run", policy, remote(url))
+        with pytest.raises(RewardError, match="closed"):
+            tether.ppo(config)
+        run = tether.ppo(config)
+    assert same(run, whole)
+    assert (run.best["cycle"], run.best["score"]) == (whole.best["cycle"], whole.best["score"])
+    cards = [(r.path / "best" / "README.md").read_text() for r in (run, whole)]
+    assert cards[0].count("|") == cards[1].count("|")  # no cycle twice in its tables

@@ -11,10 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
@@ -28,10 +31,15 @@ from tether.rewards.model import tokens_hash
 from tether.runs.files import to_plain
 from tether.types import Completions, Prompt
 
+if TYPE_CHECKING:
+    import httpx2
+
 _PROBES = ("Yes.", "No, I would rather not talk about it, and you know why!", "It is a fine day", "so so so so so so")
 _CHECK_S = 20.0  # whoever mistyped the address need not wait for longer
 _ATTEMPTS = 3  # that at least fit into timeout_s, however long each takes
 _LONGEST_ANSWER = 1_000_000  # bytes, and 100 more for each row
+_SILENT_S = 2.0  # that a server may be away before the person is told
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class UrlReward:
@@ -48,17 +56,11 @@ class UrlReward:
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Sequence[int],
     ) -> None:
-        try:
-            import httpx2
-        except ImportError as error:
-            raise ConfigError(
-                f"{error.name} is not installed, so reward {name} cannot be asked: pip install 'tether[judge]'."
-            ) from error
         self.url, self.name, self.timeout_s = url, name, timeout_s
         self._key_env, self._key = key_env, _key(key_env, name)
         self._probe, self._tokenizer, self._stop_ids = probe, tokenizer, stop_ids
         self._tokens = tokens_hash(tokenizer)
-        self._client = httpx2.Client()
+        self._client = _client(url, name)
         self._stop = threading.Event()
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -76,7 +78,7 @@ class UrlReward:
         ids = [[*encode_completion(self._tokenizer, text), *stop] for text in _PROBES]
         unused: list[list[float]] = [[] for _ in ids]
         probes = Completions([prompts[0]] * len(ids), ids, unused, unused, ["stop"] * len(ids))
-        scores = self._ask(probes, min(self.timeout_s, _CHECK_S))
+        scores = self._ask(probes, min(self.timeout_s, _CHECK_S), "then run the same command again")
         if len(set(scores)) == 1:
             raise RewardError(
                 f"reward {self.name}: {self.url} scores {len(ids)} answers as different as {_PROBES[0]!r} and "
@@ -87,13 +89,15 @@ class UrlReward:
 
     def score(self, completions: Completions) -> list[float | None]:
         """B scores, by one request that is repeated while it fails in a way that may pass."""
-        return self._ask(completions, self.timeout_s)
+        remedy = "or raise timeout_s of this source; then run the same command again"
+        return self._ask(completions, self.timeout_s, remedy)
 
     def cancel(self) -> None:
         """End a `score` that is waiting in another thread."""
         self._stop.set()
 
-    def _ask(self, completions: Completions, deadline_s: float) -> list[float | None]:
+    def _ask(self, completions: Completions, deadline_s: float, remedy: str) -> list[float | None]:
+        """remedy: what else to do where the server does not answer."""
         import httpx2
 
         body = json.dumps(self._request(completions)).encode()
@@ -101,8 +105,13 @@ class UrlReward:
         if self._key is not None:
             headers["authorization"] = f"Bearer {self._key}"
         most_bytes = _LONGEST_ANSWER + 100 * len(completions)
+        told = False
 
         def attempt(left_s: float) -> tuple[int, bytes]:
+            nonlocal told
+            if not told and deadline_s - left_s > _SILENT_S:
+                told = True
+                self._say_waiting(left_s)
             limit_s = min(left_s, deadline_s / _ATTEMPTS)
             until = time.monotonic() + limit_s
             content = bytearray()
@@ -118,24 +127,33 @@ class UrlReward:
                 raise Temporary(f"no answer within {limit_s:.3g} s") from error
             except (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError) as error:
                 raise Temporary(first_line(error)) from error
-            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            except (httpx2.HTTPError, httpx2.InvalidURL, UnicodeError) as error:  # the last for http://a..b
                 raise self._unusable(f"cannot be asked ({first_line(error)})") from error
             failure = temporary(response.status_code, response.headers, self._detail(content))
             if failure is not None:
                 raise failure
-            return response.status_code, self._without_key(content)
+            return response.status_code, bytes(content)
 
         try:
             status, content = with_retries(attempt, deadline_s=deadline_s, stop=self._stop)
         except GaveUp as error:
             raise RewardError(
                 f"reward {self.name}: {self.url} does not answer ({error}): {len(completions)} responses, from "
-                f"{describe_row(completions, 0)} on, have no scores. See whether the server runs, or raise timeout_s "
-                "of this source; then run the same command again."
+                f"{describe_row(completions, 0)} on, have no scores. See whether the server runs, {remedy}."
             ) from error
         if not 200 <= status < 300:
             raise self._refused(status, self._detail(content), completions)
-        return read_scores(self._scores(content, completions), self.name, completions)
+        scores = self._scores(content, completions)
+        try:
+            return read_scores(scores, self.name, completions)
+        except RewardError as error:  # it quotes the answer
+            raise RewardError(self._without_key(str(error).encode()).decode()) from None
+
+    def _say_waiting(self, left_s: float) -> None:
+        """To the person, once a request: a run that waits is not one that hangs."""
+        with suppress(OSError):  # nobody may be reading
+            print(f"reward {self.name}: {self.url} does not answer; asked again for {left_s:.0f} s more",
+                  file=sys.stderr, flush=True)  # fmt: skip
 
     def _request(self, completions: Completions) -> dict[str, Any]:
         """The body. The ids are for a server whose tokenizer has the same hash: it tokenizes nothing again."""
@@ -152,10 +170,7 @@ class UrlReward:
         }
 
     def _scores(self, content: bytes, completions: Completions) -> Any:
-        try:
-            answer = json.loads(content)
-        except ValueError:
-            answer = None
+        answer = _read_json(content)
         if not isinstance(answer, dict) or "scores" not in answer:
             raise self._unusable(
                 f"answered {self._shown(content)!r} for {len(completions)} responses, from "
@@ -184,10 +199,7 @@ class UrlReward:
 
     def _detail(self, content: bytes | bytearray) -> str:
         """What the server said of a failure."""
-        try:
-            answer = json.loads(content)
-        except ValueError:
-            return self._shown(content)
+        answer = _read_json(content)
         return self._shown((str(answer.get("detail", "")) if isinstance(answer, dict) else "").encode() or content)
 
     def _shown(self, content: bytes | bytearray, longest: int = 300) -> str:
@@ -206,6 +218,31 @@ def request_hashes(completions: Completions) -> list[bytes]:
     rows = zip(completions.prompts, completions.response_ids, completions.finish_reasons, strict=True)
     told = ([p.source, p.ids, ids, reason, to_plain(p.columns)] for p, ids, reason in rows)
     return [hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest() for row in told]
+
+
+def _read_json(content: bytes | bytearray) -> Any:
+    """None where it is not JSON."""
+    with suppress(ValueError, RecursionError):  # the latter for a hundred thousand brackets
+        return json.loads(content)
+    return None
+
+
+def _client(url: str, name: str) -> httpx2.Client:
+    """What asks. A proxy of the environment is for other machines: it could not reach a server on this one, and the key
+    would travel to it."""
+    try:
+        import httpx2
+    except ImportError as error:
+        raise ConfigError(
+            f"{error.name} is not installed, so reward {name} cannot be asked: pip install 'tether[judge]'."
+        ) from error
+    try:
+        return httpx2.Client(trust_env=urlsplit(url).hostname not in LOOPBACK)
+    except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
+        raise ConfigError(
+            f"reward {name} cannot be asked with this environment ({first_line(error)}): correct or unset HTTP_PROXY, "
+            "HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE, whichever it is about, or name the server in NO_PROXY."
+        ) from error
 
 
 def _key(variable: str | None, name: str) -> str | None:

@@ -171,6 +171,11 @@ class RunDirectory:
         append_line(self.path / "metrics.jsonl", to_plain(metrics))
         self.heartbeat()
 
+    def replace_last_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write the last line of metrics.jsonl again."""
+        lines = [*self.metrics()[:-1], to_plain(metrics)]
+        write_atomically(self.path / "metrics.jsonl", "".join(json_line(line) for line in lines))
+
     def metrics(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl so far."""
         return read_lines(self.path / "metrics.jsonl")

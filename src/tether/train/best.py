@@ -35,6 +35,7 @@ def keep_best(
         return
     record = json.dumps({"cycle": cycle, **found}) + "\n"
     which = f"cycle {cycle}, the best on held-out prompts"
-    card = ppo_card(run.path.name, [*run.metrics(), {"cycle": cycle, **metrics}], config, which)
+    before = [line for line in run.metrics() if line["cycle"] < cycle]  # this one's is there if it is evaluated later
+    card = ppo_card(run.path.name, [*before, {"cycle": cycle, **metrics}], config, which)
     write_model(run.path / "best", card, lambda directory: (directory / "best.json").write_text(record))
     run.event("best", cycle=cycle, **found)

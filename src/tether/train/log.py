@@ -93,6 +93,13 @@ class Logger:
         finally:
             self.write(step, metrics)
 
+    def rewrite(self, step: int, metrics: dict[str, Any]) -> None:
+        """The last step's metrics once more, now that there are more of them."""
+        line = to_plain(metrics)
+        self.run.replace_last_metrics(line)
+        for sink in self._sinks:
+            sink.write(step, line)
+
     def note(self, text: str) -> None:
         """A line for the person, in no file."""
         self._screen.note(text)

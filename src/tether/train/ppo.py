@@ -95,11 +95,12 @@ def ppo(
             same every time: what differs is the policy."""
             if not config.evaluate.every or (state.done % config.evaluate.every and state.done != p.cycles):
                 return metrics
-            experience = collect(sets.held_out, *parts, test, p, kl_coef=lambda *_: state.kl_coef, cycle=0,
-                                 phase=f"evaluation-{state.done:06d}",
-                                 progress=lambda phase: log.phase(f"evaluating, {phase}"))  # fmt: skip
-            phase = f"gold-{state.done:06d}"
-            found = gold.score(experience.completions, phase).parts if gold.sources else {}
+            with signals.droppable():
+                experience = collect(sets.held_out, *parts, test, p, kl_coef=lambda *_: state.kl_coef, cycle=0,
+                                     phase=f"evaluation-{state.done:06d}",
+                                     progress=lambda phase: log.phase(f"evaluating, {phase}"))  # fmt: skip
+                phase = f"gold-{state.done:06d}"
+                found = gold.score(experience.completions, phase).parts if gold.sources else {}
             record.evaluation(experience, state.done, found)
             metrics = metrics | experience.evaluation_metrics(found)
             if state.done:
@@ -121,8 +122,9 @@ def ppo(
             for text in [*notes, *([sets.note] if sets.note else []), *fallbacks]:
                 log.fallback(text)
             if state.done == 0:
-                with signals.droppable():
-                    evaluate({})
+                evaluate({})
+            elif "eval/score_mean" not in (line := run.metrics()[-1]) and (evaluated := evaluate(line)) is not line:
+                log.rewrite(state.done, evaluated)  # its evaluation was dropped, or a reward failed in it
 
             beta = partial(_kl_coef, state, p)
             while state.done < p.cycles and fallen_below(run.path, config, state.done) is None:
