@@ -13,12 +13,12 @@ from resume import steady
 from tether.cli import main
 from tether.config import HeldOutConfig, RewardSourceConfig
 from tether.config.reading import to_yaml
-from tether.errors import ConfigError
+from tether.errors import ConfigError, RewardError
 from tether.reports.held_out import Evaluation, best_of, fit_law
 from tether.reports.page import _gold_figure, _held_out_figures
 from tether.train import ppo as ppo_module
 from tether.train.gold import best_and_below
-from tiny_ppo import tiny_config
+from tiny_ppo import PROMPTS, tiny_config
 
 SOURCES = """
 calls = []
@@ -30,12 +30,14 @@ def gold(completion_ids):
     calls.append(len(completion_ids))
     return [-s for s in proxy(completion_ids)]
 """
-EVERY = {"every": 1, "count": 3, "samples": 4}
+EVERY = {"every": 1, "count": 6, "samples": 4}
 
 
 def config_of(folder, tiny_model, **evaluate):
     file = folder / "sources.py"
     file.write_text(SOURCES)
+    prompts = [f"{i} {prompt}" for prompt in PROMPTS for i in range(2)]  # six may be held out
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
     gold = [RewardSourceConfig(function=f"{file}:gold", name="people")]
     config = tiny_config(
         folder / "run", tiny_model(), ppo={"cycles": 12, "batch": 16, "responses_per_prompt": 2, "minibatch": 8},
@@ -101,6 +103,30 @@ def test_a_run_that_broke_off_between_evaluation_and_checkpoint_ends_as_the_whol
     assert steady(again) == steady(run)
     same_weights(again, run)
     assert again.best == run.best
+
+
+def test_an_evaluation_whose_gold_failed_is_made_up_for_when_the_run_goes_on(run, tmp_path, monkeypatch):
+    """A service that is down for a while: the run that goes on has every evaluation, and ends where the whole one did."""
+    config, real, calls = replace(run.config, run=str(tmp_path / "again")), ppo_module.Record.evaluation, []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 3:  # before the first cycle, of the first, of the second
+            raise RewardError("gold does not answer")
+        return real(*args)
+
+    monkeypatch.setattr(ppo_module.Record, "evaluation", fails)
+    with pytest.raises(RewardError):
+        tether.ppo(config)
+    assert tether.Run.open(tmp_path / "again").evaluation_cycles == [0, 1]
+    again = tether.ppo(config)
+    assert again.evaluation_cycles == run.evaluation_cycles
+    assert steady(again) == steady(run)
+    same_weights(again, run)
+    assert again.best == run.best
+    assert (again.path / "best" / "README.md").read_text().replace("again", "run") == (
+        run.path / "best" / "README.md"
+    ).read_text()
 
 
 def same_weights(a, b):

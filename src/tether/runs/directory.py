@@ -170,6 +170,16 @@ class RunDirectory:
         append_line(self.path / "metrics.jsonl", to_plain(metrics))
         self.heartbeat()
 
+    def amend_metrics(self, step: int, metrics: dict[str, Any]) -> bool:
+        """Add `metrics` to the line of `step`; False if there is none."""
+        lines = self.metrics()
+        there = [line for line in lines if line[self.unit] == step]
+        for line in there:
+            line |= metrics
+        if there:
+            write_atomically(self.path / "metrics.jsonl", "".join(json_line(line) for line in lines))
+        return bool(there)
+
     def metrics(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl so far."""
         return read_lines(self.path / "metrics.jsonl")

@@ -93,6 +93,13 @@ class Logger:
         finally:
             self.write(step, metrics)
 
+    def amend(self, step: int, metrics: dict[str, Any]) -> None:
+        """Add what was not known of a step when its metrics were written; nothing where that was never done."""
+        added = to_plain(metrics)
+        if added and self.run.amend_metrics(step, added):
+            for sink in self._sinks:
+                sink.write(step, {self.unit: step, **added})
+
     def note(self, text: str) -> None:
         """A line for the person, in no file."""
         self._screen.note(text)

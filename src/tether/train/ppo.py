@@ -117,9 +117,9 @@ def ppo(
         with Logger(run, config.log, total=p.cycles, sinks=sinks) as log, state.saved_when_stopped():
             for text in [*notes, *([sets.note] if sets.note else []), *fallbacks]:
                 log.fallback(text)
-            if state.done == 0:
+            if state.done == 0 or state.done not in Run(run.path).evaluation_cycles:  # a reward failed in it
                 with signals.droppable():
-                    evaluate({})
+                    log.amend(state.done, evaluate(next(reversed(run.metrics()), {})))
 
             beta = partial(_kl_coef, state, p)
             while state.done < p.cycles and fallen_below(run.path, config, state.done) is None:
