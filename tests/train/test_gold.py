@@ -160,6 +160,7 @@ def test_evaluations_below_the_best_are_counted_back_from_the_last_one():
         ({"every": 0}, "evaluate.gold is given with evaluate.every=0"),
         ({"gold": [], "stop_when_gold_falls": 2}, "evaluate.stop_when_gold_falls=2 without evaluate.gold"),
         ({"stop_when_gold_falls": 0}, "evaluate.stop_when_gold_falls=0 is below 1"),
+        ({"stop_when_gold_falls": 2, "count": 5}, "evaluate.stop_when_gold_falls=2 with 5 held-out prompts"),
         ({"gold": [RewardSourceConfig(function="FILE:proxy")]}, "evaluate.gold[0] is what reward[0] scores by"),
         ({"gold": [RewardSourceConfig(function="FILE:gold", weight=2.0)]}, "evaluate.gold[0].weight is set"),
         ({"gold": [RewardSourceConfig(function="FILE:gold")] * 2}, "evaluate.gold[1] is called 'gold' like one before"),
