@@ -106,7 +106,7 @@ def test_a_run_that_broke_off_between_evaluation_and_checkpoint_ends_as_the_whol
 
 
 def test_an_evaluation_whose_gold_failed_is_made_up_for_when_the_run_goes_on(run, tmp_path, monkeypatch):
-    """A service that is down for a while: the run that goes on has every evaluation, and ends where the whole one did."""
+    """A service was down for a while: the run has every evaluation all the same, and ends where the whole one did."""
     config, real, calls = replace(run.config, run=str(tmp_path / "again")), ppo_module.Record.evaluation, []
 
     def fails(*args):

@@ -16,7 +16,7 @@ from tether.runs import RunDirectory
 from tether.train.optim import HELD_OUT, permutation
 from tether.types import Prompt
 
-# That all of six fall by chance happens once in 64 times; of five once in 32, more often than the 2.5 % of the interval.
+# All of six fall by chance once in 64 times; of five once in 32, which is more often than the interval's 2.5 %.
 _LEAST_FOR_GOLD = 6
 
 
