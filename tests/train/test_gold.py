@@ -62,6 +62,7 @@ def test_the_run_ends_whole_when_gold_has_fallen(run, capsys):
     (event,) = [e for e in run.events if e["event"] == "gold_fell"]
     assert event["cycle"] == last
     assert f"This is the policy of the last cycle, {last}." in (run.final / "README.md").read_text()
+    assert f" {last} of 12 cycles of 16 responses" in (run.final / "README.md").read_text()
     assert (run.path / "checkpoints" / f"cycle-{last:06d}").is_dir()
     (run.path / "c.yaml").write_text(to_yaml(run.config))
     assert main(["ppo", str(run.path / "c.yaml")]) == 0
