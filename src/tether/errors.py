@@ -101,8 +101,11 @@ def did_you_mean_path(path: str) -> str:
 
 
 def did_you_mean_final(path: str) -> str:
-    """' Did you mean …?' where `path` is a run directory with its model inside; '' where it is not."""
+    """' Did you mean …?' where `path` is a run directory with its model inside, or holds an ensemble; else ''."""
     final = Path(path) / "final"
+    for folder in (Path(path), final):
+        if (folder / "member-1" / "config.json").is_file():
+            return f" {folder} holds an ensemble: list its members as `models: [{folder / 'member-1'}, …]`."
     return f" Did you mean {final}?" if (final / "config.json").is_file() else ""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -122,3 +123,12 @@ def test_the_studio_colors_responses_by_disagreement_and_shows_the_most_disputed
     assert len(shown) == 8
     assert shown == sorted(shown, reverse=True)
     assert shown[0] == 8
+
+
+def test_the_directory_of_a_whole_ensemble_is_no_reward_model_and_its_members_are_named(members, tiny_model, tmp_path):
+    for k, member in enumerate(members, 1):
+        shutil.copytree(member, tmp_path / "rm" / "final" / f"member-{k}")
+    for place in (tmp_path / "rm", tmp_path / "rm" / "final"):
+        config = replace(tiny_config(tmp_path / "run", tiny_model()), reward=[RewardSourceConfig(model=str(place))])
+        with pytest.raises(ModelError, match=r"list its members as `models: \[.*final/member-1, …\]`"):
+            tether.ppo(config)

@@ -13,12 +13,12 @@ from resume import steady
 from tether.cli import main
 from tether.config import HeldOutConfig, RewardSourceConfig
 from tether.config.reading import to_yaml
-from tether.errors import ConfigError
+from tether.errors import ConfigError, RewardError
 from tether.reports.held_out import Evaluation, best_of, fit_law
 from tether.reports.page import _gold_figure, _held_out_figures
 from tether.train import ppo as ppo_module
 from tether.train.gold import best_and_below
-from tiny_ppo import tiny_config
+from tiny_ppo import PROMPTS, tiny_config
 
 SOURCES = """
 calls = []
@@ -30,12 +30,14 @@ def gold(completion_ids):
     calls.append(len(completion_ids))
     return [-s for s in proxy(completion_ids)]
 """
-EVERY = {"every": 1, "count": 3, "samples": 4}
+EVERY = {"every": 1, "count": 6, "samples": 4}
 
 
 def config_of(folder, tiny_model, **evaluate):
     file = folder / "sources.py"
     file.write_text(SOURCES)
+    prompts = [f"{i} {prompt}" for prompt in PROMPTS for i in range(2)]  # six may be held out
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
     gold = [RewardSourceConfig(function=f"{file}:gold", name="people")]
     config = tiny_config(
         folder / "run", tiny_model(), ppo={"cycles": 12, "batch": 16, "responses_per_prompt": 2, "minibatch": 8},
@@ -60,6 +62,7 @@ def test_the_run_ends_whole_when_gold_has_fallen(run, capsys):
     (event,) = [e for e in run.events if e["event"] == "gold_fell"]
     assert event["cycle"] == last
     assert f"This is the policy of the last cycle, {last}." in (run.final / "README.md").read_text()
+    assert f" {last} of 12 cycles of 16 responses" in (run.final / "README.md").read_text()
     assert (run.path / "checkpoints" / f"cycle-{last:06d}").is_dir()
     (run.path / "c.yaml").write_text(to_yaml(run.config))
     assert main(["ppo", str(run.path / "c.yaml")]) == 0
@@ -103,6 +106,30 @@ def test_a_run_that_broke_off_between_evaluation_and_checkpoint_ends_as_the_whol
     assert again.best == run.best
 
 
+def test_an_evaluation_whose_gold_failed_is_made_up_for_when_the_run_goes_on(run, tmp_path, monkeypatch):
+    """A service was down for a while: the run has every evaluation all the same, and ends where the whole one did."""
+    config, real, calls = replace(run.config, run=str(tmp_path / "again")), ppo_module.Record.evaluation, []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 3:  # before the first cycle, of the first, of the second
+            raise RewardError("gold does not answer")
+        return real(*args)
+
+    monkeypatch.setattr(ppo_module.Record, "evaluation", fails)
+    with pytest.raises(RewardError):
+        tether.ppo(config)
+    assert tether.Run.open(tmp_path / "again").evaluation_cycles == [0, 1]
+    again = tether.ppo(config)
+    assert again.evaluation_cycles == run.evaluation_cycles
+    assert steady(again) == steady(run)
+    same_weights(again, run)
+    assert again.best == run.best
+    assert (again.path / "best" / "README.md").read_text().replace("again", "run") == (
+        run.path / "best" / "README.md"
+    ).read_text()
+
+
 def same_weights(a, b):
     x, y = load_file(a.final / "model.safetensors"), load_file(b.final / "model.safetensors")
     assert x
@@ -134,6 +161,7 @@ def test_evaluations_below_the_best_are_counted_back_from_the_last_one():
         ({"every": 0}, "evaluate.gold is given with evaluate.every=0"),
         ({"gold": [], "stop_when_gold_falls": 2}, "evaluate.stop_when_gold_falls=2 without evaluate.gold"),
         ({"stop_when_gold_falls": 0}, "evaluate.stop_when_gold_falls=0 is below 1"),
+        ({"stop_when_gold_falls": 2, "count": 5}, "evaluate.stop_when_gold_falls=2 with 5 held-out prompts"),
         ({"gold": [RewardSourceConfig(function="FILE:proxy")]}, "evaluate.gold[0] is what reward[0] scores by"),
         ({"gold": [RewardSourceConfig(function="FILE:gold", weight=2.0)]}, "evaluate.gold[0].weight is set"),
         ({"gold": [RewardSourceConfig(function="FILE:gold")] * 2}, "evaluate.gold[1] is called 'gold' like one before"),

@@ -1,6 +1,7 @@
 """Several reward models of one run: each sees other pairs, none sees a held-out one, and a broken-off run goes on."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -72,10 +73,11 @@ def test_members_differ(run):
     assert not any(torch.equal(weights[i], weights[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
-@pytest.mark.parametrize("at", [9, 12, "save", "gather"])
+@pytest.mark.parametrize("at", [9, 12, "save", "gather", "tidy"])
 def test_a_run_that_breaks_off_ends_with_the_same_bits(run, config, tmp_path, monkeypatch, at):
-    """In the midst of the second member, as it begins the third, before a member is written, and before final/ is."""
-    calls = Counter()
+    """In the midst of the second member, as it begins the third, before a member is written, before final/ is, and
+    after, when the place where the members stood until then is half removed."""
+    calls, real_rmtree = Counter(), shutil.rmtree
 
     def breaks(name, when):
         real = getattr(reward_module, name)
@@ -88,11 +90,21 @@ def test_a_run_that_breaks_off_ends_with_the_same_bits(run, config, tmp_path, mo
 
         monkeypatch.setattr(reward_module, name, counted)
 
-    breaks(*{"save": ("save", 2), "gather": ("gather_members", 1)}.get(at, ("accumulate", at)))
+    def removes_half(members, **_):
+        (members / FILES[0]).unlink()
+        raise RuntimeError("the power failed")
+
+    if at == "tidy":
+        monkeypatch.setattr(reward_module.shutil, "rmtree", lambda folder, **how: (
+            removes_half(folder) if folder.name == "members" and folder.exists() else real_rmtree(folder, **how)
+        ))  # fmt: skip
+    breaks(*{"save": ("save", 2), "gather": ("gather_members", 1), "tidy": ("save", 0)}.get(at, ("accumulate", at)))
     config = replace(config, run=str(tmp_path / "run"))
     with pytest.raises(RuntimeError):
         reward_model(config)
+    monkeypatch.undo()
     again = reward_model(config)
+    assert not (again.path / "members").exists()
     assert steady(again) == steady(run)
     for name in FILES:
         a, b = load_file(run.final / name), load_file(again.final / name)

@@ -29,6 +29,7 @@ def ppo_card(
     table = [f"| | cycle {first['cycle']} | cycle {last['cycle']} |", "|---|---|---|"]
     table += [f"| {label} | {_shown(first[key])} | {_shown(last[key])} |" for key, label in _MOVED.items()]
     evaluated = [m["eval/score_mean"] for m in metrics if m.get("eval/score_mean") is not None]
+    done = f"{last['cycle']} of " if last["cycle"] < config.ppo.cycles else ""
     compared = []
     if best and evaluated:
         compared.append(
@@ -43,7 +44,7 @@ def ppo_card(
         f"Trained with PPO by Tether from `{config.model.policy}`.\nThis is the policy of {which}.",
         "\n".join(table),
         *compared,
-        f"Prompts: `{config.prompts.path}`. {config.ppo.cycles} cycles of {config.ppo.batch} responses, "
+        f"Prompts: `{config.prompts.path}`. {done}{config.ppo.cycles} cycles of {config.ppo.batch} responses, "
         f"seed {config.seed}.\nSampled at temperature {s.temperature:g}, at most {s.max_new_tokens} new tokens; "
         "generation_config.json says the same.",
         "A score is what the reward sources say, not what people would: look at samples before you trust it.",

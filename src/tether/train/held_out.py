@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.config import PPOConfig
+from tether.config import HeldOutConfig, PPOConfig
 from tether.data.prompts import load_prompts
-from tether.errors import DataError
+from tether.errors import ConfigError, DataError
 from tether.runs import RunDirectory
 from tether.train.optim import HELD_OUT, permutation
 from tether.types import Prompt
+
+# All of six fall by chance once in 64 times; of five once in 32, which is more often than the interval's 2.5 %.
+_LEAST_FOR_GOLD = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +38,12 @@ def load_prompt_sets(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, cont
     limit, e = config.sampling.max_new_tokens, config.evaluate
     prompts = load_prompts(config.prompts, tokenizer, context=context, max_new_tokens=limit)
     if e.prompts is None:
-        return PromptSets(prompts, *hold_out(prompts, e.count if e.every else 0, config.seed))
+        sets = PromptSets(prompts, *hold_out(prompts, e.count if e.every else 0, config.seed))
+        _check_enough(sets.held_out, e)
+        return sets
     other = replace(config.prompts, path=e.prompts, limit=None)
     held_out = load_prompts(other, tokenizer, context=context, max_new_tokens=limit)[: e.count]
+    _check_enough(held_out, e)
     train = without(prompts, held_out)
     if not train:
         raise DataError(
@@ -47,6 +53,15 @@ def load_prompt_sets(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, cont
     dropped = len(prompts) - len(train)
     note = f"{dropped} of {len(prompts)} rows are evaluated on: not trained on" if dropped else None
     return PromptSets(prompts, train, held_out, note)
+
+
+def _check_enough(held_out: list[Prompt], evaluate: HeldOutConfig) -> None:
+    if evaluate.stop_when_gold_falls is not None and len(held_out) < _LEAST_FOR_GOLD:
+        raise ConfigError(
+            f"evaluate.stop_when_gold_falls={evaluate.stop_when_gold_falls} with {len(held_out)} held-out prompts: so "
+            f"few may all fall by chance, and the run would end for nothing. Hold {_LEAST_FOR_GOLD} or more out with "
+            "evaluate.count (a quarter of the prompts at most) or evaluate.prompts, 64 if you can; or leave it out."
+        )
 
 
 def hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt], str | None]:

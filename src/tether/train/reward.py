@@ -34,7 +34,7 @@ from tether.models.reward_model import (
     save_reward_model,
 )
 from tether.runs import Run, RunDirectory, recorded_inputs
-from tether.runs.files import replacing_directory, wrap_os_errors, write_sums
+from tether.runs.files import damage, replacing_directory, wrap_os_errors, write_sums
 from tether.train import sft
 from tether.train.card import reward_card
 from tether.train.checkpoint import latest
@@ -59,6 +59,9 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
     inputs = input_hashes(config, fresh=fresh)
     with open_run(config, command="reward", fresh=fresh, inputs=inputs) as (run, signals):
         if run.finished:
+            return Run.open(run.path)
+        if section.members is not None and damage(run.path / "final") is None:  # stopped while tidying up after it
+            shutil.rmtree(run.path / "members", ignore_errors=True)
             return Run.open(run.path)
         seeds = config.member_seeds
         model, adapter, tokenizer = load_model(config.model, device=device, seed=seeds[0])
@@ -86,8 +89,9 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         if section.members is not None:
             del model, adapter
             report = finish_ensemble(places, config, train, test, device)
-            gather_members(run, config, report)
         report.write(run.path)
+        if section.members is not None:
+            gather_members(run, config, report)  # last: where final/ stands, the rest does
         print(report.text())
     return Run.open(run.path)
 
