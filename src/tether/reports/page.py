@@ -345,7 +345,7 @@ def _of_held_out_pairs(found: dict[str, Any]) -> tuple[list[Headline], list[Figu
         Headline("Held-out loss", f"{found['loss']:.3f}", "nats per pair; knowing nothing is 0.693"),
         Headline("Calibration error", f"{found['calibration_error']:.3f}", "mean gap of confidence and accuracy"),
     ]
-    if members := found.get("members"):
+    if members := [member for member in found.get("members", []) if member]:  # of ties alone no accuracy is known
         alone = ", ".join(f"{member['value']:.1%}" for member in members)
         note = f"held-out accuracy of each of the {len(members)} reward models; the other figures are of their mean"
         headlines.insert(1, Headline("Members alone", alone, note))

@@ -81,8 +81,8 @@ class PreferenceReport:
             f"Loss {self.loss:.4f} nats per pair (knowing nothing: 0.6931); calibration error "
             f"{self.calibration_error:.3f}.",
         ]
-        if self.members:
-            alone = ", ".join(f"{member.value:.3f}" for member in self.members if member is not None)
+        if known := [member for member in self.members if member is not None]:  # of ties alone no accuracy is
+            alone = ", ".join(f"{member.value:.3f}" for member in known)
             lines.insert(1, f"It is that of the mean of {len(self.members)} reward models; of each alone: {alone}.")
         if self.same_prompts:
             lines.append(
