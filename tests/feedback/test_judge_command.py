@@ -350,3 +350,12 @@ def test_half_a_character_is_asked_about_as_a_replacement(config, server, capsys
     asked = server.asked[0]["messages"][-1]["content"]
     assert "Q\ufffd\n" in asked
     assert "worth 0 \ufffd\n" in asked
+
+
+def test_a_version_of_the_guidelines_is_asked_of_people_and_not_of_judges(labeled, config):
+    assert main(["judge", config]) == 0
+    with Store(labeled, create=False) as store:
+        version = store.add_guidelines("Be fair.")
+        found = store.labels(Filters(judges=True, guideline=version))
+        assert {label.annotator for label in found} == {"judge:critic"}  # Ada's are older than the guidelines
+        assert list(store.labels(Filters(guideline=version))) == []

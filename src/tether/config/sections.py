@@ -190,7 +190,7 @@ class LabelsConfig(Section):
     """Only labels up to this date, its whole day, or time, UTC; null: up to when the run begins. Resumed, a run reads
     the labels that it began with, whatever was labeled since."""
     guideline: Annotated[int | None, at_least(1, "versions count from 1; null takes every label")] = None
-    """Only labels given under this version of the guidelines; null: any."""
+    """Of people's labels only those given under this version of the guidelines; null: any."""
     judges: bool = False
     """Labels of judges (tether judge) too, beside those of the people above. Off: only those of a judge that
     `annotators` names."""

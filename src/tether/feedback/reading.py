@@ -127,7 +127,8 @@ def _standing(
                 f"guideline={filters.guideline} is no version of the guidelines here, so no label could be meant. "
                 + (f"Give 1 to {newest}." if newest else "There are none yet: leave it out.")
             )
-        query, values = query + " AND e.guideline = ?", [*values, filters.guideline]
+        query += f" AND (e.guideline = ? OR {_BY_A_JUDGE})"  # guidelines are for people; a judge has its constitution
+        values.append(filters.guideline)
     return query, values
 
 
