@@ -13,6 +13,7 @@ from resume import steady
 from tether.cli import main
 from tether.config import HeldOutConfig, RewardSourceConfig
 from tether.config.reading import to_yaml
+from tether.diagnose import examine
 from tether.errors import ConfigError, RewardError
 from tether.reports.held_out import Evaluation, best_of, fit_law
 from tether.reports.page import _gold_figure, _held_out_figures
@@ -68,6 +69,9 @@ def test_the_run_ends_whole_when_gold_has_fallen(run, capsys):
     assert main(["ppo", str(run.path / "c.yaml")]) == 0
     assert "is finished: nothing to do" in capsys.readouterr().out
     assert run.metrics[-1]["cycle"] == last
+    assert event["best"] == 0
+    told = f"ended at cycle {last}, as gold has fallen since cycle 0: the model that it began from was better"
+    assert told in examine(run)
 
 
 def test_gold_is_a_metric_and_a_column_of_evaluations_and_best_goes_by_it(run):

@@ -26,10 +26,20 @@ def examine(run: str | Path | Run) -> str:
     planned = f" of {attrgetter(kind.total)(config):,}" if kind.total else ""
     done = metrics[-1][kind.unit] if metrics else 0
     head = f"{run.path}: {kind.title}, {_state(status, metrics, now)}, {done:,}{planned} {kind.unit}s done"
-    parts = [head + _headline(run, metrics, report), *(_told(alarm, kind.unit) for alarm in found)]
+    parts = [head + _headline(run, metrics, report), *_fallen(run), *(_told(alarm, kind.unit) for alarm in found)]
     if not found:
         parts.append(_nothing(kind, done))
     return "\n\n".join(parts)
+
+
+def _fallen(run: Run) -> list[str]:
+    """That gold ended the run, and which policy to take; nothing where it did not."""
+    fell = [event for event in run.events if event["event"] == "gold_fell"]
+    if not fell:
+        return []
+    best = fell[-1]["best"]
+    take = f"best/ is the policy of cycle {best}" if best else "the model that it began from was better than all since"
+    return [f"ended at cycle {fell[-1]['cycle']}, as gold has fallen since cycle {best}: {take}."]
 
 
 def preference_report(run: Run) -> dict[str, Any] | None:
