@@ -77,8 +77,8 @@ def test_a_rollout_has_values_and_returns_or_neither():
 def test_phase_1_leaves_out_the_critics_metric_and_columns(experience, tiny_tokenizer):
     assert experience.rollout.values is None
     assert not [name for name in experience.metrics if name.startswith("value/")]
-    assert "eval/explained_variance" not in experience.evaluation_metrics()
-    assert "eval/kl_ref_mean" in experience.evaluation_metrics()
+    assert "eval/explained_variance" not in experience.evaluation_metrics({})
+    assert "eval/kl_ref_mean" in experience.evaluation_metrics({})
     columns = rollout_columns(experience, tiny_tokenizer, (), CONFIG.ppo, cycle=1, responses_per_prompt=2)
     assert not {"value", "delta", "return"} & set(columns)
     ours, other = (sum(columns["reward"][i]) for i in (0, 1))

@@ -131,8 +131,7 @@ def ppo(
                 cycle = state.done + 1
                 asked = _prompts_of(cycle, sets.train, config)
                 with signals.droppable():
-                    experience = collect(asked, *parts, train, p, kl_coef=beta, cycle=cycle,
-                                         phase=f"cycle-{cycle:06d}", progress=log.phase)  # fmt: skip
+                    experience = collect(asked, *parts, train, p, kl_coef=beta, cycle=cycle, progress=log.phase)
                 log.alarms(cycle, experience.alarms)
                 with record.left_behind(experience, cycle):
                     done = update(policy, steps, experience.rollout, p, cycle=cycle, kl_coef=experience.kl_coef,

@@ -66,7 +66,8 @@ def collect(
 ) -> Experience:  # fmt: skip
     """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens.
 
-    kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B]. phase: see `RewardSet.score`.
+    kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B].
+    phase: see `RewardSet.score`; by default the cycle.
     """
     clock = _Clock()
     progress("sampling")
@@ -79,7 +80,7 @@ def collect(
         )
 
     progress("scoring")
-    scored = reward.score(completions, phase)
+    scored = reward.score(completions, phase or f"cycle-{cycle:06d}")
     clock.lap("time/score_s")
 
     progress("valuing")
