@@ -21,19 +21,8 @@ from typing import Any
 from tether.config import JudgeSection, LimitsConfig
 from tether.errors import ConfigError, ModelError, first_line
 from tether.feedback.judge_cache import JudgeCache, request_key
-from tether.feedback.records import Verdict
-from tether.feedback.verdict import (
-    FORMS,
-    SCHEMA,
-    Comparison,
-    NoVerdict,
-    json_verdict,
-    letter_probability,
-    text_verdict,
-    verdict_of,
-)
+from tether.feedback.verdict import FORMS, NoVerdict, Outcome, Question
 from tether.remote import Cancelled, GaveUp, Temporary, describe_status, temporary, with_retries
-from tether.statistics import vote_probability
 
 ANSWER_TOKENS = 512  # most of an answer with reasons: a few sentences are a quarter of it
 _OVERHEAD_TOKENS = 256  # what a server's chat template may add to a question
@@ -78,14 +67,14 @@ class Endpoint:
 
     # ------------------------------------------------------------ comparisons
 
-    def compare(self, comparisons: Iterable[Comparison]) -> Generator[Verdict | NoVerdict | None, None, None]:
+    def compare(self, comparisons: Iterable[Question[Outcome]]) -> Generator[Outcome | NoVerdict | None, None, None]:
         """What the judge says of each, as it comes. The first alone: it shows which form of answer there is.
 
         None: nothing came for a moment, and whoever reads this may look at something else. Ends early where a limit is
         reached (`spent`). Left early, it sends nothing more, and waits for what is in flight.
         """
         waiting = iter(comparisons)
-        running: set[Future[Verdict | NoVerdict | None]] = set()
+        running: set[Future[Outcome | NoVerdict | None]] = set()
         pool = ThreadPoolExecutor(self._limits.concurrency, thread_name_prefix="judge")
         try:
             ended = False
@@ -112,7 +101,7 @@ class Endpoint:
         requests, tokens = self._cache.spent()
         return f"{requests:,} requests and {tokens:,} tokens so far"
 
-    def _compare(self, comparison: Comparison) -> Verdict | NoVerdict | None:
+    def _compare(self, comparison: Question[Outcome]) -> Outcome | NoVerdict | None:
         """None where it was not asked to the end: a limit, or a stop."""
         unable: list[str] = []  # forms
         failure = NoVerdict(comparison.item, "")
@@ -126,7 +115,7 @@ class Endpoint:
                         break  # it can: this question is too long for it, say
                     unable.append(form)
                     continue
-                if isinstance(outcome, Verdict):
+                if not isinstance(outcome, NoVerdict):
                     self._settle(form, unable)
                     return outcome
                 failure = outcome
@@ -140,36 +129,35 @@ class Endpoint:
             return self._gave_up(comparison, error)
         return failure
 
-    def _in_form(self, comparison: Comparison, form: str) -> Verdict | NoVerdict:
-        read: dict[tuple[int, int], tuple[float, dict[str, Any]]] = {}
+    def _in_form(self, comparison: Question[Outcome], form: str) -> Outcome | NoVerdict:
+        read: dict[tuple[int, ...], tuple[float, dict[str, Any]]] = {}
         for order in comparison.orders:
             body = self._body(comparison, order, form)
             if form == "logprobs":
                 reply = self._ask(body, 0, form)
-                p = letter_probability(reply.logprobs or {}) if reply.whole else None
+                p = comparison.read_logprobs(reply.logprobs or {}) if reply.whole else None
                 if p is None:
-                    return NoVerdict(comparison.item, "neither letter likely", reply.text)
+                    return NoVerdict(comparison.item, comparison.unlikely, reply.text)
                 read[order] = p, {"form": form, "reply": reply.logprobs}
                 continue
             replies = [self._ask(body, vote, form) for vote in range(self._config.votes)]
-            letters = [(json_verdict if form == "json" else text_verdict)(r.text) if r.whole else None for r in replies]
-            valid = [letter for letter in letters if letter is not None]
-            if not valid or 2 * len(valid) < len(letters):
-                unread = next(r for r, letter in zip(replies, letters, strict=True) if letter is None)
+            votes = [comparison.read_reply(r.text, form) if r.whole else None for r in replies]
+            valid = [vote for vote in votes if vote is not None]
+            if not valid or 2 * len(valid) < len(votes):
+                unread = next(r for r, vote in zip(replies, votes, strict=True) if vote is None)
                 why = "no verdict in the answer" if unread.whole else "refused, filtered or cut"
                 return NoVerdict(comparison.item, why, unread.text)
-            wins = valid.count("A")
-            kept = {"form": form, "votes": len(valid), "wins": wins, "reply": replies[0].text[:_KEPT_CHARACTERS]}
-            read[order] = vote_probability(wins, len(valid)), kept
-        return verdict_of(comparison, read)
+            value, kept = comparison.read_votes(valid)
+            read[order] = value, {"form": form, **kept, "reply": replies[0].text[:_KEPT_CHARACTERS]}
+        return comparison.outcome(read)
 
-    def _body(self, comparison: Comparison, order: tuple[int, int], form: str) -> dict[str, Any]:
+    def _body(self, comparison: Question[Any], order: tuple[int, ...], form: str) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self._config.model, "messages": comparison.question(order, form)}
         if form == "logprobs":
             return body | {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
         body |= {"max_tokens": ANSWER_TOKENS, "temperature": 0.0 if self._config.votes == 1 else 1.0}
         if form == "json":
-            schema = {"name": "verdict", "strict": True, "schema": SCHEMA}
+            schema = {"name": "verdict", "strict": True, "schema": comparison.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
 
@@ -190,12 +178,12 @@ class Endpoint:
             if self._refusals >= _TRIES and not any(self._read.values()):
                 raise self._error(why)
 
-    def _gave_up(self, comparison: Comparison, error: GaveUp) -> NoVerdict:
+    def _gave_up(self, comparison: Question[Any], error: GaveUp) -> NoVerdict:
         with self._turn:
             self._in_a_row += 1
             if not self._answered or self._in_a_row >= _GIVE_UP_AFTER:
                 raise self._error(str(error)) from error
-        return NoVerdict(comparison.item, "the endpoint gave no answer", error.reason)
+        return NoVerdict(comparison.item, "the endpoint gave no answer", error.reason, gone=True)
 
     # ------------------------------------------------------------ one request
 
