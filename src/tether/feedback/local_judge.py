@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tether.config import JudgeConfig
-from tether.data.chat import encode_prompts
+from tether.data.chat import encode_completion, encode_prompts
 from tether.data.tokenizer import check_vocabulary, load_tokenizer
 from tether.errors import DataError, ModelError
 from tether.feedback.verdict import Comparison, NoVerdict, Outcome, Question, plain_question
 from tether.models.language_model import LanguageModel
 from tether.models.loading import context_length, load_causal_lm, model_config, resolve_device, resolve_dtype
-from tether.types import microbatches
+from tether.types import Text, microbatches
 
 _AT_ONCE = 64  # of what is asked, whose questions are tokenized and sorted together
 _FORWARD_TOKENS = 8192  # padded tokens in one forward pass
@@ -36,14 +36,14 @@ class LocalJudge:
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust)
         check_vocabulary(self.tokenizer, self._model_config.get_text_config().vocab_size)
         self._symbols = symbol_tokens(self.tokenizer, symbols)
+        self._opening = opening_token(self.tokenizer, symbols)
 
     def encode(self, comparison: Question[Any], order: tuple[int, ...]) -> list[int]:
         """The ids after which the answer comes."""
         messages = comparison.question(order, "logprobs")
-        if not self.tokenizer.chat_template:
-            return encode_prompts(self.tokenizer, [plain_question(messages, comparison.lead)])[0]
+        asked: Text = messages if self.tokenizer.chat_template else plain_question(messages, comparison.lead)
         try:
-            return encode_prompts(self.tokenizer, [messages])[0]
+            return encode_prompts(self.tokenizer, [asked])[0]
         except DataError:  # a template that knows no system message
             whole = "\n\n".join(message["content"] for message in messages)
             return encode_prompts(self.tokenizer, [[{"role": "user", "content": whole}]])[0]
@@ -72,14 +72,22 @@ class LocalJudge:
         self, model: LanguageModel, batch: Sequence[Question[Outcome]]
     ) -> Iterator[Outcome | NoVerdict | None]:
         asked = [(i, order, self.encode(x, order)) for i, x in enumerate(batch) for order in x.orders]
-        fits = [row for row in asked if self.context is None or len(row[2]) <= self.context]
-        logprobs: dict[tuple[int, tuple[int, ...]], dict[str, float]] = {}
-        for index in microbatches([len(ids) for *_, ids in fits], _FORWARD_TOKENS) if fits else []:
-            rows = [fits[k] for k in index.tolist()]
-            found = next_logprobs(model, [ids for *_, ids in rows], list(self._symbols.values()))
-            for (i, order, _), row in zip(rows, found.tolist(), strict=True):
-                logprobs[i, order] = dict(zip(self._symbols, row, strict=True))
+        fits = [row for row in asked if self.context is None or len(row[2]) + len(self._opening) <= self.context]
+        rows = [(row, ids) for row, (_, _, ids) in enumerate(fits)]
+        if self._opening:  # what may come behind it is looked at as well
+            rows += [(row, [*ids, *self._opening]) for row, ids in rows]
+        found: dict[int, list[float]] = {}  # of `rows`
+        for index in microbatches([len(ids) for _, ids in rows], _FORWARD_TOKENS) if rows else []:
+            part = index.tolist()
+            targets = [*self._symbols.values(), *self._opening]
+            found |= zip(part, next_logprobs(model, [rows[k][1] for k in part], targets).tolist(), strict=True)
             yield None
+        logprobs = {}
+        for row, (i, order, _) in enumerate(fits):
+            logprobs[i, order] = dict(zip(self._symbols, found[row], strict=False))
+            if self._opening:
+                behind = [found[row][-1] + x for x in found[len(fits) + row]]
+                logprobs[i, order] |= dict(zip((f"{text}  " for text in self._symbols), behind, strict=False))
         for i, comparison in enumerate(batch):
             if any((i, order) not in logprobs for order in comparison.orders):
                 yield NoVerdict(comparison.item, f"longer than the model's {self.context} tokens")
@@ -112,6 +120,14 @@ def symbol_tokens(tokenizer: PreTrainedTokenizerBase, symbols: str) -> dict[str,
             "could not answer. Use another model, or one behind an endpoint (judge.base_url), whose text is read."
         )
     return found
+
+
+def opening_token(tokenizer: PreTrainedTokenizerBase, symbols: str) -> list[int]:
+    """The token that stands before some of the characters where they open an answer: the space of SentencePiece, which
+    Llama 2 writes before a digit. Empty where there is none."""
+    encoded = [encode_completion(tokenizer, symbol) for symbol in symbols]
+    openings = {ids[0] for ids in encoded if len(ids) == 2}
+    return [*openings] if len(openings) == 1 else []
 
 
 @torch.no_grad()
