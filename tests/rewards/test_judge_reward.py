@@ -274,6 +274,7 @@ def test_the_config_refuses_what_would_mean_nothing():
         ({"judge": "a.yaml", "url": "http://h/score"}, "has url and judge"),
         ({"judge": "a.yaml", "key_env": "KEY"}, "key_env is for a url"),
         ({"judge": "my judge.yaml"}, "is called 'my judge'"),
+        ({"judge": "a.yaml", "timeout_s": 5.0}, r"timeout_s is set, .* set limits.timeout_s in a.yaml"),
     ]:  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             RewardSourceConfig(**keys).check("reward[0]")

@@ -292,6 +292,12 @@ class RewardSourceConfig(Section):
             raise ConfigError(
                 f"{key}.form={self.form} is for a judge, and would do nothing with a {given[0]}. Leave it out."
             )
+        for name in ("timeout_s", "dtype"):
+            if self.judge is not None and getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(
+                    f"{key}.{name} is set, and a judge goes by its own file: it would be ignored. Leave it out, and "
+                    f"set {'limits.timeout_s' if name == 'timeout_s' else name} in {self.judge}."
+                )
         if self.judge is not None and re.search(r"[^\w.-]", source_name(self)):
             raise ConfigError(
                 f"{key} is called {source_name(self)[:80]!r}, and a judge's answers are kept in a file of that name. "
