@@ -4,6 +4,7 @@ runs have the bits of one that was left alone after any kill, and nothing is pai
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -127,6 +128,9 @@ def test_a_signal_ends_the_asking_and_the_run_goes_on_later(policy, whole, tmp_p
         with pytest.raises(Interrupted, match="stopped after cycle 2, saved"):
             tether.ppo(config)
         assert time.monotonic() - began < 60
+        for thread in [t for t in threading.enumerate() if t.name == "reward"]:
+            thread.join(20)
+            assert not thread.is_alive()  # the endpoint is still away: nobody asks it any more
         away = False
         assert same(tether.ppo(config), whole[0])
     assert rater.answered == whole[1].answered
