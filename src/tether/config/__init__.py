@@ -5,7 +5,7 @@ Loads no torch, and pydantic and ruamel.yaml only with `reading`.
 
 from tether.config.dpo import DPOConfig, DPOSection
 from tether.config.evaluate import EvaluateConfig
-from tether.config.judge import JudgeConfig, JudgedConfig, JudgeSection, LimitsConfig
+from tether.config.judge import AskedModelConfig, JudgeConfig, JudgedConfig, JudgeSection, LimitsConfig
 from tether.config.keys import Section
 from tether.config.ppo import HeldOutConfig, KLConfig, ModelConfig, PPOConfig, PPOSection
 from tether.config.qlearning import ILQLSection, QLearningConfig, QLearningSection, ScoredConfig
@@ -38,6 +38,7 @@ from tether.config.sft import SFTConfig, SFTSection
 
 __all__ = [
     "RESERVED_NAMES",
+    "AskedModelConfig",
     "CheckpointConfig",
     "Config",
     "DPOConfig",

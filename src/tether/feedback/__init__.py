@@ -7,6 +7,7 @@
     items.py       `tether label`: where the items come from
     judge.py       `tether judge`: a model that labels        verdict.py   what it is asked, and how it is read
     endpoint.py    asked over HTTP, local_judge.py in this process; judge_cache.py what was paid; constitution.py
+    client.py      requests to an endpoint: limits, retries
 
 Pages and the command line need no torch: nothing here loads it but what a model answers
 in: `items.py`, `judge.py` and `local_judge.py`.

@@ -23,8 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tether.config import JudgeConfig, check
 from tether.errors import ConfigError, Interrupted, ModelError, StoreError
+from tether.feedback.client import check_key
 from tether.feedback.constitution import draw_principle, read_constitution
-from tether.feedback.endpoint import Endpoint, check_key
+from tether.feedback.endpoint import Endpoint
 from tether.feedback.items import read_items
 from tether.feedback.judge_cache import JudgeCache, cache_path
 from tether.feedback.local_judge import LocalJudge
@@ -274,7 +275,7 @@ def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
         longest = max((len(local.encode(c, order)) for c in sample for order in c.orders), default=0)
         facts.append(f"questions of up to {longest} tokens (of the first {len(sample)} pairs), of {local.context}")
     else:
-        check_key(config.judge)
+        check_key(config.judge, "judge")
     shown = ""
     if sample:
         shown = "\n\n".join(m["content"] for m in sample[0].question(sample[0].orders[0], "logprobs"))
