@@ -9,6 +9,7 @@ from tether.config.judge import AskedModelConfig, JudgeConfig, JudgedConfig, Jud
 from tether.config.keys import Section
 from tether.config.ppo import HeldOutConfig, KLConfig, ModelConfig, PPOConfig, PPOSection
 from tether.config.qlearning import ILQLSection, QLearningConfig, QLearningSection, ScoredConfig
+from tether.config.revise import ReviseConfig, RevisedDataConfig, RevisedSamplingConfig, ReviseSection
 from tether.config.reward import PairsConfig, RewardConfig, RewardModelSection
 from tether.config.sections import (
     RESERVED_NAMES,
@@ -66,6 +67,10 @@ __all__ = [
     "QLearningConfig",
     "QLearningSection",
     "ReferencedModelConfig",
+    "ReviseConfig",
+    "ReviseSection",
+    "RevisedDataConfig",
+    "RevisedSamplingConfig",
     "RewardConfig",
     "RewardModelSection",
     "RewardShapingConfig",

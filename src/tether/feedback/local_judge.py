@@ -37,14 +37,7 @@ class LocalJudge:
 
     def encode(self, comparison: Comparison, order: tuple[int, int]) -> list[int]:
         """The ids after which the letter comes."""
-        messages = comparison.question(order, "logprobs")
-        if not self.tokenizer.chat_template:
-            return encode_prompts(self.tokenizer, [plain_question(messages)])[0]
-        try:
-            return encode_prompts(self.tokenizer, [messages])[0]
-        except DataError:  # a template that knows no system message
-            whole = "\n\n".join(message["content"] for message in messages)
-            return encode_prompts(self.tokenizer, [[{"role": "user", "content": whole}]])[0]
+        return encode_question(self.tokenizer, comparison.question(order, "logprobs"), "The better answer is")
 
     def compare(self, comparisons: Iterable[Comparison]) -> Generator[Verdict | NoVerdict | None, None, None]:
         """What the model says of each, in their order; None after a forward pass, so that a signal can be heeded."""
@@ -87,6 +80,17 @@ class LocalJudge:
                 yield verdict_of(comparison, read)
             else:
                 yield NoVerdict(comparison.item, "neither letter likely", str(logprobs[i, comparison.orders[0]]))
+
+
+def encode_question(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], cue: str) -> list[int]:
+    """A question's ids, after which the reply comes; cue: its opening, for a model without a chat template."""
+    if not tokenizer.chat_template:
+        return encode_prompts(tokenizer, [plain_question(messages, cue)])[0]
+    try:
+        return encode_prompts(tokenizer, [messages])[0]
+    except DataError:  # a template that knows no system message
+        whole = "\n\n".join(message["content"] for message in messages)
+        return encode_prompts(tokenizer, [[{"role": "user", "content": whole}]])[0]
 
 
 def letter_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

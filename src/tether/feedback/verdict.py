@@ -67,24 +67,35 @@ class NoVerdict:
 
 def question(principle: str, prompt: Prompt, first: str, second: str, form: str = "logprobs") -> list[dict[str, str]]:
     """Chat messages that ask which of two answers is better; `first` is shown as A. form: one of FORMS."""
-    shown = f"Principle: {principle}\n\n[Prompt]\n{_as_text(prompt)}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}"
-    # A store holds half a character as it came, which neither a request nor a tokenizer can: U+FFFD stands for it.
-    shown = shown.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{shown}\n\n{_ENDINGS[form]}"}]
+    shown = (
+        f"Principle: {principle}\n\n[Prompt]\n{prompt_as_text(prompt)}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}"
+    )
+    return [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": f"{whole_characters(shown)}\n\n{_ENDINGS[form]}"},
+    ]
 
 
-def plain_question(messages: list[dict[str, str]]) -> str:
-    """The same question for a model without a chat template: the letter comes next."""
-    return "\n\n".join(message["content"] for message in messages) + "\n\nThe better answer is"
+def whole_characters(text: str) -> str:
+    """A store, or a reply, holds half a character as it came, which neither a request nor a tokenizer can: U+FFFD
+    stands for it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _as_text(prompt: Prompt) -> str:
+def plain_question(messages: list[dict[str, str]], cue: str = "The better answer is") -> str:
+    """The same question for a model without a chat template; cue: what the reply comes right after."""
+    return "\n\n".join(message["content"] for message in messages) + f"\n\n{cue}"
+
+
+def prompt_as_text(prompt: Prompt) -> str:
+    """A prompt as a question shows it."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message.get('role', '')}: {_content(message)}" for message in prompt)
+    return "\n".join(f"{message.get('role', '')}: {content_of(message)}" for message in prompt)
 
 
-def _content(message: Mapping[str, Any]) -> str:
+def content_of(message: Mapping[str, Any]) -> str:
+    """A message's text; of content in parts, its JSON."""
     content = message.get("content")
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
