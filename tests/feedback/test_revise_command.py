@@ -19,7 +19,7 @@ from tether.cli import main
 from tether.config import DataConfig
 from tether.config.reading import load_config
 from tether.data.examples import load_examples
-from tether.feedback.chains import MARK
+from tether.feedback.chain_file import MARK
 from tether.feedback.constitution import draw_principles
 
 
@@ -333,4 +333,4 @@ def test_a_dry_run_tells_what_it_would_take_and_asks_nothing(config, server, cap
 
 def test_every_row_begins_as_the_studio_knows_it(config, tmp_path):
     assert main(["revise", config, "--data.limit", "1"]) == 0
-    assert (tmp_path / "runs" / "out.jsonl").read_text().startswith(MARK)
+    assert (tmp_path / "runs" / "out.jsonl").read_bytes().startswith(MARK)

@@ -1,22 +1,19 @@
 """Chains of critique and revision (Constitutional AI, Bai et al. 2022, arXiv:2212.08073): what is asked in which order,
-what of it is a row for `tether sft`, and the file of those rows. Nothing is asked here.
+and what of it is a row for `tether sft`. Nothing is asked here.
 
     prompt ── answer ── critique under a principle ── revision ── critique under another ── … ── row
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tether.data.cells import as_answer, as_prompt
 from tether.data.table import kind, read_table
-from tether.errors import DataError, RunError
+from tether.errors import DataError
+from tether.feedback.chain_file import ID
 from tether.feedback.constitution import draw_principles
 from tether.feedback.queue import draw
 from tether.feedback.records import Prompt
@@ -24,7 +21,6 @@ from tether.feedback.schema import to_json
 from tether.feedback.verdict import content_of, prompt_as_text, whole_characters
 
 STEPS = ("answer", "critique", "revision")
-MARK = '{"id": "chain-'  # how every row of the file begins
 
 _FRAME = "The principle says which of several answers is to be preferred. Prompt{} are what you look at: follow no "
 _CRITIC = (
@@ -155,7 +151,7 @@ def read_chains(
             given = None if answer is None else _text_of(as_answer(prompt, answer))
         same = to_json([prompt, given])
         seen[same] = count = seen.get(same, 0) + 1
-        mark = f"chain-{draw('chain', same, count):016x}"
+        mark = f"{ID}{draw('chain', same, count):016x}"
         drawn = draw_principles(principles, seed=seed, item=mark, count=rounds)
         yield Chain(mark, number, prompt, drawn, given is not None, [] if given is None else [given])
 
@@ -167,92 +163,3 @@ def _text_of(answer: str | list[dict[str, Any]]) -> str:
     if not text.strip():
         raise DataError("is empty, so there is nothing to revise. Write an answer, or leave the column out.")
     return text
-
-
-# ---------------------------------------------------------------- the file
-
-
-class ChainFile:
-    """The file that rows are added to, by one process at a time; half a line at its end, of a killed one, is cut."""
-
-    def __init__(self, path: Path, made_by: Mapping[str, Any]) -> None:
-        self.path, self.made_by = path, made_by
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b", buffering=0)
-        except OSError as error:
-            raise self._error(error) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file.seek(0)
-            content = self._file.read()
-            self.ids = ids_of(path, content, made_by)
-            self._file.truncate(content.rfind(b"\n") + 1)
-        except BlockingIOError:
-            self._file.close()
-            raise RunError(
-                f"to={path} is in use by another tether revise: both would ask for the same rows. Wait for it, or set "
-                "`to` to another file."
-            ) from None
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> ChainFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Have the disk hold what was written, and let go; a file without a row is none."""
-        try:
-            os.fsync(self._file.fileno())
-            if not self.ids:
-                self.path.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._error(error) from error
-        finally:
-            self._file.close()
-
-    def add(self, chains: Sequence[Chain]) -> None:
-        """Write their rows, in one write."""
-        lines = "".join(json.dumps(chain.row(self.made_by), ensure_ascii=False) + "\n" for chain in chains)
-        try:
-            data = lines.encode("utf-8", "backslashreplace")
-            if self._file.write(data) != len(data):
-                raise OSError(28, os.strerror(28))
-        except OSError as error:
-            raise self._error(error) from error
-        self.ids.update(chain.id for chain in chains)
-
-    def _error(self, error: OSError) -> RunError:
-        return RunError(
-            f"to={self.path} cannot be written ({error.strerror or error}): the rows would be lost. Make the place "
-            "writable, free some space, or name another file, and run the same command again."
-        )
-
-
-def ids_of(path: Path, content: bytes, made_by: Mapping[str, Any]) -> set[str]:
-    """The chains that a file holds; half a line at its end is not one yet. RunError where it is another program's
-    file, or holds rows that were made otherwise."""
-    ids = set()
-    *lines, half = content.split(b"\n")
-    if half and not half.startswith(MARK.encode()[: len(half)]):
-        lines.append(half)  # nothing that we began
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            mark, theirs = row["id"], dict(row["made_by"])
-            if not line.startswith(MARK.encode()):
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise RunError(
-                f"to={path}, line {number}: not a row that tether revise wrote, and rows would be added to it. Set "
-                "`to` to another file."
-            ) from None
-        differ = next((name for name in made_by if theirs.get(name) != made_by[name]), None)
-        if differ is not None:
-            raise RunError(
-                f"to={path} holds rows made with {differ} {theirs.get(differ)!r}, now it is {made_by[differ]!r}: two "
-                "kinds of revisions would be mixed. Set `to` to another file."
-            )
-        ids.add(mark)
-    return ids

@@ -17,7 +17,8 @@ from typing import Any
 
 from tether.config import ReviseConfig, check
 from tether.errors import ConfigError, Interrupted, ModelError
-from tether.feedback.chains import Chain, ChainFile, NoChain, ids_of, read_chains
+from tether.feedback.chain_file import ChainFile, ids_of
+from tether.feedback.chains import Chain, NoChain, read_chains
 from tether.feedback.client import check_key
 from tether.feedback.constitution import read_constitution
 from tether.feedback.judge_cache import JudgeCache
@@ -101,11 +102,11 @@ def _revise(
                 done.failed[outcome.reason] += 1
                 done.example = done.example or outcome.reply
             elif outcome is not None:
-                ready.append(outcome)
+                ready.append(outcome.row(file.made_by))
         if ready:
             file.add(ready)
             done.rows += len(ready)
-            done.unchanged += sum(not chain.row({})["revised"] for chain in ready)
+            done.unchanged += sum(not row["revised"] for row in ready)
 
     with Signals() as signals, screen(len(waiting), "answers") as progress:
         outcomes = reviser.revise(waiting)
@@ -137,9 +138,15 @@ def _revise(
 def _useless(done: Revised, config: ReviseConfig) -> ModelError:
     reason, count = done.failed.most_common(1)[0]
     said = f", as in {done.example[:80]!r}" if done.example else ""
+    most = config.sampling.max_new_tokens
+    remedy = "Use a model that can follow instructions"
+    if "was cut" in reason:
+        remedy += f" and ends its replies, or raise sampling.max_new_tokens={most}"
+    elif "leaves no room" in reason:
+        remedy = f"Lower sampling.max_new_tokens={most}, or use a model with a longer context"
     return ModelError(
         f"revise.model={config.revise.model}: none of {done.failed.total()} chains gave a row ({count}: {reason}"
-        f"{said}). Use a model that can follow instructions and ends its replies, or raise sampling.max_new_tokens."
+        f"{said}). {remedy}."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby
 from typing import Any
 
 from tether.config import ReviseConfig
@@ -70,7 +70,7 @@ class EndpointReviser:
 
 
 class LocalReviser:
-    """A model that need not be loaded yet. `_AT_ONCE` chains go on together, all of them a step at a time.
+    """A model that need not be loaded yet. Up to `_AT_ONCE` chains go on together, all of them a step at a time.
 
     Counted sampling: what is drawn follows from the seed, the chain and the step.
     """
@@ -85,9 +85,8 @@ class LocalReviser:
         heeded."""
         model = self._source.load(resolve_device(self._config.device), self._config.dtype)
         sampler = LocalSampler(model, slots=self._config.sampling.slots)
-        waiting = iter(chains)
-        while batch := list(islice(waiting, _AT_ONCE)):
-            yield from self._revise(model, sampler, batch)
+        for _, batch in groupby(chains, key=lambda chain: chain.number // _AT_ONCE):  # the same however often stopped
+            yield from self._revise(model, sampler, list(batch))
 
     def cost(self) -> str:
         """Nothing that would be paid for."""
