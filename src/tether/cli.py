@@ -174,7 +174,9 @@ def _generate(argv: list[str]) -> None:
         help="score N responses to each prompt of --prompts, write the best as JSONL",
     )
     parser.add_argument(
-        "--reward", metavar="DIR|FILE.py:NAME", help="with --best-of: the reward model or function that scores"
+        "--reward",
+        metavar="DIR|FILE.py:NAME|JUDGE.yaml",
+        help="with --best-of: the reward model, function or judge that scores",
     )
     parser.add_argument(
         "--pairs", action="store_true", help="with --best-of: best against worst, for tether reward and tether dpo"

@@ -18,7 +18,7 @@ from tether.feedback.constitution import draw_principles
 from tether.feedback.queue import draw
 from tether.feedback.records import Prompt
 from tether.feedback.schema import to_json
-from tether.feedback.verdict import content_of, prompt_as_text, whole_characters
+from tether.feedback.verdict import as_text, content_of, messages_of, whole_characters
 
 STEPS = ("answer", "critique", "revision")
 
@@ -75,13 +75,11 @@ class Chain:
             messages = [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
             return [{"role": m["role"], "content": whole_characters(content_of(m))} for m in messages]
         principle = self.principles[(self.step - 1) // 2]
-        shown = f"Principle: {principle}\n\n[Prompt]\n{prompt_as_text(self.prompt)}"
+        shown = f"Principle: {principle}\n\n[Prompt]\n{as_text(self.prompt)}"
         if self.kind == "critique":
-            asked = f"{shown}\n\n[Answer]\n{self.texts[-1].strip()}\n\n{_CRITICIZE}"
-            return _messages(_CRITIC, asked)
+            return messages_of(_CRITIC, f"{shown}\n\n[Answer]\n{self.texts[-1].strip()}", _CRITICIZE)
         answer, critique = self.texts[-2:]
-        asked = f"{shown}\n\n[Answer]\n{answer.strip()}\n\n[Critique]\n{critique}\n\n{_REWRITE}"
-        return _messages(_WRITER, asked)
+        return messages_of(_WRITER, f"{shown}\n\n[Answer]\n{answer.strip()}\n\n[Critique]\n{critique}", _REWRITE)
 
     def take(self, text: str, *, whole: bool) -> str | None:
         """Add the reply to `question`; returns why it cannot be, where it is empty or was not written to its end."""
@@ -127,10 +125,6 @@ class NoChain:
 
 def kind_of_step(step: int) -> str:
     return STEPS[0] if step == 0 else STEPS[1 + (step - 1) % 2]
-
-
-def _messages(system: str, asked: str) -> list[dict[str, str]]:
-    return [{"role": "system", "content": system}, {"role": "user", "content": whole_characters(asked)}]
 
 
 # ---------------------------------------------------------------- what is revised

@@ -1,6 +1,6 @@
 """A judge behind an OpenAI-compatible endpoint: what it is asked, and how its answers are read.
 
-    comparison ── both orders × votes ── asked, see `client` ── read ── P(a is better)
+    question ── its orders × votes ── asked, see `client` ── read ── what follows
 
 The three forms of an answer are tried in their order: one that the endpoint cannot give is not tried again, also not
 when the command is run again.
@@ -15,19 +15,8 @@ from typing import Any
 from tether.config import JudgeSection, LimitsConfig
 from tether.feedback.client import Client, Spent, Unable
 from tether.feedback.judge_cache import JudgeCache
-from tether.feedback.records import Verdict
-from tether.feedback.verdict import (
-    FORMS,
-    SCHEMA,
-    Comparison,
-    NoVerdict,
-    json_verdict,
-    letter_probability,
-    text_verdict,
-    verdict_of,
-)
+from tether.feedback.verdict import FORMS, NoVerdict, Outcome, Question
 from tether.remote import Cancelled, GaveUp
-from tether.statistics import vote_probability
 
 ANSWER_TOKENS = 512  # most of an answer with reasons: a few sentences are a quarter of it
 _TRIES = 3  # answers in a form of which none could be read: then the endpoint counts as not able to give it
@@ -54,7 +43,7 @@ class Endpoint:
 
     # ------------------------------------------------------------ comparisons
 
-    def compare(self, comparisons: Iterable[Comparison]) -> Generator[Verdict | NoVerdict | None, None, None]:
+    def compare(self, comparisons: Iterable[Question[Outcome]]) -> Generator[Outcome | NoVerdict | None, None, None]:
         """What the judge says of each, as it comes. The first alone: it shows which form of answer there is.
 
         None: nothing came for a moment, and whoever reads this may look at something else. Ends early where a limit is
@@ -66,7 +55,7 @@ class Endpoint:
         """What was sent and paid since the judge's first start."""
         return self._client.cost()
 
-    def _compare(self, comparison: Comparison) -> Verdict | NoVerdict | None:
+    def _compare(self, comparison: Question[Outcome]) -> Outcome | NoVerdict | None:
         """None where it was not asked to the end: a limit, or a stop."""
         unable: list[str] = []  # forms
         failure = NoVerdict(comparison.item, "")
@@ -80,7 +69,7 @@ class Endpoint:
                         break  # it can: this question is too long for it, say
                     unable.append(form)
                     continue
-                if isinstance(outcome, Verdict):
+                if not isinstance(outcome, NoVerdict):
                     self._settle(form, unable)
                     return outcome
                 failure = outcome
@@ -93,39 +82,38 @@ class Endpoint:
             return None
         except GaveUp as error:
             self._client.gave_up(error)
-            return NoVerdict(comparison.item, "the endpoint gave no answer", error.reason)
+            return NoVerdict(comparison.item, "the endpoint gave no answer", error.reason, gone=True)
         return failure
 
-    def _in_form(self, comparison: Comparison, form: str) -> Verdict | NoVerdict:
-        read: dict[tuple[int, int], tuple[float, dict[str, Any]]] = {}
+    def _in_form(self, comparison: Question[Outcome], form: str) -> Outcome | NoVerdict:
+        read: dict[tuple[int, ...], tuple[float, dict[str, Any]]] = {}
         for order in comparison.orders:
             body = self._body(comparison, order, form)
             if form == "logprobs":
                 reply = self._client.ask(body)
-                p = letter_probability(reply.logprobs or {}) if reply.whole else None
+                p = comparison.read_logprobs(reply.logprobs or {}) if reply.whole else None
                 if p is None:
-                    return NoVerdict(comparison.item, "neither letter likely", reply.text)
+                    return NoVerdict(comparison.item, comparison.unlikely, reply.text)
                 read[order] = p, {"form": form, "reply": reply.logprobs}
                 continue
             replies = [self._client.ask(body, vote) for vote in range(self._config.votes)]
-            letters = [(json_verdict if form == "json" else text_verdict)(r.text) if r.whole else None for r in replies]
-            valid = [letter for letter in letters if letter is not None]
-            if not valid or 2 * len(valid) < len(letters):
-                unread = next(r for r, letter in zip(replies, letters, strict=True) if letter is None)
+            votes = [comparison.read_reply(r.text, form) if r.whole else None for r in replies]
+            valid = [vote for vote in votes if vote is not None]
+            if not valid or 2 * len(valid) < len(votes):
+                unread = next(r for r, vote in zip(replies, votes, strict=True) if vote is None)
                 why = "no verdict in the answer" if unread.whole else "refused, filtered or cut"
                 return NoVerdict(comparison.item, why, unread.text)
-            wins = valid.count("A")
-            kept = {"form": form, "votes": len(valid), "wins": wins, "reply": replies[0].text[:_KEPT_CHARACTERS]}
-            read[order] = vote_probability(wins, len(valid)), kept
-        return verdict_of(comparison, read)
+            value, kept = comparison.read_votes(valid)
+            read[order] = value, {"form": form, **kept, "reply": replies[0].text[:_KEPT_CHARACTERS]}
+        return comparison.outcome(read)
 
-    def _body(self, comparison: Comparison, order: tuple[int, int], form: str) -> dict[str, Any]:
+    def _body(self, comparison: Question[Any], order: tuple[int, ...], form: str) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self._config.model, "messages": comparison.question(order, form)}
         if form == "logprobs":
             return body | {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
         body |= {"max_tokens": ANSWER_TOKENS, "temperature": 0.0 if self._config.votes == 1 else 1.0}
         if form == "json":
-            schema = {"name": "verdict", "strict": True, "schema": SCHEMA}
+            schema = {"name": "verdict", "strict": True, "schema": comparison.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
 

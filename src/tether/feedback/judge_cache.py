@@ -45,10 +45,11 @@ class JudgeCache:
     """Answers by request, and what was spent; every method may be called from any thread, and is on the disk when it
     returns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, wait_s: float = 1.0) -> None:
+        """wait_s: for whoever holds the file, before it is said to be in use."""
         self.path, self._turn = path, threading.Lock()
         with self._wrap_errors():
-            self._connection = c = sqlite3.connect(path, timeout=1, isolation_level=None, check_same_thread=False)
+            self._connection = c = sqlite3.connect(path, timeout=wait_s, isolation_level=None, check_same_thread=False)
             application, version = (c.execute(f"PRAGMA {x}").fetchone()[0] for x in ("application_id", "user_version"))
             tables = c.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if (tables and application != _APPLICATION) or version > _SCHEMA:

@@ -15,7 +15,7 @@ from tether.config import RewardShapingConfig
 from tether.errors import RewardError
 from tether.rewards.ensemble import EnsembleReward
 from tether.rewards.function import describe_row
-from tether.rewards.url import UrlReward, request_hashes
+from tether.rewards.url import request_hashes
 from tether.runs.answers import KeptAnswers
 from tether.types import Completions, Prompt, Reward
 
@@ -34,6 +34,8 @@ class ScoredBatch:
 class RewardSet:
     """All sources of a run with their weights and shaping.
 
+    A source whose `remote` is true is asked in a thread, its answers are kept, and its `cancel` ends the asking.
+
     score = Σ weight·source. Where a source answers None beside another's score, the response would be worth more or
     less than its siblings for no reason, so that is an error, unless the source is optional: it then adds nothing. The
     weights are not renormalized.
@@ -51,7 +53,7 @@ class RewardSet:
 
     def score(self, completions: Completions, phase: str = "") -> ScoredBatch:
         """phase: what the responses are for, cycle-000003 say; answers from other machines are kept under it."""
-        remote = {name: source for name, (source, _) in self.sources.items() if isinstance(source, UrlReward)}
+        remote = {name: source for name, (source, _) in self.sources.items() if getattr(source, "remote", False)}
         store = self.kept if phase and remote else None
         requests = request_hashes(completions) if store else []
         kept = {name: store.read(phase, name, requests) for name in remote} if store else {}
@@ -82,7 +84,7 @@ class RewardSet:
         return ScoredBatch(scores, parts, missing, disagreement)
 
     def _ask(
-        self, completions: Completions, kept: Mapping[str, list[float | None]], remote: Mapping[str, UrlReward]
+        self, completions: Completions, kept: Mapping[str, list[float | None]], remote: Mapping[str, Any]
     ) -> tuple[dict[str, list[float | None]], dict[str, list[float]]]:
         """Every source's answers, in the config's order, and how far the members of ensembles are apart.
 

@@ -45,6 +45,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class UrlReward:
     """One URL as a source of scores. tokenizer, stop_ids: the policy's."""
 
+    remote = True
+
     def __init__(
         self,
         url: str,

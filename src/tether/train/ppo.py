@@ -23,6 +23,7 @@ from tether.models.export import save_model
 from tether.models.loading import context_length, model_config, resolve_device
 from tether.models.policy import build_policy
 from tether.rewards import build_reward, function_file
+from tether.rewards.judge import judge_hash
 from tether.runs import Run, answers, hash_files
 from tether.samplers import build_sampler
 from tether.train.best import keep_best
@@ -203,5 +204,7 @@ def input_hashes(config: PPOConfig) -> dict[str, str]:
             paths[f"{key}[{i}].function"] = function_file(s.function) if s.function is not None else None
     data = {"prompts.path": config.prompts.path, "evaluate.prompts": config.evaluate.prompts}
     hashes = {key: hash_files(path) for key, path in paths.items() if path is not None}
+    for key, sources in (("reward", config.reward), ("evaluate.gold", config.evaluate.gold)):
+        hashes |= {f"{key}[{i}].judge": judge_hash(s.judge) for i, s in enumerate(sources) if s.judge is not None}
     hashes |= {key: hash_files(path, kind="dataset") for key, path in data.items() if path is not None}
     return {"model.policy": hash_files(m.policy, m.revision)} | hashes
