@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tether
 from tether.cli import main
 from tether.config import ReviseConfig, RevisedDataConfig, RevisedSamplingConfig, ReviseSection
-from tether.feedback.chains import Chain
+from tether.feedback.chains import Chain, NoChain, read_chains
 from tether.feedback.reviser import LocalReviser
 
 END = 426  # the full stop of stories260K, which seldom ends a text of its own
@@ -149,3 +149,16 @@ def test_a_chat_model_is_asked_through_its_template(tiny_model, tiny_tokenizer, 
     assert [m["role"] for m in chain.question()] == ["system", "user"]
     assert tiny_tokenizer.decode(reviser.encode(chain)) == rendered()
     assert "[Answer]\nGo.\n\n" in rendered()
+
+
+def test_whoever_waits_is_told_which_step_is_written(stories260k, place):
+    reviser = LocalReviser(config(stories260k))
+    chains = list(read_chains("p.jsonl", 3, ("Be kind.",), rounds=1, seed=0))
+    said, outcomes = {}, []
+    for outcome in reviser.revise(chains):
+        said.setdefault(reviser.now(), len(said))
+        outcomes += [outcome] if outcome is not None else []
+    assert next(iter(said)) == "writing 3 answers, step 1 of 3"
+    assert [text.partition(", ")[2] for text in said] == [f"step {i} of 3" for i in (1, 2, 3)]
+    assert [outcome.number for outcome in outcomes] == [0, 1, 2]
+    assert all(isinstance(outcome, NoChain) or outcome.done for outcome in outcomes)

@@ -103,6 +103,7 @@ def _revise(
                 done.example = done.example or outcome.reply
             elif outcome is not None:
                 ready.append(outcome.row(file.made_by))
+                outcome.texts = []  # a hundred thousand of them would not be small
         if ready:
             file.add(ready)
             done.rows += len(ready)
@@ -116,7 +117,7 @@ def _revise(
                     came[outcome.number] = outcome
                     write()
                 failed = done.failed.total()
-                summary = [reviser.cost(), f"{failed} without a row" if failed else ""]
+                summary = [reviser.now(), reviser.cost(), f"{failed} without a row" if failed else ""]
                 progress.show(following + len(came), "; ".join(filter(None, summary)))
                 if failed >= _TRIAL and not done.before + done.rows:
                     break

@@ -9,7 +9,7 @@ from typing import Any
 from tether.config import ReviseConfig
 from tether.data.chat import encode_prompts
 from tether.data.text import completion_text
-from tether.feedback.chains import CUES, Chain, NoChain
+from tether.feedback.chains import CUES, Chain, NoChain, kind_of_step
 from tether.feedback.client import Client, Spent, Unable
 from tether.feedback.judge_cache import JudgeCache
 from tether.feedback.local_judge import encode_question
@@ -39,6 +39,10 @@ class EndpointReviser:
 
     def cost(self) -> str:
         return self._client.cost()
+
+    def now(self) -> str:
+        """What is being written: many things at once, of which the cost tells enough."""
+        return ""
 
     def _revise(self, chain: Chain) -> Outcome | None:
         """None where it was not written to its end: a limit, or a stop."""
@@ -79,6 +83,7 @@ class LocalReviser:
         self._config = config
         self._source = Source(config.revise.model, config.sampling, config.trust_remote_code)
         self.context: int | None = self._source.room["context"]
+        self._now = ""  # what is being written
 
     def revise(self, chains: Iterable[Chain]) -> Generator[Outcome | None, None, None]:
         """Every chain when it is done or broke off, in order; None after every token, so that a signal can be
@@ -92,6 +97,10 @@ class LocalReviser:
         """Nothing that would be paid for."""
         return ""
 
+    def now(self) -> str:
+        """What is being written, for whoever waits."""
+        return self._now
+
     def encode(self, chain: Chain) -> list[int]:
         """The ids after which comes what is next."""
         tokenizer = self._source.tokenizer
@@ -102,8 +111,9 @@ class LocalReviser:
     def _revise(self, model: LanguageModel, sampler: LocalSampler, batch: Sequence[Chain]) -> Iterator[Outcome | None]:
         s, stop_ids, most = self._config.sampling, self._source.stop_ids(model), self._config.sampling.max_new_tokens
         sampling = Sampling(s.temperature, s.top_k, s.top_p, most, stop_ids, 1, self._config.seed, REVISE)
+        rounds = self._config.revise.rounds
         broken: dict[int, NoChain] = {}
-        for step in range(1 + 2 * self._config.revise.rounds):
+        for step in range(1 + 2 * rounds):
             asked: list[tuple[Chain, Prompt]] = []
             for chain in batch:
                 if chain.number in broken or chain.step != step:
@@ -116,6 +126,7 @@ class LocalReviser:
                     asked.append((chain, Prompt(tuple(ids), chain.prompt, chain.number)))
             if not asked:
                 continue
+            self._now = f"writing {len(asked)} {kind_of_step(step)}s, step {step + 1} of {1 + 2 * rounds}"
             numbers = [draw(chain.id) >> 1 for chain, _ in asked]
             for drawn in sampler.steps([p for _, p in asked], sampling, cycle=step, numbers=numbers):  # noqa: B007
                 yield None
