@@ -17,8 +17,8 @@ model: {policy: m, critic: shared, reference: null, lora: null, dtype: auto, gra
         revision: null, trust_remote_code: false}
 prompts: {path: p, split: train, max_tokens: 512, overlong: error, limit: null, chat_template_kwargs: {}}
 reward:
-  - {function: "f.py:f", model: null, models: null, pessimism: 0.5, url: null, weight: 1.0, name: null, timeout_s: 60.0,
-     dtype: auto, arguments: {}, optional: false, key_env: null, probe: true}
+  - {function: "f.py:f", model: null, models: null, pessimism: 0.5, url: null, judge: null, form: null,
+     weight: 1.0, name: null, timeout_s: 60.0, dtype: auto, arguments: {}, optional: false, key_env: null, probe: true}
 reward_shaping: {clip: null, missing_eos: null}
 sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto}
 ppo:
@@ -102,8 +102,8 @@ dtype: auto
 trust_remote_code: false
 prompts: {path: p, split: train, max_tokens: 512, overlong: error, limit: null, chat_template_kwargs: {}}
 reward:
-  - {function: "f.py:f", model: null, models: null, pessimism: 0.5, url: null, weight: 1.0, name: null, timeout_s: 60.0,
-     dtype: auto, arguments: {}, optional: false, key_env: null, probe: true}
+  - {function: "f.py:f", model: null, models: null, pessimism: 0.5, url: null, judge: null, form: null,
+     weight: 1.0, name: null, timeout_s: 60.0, dtype: auto, arguments: {}, optional: false, key_env: null, probe: true}
 reward_shaping: {clip: null, missing_eos: null}
 sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto}
 """
