@@ -3,6 +3,7 @@ reads it."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -29,6 +30,8 @@ class ChainFile:
             raise self._error(error) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or os.fstat(self._file.fileno()).st_ino != path.stat().st_ino:
+                raise BlockingIOError  # another process, which wrote no row, removed it while we were opening it
             self._file.seek(0)
             content = self._file.read()
             self.ids = ids_of(path, content, made_by)
@@ -63,7 +66,7 @@ class ChainFile:
         try:
             data = lines.encode("utf-8", "backslashreplace")
             if self._file.write(data) != len(data):
-                raise OSError(28, os.strerror(28))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise self._error(error) from error
         self.ids.update(row["id"] for row in rows)

@@ -223,7 +223,7 @@ def inputs(config: ReviseConfig, _: Mapping[str, str]) -> Any:
 
     principles = read_constitution(config.revise.constitution, "revise.constitution")
     chains, file = _chains(config, principles), Path(config.to)
-    known = ids_of(file, file.read_bytes(), _made_by(config, principles)) if file.exists() else set()
+    known = ids_of(file, file.read_bytes(), _made_by(config, principles)) if file.is_file() else set()
     waiting = [chain for chain in chains if chain.id not in known]
     given = sum(chain.given for chain in chains)
     facts = [
