@@ -162,3 +162,14 @@ def test_whoever_waits_is_told_which_step_is_written(stories260k, place):
     assert [text.partition(", ")[2] for text in said] == [f"step {i} of 3" for i in (1, 2, 3)]
     assert [outcome.number for outcome in outcomes] == [0, 1, 2]
     assert all(isinstance(outcome, NoChain) or outcome.done for outcome in outcomes)
+
+
+def test_every_step_has_draws_of_its_own(tiny_model, place):
+    path = tiny_model("gpt2", n_positions=2048, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    torch.nn.init.zeros_(model.lm_head.weight)  # every token as likely as any other: a reply is its draws alone
+    model.save_pretrained(path)
+    tether.revise(config(path, limit=2, rounds=2, most=200, stops=range(220, 258)))
+    for row in rows():
+        texts = [step["text"].strip() for step in row["chain"]]
+        assert len({text[:2] for text in texts}) == len(texts) == 5
