@@ -17,7 +17,16 @@ FLOORS = [
     {"math"},
     {"models", "data", "feedback", "runs"},
     {"samplers", "rewards"},
-    {"train", "diagnose", "feedback.items", "feedback.judge", "feedback.probe"},
+    {
+        "train",
+        "diagnose",
+        "feedback.items",
+        "feedback.judge",
+        "feedback.probe",
+        "feedback.progress",
+        "feedback.revise",
+        "feedback.reviser",
+    },
     {"studio", "reports", "demo", "serving", "cli", "__main__"},
 ]
 WITH_SHAPES = ("torch", "jaxtyping")  # jaxtyping for annotations only: production does not load it (test_shapes.py)

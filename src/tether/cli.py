@@ -448,6 +448,7 @@ TRAINERS
   evaluate C.yaml    score, KL and win rate on prompts, with intervals
   label              make a queue of answers for people to compare
   judge C.yaml       have a model compare them, under a constitution
+  revise C.yaml      have a model criticize and rewrite its answers, as examples for sft
   serve DIR          a reward model over HTTP, for runs on other machines
   studio [DIR]       pages to watch runs, look inside completions, compare and label
   report RUN         one self-contained HTML file about a run

@@ -14,7 +14,8 @@ import pytest
 from scripted_judge import ScriptedJudge, scripted_judge, sigmoid
 from tether.config import JudgeSection, LimitsConfig
 from tether.errors import ConfigError, ModelError, StoreError
-from tether.feedback.endpoint import Endpoint, most_tokens
+from tether.feedback.client import most_tokens
+from tether.feedback.endpoint import Endpoint
 from tether.feedback.judge_cache import JudgeCache, request_key
 from tether.feedback.records import Verdict
 from tether.feedback.verdict import Comparison, NoVerdict, json_verdict, letter_probability, text_verdict

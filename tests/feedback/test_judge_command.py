@@ -238,7 +238,7 @@ def test_principles_are_drawn_alike_often_by_seed_and_item_alone():
         ({"base_url": "http://host/v1?key=sk-secret"}, "has more than scheme, host, port and path"),
         ({"base_url": "host:8000/sk"}, "is not the address of an endpoint"),
         ({"base_url": "http://host:port/v1"}, "is not the address of an endpoint"),
-        ({"key_env": "KEY"}, "a local model is asked for log-probs"),
+        ({"key_env": "KEY"}, "a local model takes no key"),
         ({"answer": "text"}, "a local model is asked for log-probs"),
         ({"name": "a/b"}, "cannot be part of a file's name"),
         ({"votes": 0}, "judge.votes=0 is below 1"),

@@ -5,10 +5,11 @@ Loads no torch, and pydantic and ruamel.yaml only with `reading`.
 
 from tether.config.dpo import DPOConfig, DPOSection
 from tether.config.evaluate import EvaluateConfig
-from tether.config.judge import JudgeConfig, JudgedConfig, JudgeSection, LimitsConfig
+from tether.config.judge import AskedModelConfig, JudgeConfig, JudgedConfig, JudgeSection, LimitsConfig
 from tether.config.keys import Section
 from tether.config.ppo import HeldOutConfig, KLConfig, ModelConfig, PPOConfig, PPOSection
 from tether.config.qlearning import ILQLSection, QLearningConfig, QLearningSection, ScoredConfig
+from tether.config.revise import ReviseConfig, RevisedDataConfig, RevisedSamplingConfig, ReviseSection
 from tether.config.reward import PairsConfig, RewardConfig, RewardModelSection
 from tether.config.sections import (
     RESERVED_NAMES,
@@ -38,6 +39,7 @@ from tether.config.sft import SFTConfig, SFTSection
 
 __all__ = [
     "RESERVED_NAMES",
+    "AskedModelConfig",
     "CheckpointConfig",
     "Config",
     "DPOConfig",
@@ -65,6 +67,10 @@ __all__ = [
     "QLearningConfig",
     "QLearningSection",
     "ReferencedModelConfig",
+    "ReviseConfig",
+    "ReviseSection",
+    "RevisedDataConfig",
+    "RevisedSamplingConfig",
     "RewardConfig",
     "RewardModelSection",
     "RewardShapingConfig",

@@ -15,6 +15,7 @@ from tether.config.evaluate import EvaluateConfig
 from tether.config.judge import JudgeConfig
 from tether.config.ppo import PPOConfig
 from tether.config.qlearning import QLearningConfig
+from tether.config.revise import ReviseConfig
 from tether.config.reward import RewardConfig
 from tether.config.sections import Config, TrainingConfig
 from tether.config.sft import SFTConfig
@@ -209,6 +210,15 @@ KINDS: dict[str, Kind] = {
             run="tether.feedback.judge:judge",
             inputs="tether.feedback.judge:inputs",
             probe="tether.feedback.probe:probe",
+        ),
+        Kind(
+            command="revise",
+            title="revision",
+            purpose="Have a model criticize and rewrite its answers under a constitution, as examples for tether sft.",
+            config=ReviseConfig,
+            section="revise",
+            run="tether.feedback.revise:revise",
+            inputs="tether.feedback.revise:inputs",
         ),
     )
 }  # fmt: skip

@@ -1,4 +1,5 @@
-"""What a judge's answers cost and what they were: one SQLite file beside the store, which no kill takes anything from.
+"""What a model's answers cost and what they were: one SQLite file beside the store of a judge, or the rows of a
+revision, which no kill takes anything from.
 
 A request is reserved here before it is sent, and its answer is here before anything is made of it: so a budget is
 never exceeded, and what was paid is not paid again. Errors, and answers that were filtered or cut, are never kept. One
@@ -53,8 +54,8 @@ class JudgeCache:
             tables = c.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if (tables and application != _APPLICATION) or version > _SCHEMA:
                 raise StoreError(
-                    f"{path} is where the judge keeps its answers, and it is another program's file, or of a newer "
-                    "tether: it would be damaged. Set judge.name to another name."
+                    f"{path} is where answers are kept, and it is another program's file, or of a newer tether: it "
+                    "would be damaged. Set judge.name to another name, or `to` of a revision to another file."
                 )
             c.execute("PRAGMA locking_mode = EXCLUSIVE")
             c.execute("PRAGMA journal_mode = WAL")
@@ -119,8 +120,8 @@ class JudgeCache:
         except sqlite3.OperationalError as error:
             if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
                 raise StoreError(
-                    f"{self.path} is in use by another tether judge of the same name: both would pay for the same "
-                    "answers. Wait for it, or stop it."
+                    f"{self.path} is in use by another tether judge of the same name: both would pay "
+                    "for the same answers. Wait for it, or stop it."
                 ) from error
             raise StoreError(
                 f"{self.path}: {first_line(error)}: answers that are paid for could not be kept. Check the disk, its "

@@ -40,13 +40,7 @@ class LocalJudge:
 
     def encode(self, comparison: Question[Any], order: tuple[int, ...]) -> list[int]:
         """The ids after which the answer comes."""
-        messages = comparison.question(order, "logprobs")
-        asked: Text = messages if self.tokenizer.chat_template else plain_question(messages, comparison.lead)
-        try:
-            return encode_prompts(self.tokenizer, [asked])[0]
-        except DataError:  # a template that knows no system message
-            whole = "\n\n".join(message["content"] for message in messages)
-            return encode_prompts(self.tokenizer, [[{"role": "user", "content": whole}]])[0]
+        return encode_question(self.tokenizer, comparison.question(order, "logprobs"), comparison.lead)
 
     def compare(self, comparisons: Iterable[Question[Outcome]]) -> Generator[Outcome | NoVerdict | None, None, None]:
         """What the model says of each, in their order; None after a forward pass, so that a signal can be heeded."""
@@ -100,6 +94,16 @@ class LocalJudge:
                 yield comparison.outcome(read)
             else:
                 yield NoVerdict(comparison.item, comparison.unlikely, str(logprobs[i, comparison.orders[0]]))
+
+
+def encode_question(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], lead: str) -> list[int]:
+    """A question's ids, after which the answer comes; lead: its opening, for a model without a chat template."""
+    asked: Text = messages if tokenizer.chat_template else plain_question(messages, lead)
+    try:
+        return encode_prompts(tokenizer, [asked])[0]
+    except DataError:  # a template that knows no system message
+        whole = "\n\n".join(message["content"] for message in messages)
+        return encode_prompts(tokenizer, [[{"role": "user", "content": whole}]])[0]
 
 
 def symbol_tokens(tokenizer: PreTrainedTokenizerBase, symbols: str) -> dict[str, int]:

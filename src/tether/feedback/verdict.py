@@ -132,9 +132,16 @@ def question(principle: str, prompt: Prompt, first: str, second: str, form: str 
 
 def messages_of(system: str, shown: str, ending: str) -> list[dict[str, str]]:
     """Chat messages of a question, whatever is shown."""
-    # A store holds half a character as it came, which neither a request nor a tokenizer can: U+FFFD stands for it.
-    shown = shown.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return [{"role": "system", "content": system}, {"role": "user", "content": f"{shown}\n\n{ending}"}]
+    return [
+        {"role": "system", "content": system},
+        {"role": "user", "content": f"{whole_characters(shown)}\n\n{ending}"},
+    ]
+
+
+def whole_characters(text: str) -> str:
+    """A store, or a reply, holds half a character as it came, which neither a request nor a tokenizer can: U+FFFD
+    stands for it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def plain_question(messages: list[dict[str, str]], lead: str = Comparison.lead) -> str:
@@ -143,12 +150,14 @@ def plain_question(messages: list[dict[str, str]], lead: str = Comparison.lead) 
 
 
 def as_text(prompt: Prompt) -> str:
+    """A prompt as a question shows it."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message.get('role', '')}: {_content(message)}" for message in prompt)
+    return "\n".join(f"{message.get('role', '')}: {content_of(message)}" for message in prompt)
 
 
-def _content(message: Mapping[str, Any]) -> str:
+def content_of(message: Mapping[str, Any]) -> str:
+    """A message's text; of content in parts, its JSON."""
     content = message.get("content")
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 

@@ -28,8 +28,9 @@ from tether.config import JudgeConfig
 from tether.config.reading import load_judge
 from tether.data.text import completion_text
 from tether.errors import RewardError, TetherError
+from tether.feedback.client import check_key
 from tether.feedback.constitution import draw_principle, read_constitution
-from tether.feedback.endpoint import Endpoint, check_key
+from tether.feedback.endpoint import Endpoint
 from tether.feedback.judge_cache import JudgeCache, cache_path
 from tether.feedback.local_judge import LocalJudge
 from tether.feedback.queue import display_order
@@ -74,7 +75,7 @@ class JudgeReward:
         self._stop = threading.Event()
         self.local = LocalJudge(self.config, _KINDS[form].symbols) if self.config.judge.base_url is None else None
         if self.local is None:
-            check_key(self.config.judge)
+            check_key(self.config.judge, "judge")
 
     @property
     def remote(self) -> bool:

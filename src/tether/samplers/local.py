@@ -82,8 +82,13 @@ class LocalSampler:
         return batch.completions()
 
     @torch.no_grad()
-    def steps(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0) -> Iterator[Batch]:
+    def steps(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0,
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[Batch]:  # fmt: skip
         """The batch of `generate` after every draw, with the hidden states that were drawn from.
+
+        numbers: those of the responses, where they do not count up from `first`.
 
         For one thread: torch's modes are set until it is exhausted or closed.
         """
@@ -96,7 +101,9 @@ class LocalSampler:
             decoder = SlotCache(self.model, slots=slots, width=width, recorded=self.recorded)
         else:
             decoder = Recompute(self.model, slots=slots, width=width)
-        batch = Batch(self.model, decoder, requests, sampling, cycle, slots, first)
+        if numbers is None:
+            numbers = range(first, first + len(requests))
+        batch = Batch(self.model, decoder, requests, sampling, cycle, slots, numbers)
         with self.model.evaluating(), self.model.autocast():
             while not batch.done:
                 batch.prefill()
@@ -193,11 +200,11 @@ class Batch:
 
     def __init__(
         self, model: LanguageModel, decoder: Decoder, requests: list[Prompt], sampling: Sampling, cycle: int,
-        slots: int, first_response: int,
+        slots: int, numbers: Sequence[int],
     ) -> None:  # fmt: skip
         self.model, self.decoder, self.requests = model, decoder, requests
         self.head = None if model.use_full_logits else model.output_head()  # None: the decoder gives logits
-        self.sampling, self.cycle, self.slots, self.first_response = sampling, cycle, slots, first_response
+        self.sampling, self.cycle, self.slots, self.numbers = sampling, cycle, slots, numbers
         device, limit = model.device, sampling.max_new_tokens
         self.waiting = 0  # the next request to prefill
         self.row = torch.empty(0, dtype=torch.long, device=device)
@@ -225,7 +232,7 @@ class Batch:
             batch = Rows.of([p.ids for p in prompts], [()] * len(prompts)).to(device)
             which = torch.tensor(copies, device=device)
             hidden = self.decoder.prefill(batch.tokens, batch.prompt_lengths.to(device), first, which)
-            counts = [self.first_response + i for i in rows]
+            counts = [self.numbers[i] for i in rows]
             chance = np.stack([uniforms(s.seed, s.stream, self.cycle, i, s.max_new_tokens) for i in counts])
             self.uniforms[first : first + len(rows)] = torch.from_numpy(chance).to(self.uniforms)
             self.row = torch.cat([self.row, torch.tensor(rows, device=device)])
