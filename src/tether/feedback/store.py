@@ -109,12 +109,18 @@ class Store:
     def add_items(self, items: Iterable[Item], *, overlap: float = 0.2, first: bool = False) -> Added:
         """Queue items behind those that are there; what is there already, prompt and answers alike, stays one item.
 
-        first: before those that are there: whoever labels next is asked these.
+        first: before those that are there: whoever labels next is asked these. What waits already goes there too, and
+            its source takes up what the new one says.
         overlap: share of them that two people are to judge, drawn by the seed. Items with gold are asked everybody.
         """
         check_fraction("overlap", overlap)
         with self._database.write() as c:
             return queue.add_items(c, items, overlap=overlap, seed=self.mix.seed, first=first)
+
+    def labels_wanted(self, item: Item) -> int | None:
+        """How many labels of people an item still waits for; None: it is not here. Of gold, which checks people, 0."""
+        with self._database.read() as c:
+            return queue.labels_wanted(c, item)
 
     def add_annotator(self, name: str) -> bool:
         """Register somebody who labels; False if the name is there already."""
