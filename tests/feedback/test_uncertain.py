@@ -149,6 +149,14 @@ def test_where_a_judge_and_the_reward_model_prefer_different_answers_people_are_
     assert "judge:j" in first[0].source["uncertain"]["why"]
 
 
+def test_pairs_that_a_judge_labeled_count_whichever_cycle_they_are_from(make_run):
+    sure = {"x": 8.0, "y": 1.0}
+    run = make_run([ALONE], c1={"older": sure}, c2={f"p{i}": sure for i in range(4)})
+    judged("preferences.db", ("older", "x", "y", 0.4))
+    (item,) = uncertain_items(run, to="preferences.db", limit=1).items
+    assert item.prompt == "older"
+
+
 def test_what_is_there_is_not_added_twice_and_what_people_have_judged_makes_room(make_run, capsys):
     run = make_run([ENSEMBLE], c1=BY_HAND)
     with Store("preferences.db", gold_fraction=0, repeat_fraction=0) as store:
@@ -158,6 +166,8 @@ def test_what_is_there_is_not_added_twice_and_what_people_have_judged_makes_room
         (apart,) = store.add_items([Item("far apart, one order", (Answer("x"), Answer("y")))], overlap=0).ids
         argv = ["label", "--from-run", run, "--uncertain", "--limit", "2"]
         assert main(argv) == 0
+        assert store.item(opposed).source["uncertain"]["probabilities"] == [0.2689, 0.7311]  # of the one stored first
+        assert store.item(apart).source["uncertain"]["probabilities"] == [0.7897, 0.6225]
         assert "0 items added to preferences.db, 0 of them for two people; 2 were there already" in (
             capsys.readouterr().out
         )
