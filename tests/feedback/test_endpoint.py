@@ -15,7 +15,7 @@ from scripted_judge import ScriptedJudge, scripted_judge, sigmoid
 from tether.config import JudgeSection, LimitsConfig
 from tether.errors import ConfigError, ModelError, StoreError
 from tether.feedback.endpoint import Endpoint, most_tokens
-from tether.feedback.judge_cache import JudgeCache, request_key
+from tether.feedback.judge_cache import JudgeCache, cache_path, request_key
 from tether.feedback.records import Verdict
 from tether.feedback.verdict import Comparison, NoVerdict, json_verdict, letter_probability, text_verdict
 
@@ -37,9 +37,10 @@ def comparisons(count, orders=BOTH):
     return made, {i: sigmoid(a - b) for i, (a, b) in enumerate(worth)}
 
 
-def ask(server: ScriptedJudge, path: Path, asked, *, answer="logprobs", votes=1, key_env=None, **limits):
-    """(verdicts by item, failures, whether a limit was reached, (requests, tokens) spent)"""
-    config = JudgeSection("m", base_url=server.url, answer=answer, votes=votes, key_env=key_env)
+def ask(server: ScriptedJudge, path: Path, asked, *, answer="logprobs", votes=1, key_env=None, tell=None, **limits):
+    """(verdicts by item, failures, whether a limit was reached, (requests, tokens) spent). tell: answer_tokens."""
+    more = {"answer_tokens": tell} if tell else {}
+    config = JudgeSection("m", base_url=server.url, answer=answer, votes=votes, key_env=key_env, **more)
     cache = JudgeCache(path / "cache.db")
     try:
         endpoint = Endpoint(config, LimitsConfig(**{"timeout_s": 5.0} | limits), cache)
@@ -134,6 +135,17 @@ def test_tokens_are_reserved_before_a_request_and_settled_after_it(server, tmp_p
     assert requests >= 9  # not stopped by what others had only reserved
     assert tokens == 100 * requests <= most + 900
     assert len(verdicts) == requests // 2 or len(verdicts) < 20
+
+
+def test_the_longest_answer_is_the_configs_and_is_reserved(server, tmp_path):
+    asked, _ = comparisons(1)
+    question = sum(len(m["content"]) for m in asked[0].question((0, 1), "text"))
+    with pytest.raises(ConfigError, match=f"is below the {question + 256 + 4000} tokens that one request can take"):
+        ask(server, tmp_path, asked, answer="text", tell=4000, tokens=question + 256 + 3999)
+    assert server.asked == []
+    ask(server, tmp_path, asked, answer="text", tell=4000, tokens=2 * (question + 256 + 4000))
+    ask(server, tmp_path, asked, answer="text")
+    assert [body["max_tokens"] for body in server.asked] == [4000, 4000, 512, 512]
 
 
 def test_eight_requests_in_flight_keep_eight_in_flight(server, tmp_path):
@@ -268,6 +280,12 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(server, tmp_pat
         ask(server, tmp_path, comparisons(1)[0], key_env="JUDGE_KEY", retries=0)
     assert "very" not in str(error.value)
     assert not server.asked
+
+
+def test_no_two_stores_share_a_file_of_answers():
+    paths = [cache_path(store, "judge:x") for store in ("d/a.db", "d/a.sqlite", "d/a", "d/a.sqlite.db", "d/b.db")]
+    assert paths[0] == Path("d/a.judge-x.db")
+    assert len(set(paths)) == 5
 
 
 def test_two_judges_of_one_name_do_not_pay_for_the_same(tmp_path):

@@ -53,6 +53,10 @@ class JudgeSection(Section):
     """How a verdict is read: from log-probs of the letters A and B, from JSON under a schema, or from the last line
     VERDICT: A. auto: the first of these that the endpoint can do. A local model gives log-probs."""
 
+    answer_tokens: Annotated[int, at_least(16, "no verdict would fit")] = 512
+    """Longest answer where it is read as text or JSON, reasons included: a few sentences are a quarter of 512, a model
+    that thinks before it answers needs some thousands. Each request reserves as many of limits.tokens."""
+
     def check(self, key: str) -> None:
         if self.name is not None and (re.search(NOT_IN_NAMES, self.name) or len(self.name) > 80):
             raise ConfigError(
@@ -60,7 +64,12 @@ class JudgeSection(Section):
                 "Use up to 80 letters, digits, dots, dashes and underscores."
             )
         if self.base_url is None:
-            for name, given in (("key_env", self.key_env is not None), ("answer", self.answer in ("json", "text"))):
+            alone = (
+                ("key_env", self.key_env is not None),
+                ("answer", self.answer in ("json", "text")),
+                ("answer_tokens", self.answer_tokens != type(self).answer_tokens),
+            )
+            for name, given in alone:
                 if given:
                     raise ConfigError(
                         f"{key}.{name} is set, but {key}.base_url is null: a local model is asked for log-probs, and "

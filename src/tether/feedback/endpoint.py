@@ -35,7 +35,6 @@ from tether.feedback.verdict import (
 from tether.remote import Cancelled, GaveUp, Temporary, describe_status, temporary, with_retries
 from tether.statistics import vote_probability
 
-ANSWER_TOKENS = 512  # most of an answer with reasons: a few sentences are a quarter of it
 _OVERHEAD_TOKENS = 256  # what a server's chat template may add to a question
 _TRIES = 3  # answers in a form of which none could be read: then the endpoint counts as not able to give it
 _GIVE_UP_AFTER = 20  # comparisons in a row that failed for lack of an answer: the endpoint is gone
@@ -167,7 +166,7 @@ class Endpoint:
         body: dict[str, Any] = {"model": self._config.model, "messages": comparison.question(order, form)}
         if form == "logprobs":
             return body | {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
-        body |= {"max_tokens": ANSWER_TOKENS, "temperature": 0.0 if self._config.votes == 1 else 1.0}
+        body |= {"max_tokens": self._config.answer_tokens, "temperature": 0.0 if self._config.votes == 1 else 1.0}
         if form == "json":
             schema = {"name": "verdict", "strict": True, "schema": SCHEMA}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}

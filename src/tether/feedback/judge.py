@@ -258,15 +258,19 @@ def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
     principles = read_constitution(config.judge.constitution)
     path = store_path(config)
     if is_store_path(config.data.path):
-        with Store(path, create=False) as store:
+        with Store(path, create=False, upgrade=False) as store:
             queue = _Queue(store, config, principles, None)
             pairs, sample = len(queue.waiting), list(islice(queue.comparisons(), _SAMPLED))
             facts = [f"{path}: {pairs} pairs wait, {queue.labeled} are labeled by {config.judge.annotator}"]
     else:
-        items = [item for item in read_items(config.data.path).items if item.kind == "pair"][: config.data.limit]
-        pairs = len(items)
-        sample = [comparison(item, 0, config, principles) for item in items[:_SAMPLED]]
-        facts = [f"{config.data.path}: {pairs} pairs, for the store {path}"]
+        read = [item for item in read_items(config.data.path).items if item.kind == "pair"]
+        labeled = _labeled(path, config.judge.annotator, read)
+        waiting = [item for item, done in zip(read, labeled, strict=True) if not done][: config.data.limit]
+        pairs = len(waiting)
+        sample = [comparison(item, 0, config, principles) for item in waiting[:_SAMPLED]]
+        facts = [
+            f"{config.data.path}: {pairs} pairs wait, {sum(labeled)} are labeled by {config.judge.annotator} in {path}"
+        ]
     facts.append(f"{config.judge.constitution}: {len(principles)} principles, one drawn for each pair")
     longest = 0
     if config.judge.base_url is None:
@@ -280,6 +284,15 @@ def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
         shown = "\n\n".join(m["content"] for m in sample[0].question(sample[0].orders[0], "logprobs"))
     plan = f"{describe_plan(config, pairs, sample)}\n\nthe first question\n{shown}"
     return Inputs(facts, longest, plan.replace("\n", "\n  "))
+
+
+def _labeled(path: str, judge: str, items: Sequence[Item]) -> list[bool]:
+    """Whether each of these items is in the store with a label of this judge; the store need not be there."""
+    if not Path(path).exists() or not Path(path).stat().st_size:
+        return [False] * len(items)
+    with Store(path, create=False, upgrade=False) as store:
+        done = {number for number, _, labeled in store.judge_queue(judge) if labeled}
+        return [store.number_of(item) in done for item in items]
 
 
 # ---------------------------------------------------------------- progress

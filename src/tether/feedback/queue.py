@@ -79,7 +79,7 @@ def add_items(
     waits: dict[str, Item] = {}
     ids: dict[str, int] = {}
     for mark, item in order:
-        if row := _row_of(connection, mark):
+        if row := row_of(connection, mark):
             ids[mark] = row["id"]
             if first and row["pool"] == MAIN and row["needs"]:
                 waits[mark] = item
@@ -115,11 +115,12 @@ def fingerprint(item: Item) -> str:
 
 def labels_wanted(connection: sqlite3.Connection, item: Item) -> int | None:
     """How many labels of people an item still waits for; None where it is not in the store. Of gold: 0."""
-    row = _row_of(connection, fingerprint(item))
+    row = row_of(connection, fingerprint(item))
     return None if row is None else int(row["needs"]) * (row["pool"] == MAIN)
 
 
-def _row_of(connection: sqlite3.Connection, mark: str) -> sqlite3.Row | None:
+def row_of(connection: sqlite3.Connection, mark: str) -> sqlite3.Row | None:
+    """id, pool and needs of the item with a fingerprint; None where there is none. Repeats are not looked at."""
     found: sqlite3.Row | None = connection.execute(
         "SELECT id, pool, needs FROM items WHERE fingerprint = ? AND repeat_of IS NULL", (mark,)
     ).fetchone()
