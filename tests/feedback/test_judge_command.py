@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from tether.data.snapshot import read_pairs
 from tether.errors import ConfigError, DataError, StoreError
 from tether.feedback.agreement import agreement
 from tether.feedback.constitution import draw_principle, read_constitution
+from tether.feedback.judge_cache import JudgeCache, cache_path, request_key
 from tether.feedback.records import Answer, Filters, Item, Verdict
 from tether.feedback.store import Store
 
@@ -219,6 +221,42 @@ def test_a_signal_keeps_what_was_paid_and_exits_with_3(labeled, config, server, 
     assert main(["judge", config]) == 0
     assert len(server.asked) == 10  # none of them twice
     assert max(server.answered.values()) == 1
+
+
+def test_kill_9_at_ten_moments_of_the_command_pays_nothing_twice_that_had_come(config, server):
+    """The moments are ten numbers of requests, of 80, and waits after each: in flight, as it comes, as it is kept."""
+    worth = {f"Q{i}": (i - 20) / 10 for i in range(40)}
+    with Store("preferences.db", gold_fraction=0, repeat_fraction=0) as store:
+        store.add_items([Item(q, (Answer(f"worth {w}"), Answer("worth 0"))) for q, w in worth.items()], overlap=0)
+    judge, kept = load_config(config), set()
+    file = cache_path("preferences.db", "judge:critic")
+    for n, moment in enumerate((0, 1, 9, 18, 27, 36, 45, 54, 63, 72)):
+        began = len(server.asked)
+        child = os.fork()
+        if child == 0:
+            try:
+                tether.judge(replace(judge, limits=replace(judge.limits, concurrency=4)))
+            finally:
+                os._exit(1)
+        while len(server.asked) < moment and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.001)
+        time.sleep(n / 500)
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])  # it was not done yet
+        asked = [request_key(server.url, body, 0) for body in server.asked]
+        assert not kept & set(asked[began:])
+        cache = JudgeCache(file)
+        kept = {key for key in asked if cache.answer(key)}
+        assert cache.spent()[0] >= len(asked)
+        cache.close()
+    done = tether.judge(judge)
+    assert done.before + done.labels == 40
+    rows = Store("preferences.db").preference_rows(Filters(judges=True))
+    assert {row["prompt"]: row["probability"] for row in rows} == pytest.approx(
+        {q: sigmoid(abs(w)) for q, w in worth.items()}, abs=1e-6
+    )
+    assert len(rows) == 40
+    assert len(server.asked) - 80 <= 10 * 4  # in flight when a kill came: nobody can know whether they were answered
 
 
 def test_a_store_without_pairs_is_refused(config, capsys):

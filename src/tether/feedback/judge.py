@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -156,17 +157,20 @@ class _Queue:
 
     def __init__(self, store: Store, config: JudgeConfig, principles: tuple[str, ...], among: set[int] | None) -> None:
         self.store, self.config, self.principles = store, config, principles
-        items = [x for x in store.judge_queue(config.judge.annotator) if among is None or x[0] in among]
-        pairs = [(number, labeled) for number, kind, labeled in items if kind == "pair"]
-        self.rankings = len(items) - len(pairs)
-        if not pairs:
+        self.rankings = self.labeled = 0
+        self.waiting = array("q")  # eight bytes each: there may be very many
+        for number, kind, labeled in store.judge_queue(config.judge.annotator):
+            if among is None or number in among:
+                self.rankings += kind != "pair"
+                self.labeled += kind == "pair" and labeled
+                if kind == "pair" and not labeled:
+                    self.waiting.append(number)
+        if not self.labeled and not self.waiting:
             raise StoreError(
                 f"{store.path} holds no pair of answers, so there is nothing to compare. Add some: tether label --from "
                 f"pairs.jsonl --to {store.path}."
             )
-        waiting = [number for number, labeled in pairs if not labeled]
-        self.labeled = len(pairs) - len(waiting)
-        self.waiting = waiting[: config.data.limit]
+        self.waiting = self.waiting[: config.data.limit]
 
     def comparisons(self) -> Iterator[Comparison]:
         for number in self.waiting:

@@ -215,10 +215,10 @@ class Store:
                 c, annotator, item, key, judgment, on_screen=on_screen, seconds=seconds, now=self._clock(), mix=self.mix
             )
 
-    def judge_queue(self, judge: str) -> list[tuple[int, str, bool]]:
+    def judge_queue(self, judge: str) -> Iterator[tuple[int, str, bool]]:
         """(number, kind, labeled by this judge) of every item but repeats, in the order of their queues."""
-        with self._database.read() as c:
-            return reading.judge_queue(c, judge)
+        with self._database.snapshot() as c:
+            yield from reading.judge_queue(c, judge)
 
     def record_verdicts(self, judge: str, verdicts: Sequence[Verdict]) -> None:
         """Keep a judge's labels, all or none of them; an item that it has labeled already keeps the label it has."""
