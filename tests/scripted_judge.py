@@ -51,6 +51,7 @@ class ScriptedJudge(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer is two writes, of which the second would wait for 40 ms
     server: ScriptedJudge
 
     def log_message(self, *_: Any) -> None:

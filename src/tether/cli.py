@@ -288,6 +288,11 @@ def _label(argv: list[str]) -> None:
     source.add_argument("--sample", metavar="MODEL", help="items from a model that answers the file of --prompts now")
     parser.add_argument("--cycle", metavar="N", type=int, help="with --from-run: answers of this cycle alone")
     parser.add_argument(
+        "--uncertain", action="store_true",
+        help="with --from-run: the pairs on which its reward models, or they and a judge in the store, are least sure; "
+        "asked first",
+    )  # fmt: skip
+    parser.add_argument(
         "--per-prompt", metavar="K", type=int, default=2,
         help="with --from-run: answers an item; 2 make a pair, more are ranked (%(default)s)",
     )  # fmt: skip
@@ -297,7 +302,12 @@ def _label(argv: list[str]) -> None:
     )
     parser.add_argument("--temperature", metavar="T", type=float, default=1.0, help="with --sample (%(default)s)")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="with --sample (%(default)s)")
-    parser.add_argument("--limit", metavar="N", type=int, help="only the first N rows of --from or --prompts")
+    parser.add_argument(
+        "--limit",
+        metavar="N",
+        type=int,
+        help="only the first N rows of --from or --prompts; with --uncertain N pairs (100)",
+    )
     parser.add_argument("--to", metavar="FILE", default="preferences.db", help="the store (%(default)s)")
     parser.add_argument(
         "--gold", metavar="FILE", help="items that check people: chosen is better than rejected, or `gold` names one"
@@ -319,11 +329,21 @@ def _label(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if (args.sample is None) != (args.prompts is None):
         raise ConfigError("--sample MODEL and --prompts FILE go together: one answers what the other asks. Give both.")
+    if args.uncertain and (args.from_run is None or args.per_prompt != 2):
+        raise ConfigError(
+            "--uncertain chooses pairs of what a run answered: it goes with --from-run RUN, and --per-prompt stays 2. "
+            "Add the one, or leave the other out."
+        )
     from tether.feedback.items import items_of_model, items_of_run, label, read_items
 
     found = None
     if args.file:
         found = read_items(args.file, args.limit)
+    elif args.uncertain:
+        from tether.feedback.uncertain import LIMIT, uncertain_items
+
+        limit = LIMIT if args.limit is None else args.limit
+        found = uncertain_items(args.from_run, to=args.to, cycle=args.cycle, limit=limit)
     elif args.from_run:
         found = items_of_run(args.from_run, cycle=args.cycle, answers=args.per_prompt, seed=args.seed or 0)
     elif args.sample:

@@ -110,7 +110,7 @@ sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens
 
 JUDGE = """
 judge: {model: m, base_url: null, key_env: null, name: null, constitution: helpful, orders: both, votes: 1,
-        answer: auto}
+        answer: auto, answer_tokens: 512}
 data: {path: d, limit: null}
 to: null
 limits: {requests: null, tokens: null, concurrency: 8, timeout_s: 60.0, retries: 5}

@@ -83,16 +83,24 @@ class JudgeSection(AskedModelConfig):
     """How a verdict is read: from log-probs of the letters A and B, from JSON under a schema, or from the last line
     VERDICT: A. auto: the first of these that the endpoint can do. A local model gives log-probs."""
 
+    answer_tokens: Annotated[int, at_least(16, "no verdict would fit")] = 512
+    """Longest answer where it is read as text or JSON, reasons included: a few sentences are a quarter of 512, a model
+    that thinks before it answers needs some thousands. Each request reserves as many of limits.tokens."""
+
     def check(self, key: str) -> None:
         if self.name is not None and (re.search(NOT_IN_NAMES, self.name) or len(self.name) > 80):
             raise ConfigError(
                 f"{key}.name={self.name[:80]!r} cannot be part of a file's name, and its answers are kept in one. "
                 "Use up to 80 letters, digits, dots, dashes and underscores."
             )
-        if self.base_url is None and self.answer in ("json", "text"):
+        given = {
+            "answer": self.answer in ("json", "text"),
+            "answer_tokens": self.answer_tokens != type(self).answer_tokens,
+        }
+        for name in [name for name, set_ in given.items() if set_ and self.base_url is None]:
             raise ConfigError(
-                f"{key}.answer is set, but {key}.base_url is null: a local model is asked for log-probs. Leave "
-                f"{key}.answer out, or name the endpoint."
+                f"{key}.{name} is set, but {key}.base_url is null: a local model is asked for log-probs. Leave "
+                f"{key}.{name} out, or name the endpoint."
             )
         super().check(key)
 

@@ -267,17 +267,18 @@ def _sources(
     facts = []
     for source in sources:
         name = source_name(source)
+        weight = f", weight {source.weight:g}" if kind == "reward" else ""  # gold is never summed
         if source.function is not None:
             function = load_function(source.function)
             FunctionReward(function, name=name, tokenizer=tokenizer, stop_ids=stops, fixed=source.arguments).check(
                 prompts
             )
-            facts.append(f"{kind} {name}: {source.function}, weight {source.weight:g}")
+            facts.append(f"{kind} {name}: {source.function}{weight}")
             continue
         if source.url is not None:
             url_reward(source, tokenizer, stops).check(prompts)
             answers = "it answers" if source.probe else "not asked: probe is off"
-            facts.append(f"{kind} {name}: {source.url}, weight {source.weight:g}; {answers}{_in_clear(source)}")
+            facts.append(f"{kind} {name}: {source.url}{weight}; {answers}{_in_clear(source)}")
             continue
         if source.judge is not None:
             judge = judge_reward(source, tokenizer, stops)
@@ -293,10 +294,10 @@ def _sources(
             check_members(source.models, name)
             facts.append(
                 f"{kind} {name}: {len(source.models)} models, {', '.join(source.models)}, pessimism "
-                f"{source.pessimism:g}, weight {source.weight:g}"
+                f"{source.pessimism:g}{weight}"
             )
             continue
-        facts.append(f"{kind} {name}: model {source.model}, weight {source.weight:g}")
+        facts.append(f"{kind} {name}: model {source.model}{weight}")
     return facts
 
 

@@ -18,7 +18,6 @@ from tether.feedback.judge_cache import JudgeCache
 from tether.feedback.verdict import FORMS, NoVerdict, Outcome, Question
 from tether.remote import Cancelled, GaveUp
 
-ANSWER_TOKENS = 512  # most of an answer with reasons: a few sentences are a quarter of it
 _TRIES = 3  # answers in a form of which none could be read: then the endpoint counts as not able to give it
 _KEPT_CHARACTERS = 2000  # of a reply, in the store; the cache has the whole
 
@@ -111,7 +110,7 @@ class Endpoint:
         body: dict[str, Any] = {"model": self._config.model, "messages": comparison.question(order, form)}
         if form == "logprobs":
             return body | {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
-        body |= {"max_tokens": ANSWER_TOKENS, "temperature": 0.0 if self._config.votes == 1 else 1.0}
+        body |= {"max_tokens": self._config.answer_tokens, "temperature": 0.0 if self._config.votes == 1 else 1.0}
         if form == "json":
             schema = {"name": "verdict", "strict": True, "schema": comparison.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}

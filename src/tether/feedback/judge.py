@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -153,17 +154,20 @@ class _Queue:
 
     def __init__(self, store: Store, config: JudgeConfig, principles: tuple[str, ...], among: set[int] | None) -> None:
         self.store, self.config, self.principles = store, config, principles
-        items = [x for x in store.judge_queue(config.judge.annotator) if among is None or x[0] in among]
-        pairs = [(number, labeled) for number, kind, labeled in items if kind == "pair"]
-        self.rankings = len(items) - len(pairs)
-        if not pairs:
+        self.rankings = self.labeled = 0
+        self.waiting = array("q")  # eight bytes each: there may be very many
+        for number, kind, labeled in store.judge_queue(config.judge.annotator):
+            if among is None or number in among:
+                self.rankings += kind != "pair"
+                self.labeled += kind == "pair" and labeled
+                if kind == "pair" and not labeled:
+                    self.waiting.append(number)
+        if not self.labeled and not self.waiting:
             raise StoreError(
                 f"{store.path} holds no pair of answers, so there is nothing to compare. Add some: tether label --from "
                 f"pairs.jsonl --to {store.path}."
             )
-        waiting = [number for number, labeled in pairs if not labeled]
-        self.labeled = len(pairs) - len(waiting)
-        self.waiting = waiting[: config.data.limit]
+        self.waiting = self.waiting[: config.data.limit]
 
     def comparisons(self) -> Iterator[Comparison]:
         for number in self.waiting:
@@ -255,15 +259,19 @@ def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
     principles = read_constitution(config.judge.constitution, "judge.constitution")
     path = store_path(config)
     if is_store_path(config.data.path):
-        with Store(path, create=False) as store:
+        with Store(path, create=False, upgrade=False) as store:
             queue = _Queue(store, config, principles, None)
             pairs, sample = len(queue.waiting), list(islice(queue.comparisons(), _SAMPLED))
             facts = [f"{path}: {pairs} pairs wait, {queue.labeled} are labeled by {config.judge.annotator}"]
     else:
-        items = [item for item in read_items(config.data.path).items if item.kind == "pair"][: config.data.limit]
-        pairs = len(items)
-        sample = [comparison(item, 0, config, principles) for item in items[:_SAMPLED]]
-        facts = [f"{config.data.path}: {pairs} pairs, for the store {path}"]
+        read = [item for item in read_items(config.data.path).items if item.kind == "pair"]
+        labeled = _labeled(path, config.judge.annotator, read)
+        waiting = [item for item, done in zip(read, labeled, strict=True) if not done][: config.data.limit]
+        pairs = len(waiting)
+        sample = [comparison(item, 0, config, principles) for item in waiting[:_SAMPLED]]
+        facts = [
+            f"{config.data.path}: {pairs} pairs wait, {sum(labeled)} are labeled by {config.judge.annotator} in {path}"
+        ]
     facts.append(f"{config.judge.constitution}: {len(principles)} principles, one drawn for each pair")
     longest = 0
     if config.judge.base_url is None:
@@ -277,3 +285,12 @@ def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
         shown = "\n\n".join(m["content"] for m in sample[0].question(sample[0].orders[0], "logprobs"))
     plan = f"{describe_plan(config, pairs, sample)}\n\nthe first question\n{shown}"
     return Inputs(facts, longest, plan.replace("\n", "\n  "))
+
+
+def _labeled(path: str, judge: str, items: Sequence[Item]) -> list[bool]:
+    """Whether each of these items is in the store with a label of this judge; the store need not be there."""
+    if not Path(path).exists() or not Path(path).stat().st_size:
+        return [False] * len(items)
+    with Store(path, create=False, upgrade=False) as store:
+        done = {number for number, _, labeled in store.judge_queue(judge) if labeled}
+        return [store.number_of(item) in done for item in items]

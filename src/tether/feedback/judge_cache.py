@@ -31,9 +31,9 @@ INSERT OR IGNORE INTO spent VALUES (1, 0, 0);
 
 
 def cache_path(store: str, judge: str) -> Path:
-    """preferences.db and judge:NAME give preferences.judge-NAME.db."""
+    """preferences.db and judge:NAME give preferences.judge-NAME.db; no two stores have one file."""
     path = Path(store)
-    return path.with_name(f"{path.stem}.{judge.replace(':', '-', 1)}.db")
+    return path.with_name(f"{path.stem}.{judge.replace(':', '-', 1)}{path.suffix}")
 
 
 def request_key(url: str, body: Mapping[str, Any], vote: int) -> str:

@@ -39,6 +39,7 @@ def response_columns(
         "score": scored.scores.tolist(),
         **{f"score/{name}": list(answers) for name, answers in scored.parts.items()},
         **{f"disagreement/{name}": found for name, found in scored.disagreement.items()},
+        **{f"members/{name}": found for name, found in scored.members.items()},
     }
 
 

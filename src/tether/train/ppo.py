@@ -73,9 +73,10 @@ def ppo(
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, s.stop_token_ids)
         kept = run.path / answers.NAME
         rewards = build_reward(config.reward, config.reward_shaping, tokenizer, stop_ids, device, reward, kept)
-        rewards.check(sets.train + sets.held_out)
-        gold = build_reward(config.evaluate.gold, RewardShapingConfig(), tokenizer, stop_ids, device, kept=kept)
-        gold.check(sets.held_out)
+        with signals.droppable():  # a server is waited for
+            rewards.check(sets.train + sets.held_out)
+            gold = build_reward(config.evaluate.gold, RewardShapingConfig(), tokenizer, stop_ids, device, kept=kept)
+            gold.check(sets.held_out)
         engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(policy.model, s)
         optimizer = build_optimizer(
             config.optim, policy.policy_parameters(), policy.critic_parameters(),

@@ -10,11 +10,11 @@ from contextlib import contextmanager, suppress
 import torch
 
 from tether.config import TrainingConfig
-from tether.errors import ConfigError, RunError
+from tether.errors import ConfigError, Interrupted, RunError
 from tether.runs import RunDirectory
 from tether.train.log import say
 from tether.train.memory import explaining_out_of_memory
-from tether.train.signals import Signals
+from tether.train.signals import Signals, StopRequested
 
 _BEAT_S = 5.0
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -55,7 +55,10 @@ def open_run(
             yield run, signals
             return
         with _beating(run):
-            yield run, signals
+            try:
+                yield run, signals
+            except StopRequested:
+                raise Interrupted("stopped before it went on; the same command continues") from None
 
 
 @contextmanager
