@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tether"
 FLOORS = [
     {"errors", "config", "types", "statistics", "remote"},
     {"math"},
-    {"models", "data", "feedback", "runs"},
+    {"models", "data", "distributed", "feedback", "runs"},
     {"samplers", "rewards"},
     {"train", "diagnose", "feedback.items", "feedback.judge", "feedback.probe"},
     {"studio", "reports", "demo", "serving", "cli", "__main__"},

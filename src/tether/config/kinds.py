@@ -61,6 +61,8 @@ class Kind:
     """module:function of what the report says at its top. None: the headline."""
     final: Literal["language model", "classifier"] = "language model"
     """What final/ holds."""
+    many: bool = False
+    """Whether torchrun may start it on several processes."""
     probe: str | None = None
     """module:function of config that tries out what it names, for `tether doctor C.yaml`; returns what it found."""
     tried: bool = False
@@ -129,6 +131,7 @@ KINDS: dict[str, Kind] = {
             memory="tether.diagnose.memory:beside_policy",
             total="ppo.cycles",
             unit="cycle",
+            many=True,
             headline=(
                 ("score", "reward/score_mean", ""),
                 ("held-out", "eval/score_mean", "on prompts that are never trained on"),

@@ -79,7 +79,7 @@ def dpo(config: DPOConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
     check(config)
     check_parts(None, None, sinks)
     section, inputs = config.dpo, input_hashes(config, fresh=fresh)
-    with open_run(config, command="dpo", fresh=fresh, inputs=inputs) as (run, signals):
+    with open_run(config, command="dpo", fresh=fresh, inputs=inputs) as (run, signals, _):
         if run.finished:
             return Run.open(run.path)
         model, tokenizer, notes = sft.load_model(config.model, device=resolve_device(config.device), seed=config.seed)

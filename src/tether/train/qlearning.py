@@ -65,7 +65,7 @@ def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: 
     check(config)
     check_parts(None, None, sinks)
     m, section, inputs = config.model, config.qlearning, input_hashes(config)
-    with open_run(config, command="qlearning", fresh=fresh, inputs=inputs) as (run, signals):
+    with open_run(config, command="qlearning", fresh=fresh, inputs=inputs) as (run, signals, _):
         if run.finished:
             return Run.open(run.path)
         tokenizer = load_tokenizer(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)

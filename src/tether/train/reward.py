@@ -57,7 +57,7 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
     check_parts(None, None, sinks)
     section, device = config.reward_model, resolve_device(config.device)
     inputs = input_hashes(config, fresh=fresh)
-    with open_run(config, command="reward", fresh=fresh, inputs=inputs) as (run, signals):
+    with open_run(config, command="reward", fresh=fresh, inputs=inputs) as (run, signals, _):
         if run.finished:
             return Run.open(run.path)
         if section.members is not None and damage(run.path / "final") is None:  # stopped while tidying up after it

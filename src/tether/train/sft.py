@@ -52,7 +52,7 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
     check(config)
     check_parts(None, None, sinks)
     inputs = input_hashes(config)
-    with open_run(config, command="sft", fresh=fresh, inputs=inputs) as (run, signals):
+    with open_run(config, command="sft", fresh=fresh, inputs=inputs) as (run, signals, _):
         if run.finished:
             return Run.open(run.path)
         model, tokenizer, notes = load_model(config.model, device=resolve_device(config.device), seed=config.seed)

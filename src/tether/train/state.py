@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from tether.config import TrainingConfig
+from tether.distributed.ranks import ALONE, Ranks
 from tether.errors import Interrupted, RewardError
 from tether.runs import RunDirectory
 from tether.train import checkpoint
@@ -35,6 +36,7 @@ class TrainingState:
     done: int = 0  # cycles (or steps)
     kl_coef: float = 0.0  # PPO's β; 0 elsewhere
     kl_error: float = -2.0  # `tether.math.kl_error` of the last cycle
+    ranks: Ranks = ALONE
 
     def save(self) -> None:
         assert isinstance(self.run.config, TrainingConfig)
@@ -48,7 +50,8 @@ class TrainingState:
         numbers = {self.run.unit: self.done, "kl_coef": self.kl_coef, "kl_error": self.kl_error,
                    "skipped": self.steps.skipped}  # fmt: skip
         name, keep = f"{self.run.unit}-{self.done:06d}", self.run.config.checkpoint.keep
-        checkpoint.save(self.run.path, name, numbers, write, keep=keep)
+        if self.ranks.rank == 0:
+            checkpoint.save(self.run.path, name, numbers, write, keep=keep)
 
     def run_steps(
         self,
@@ -108,7 +111,7 @@ class TrainingState:
             say(text)
 
         self.done = first
-        found = checkpoint.latest(self.run.path, passed_over)
+        found = self.ranks.first(lambda: checkpoint.latest(self.run.path, passed_over))
         if found and (not first or first < found[1][self.run.unit]) and found[1][self.run.unit] <= last:
             directory, numbers = found
             for name, model in self.models.items():
