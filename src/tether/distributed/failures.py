@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ E = TypeVar("E", bound=BaseException)
 
 _LOOK_S = 0.5
 _GRACE_S = 4.0
-_KEY = "failed"
+_KEY, _ENDED = "failed", "ended"
 
 
 class Failures:
@@ -39,8 +40,22 @@ class Failures:
         threading.Thread(target=failures._watch, args=(over,), name="failures", daemon=True).start()
         try:
             yield failures
+        except BaseException as error:
+            if is_agreed(error):
+                failures._end_together()
+            raise
+        else:
+            failures._end_together()
         finally:
             over.set()
+
+    def _end_together(self) -> None:
+        """Wait for rank 0, which may still be saving: torchrun ends the others where one ends with an error."""
+        with suppress(Exception):  # the store is gone, and rank 0 with it
+            if self._rank == 0:
+                self._store.set(_ENDED, "")
+            while not self._store.check([_ENDED]) and not self._store.check([_KEY]):
+                time.sleep(0.1)
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -65,7 +80,7 @@ class Failures:
             ours["text"] = lost
         with suppress(Exception):  # the store is gone, and rank 0 with it
             if lost:  # it may be about to say why
-                threading.Event().wait(2 * _LOOK_S)
+                time.sleep(2 * _LOOK_S)
             first: dict[str, Any] = json.loads(self._store.compare_set(_KEY, "", json.dumps(ours)))
             return first
         return ours | {"rank": 0, "text": "rank 0 has ended"}

@@ -19,6 +19,8 @@ from torch import Tensor
 from tether.config import PPOConfig, PPOSection, RewardShapingConfig, check
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.distributed.ranks import local_device
+from tether.distributed.shard import lay_out, shards
+from tether.errors import ConfigError
 from tether.math import hold_kl, kl_error, next_kl_coef
 from tether.models.export import save_model
 from tether.models.loading import context_length, model_config, resolve_device
@@ -78,13 +80,20 @@ def ppo(
         rewards.check(sets.train + sets.held_out)
         gold = build_reward(golden, RewardShapingConfig(), tokenizer, stop_ids, device, kept=kept)
         gold.check(sets.held_out)
-        engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(policy.model, s)
+        sharded = shards(config.distributed.shard, policy, ranks)
+        engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(policy.model, s, copied=sharded)
+        if sharded and sampler is not None:
+            raise ConfigError(
+                "a sampler was passed from Python, and distributed.shard cuts the weights into parts: it would find no "
+                "whole weight to load. Set distributed.shard to replicate."
+            )
+        layout = lay_out(policy, reference, ranks, sharded=sharded)  # from here on, copies of the models cannot be made
         optimizer = build_optimizer(
             config.optim, policy.policy_parameters(), policy.critic_parameters(),
             lora=m.lora is not None, critic_is_head=policy.critic is None,
         )  # fmt: skip
         steps = ScheduledOptimizer(optimizer, config.optim, p.steps, ranks)
-        state = TrainingState(run, policy.parts(), steps, tokenizer, kl_coef=p.kl.coef, ranks=ranks)
+        state = TrainingState(run, layout.parts(), steps, tokenizer, kl_coef=p.kl.coef, ranks=ranks, layout=layout)
         state.restore()
         engine.load_weights(policy.model, version=state.done)
         parts = engine, rewards, policy, reference
@@ -107,8 +116,10 @@ def ppo(
                     golds = ranks.first(lambda: gold.score(experience.completions, phase).parts)
             record.evaluation(experience, state.done, golds)
             metrics = metrics | experience.evaluation_metrics(golds)
-            if state.done and not run.follows:
-                keep_best(run, config, state.done, metrics, write_model)
+            if state.done:
+                layout.gather()
+                if not run.follows:
+                    keep_best(run, config, state.done, metrics, write_model)
             return metrics
 
         def last_line() -> Metrics:
@@ -120,11 +131,14 @@ def ppo(
         def write_model(directory: Path, card: str, add: Callable[[Path], object] = lambda directory: None) -> None:
             """A plain Hugging Face directory with the critic beside it. add: writes what else belongs there."""
 
+            whole = layout.whole
+            assert whole is not None  # rank 0 writes
+
             def beside(directory: Path) -> None:
-                policy.save_critic(directory / "critic")
+                whole.save_critic(directory / "critic")
                 add(directory)
 
-            save_model(policy.model, tokenizer, directory, card=card, temperature=s.temperature,
+            save_model(whole.model, tokenizer, directory, card=card, temperature=s.temperature,
                        max_new_tokens=s.max_new_tokens, stop_ids=stop_ids, add=beside)  # fmt: skip
 
         sets.record(run)
@@ -160,6 +174,7 @@ def ppo(
                 fell = fallen()
                 run.event("gold_fell", cycle=state.done, best=fell)
                 log.note(f"cycle {state.done}: gold has fallen since cycle {fell}, so the run ends here")
+            layout.gather()
             if not run.follows:
                 ended = Run(run.path)
                 card = ppo_card(run.path.name, ended.metrics, config, f"the last cycle, {state.done}", ended.best)
