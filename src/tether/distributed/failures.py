@@ -22,40 +22,53 @@ E = TypeVar("E", bound=BaseException)
 
 _LOOK_S = 0.5
 _GRACE_S = 4.0
-_KEY, _ENDED = "failed", "ended"
+_KEY, _ENDED, _LEFT = "failed", "ended", "left"
 
 
 class Failures:
     """Where a rank says that it failed, and learns that another did."""
 
-    def __init__(self, store: Any, rank: int) -> None:
-        self._store, self._rank = store, rank
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
+        self.happened = False  # a rank has failed alone: some may be gone
         self.on_end: Callable[[TetherError], None] = lambda error: None  # called before this process is ended
 
     @classmethod
     @contextmanager
-    def watching(cls, store: Any, rank: int) -> Iterator[Failures]:
+    def watching(cls, store: Any, rank: int, size: int) -> Iterator[Failures]:
         """Inside, a failure here is told to the others, and theirs ends this process."""
-        failures, over = cls(store, rank), threading.Event()
-        threading.Thread(target=failures._watch, args=(over,), name="failures", daemon=True).start()
+        failures, over = cls(store, rank, size), threading.Event()
+        thread = threading.Thread(target=failures._watch, args=(over,), name="failures", daemon=True)
+        thread.start()
+        together = True
         try:
             yield failures
         except BaseException as error:
-            if is_agreed(error):
-                failures._end_together()
+            together = is_agreed(error)
             raise
-        else:
-            failures._end_together()
         finally:
+            if together and rank == 0:
+                failures._wait_for_the_others()
+            elif together:
+                failures._wait_for_rank_0()
             over.set()
+            thread.join()
+            with suppress(Exception):
+                store.add(_LEFT, 1)
 
-    def _end_together(self) -> None:
-        """Wait for rank 0, which may still be saving: torchrun ends the others where one ends with an error."""
+    def _wait_for_rank_0(self) -> None:
+        """It may still be saving: torchrun ends all processes where one ends with an error."""
         with suppress(Exception):  # the store is gone, and rank 0 with it
-            if self._rank == 0:
-                self._store.set(_ENDED, "")
             while not self._store.check([_ENDED]) and not self._store.check([_KEY]):
                 time.sleep(0.1)
+
+    def _wait_for_the_others(self) -> None:
+        """Rank 0 may keep the store that they look into."""
+        with suppress(Exception):
+            self._store.set(_ENDED, "")
+            deadline = time.monotonic() + _GRACE_S
+            while self._store.add(_LEFT, 0) < self._size - 1 and time.monotonic() < deadline:
+                time.sleep(0.02)
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -73,6 +86,7 @@ class Failures:
 
     def _tell(self, error: BaseException) -> dict[str, Any]:
         """The first failure of the run, this one or another's."""
+        self.happened = True
         text = str(error) if isinstance(error, TetherError) else f"{type(error).__name__}: {first_line(error)}"
         code = getattr(error, "exit_code", 1)
         ours = {"rank": self._rank, "text": text, "exit_code": code}

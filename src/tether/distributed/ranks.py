@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from tether.distributed.failures import Failures, mark_agreed
+from tether.distributed.failures import Failures, is_agreed, mark_agreed
 from tether.distributed.world import world
 from tether.errors import ConfigError, RunError, first_line
 from tether.types import microbatches
@@ -197,9 +197,17 @@ def join(device: str, *, timeout_s: float) -> Iterator[Ranks]:
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=size,
         timeout=timedelta(seconds=timeout_s),
     )  # fmt: skip
-    with _quiet(rank), Failures.watching(dist.PrefixStore("failures", store.clone()), rank) as failures:
-        yield Ranks(rank, size, failures)
-    dist.destroy_process_group()  # not after a failure: it may wait for those that are gone
+    together = False
+    try:
+        with _quiet(rank), Failures.watching(dist.PrefixStore("failures", store.clone()), rank, size) as failures:
+            yield Ranks(rank, size, failures)
+        together = True
+    except BaseException as error:
+        together = is_agreed(error) and not failures.happened
+        raise
+    finally:
+        if together:  # else it may wait for those that are gone
+            dist.destroy_process_group()
 
 
 def _meet(rank: int, size: int) -> Any:
