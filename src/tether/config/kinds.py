@@ -90,6 +90,7 @@ KINDS: dict[str, Kind] = {
             section="sft",
             run="tether.train.sft:sft",
             inputs="tether.diagnose.inputs:of_examples",
+            many=True,
             headline=(("loss", "loss", "nats per token"),),
             losses=("loss",),
             alarms=("not_finite", "skipped_steps", "loss_rising", "gradient_norm", "stale", "recorded"),
@@ -105,6 +106,7 @@ KINDS: dict[str, Kind] = {
             run="tether.train.reward:reward_model",
             inputs="tether.diagnose.inputs:of_pairs",
             hashes="tether.train.reward:input_hashes",
+            many=True,
             headline=(
                 ("loss", "reward_model/loss", "nats per pair; knowing nothing is 0.693"),
                 ("accuracy", "reward_model/accuracy", "on the pairs of each step"),
@@ -159,6 +161,7 @@ KINDS: dict[str, Kind] = {
             inputs="tether.diagnose.inputs:of_preferences",
             hashes="tether.train.dpo:input_hashes",
             memory="tether.diagnose.memory:named_reference",
+            many=True,
             headline=(
                 ("loss", "dpo/loss", "of the preferences; knowing nothing is 0.693 under sigmoid"),
                 ("accuracy", "dpo/accuracy", "of the implicit reward, on each step"),
@@ -184,6 +187,7 @@ KINDS: dict[str, Kind] = {
             inputs="tether.diagnose.inputs:of_scored",
             hashes="tether.train.qlearning:input_hashes",
             memory="tether.diagnose.memory:named_reference",
+            many=True,
             headline=(
                 ("residual", "qlearning/residual", "reward units; under bellman 0 at the best policy"),
                 ("critic", "value/explained_variance", "share of the returns that V foresees"),

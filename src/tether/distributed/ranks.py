@@ -79,6 +79,10 @@ class Ranks:
         dist.all_gather_object(found, items)
         return [item for part in found for item in part]
 
+    def cat(self, parts: list[Tensor]) -> Tensor:
+        """The parts of every rank, one after the other; of several ranks on the CPU."""
+        return torch.cat(parts if self.size == 1 else self.gather([part.cpu() for part in parts]))
+
     def agree(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
         return any(self.gather([flag]))
@@ -160,6 +164,15 @@ def dealt(lengths: Tensor | Sequence[int], max_tokens: int, size: int) -> list[l
 
 
 # ---------------------------------------------------------------- starting
+
+
+def need_replicas(shard: str, command: str) -> None:
+    """Raise ConfigError where a command that only knows replicas is to cut the weights into parts."""
+    if world()[1] > 1 and shard == "full":
+        raise ConfigError(
+            f"distributed.shard=full, but tether {command} keeps all weights on every process so far: it would take "
+            "more memory than you expect. Set distributed.shard to replicate, or train adapters (model.lora)."
+        )
 
 
 def local_device(device: torch.device) -> torch.device:
