@@ -80,4 +80,7 @@ def gradients(kind: str, ranks: Ranks, shard: str) -> dict[str, Tensor]:
         found[f"log-probs {step}"] = logprobs
         found[f"metrics {step}"] = torch.tensor([metrics[name] for name in sorted(metrics)])
         steps.step(step)
+    states = [steps.optimizer.state[p][key] for _, p in named for key in ("exp_avg", "exp_avg_sq")]
+    held = sum(getattr(x, "to_local", lambda x=x: x)().numel() for x in [*(p for _, p in named), *states])
+    found["share"] = torch.tensor(held / sum(x.numel() for x in [*(p for _, p in named), *states]))
     return found | {"weights after three steps": torch.cat([whole(p.detach()).flatten() for _, p in named])}
