@@ -61,7 +61,7 @@ def gradients(kind: str, ranks: Ranks, shard: str) -> dict[str, Tensor]:
     reference = Reference(policy, Policy(LanguageModel(transformer("llama", seed=1), torch.float32), value_head=False))
     lay_out(policy, reference, ranks, sharded=shard == "full" and ranks.size > 1)
     batch = rollout(policy.has_critic)
-    ppo = PPOSection(microbatch_tokens=32, advantage=settings.get("advantage", "gae"), responses_per_prompt=5)
+    ppo = PPOSection(microbatch_tokens=16, advantage=settings.get("advantage", "gae"), responses_per_prompt=5)
     optim = OptimConfig(lr=1e-3, schedule="constant", max_grad_norm=0.5)
     named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
     steps = ScheduledOptimizer(build_optimizer(optim, named, lora=False), optim, 3, ranks)
