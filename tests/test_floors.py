@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tether"
 FLOORS = [
     {"errors", "config", "types", "statistics", "remote"},
     {"math"},
-    {"models", "data", "feedback", "runs"},
+    {"models", "data", "distributed", "feedback", "runs"},
     {"samplers", "rewards"},
     {
         "train",

@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 
 import tether
 from tether.config.kinds import KINDS, resolve
+from tether.distributed.failures import is_agreed
+from tether.distributed.world import refuse, world
 from tether.errors import ConfigError, DataError, Interrupted, RunError, TetherError
 
 
@@ -31,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("TETHER_DEBUG"):
             traceback.print_exc()
         what = "" if isinstance(error, Interrupted) else "error: "  # whoever asked for the stop made no mistake
-        print(f"tether: {what}{error}", file=sys.stderr)
+        if _speaks(error):
+            print(f"tether: {what}{error}", file=sys.stderr)
+        if isinstance(error, Interrupted) and "TORCHELASTIC_RUN_ID" in os.environ:
+            return 0  # torchrun would start it again; status.json has the true code
         return error.exit_code
     except KeyboardInterrupt:  # outside training, which has its own way to stop
         print("tether: interrupted", file=sys.stderr)
@@ -52,8 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _speaks(error: TetherError) -> bool:
+    """Whether this process prints the error: of several that torchrun started, one says what all of them raise."""
+    rank, _ = world()
+    return rank == 0 or not (is_agreed(error) or os.environ.get("LOCAL_RANK", "0") != "0")
+
+
 def _dispatch(argv: list[str]) -> None:
     name, *rest = argv or ["--help"]
+    if not (name in KINDS and KINDS[name].many):
+        refuse(f"tether {name}")
     if name in ("-h", "--help"):
         print(overview())
     elif name == "--version":
@@ -81,6 +94,8 @@ def _run(name: str, argv: list[str]) -> None:
     from tether.config.reading import parse_args, to_yaml
 
     config, options = parse_args(name, argv)
+    if (options.print_config or options.dry_run) and world()[0] > 0:
+        return  # rank 0 prints it
     if options.print_config:
         print(to_yaml(config), end="")
     elif options.dry_run:

@@ -47,6 +47,7 @@ optim: {lr: null, critic_lr: null, schedule: linear, warmup: 0, betas: [0.9, 0.9
         max_grad_norm: 1.0}
 log: {rollouts_every: 1, tensorboard: true, wandb: null}
 checkpoint: {every: 50, keep: 2}
+distributed: {shard: auto, reduce: float32, timeout_s: 1800.0}
 evaluate: {every: 10, prompts: null, count: 16, samples: 4, gold: [], stop_when_gold_falls: null}
 """
 
@@ -62,6 +63,7 @@ optim: {lr: null, critic_lr: null, schedule: linear, warmup: 0, betas: [0.9, 0.9
         max_grad_norm: 1.0}
 log: {rollouts_every: 1, tensorboard: true, wandb: null}
 checkpoint: {every: 50, keep: 2}
+distributed: {shard: auto, reduce: float32, timeout_s: 1800.0}
 """
 
 REWARD = (

@@ -530,6 +530,19 @@ class CheckpointConfig(Section):
 
 
 @dataclass(frozen=True)
+class DistributedConfig(Section):
+    """How a run that torchrun starts on several processes lays out its weights. Alone it does nothing."""
+
+    shard: Literal["auto", "full", "replicate"] = "auto"
+    """replicate: every process holds all weights, gradients and moments. full: each holds its part of them (FSDP2), and
+    a copy to sample from. auto: full where they would take more than 16 GB a process."""
+    reduce: Literal["float32"] = "float32"
+    """Precision in which gradients are summed over the processes."""
+    timeout_s: Annotated[float, positive("every exchange would fail at once")] = 1800.0
+    """Seconds that a process waits for another in one exchange; above the longest scoring of a cycle."""
+
+
+@dataclass(frozen=True)
 class TrainingConfig(Config):
     """What every trainer's config has."""
 
@@ -546,6 +559,7 @@ class TrainingConfig(Config):
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     @property
     def steps_per_unit(self) -> int:

@@ -63,7 +63,8 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """schema, kind, state (running, finished, stopped, failed), pid, host, heartbeat, exit_reason."""
+        """schema, kind, state (running, finished, stopped, failed), pid, host, heartbeat, exit_reason, and exit_code
+        (under torchrun a saved stop exits 0 all the same)."""
         return read_status(self.path)
 
     @property

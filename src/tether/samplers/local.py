@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tether.distributed.shard import whole
 from tether.models.language_model import LanguageModel, freeze
 from tether.models.loading import head_size
 from tether.samplers.draw import draw
@@ -53,9 +54,10 @@ class Decoder(Protocol):
 class LocalSampler:
     """Samples from a language model that lives in this process."""
 
-    def __init__(self, model: LanguageModel, *, slots: int | str = "auto") -> None:
+    def __init__(self, model: LanguageModel, *, slots: int | str = "auto", copied: bool = False) -> None:
+        """copied: sample from a copy, as of a model whose weights will be cut into parts (tether.distributed.shard)."""
         self.slots = slots  # rows decoded at once, see `count_slots`
-        self._copied = model.dtype == torch.bfloat16 and model.hf_model.dtype == torch.float32
+        self._copied = copied or (model.dtype == torch.bfloat16 and model.hf_model.dtype == torch.float32)
         self.model = model
         if self._copied:
             self.model = replace(model, lm=freeze(copy.deepcopy(model.lm), model.dtype))
@@ -73,7 +75,7 @@ class LocalSampler:
             return
         with torch.no_grad():
             for ours, theirs in zip(self.model.lm.parameters(), weights.lm.parameters(), strict=True):
-                ours.copy_(theirs)
+                ours.copy_(whole(theirs))
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0) -> Completions:
         """Draw `responses_per_prompt` responses to each prompt, in the prompts' order; see `tether.types.Sampler`."""
