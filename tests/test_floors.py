@@ -26,6 +26,7 @@ FLOORS = [
         "feedback.progress",
         "feedback.revise",
         "feedback.reviser",
+        "feedback.uncertain",
     },
     {"studio", "reports", "demo", "serving", "cli", "__main__"},
 ]

@@ -267,7 +267,7 @@ def _sources(
     facts = []
     for source in sources:
         name = source_name(source)
-        weight = f", weight {source.weight:g}" if kind == "reward" else ""  # gold is never summed
+        weight = f", weight {source.weight:g}" if kind != "gold" else ""  # gold is never summed
         if source.function is not None:
             function = load_function(source.function)
             FunctionReward(function, name=name, tokenizer=tokenizer, stop_ids=stops, fixed=source.arguments).check(
