@@ -73,14 +73,14 @@ class Failures:
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Around the run: an error that others do not raise as well is told to them, and where another rank failed
-        before, its error is raised here too."""
+        before, its error is raised here too; where one ended without a word, what that means."""
         try:
             yield
         except BaseException as error:
             if is_agreed(error):
                 raise
             first = self._tell(error)
-            if first["rank"] == self._rank:
+            if first["rank"] == self._rank and not _lost_another(error):
                 raise
             raise _of_another(first) from error
 
