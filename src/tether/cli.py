@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import tether
 from tether.config.kinds import KINDS, resolve
 from tether.distributed.failures import is_agreed
-from tether.distributed.world import refuse, world
+from tether.distributed.world import refuse, restarted, world
 from tether.errors import ConfigError, DataError, Interrupted, RunError, TetherError
 
 
@@ -103,7 +103,8 @@ def _run(name: str, argv: list[str]) -> None:
 
         print(dry_run(config, fresh=options.fresh))
     else:
-        result = resolve(KINDS[name].run)(config, fresh=options.fresh)
+        fresh = options.fresh and not restarted()  # else each restart would lose what the one before had done
+        result = resolve(KINDS[name].run)(config, fresh=fresh)
         if not KINDS[name].trains:
             print(result)
 

@@ -15,6 +15,11 @@ def world() -> tuple[int, int]:
     return int(environ["RANK"]), int(environ["WORLD_SIZE"])
 
 
+def restarted() -> bool:
+    """Whether torchrun --max-restarts has started this process again, after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def refuse(what: str) -> None:
     """Raise ConfigError where this is one of several processes, and `what` is for one."""
     if world()[1] > 1:
