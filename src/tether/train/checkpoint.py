@@ -149,19 +149,24 @@ def restore_weights(model: Any, directory: Path) -> None:
             )
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, named_parameters: Named) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named_parameters: Named, *, kept: bool = True
+) -> dict[str, Tensor]:
     """AdamW's moments and step counts by name, for a safetensors file; learning rates follow from the steps that are
-    done. Of weights that lie in parts every rank calls; they are put together on the CPU."""
+    done. Of weights that lie in parts every rank calls; they are put together on the CPU.
+
+    kept: whether this rank writes them; else {}, so that a host holds them once and not once a rank.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters:
         moments = optimizer.state.get(parameter, {})  # empty for a parameter that never had a gradient
-        tensors |= {f"{name}.{key}": _put_together(moments[key]) for key in _ADAM if key in moments}
+        for key in _ADAM:
+            if key in moments:
+                part = moments[key].detach()
+                tensor = whole(part)
+                if kept:
+                    tensors[f"{name}.{key}"] = (tensor if tensor is part else tensor.cpu()).contiguous()
     return tensors
-
-
-def _put_together(moment: Tensor) -> Tensor:
-    tensor = whole(moment.detach())
-    return tensor.contiguous() if tensor.is_cpu or not hasattr(moment, "full_tensor") else tensor.cpu()
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, named_parameters: Named, path: Path) -> None:

@@ -46,7 +46,7 @@ class TrainingState:
         assert isinstance(self.run.config, TrainingConfig)
         if self.layout is not None:
             self.layout.gather()
-        moments = checkpoint.optimizer_tensors(self.steps.optimizer, self.steps.named)
+        moments = checkpoint.optimizer_tensors(self.steps.optimizer, self.steps.named, kept=self.ranks.rank == 0)
         if self.ranks.rank > 0:
             return
 
