@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from policies_on_ranks import LAYOUTS, gradients
 from tether.cli import main
-from tether.distributed.ranks import join
+from tether.distributed.ranks import Ranks, join
 from tether.train import update
 
 RANK = int(os.environ["RANK"])
@@ -32,6 +32,14 @@ def signal_at_step(number: int, step: int, run: Path) -> None:
     os.kill(os.getpid(), number)
 
 
+def of_experts(ranks: Ranks) -> list[torch.Tensor | None]:
+    """The summed gradients of two weights of which each rank reached another, and of one that none did."""
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    weights[ranks.rank].grad = torch.full((2,), 1.0 + ranks.rank)
+    ranks.sum_gradients(weights)
+    return [weight.grad for weight in weights]
+
+
 def broken(*_):
     raise ValueError("on rank 1 alone")
 
@@ -39,7 +47,8 @@ def broken(*_):
 def do(job: dict) -> int:
     if "gradients" in job:
         with join("cpu", timeout_s=60) as ranks:
-            found = {layout: gradients(layout[0], ranks, layout[1]) for layout in LAYOUTS}
+            found: dict = {layout: gradients(layout[0], ranks, layout[1]) for layout in LAYOUTS}
+            found["experts"] = of_experts(ranks)
         if RANK == 0:
             torch.save(found, job["gradients"])
         return 0
@@ -47,7 +56,7 @@ def do(job: dict) -> int:
         threading.Thread(target=signal_at_step, args=(*job["signal"], Path(job["run"])), daemon=True).start()
     if "breaks" in job and RANK == 1:
         update._means = broken
-    return main([*job["argv"], *(job.get("on_rank_1", []) if RANK == 1 else [])])
+    return main([*job["argv"], *job.get("more", []), *(job.get("on_rank_1", []) if RANK == 1 else [])])
 
 
 def forked(job: dict) -> int:

@@ -26,7 +26,8 @@ from tether import Run, load_config, ppo
 from tether.cli import main
 from tether.config import DistributedConfig, RewardSourceConfig
 from tether.config.reading import to_yaml
-from tether.distributed.ranks import ALONE
+from tether.distributed.ranks import ALONE, local_device
+from tether.errors import ConfigError
 from tether.runs.files import damage, read_lines, read_table, sha256
 from tiny_ppo import tiny_config
 
@@ -59,7 +60,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "from-one-to-full": {"cycles_before": 2, "shard": "full"},
     "stopped": {"signal": [signal.SIGTERM, 1]},
     "killed": {"signal": [signal.SIGKILL, 3]},
-    "killed, again": {},
+    "killed, again": {"more": ["--fresh"]},  # as torchrun --max-restarts would, which the worker counts
     "reward-fails": {"cycles_before": 2, "reward": FAILS},
     "another-seed": {"on_rank_1": ["--seed", "1"]},
     "breaks": {"breaks": True},
@@ -135,6 +136,11 @@ def test_gradients_metrics_and_steps_of_two_processes_are_those_of_one(done, on_
         close(got[name], want[name], 1e-6)
 
 
+def test_a_weight_that_one_process_alone_reached_is_learned_by_all(done):
+    first, second, third = torch.load(done.root / "gradients.pt")["experts"]
+    assert (first.tolist(), second.tolist(), third) == ([1.0, 1.0], [2.0, 2.0], None)
+
+
 def test_two_processes_train_the_run_of_one(done, reference):
     run = done.run("replicate")
     assert done.codes["replicate"] == [0, 0]
@@ -181,6 +187,7 @@ def test_a_run_of_which_a_process_was_killed_ends_with_the_same_bits(done):
     assert done.codes["killed"] == [1, -signal.SIGKILL]
     assert max(done.seconds["killed"]) < done.seconds["replicate"][0] + 10
     assert done.codes["killed, again"] == [0, 0]
+    assert "another process of the run has ended" in done.said
     run, want = done.run("killed"), done.run("replicate")
     assert [e["cycle"] for e in read_lines(run.path / "events.jsonl") if e["event"] == "resumed"] == [2]
     assert steady(run) == steady(want)
@@ -205,6 +212,15 @@ def test_a_rank_that_fails_alone_hangs_no_other(done):
     assert (status["state"], status["exit_reason"]) == ("failed", "rank 1: ValueError: on rank 1 alone")
     assert done.said.count("tether: error: rank 1: ValueError: on rank 1 alone") == 1
     assert max(done.seconds["breaks"]) < 10
+
+
+def test_too_few_gpus_are_told_by_the_process_that_has_one(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1", "LOCAL_RANK": "0",
+                        "LOCAL_WORLD_SIZE": "2"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="device=cuda with 2 processes on a host"):
+        local_device(torch.device("cuda"))
 
 
 def test_a_command_for_one_process_is_refused_on_two(monkeypatch, capsys):

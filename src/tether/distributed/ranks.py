@@ -109,12 +109,25 @@ class Ranks:
         return cast(T, result)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients of replicated weights over the ranks; those of sharded ones FSDP has summed."""
+        """Sum the gradients of replicated weights over the ranks; those of sharded ones FSDP has summed.
+
+        A weight without a gradient here may have one elsewhere: of an expert that no token of this rank went to.
+        """
         if self.size == 1:
             return
         from torch import distributed as dist
 
-        gradients = [p.grad for p in parameters if p.grad is not None and not hasattr(p, "full_tensor")]
+        replicated = [p for p in parameters if not hasattr(p, "full_tensor")]
+        if not replicated:
+            return
+        reached = torch.tensor([p.grad is not None for p in replicated], dtype=torch.int32, device=replicated[0].device)
+        dist.all_reduce(reached)
+        gradients = list[Tensor]()
+        for parameter, count in zip(replicated, reached.tolist(), strict=True):
+            if count:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
         while gradients:
             bucket, size = list[Tensor](), 0
             while gradients and (not bucket or size + gradients[0].numel() <= _BUCKET):
@@ -180,11 +193,12 @@ def local_device(device: torch.device) -> torch.device:
     if world()[1] == 1 or device.type != "cuda":
         return device
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if device.index is not None or local >= count:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+    if device.index is not None or processes > count:  # the same on all of a host: its first says it
         why = f"all processes would share {device}" if device.index is not None else f"there are {count} GPUs"
         raise ConfigError(
-            f"device={device} with {os.environ.get('LOCAL_WORLD_SIZE', local + 1)} processes on a host: {why}. Set "
-            f"device: cuda, and --nproc-per-node to the GPUs of a host, {count} here."
+            f"device={device} with {processes} processes on a host: {why}. Set device: cuda, and --nproc-per-node to "
+            f"the GPUs of a host, {count} here."
         )
     own = torch.device("cuda", local)
     torch.cuda.set_device(own)
