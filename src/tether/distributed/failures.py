@@ -80,16 +80,14 @@ class Failures:
             if is_agreed(error):
                 raise
             first = self._tell(error)
-            if first["rank"] == self._rank and not _lost_another(error):
+            if first["text"] == _words(error):  # ours, or the same mistake found by all
                 raise
             raise _of_another(first) from error
 
     def _tell(self, error: BaseException) -> dict[str, Any]:
         """The first failure of the run, this one or another's."""
         self.happened = True
-        text = str(error) if isinstance(error, TetherError) else f"{type(error).__name__}: {first_line(error)}"
-        code = getattr(error, "exit_code", 1)
-        ours = {"rank": self._rank, "text": text, "exit_code": code}
+        ours = {"rank": self._rank, "text": _words(error), "exit_code": getattr(error, "exit_code", 1)}
         if lost := _lost_another(error):
             ours["text"] = lost
         with suppress(Exception):  # the store is gone, and rank 0 with it
@@ -108,6 +106,10 @@ class Failures:
             if first is not None and first["rank"] != self._rank and not over.wait(_GRACE_S):
                 self.on_end(_of_another(first))
                 os._exit(first["exit_code"])
+
+
+def _words(error: BaseException) -> str:
+    return str(error) if isinstance(error, TetherError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _lost_another(error: BaseException) -> str | None:
