@@ -12,6 +12,7 @@ from tether.train.signals import Signals, StopRequested
 
 TRAINER = """
 import sys, time
+from tether.distributed.ranks import Ranks
 from tether.train.signals import Signals, StopRequested
 
 def user_code():
@@ -27,10 +28,14 @@ with Signals() as signals:
             with signals.droppable():
                 print("ready")
                 user_code()
+        if sys.argv[1] == "one of two":
+            signals.ranks = Ranks(0, 2)
         print("ready")
         while not signals.requested:
             time.sleep(0.01)
         print("phase finished")
+        if sys.argv[1] == "one of two":
+            user_code()
         with signals.droppable():
             print("never here")
     except StopRequested:
@@ -76,6 +81,19 @@ def test_a_second_signal_quits_at_once_without_saving(start, number):
     out, err = process.communicate(timeout=10)
     assert (out, process.returncode) == ("", -number)
     assert "again: quitting without saving" in err
+
+
+def test_what_torchrun_passes_on_as_well_is_no_second_signal(start):
+    process = started(start, "one of two")
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "phase finished\n"
+    process.send_signal(signal.SIGTERM)  # from torchrun, which the scheduler asked too
+    time.sleep(1.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=10)
+    assert (out, process.returncode) == ("", -signal.SIGTERM)
+    assert err.count("again: quitting without saving") == 1
 
 
 def test_stop_requested_is_no_exception_that_user_code_would_swallow():

@@ -10,7 +10,7 @@
 A second signal kills the process without saving, whatever it is doing.
 
 Where the run has several processes none may leave a phase alone: the others would wait for it. A signal then waits in
-both phases, and between them it is asked whether any process got one.
+both phases, and between them it is asked whether any process got one. What follows within a second is the same request.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -26,6 +27,7 @@ from typing import Any
 from tether.distributed.ranks import ALONE, Ranks
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PASSED_ON_S = 1.0  # torchrun passes on a signal that a scheduler may have sent to everybody: one request, not two
 
 
 class StopRequested(KeyboardInterrupt):
@@ -44,6 +46,7 @@ class Signals:
     def __init__(self) -> None:
         self.requested = False  # a signal has arrived
         self.ranks: Ranks = ALONE
+        self._at = 0.0
         self._droppable = False
         self._previous: dict[int, Any] = {}
 
@@ -73,12 +76,14 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if self.requested and self.ranks.size > 1 and time.monotonic() < self._at + _PASSED_ON_S:
+            return
         if self.requested:
             _say(f"{name} again: quitting without saving.")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)  # as if it had never been caught: no thread or destructor can hold it up
             return
-        self.requested = True
+        self.requested, self._at = True, time.monotonic()
         what = "dropping this phase" if self._droppable else "finishing this phase"
         if self.ranks.rank == 0:
             _say(f"{name}: {what}, then saving. Once more quits without saving.")
