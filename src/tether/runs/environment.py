@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tether.distributed.world import world
 from tether.runs.resume import Change, changes
 
 _PACKAGES = ("tether", "torch", "transformers", "peft", "safetensors", "numpy", "pyarrow")
@@ -35,7 +36,7 @@ def describe_environment() -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cpus": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
-            **({"processes": processes} if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1 else {}),
+            **({"processes": processes} if (processes := world()[1]) > 1 else {}),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
             "gpus": [torch.cuda.get_device_name(i) for i in gpus],
         },
