@@ -32,6 +32,7 @@ class ScriptedJudge(ThreadingHTTPServer):
     forms: tuple[str, ...] = ("logprobs", "json", "text")
     delay_s = 0.0
     mass = 0.9  # of the letters
+    write: Callable[[dict[str, Any]], str] | None = None  # of a request's body: what it replies, where it is no judge
     key: str | None = None
 
     def __init__(self) -> None:
@@ -50,6 +51,7 @@ class ScriptedJudge(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer is two writes, of which the second would wait for 40 ms
     server: ScriptedJudge
 
     def log_message(self, *_: Any) -> None:
@@ -104,13 +106,17 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, reply)
 
     def _reply(self, judge: ScriptedJudge, body: dict[str, Any], form: str, number: int) -> dict[str, Any]:
+        if judge.write is not None:
+            choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
+            choice["message"] = {"role": "assistant", "content": judge.write(body)}
+            return _completion(body, choice)
         asked = body["messages"][-1]["content"]
         a, b = (
             float(stated[1]) if (stated := re.match(r"worth (-?[\d.]+)", answer)) else judge.empty[answer.strip()]
             for answer in re.findall(r"\[Answer [AB]\]\n(.*)", asked)
         )
         p = sigmoid(a - b + BIAS)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
+        choice = {"index": 0, "finish_reason": "stop"}
         if form == "logprobs":
             choice["finish_reason"] = "length"
             m = judge.mass
@@ -124,8 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             reasons = {"reasoning": "It is worth more.", "verdict": letter}
             text = json.dumps(reasons) if form == "json" else f"One says VERDICT: B, but no.\n**VERDICT:** {letter}."
         choice["message"] = {"role": "assistant", "content": text}
-        return {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice],
-                "usage": {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}}  # fmt: skip
+        return _completion(body, choice)
 
     def _send(self, status: int, body: dict[str, Any]) -> None:
         self._raw(status, json.dumps(body).encode())
@@ -136,6 +141,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+
+def _completion(body: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice],
+            "usage": {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}}  # fmt: skip
 
 
 def _logprobs(p: dict[str, float]) -> dict[str, Any]:

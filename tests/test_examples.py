@@ -1,5 +1,6 @@
 """What examples/ holds works: every config loads, and the ones small enough are run."""
 
+import json
 import math
 import os
 import re
@@ -176,3 +177,36 @@ def test_every_route_of_the_random_walks_trains_from_the_command_line(tmp_path):
         run = tether.Run(here / "runs" / route)
         assert len(run.metrics) == steps
         assert (run.final / beside).is_dir()
+
+
+@pytest.mark.slow
+def test_a_judge_is_trained_on_verdicts_and_rewards_stories(stories260k, tmp_path):
+    pytest.importorskip("vaderSentiment")
+    here = tmp_path / "generative_reward"
+    shutil.copytree(EXAMPLES / "stories", tmp_path / "stories")
+    shutil.copytree(EXAMPLES / "generative_reward", here, ignore=shutil.ignore_patterns("*.jsonl", "runs"))
+
+    def call(*words):
+        done = subprocess.run([sys.executable, *words], cwd=here, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    tether_ = ("-m", "tether.cli")
+    policy = ("--model.policy", str(stories260k))
+    call(*tether_, "generate", str(stories260k), "--prompts", "../stories/prompts.jsonl", "--best-of", "3", "--pairs",
+         "--reward", "../stories/sentiment.py:sentiment", "--max-new-tokens", "16", "--to", "pairs.jsonl")  # fmt: skip
+    said = call("verdicts.py", "pairs.jsonl", "--to", "verdicts.jsonl")
+    assert re.fullmatch(r"verdicts.jsonl: \d+ verdicts on \d+ pairs\n", said)
+    rows = [json.loads(line) for line in (here / "verdicts.jsonl").read_text().splitlines()]
+    assert [row["completion"] for row in rows[:4]] == ["A", "B", "A", "B"]
+    call(*tether_, "sft", "sft.yaml", *policy, "--data.limit", "96", "--sft.batch", "4", "--sft.epochs", "2",
+         "--optim.lr", "3e-4")  # fmt: skip
+    call(*tether_, "judge", "judge.yaml", "--data.limit", "5", "--device", "cpu")  # it names letters
+    call(*tether_, "ppo", "ppo.yaml", *policy, "--ppo.cycles", "1", "--ppo.batch", "8", "--ppo.minibatch", "8",
+         "--ppo.responses_per_prompt", "4", "--evaluate.every", "1", "--evaluate.count", "2", "--evaluate.samples", "2",
+         "--sampling.max_new_tokens", "16")  # fmt: skip
+    run = tether.Run(here / "runs" / "happier")
+    (metrics,) = run.metrics
+    assert metrics["reward/judge_mean"] == pytest.approx(0, abs=1e-9)
+    assert metrics["reward/score_std"] > 0
+    assert -1 <= metrics["eval/gold/sentiment_mean"] <= 1

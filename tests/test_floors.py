@@ -15,9 +15,19 @@ SOURCE = Path(__file__).parents[1] / "src" / "tether"
 FLOORS = [
     {"errors", "config", "types", "statistics", "remote"},
     {"math"},
-    {"models", "data", "feedback", "runs"},
+    {"models", "data", "distributed", "feedback", "runs"},
     {"samplers", "rewards"},
-    {"train", "diagnose", "feedback.items", "feedback.judge", "feedback.probe"},
+    {
+        "train",
+        "diagnose",
+        "feedback.items",
+        "feedback.judge",
+        "feedback.probe",
+        "feedback.progress",
+        "feedback.revise",
+        "feedback.reviser",
+        "feedback.uncertain",
+    },
     {"studio", "reports", "demo", "serving", "cli", "__main__"},
 ]
 WITH_SHAPES = ("torch", "jaxtyping")  # jaxtyping for annotations only: production does not load it (test_shapes.py)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         JudgeConfig,
         PPOConfig,
         QLearningConfig,
+        ReviseConfig,
         RewardConfig,
         SFTConfig,
     )
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from tether.feedback.judge import judge
+    from tether.feedback.revise import revise
     from tether.models.export import export
     from tether.reports.page import report
     from tether.runs import Run
@@ -54,6 +56,7 @@ _HOME = {
     "dpo": "tether.train.dpo",
     "evaluate": "tether.train.evaluate",
     "judge": "tether.feedback.judge",
+    "revise": "tether.feedback.revise",
     "generate": "tether.train.evaluate",
     "best_of_n": "tether.train.rejection_sampling",
     "export": "tether.models.export",
@@ -61,7 +64,8 @@ _HOME = {
     "load_config": "tether.config.reading",
     "Run": "tether.runs",
     **dict.fromkeys(
-        ("PPOConfig", "SFTConfig", "RewardConfig", "DPOConfig", "QLearningConfig", "EvaluateConfig", "JudgeConfig"),
+        ("PPOConfig", "SFTConfig", "RewardConfig", "DPOConfig", "QLearningConfig", "EvaluateConfig", "JudgeConfig",
+         "ReviseConfig"),
         "tether.config",
     ),
     **dict.fromkeys(
@@ -83,6 +87,7 @@ __all__ = [
     "ModelError",
     "PPOConfig",
     "QLearningConfig",
+    "ReviseConfig",
     "RewardConfig",
     "RewardError",
     "Run",
@@ -102,6 +107,7 @@ __all__ = [
     "ppo",
     "qlearning",
     "report",
+    "revise",
     "reward_model",
     "sft",
 ]

@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 
 import tether
 from tether.config.kinds import KINDS, resolve
+from tether.distributed.failures import is_agreed
+from tether.distributed.world import refuse, world
 from tether.errors import ConfigError, DataError, Interrupted, RunError, TetherError
 
 
@@ -31,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("TETHER_DEBUG"):
             traceback.print_exc()
         what = "" if isinstance(error, Interrupted) else "error: "  # whoever asked for the stop made no mistake
-        print(f"tether: {what}{error}", file=sys.stderr)
+        if _speaks(error):
+            print(f"tether: {what}{error}", file=sys.stderr)
+        if isinstance(error, Interrupted) and "TORCHELASTIC_RUN_ID" in os.environ:
+            return 0  # torchrun would start it again; status.json has the true code
         return error.exit_code
     except KeyboardInterrupt:  # outside training, which has its own way to stop
         print("tether: interrupted", file=sys.stderr)
@@ -52,8 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _speaks(error: TetherError) -> bool:
+    """Whether this process prints the error: of several that torchrun started, one says what all of them raise."""
+    rank, _ = world()
+    return rank == 0 or not (is_agreed(error) or os.environ.get("LOCAL_RANK", "0") != "0")
+
+
 def _dispatch(argv: list[str]) -> None:
     name, *rest = argv or ["--help"]
+    if not (name in KINDS and KINDS[name].many):
+        refuse(f"tether {name}")
     if name in ("-h", "--help"):
         print(overview())
     elif name == "--version":
@@ -81,6 +94,8 @@ def _run(name: str, argv: list[str]) -> None:
     from tether.config.reading import parse_args, to_yaml
 
     config, options = parse_args(name, argv)
+    if (options.print_config or options.dry_run) and world()[0] > 0:
+        return  # rank 0 prints it
     if options.print_config:
         print(to_yaml(config), end="")
     elif options.dry_run:
@@ -174,7 +189,9 @@ def _generate(argv: list[str]) -> None:
         help="score N responses to each prompt of --prompts, write the best as JSONL",
     )
     parser.add_argument(
-        "--reward", metavar="DIR|FILE.py:NAME", help="with --best-of: the reward model or function that scores"
+        "--reward",
+        metavar="DIR|FILE.py:NAME|JUDGE.yaml",
+        help="with --best-of: the reward model, function or judge that scores",
     )
     parser.add_argument(
         "--pairs", action="store_true", help="with --best-of: best against worst, for tether reward and tether dpo"
@@ -286,6 +303,11 @@ def _label(argv: list[str]) -> None:
     source.add_argument("--sample", metavar="MODEL", help="items from a model that answers the file of --prompts now")
     parser.add_argument("--cycle", metavar="N", type=int, help="with --from-run: answers of this cycle alone")
     parser.add_argument(
+        "--uncertain", action="store_true",
+        help="with --from-run: the pairs on which its reward models, or they and a judge in the store, are least sure; "
+        "asked first",
+    )  # fmt: skip
+    parser.add_argument(
         "--per-prompt", metavar="K", type=int, default=2,
         help="with --from-run: answers an item; 2 make a pair, more are ranked (%(default)s)",
     )  # fmt: skip
@@ -295,7 +317,12 @@ def _label(argv: list[str]) -> None:
     )
     parser.add_argument("--temperature", metavar="T", type=float, default=1.0, help="with --sample (%(default)s)")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="with --sample (%(default)s)")
-    parser.add_argument("--limit", metavar="N", type=int, help="only the first N rows of --from or --prompts")
+    parser.add_argument(
+        "--limit",
+        metavar="N",
+        type=int,
+        help="only the first N rows of --from or --prompts; with --uncertain N pairs (100)",
+    )
     parser.add_argument("--to", metavar="FILE", default="preferences.db", help="the store (%(default)s)")
     parser.add_argument(
         "--gold", metavar="FILE", help="items that check people: chosen is better than rejected, or `gold` names one"
@@ -317,11 +344,21 @@ def _label(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if (args.sample is None) != (args.prompts is None):
         raise ConfigError("--sample MODEL and --prompts FILE go together: one answers what the other asks. Give both.")
+    if args.uncertain and (args.from_run is None or args.per_prompt != 2):
+        raise ConfigError(
+            "--uncertain chooses pairs of what a run answered: it goes with --from-run RUN, and --per-prompt stays 2. "
+            "Add the one, or leave the other out."
+        )
     from tether.feedback.items import items_of_model, items_of_run, label, read_items
 
     found = None
     if args.file:
         found = read_items(args.file, args.limit)
+    elif args.uncertain:
+        from tether.feedback.uncertain import LIMIT, uncertain_items
+
+        limit = LIMIT if args.limit is None else args.limit
+        found = uncertain_items(args.from_run, to=args.to, cycle=args.cycle, limit=limit)
     elif args.from_run:
         found = items_of_run(args.from_run, cycle=args.cycle, answers=args.per_prompt, seed=args.seed or 0)
     elif args.sample:
@@ -446,6 +483,7 @@ TRAINERS
   evaluate C.yaml    score, KL and win rate on prompts, with intervals
   label              make a queue of answers for people to compare
   judge C.yaml       have a model compare them, under a constitution
+  revise C.yaml      have a model criticize and rewrite its answers, as examples for sft
   serve DIR          a reward model over HTTP, for runs on other machines
   studio [DIR]       pages to watch runs, look inside completions, compare and label
   report RUN         one self-contained HTML file about a run

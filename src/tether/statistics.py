@@ -30,7 +30,7 @@ def debiased_probability(first: float, second: float) -> float:
     first: p_ab, where a was shown first. second: p_ba, where b was. Exact where the liking adds to the logit: of q = 1
     and a bias of 2, p_ab = σ(3), p_ba = σ(1), T = σ(1) = .7311; the mean of p_ab and 1 − p_ba would be .6108.
     """
-    return _sigmoid((_logit(clamp_probability(first)) - _logit(clamp_probability(second))) / 2)
+    return sigmoid((_logit(clamp_probability(first)) - _logit(clamp_probability(second))) / 2)
 
 
 def clamp_probability(p: float) -> float:
@@ -82,5 +82,6 @@ def _logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-def _sigmoid(x: float) -> float:
+def sigmoid(x: float) -> float:
+    """1 / (1 + e⁻ˣ), which no x overflows."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -47,10 +47,10 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     responses_per_prompt: int = 1
     seed: int = 0
-    stream: int = 0  # counted uniforms of their own: TRAIN, EVALUATE or GENERATE
+    stream: int = 0  # counted uniforms of their own: TRAIN, EVALUATE, GENERATE or REVISE
 
 
-TRAIN, EVALUATE, GENERATE = 0, 1, 2
+TRAIN, EVALUATE, GENERATE, REVISE = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)

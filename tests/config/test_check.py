@@ -71,11 +71,16 @@ BAD = [  # kind, flags, the message's start, what it tells to do
     ("ppo", "--model.lora.rank 0", "model.lora.rank=0 is below 1", "lora: null trains every weight"),
     ("ppo", "--model.lora.alpha 0", "model.lora.alpha=0.0 is not above 0", "positive"),
     ("ppo", "--reward []", "reward is empty: nothing would score the responses", "Add {function: FILE.py:NAME}"),
-    ("ppo", "--reward [{}]", "reward[0] needs exactly one of function, model, models, url, and has none", "Add one"),
+    (
+        "ppo",
+        "--reward [{}]",
+        "reward[0] needs exactly one of function, model, models, url, judge, and has none",
+        "Add one",
+    ),
     (
         "ppo",
         "--reward [{function:\ta.py:f,\tmodel:\tm}]",
-        "reward[0] needs exactly one of function, model, models, url, and has function and model",
+        "reward[0] needs exactly one of function, model, models, url, judge, and has function and model",
         "drop one",
     ),
     ("ppo", "--reward [{function:\ta.py}]", "reward[0].function='a.py' does not name a function", "FILE.py:NAME"),

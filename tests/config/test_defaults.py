@@ -17,8 +17,8 @@ model: {policy: m, critic: shared, reference: null, lora: null, dtype: auto, gra
         revision: null, trust_remote_code: false}
 prompts: {path: p, split: train, max_tokens: 512, overlong: error, limit: null, chat_template_kwargs: {}}
 reward:
-  - {function: "f.py:f", model: null, models: null, pessimism: 0.5, url: null, weight: 1.0, name: null, timeout_s: 60.0,
-     dtype: auto, arguments: {}, optional: false, key_env: null, probe: true}
+  - {function: "f.py:f", model: null, models: null, pessimism: 0.5, url: null, judge: null, form: null,
+     weight: 1.0, name: null, timeout_s: 60.0, dtype: auto, arguments: {}, optional: false, key_env: null, probe: true}
 reward_shaping: {clip: null, missing_eos: null}
 sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto}
 ppo:
@@ -47,6 +47,7 @@ optim: {lr: null, critic_lr: null, schedule: linear, warmup: 0, betas: [0.9, 0.9
         max_grad_norm: 1.0}
 log: {rollouts_every: 1, tensorboard: true, wandb: null}
 checkpoint: {every: 50, keep: 2}
+distributed: {shard: auto, reduce: float32, timeout_s: 1800.0}
 evaluate: {every: 10, prompts: null, count: 16, samples: 4, gold: [], stop_when_gold_falls: null}
 """
 
@@ -62,6 +63,7 @@ optim: {lr: null, critic_lr: null, schedule: linear, warmup: 0, betas: [0.9, 0.9
         max_grad_norm: 1.0}
 log: {rollouts_every: 1, tensorboard: true, wandb: null}
 checkpoint: {every: 50, keep: 2}
+distributed: {shard: auto, reduce: float32, timeout_s: 1800.0}
 """
 
 REWARD = (
@@ -102,15 +104,15 @@ dtype: auto
 trust_remote_code: false
 prompts: {path: p, split: train, max_tokens: 512, overlong: error, limit: null, chat_template_kwargs: {}}
 reward:
-  - {function: "f.py:f", model: null, models: null, pessimism: 0.5, url: null, weight: 1.0, name: null, timeout_s: 60.0,
-     dtype: auto, arguments: {}, optional: false, key_env: null, probe: true}
+  - {function: "f.py:f", model: null, models: null, pessimism: 0.5, url: null, judge: null, form: null,
+     weight: 1.0, name: null, timeout_s: 60.0, dtype: auto, arguments: {}, optional: false, key_env: null, probe: true}
 reward_shaping: {clip: null, missing_eos: null}
 sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto}
 """
 
 JUDGE = """
 judge: {model: m, base_url: null, key_env: null, name: null, constitution: helpful, orders: both, votes: 1,
-        answer: auto}
+        answer: auto, answer_tokens: 512}
 data: {path: d, limit: null}
 to: null
 limits: {requests: null, tokens: null, concurrency: 8, timeout_s: 60.0, retries: 5}

@@ -35,7 +35,7 @@ def test_without_a_telling_section_the_kind_has_to_be_named(tmp_path):
     assert load(tmp_path, PPO, "ppo").run == "r"
     with pytest.raises(
         ConfigError,
-        match=r"none of the sections sft, reward_model, ppo, dpo, qlearning, models and judge.*Add the section",
+        match=r"none of the sections sft, reward_model, ppo, dpo, qlearning, models, judge and revise.*Add the section",
     ):
         load(tmp_path, PPO)
 

@@ -176,7 +176,8 @@ def test_a_bare_reward_is_told_a_list_that_is_accepted(file, given):
 
 def test_a_key_of_several_commands_names_them_all(file):
     with pytest.raises(
-        ConfigError, match=r"unknown key data\.path .*one of tether sft, reward, dpo, qlearning and judge\. Drop it"
+        ConfigError,
+        match=r"unknown key data\.path .*one of tether sft, reward, dpo, qlearning, judge and revise\. Drop it",
     ):
         ppo(file, "--data.path", "d")
 

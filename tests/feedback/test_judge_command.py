@@ -1,11 +1,13 @@
 """`tether judge`: from a store or a file of pairs to labels beside people's, which they join only when asked to."""
 
+import contextlib
 import json
 import os
 import signal
 import sqlite3
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +21,7 @@ from tether.data.snapshot import read_pairs
 from tether.errors import ConfigError, DataError, StoreError
 from tether.feedback.agreement import agreement
 from tether.feedback.constitution import draw_principle, read_constitution
+from tether.feedback.judge_cache import JudgeCache, cache_path, request_key
 from tether.feedback.records import Answer, Filters, Item, Verdict
 from tether.feedback.store import Store
 
@@ -149,6 +152,35 @@ def test_a_dry_run_tells_what_it_would_take_and_asks_nothing(labeled, config, se
     assert sorted(file.name for file in tmp_path.iterdir()) == before
 
 
+def test_a_dry_run_over_a_file_of_pairs_looks_at_the_store_that_is_there(config, server, tmp_path, capsys):
+    rows = [{"prompt": f"Q{i}", "a": "worth 1", "b": "worth 0"} for i in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["judge", config, "--data.path", "pairs.jsonl", "--to", "mine.db"]
+    assert main([*argv, "--dry-run"]) == 0
+    assert "pairs.jsonl: 3 pairs wait, 0 are labeled by judge:critic in mine.db" in capsys.readouterr().out
+    assert not (tmp_path / "mine.db").exists()
+    assert main([*argv, "--data.limit", "2"]) == 0
+    asked, before = len(server.asked), (tmp_path / "mine.db").read_bytes()
+    capsys.readouterr()
+    assert main([*argv, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "pairs.jsonl: 1 pairs wait, 2 are labeled by judge:critic in mine.db" in told
+    assert "2 requests" in told
+    assert (len(server.asked), (tmp_path / "mine.db").read_bytes()) == (asked, before)
+
+
+def test_a_dry_run_leaves_a_store_of_the_first_schema_as_it_is(labeled, config, server, tmp_path, capsys):
+    of_the_first_schema(labeled)
+    before = (tmp_path / labeled).read_bytes()
+    assert main(["judge", config, "--dry-run"]) == 0
+    assert "5 pairs wait" in capsys.readouterr().out
+    assert (tmp_path / labeled).read_bytes() == before
+    (tmp_path / "empty.db").touch()
+    with pytest.raises(StoreError, match=r"empty\.db is empty: it holds no labels"):
+        Store("empty.db", create=False, upgrade=False)
+    assert (tmp_path / "empty.db").read_bytes() == b""
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -189,6 +221,42 @@ def test_a_signal_keeps_what_was_paid_and_exits_with_3(labeled, config, server, 
     assert main(["judge", config]) == 0
     assert len(server.asked) == 10  # none of them twice
     assert max(server.answered.values()) == 1
+
+
+def test_kill_9_at_ten_moments_of_the_command_pays_nothing_twice_that_had_come(config, server):
+    """The moments are ten numbers of requests, of 80, and waits after each: in flight, as it comes, as it is kept."""
+    worth = {f"Q{i}": (i - 20) / 10 for i in range(40)}
+    with Store("preferences.db", gold_fraction=0, repeat_fraction=0) as store:
+        store.add_items([Item(q, (Answer(f"worth {w}"), Answer("worth 0"))) for q, w in worth.items()], overlap=0)
+    judge, kept = load_config(config), set()
+    file = cache_path("preferences.db", "judge:critic")
+    for n, moment in enumerate((0, 1, 9, 18, 27, 36, 45, 54, 63, 72)):
+        began = len(server.asked)
+        child = os.fork()
+        if child == 0:
+            try:
+                tether.judge(replace(judge, limits=replace(judge.limits, concurrency=4)))
+            finally:
+                os._exit(1)
+        while len(server.asked) < moment and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.001)
+        time.sleep(n / 500)
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])  # it was not done yet
+        asked = [request_key(server.url, body, 0) for body in server.asked]
+        assert not kept & set(asked[began:])
+        cache = JudgeCache(file)
+        kept = {key for key in asked if cache.answer(key)}
+        assert cache.spent()[0] >= len(asked)
+        cache.close()
+    done = tether.judge(judge)
+    assert done.before + done.labels == 40
+    rows = Store("preferences.db").preference_rows(Filters(judges=True))
+    assert {row["prompt"]: row["probability"] for row in rows} == pytest.approx(
+        {q: sigmoid(abs(w)) for q, w in worth.items()}, abs=1e-6
+    )
+    assert len(rows) == 40
+    assert len(server.asked) - 80 <= 10 * 4  # in flight when a kill came: nobody can know whether they were answered
 
 
 def test_a_store_without_pairs_is_refused(config, capsys):
@@ -238,8 +306,10 @@ def test_principles_are_drawn_alike_often_by_seed_and_item_alone():
         ({"base_url": "http://host/v1?key=sk-secret"}, "has more than scheme, host, port and path"),
         ({"base_url": "host:8000/sk"}, "is not the address of an endpoint"),
         ({"base_url": "http://host:port/v1"}, "is not the address of an endpoint"),
-        ({"key_env": "KEY"}, "a local model is asked for log-probs"),
+        ({"key_env": "KEY"}, "a local model takes no key"),
         ({"answer": "text"}, "a local model is asked for log-probs"),
+        ({"answer_tokens": 1024}, "a local model is asked for log-probs"),
+        ({"base_url": "http://host/v1", "answer_tokens": 1}, "judge.answer_tokens=1 is below 16: no verdict would fit"),
         ({"name": "a/b"}, "cannot be part of a file's name"),
         ({"votes": 0}, "judge.votes=0 is below 1"),
     ],
@@ -275,11 +345,33 @@ def test_nobody_labels_or_takes_back_a_label_in_a_judges_name(labeled, config):
             store.record("judge:critic", 1, key="k", choice="a")
 
 
-def test_a_store_of_the_first_schema_takes_a_judges_labels(labeled):
-    with sqlite3.connect(labeled) as raw:  # as it was before there were judges
+def of_the_first_schema(path):
+    """Make the store what it was before there were judges."""
+    with contextlib.closing(sqlite3.connect(path)) as raw:
         raw.execute("DROP TABLE verdicts")
         raw.execute("DROP TABLE judges")
         raw.execute("PRAGMA user_version = 1")
+        raw.commit()
+
+
+def test_a_person_of_the_first_schema_who_is_called_like_a_judge_is_made_none(labeled, tmp_path):
+    of_the_first_schema(labeled)
+    with contextlib.closing(sqlite3.connect(labeled)) as raw:
+        raw.execute("UPDATE annotators SET name = 'judge:Ada' WHERE name = 'Ada'")
+        raw.commit()
+    for _ in range(2):  # nothing was changed by the first
+        with pytest.raises(StoreError, match=r"holds labels of somebody called 'judge:Ada'.*Rename the person"):
+            Store(labeled, create=False)
+    with contextlib.closing(sqlite3.connect(labeled)) as raw:
+        assert raw.execute("PRAGMA user_version").fetchone() == (1,)
+        raw.execute("UPDATE annotators SET name = 'Ada J' WHERE name = 'judge:Ada'")
+        raw.commit()
+    with Store(labeled, create=False) as store:
+        assert {row["annotator"] for row in store.preference_rows()} == {"Ada J"}
+
+
+def test_a_store_of_the_first_schema_takes_a_judges_labels(labeled):
+    of_the_first_schema(labeled)
     with Store(labeled, create=False) as store:
         assert len(store.preference_rows()) >= 2
         store.add_judge("judge:x", {"model": "m"})

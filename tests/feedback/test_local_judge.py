@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tether.cli import main
 from tether.config import JudgeConfig, JudgedConfig, JudgeSection
-from tether.feedback.local_judge import LocalJudge
+from tether.feedback.local_judge import LocalJudge, opening_token
 from tether.feedback.records import Filters
 from tether.feedback.store import Store
 from tether.feedback.verdict import Comparison, question
@@ -100,3 +100,42 @@ def test_a_signal_can_be_heeded_after_every_forward_pass(judge_model, pairs, mon
 def test_questions_longer_than_the_model_give_no_label(tiny_model, pairs, capsys):
     assert main(command(tiny_model("gpt2", n_positions=64))) == 2
     assert "5: longer than the model's 64 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("symbols", ["AB", "0123456789"])
+@pytest.mark.parametrize(("name", "opening"), [("stories260K", ["▁"]), ("imdb-6M", [])])
+def test_what_a_judge_says_is_summed_over_every_way_to_write_it(shared, name, opening, symbols):
+    # SentencePiece opens a text with a space: one token with B for stories260K, but with A and the digits two
+    path = str(shared / "models" / name)
+    config = JudgeConfig(JudgeSection(path), JudgedConfig("p.db"), device="cpu")
+    said = {}
+
+    class Asked(Comparison):
+        lead = "It is number"
+
+        def read_logprobs(self, logprobs):
+            for token, x in logprobs.items():
+                said[token.strip()] = said.get(token.strip(), 0) + math.exp(x)
+            return 0.5
+
+    judge = LocalJudge(config, symbols)
+    assert judge.tokenizer.convert_ids_to_tokens(opening_token(judge.tokenizer, symbols)) == opening
+    asked = Asked(0, "Say", ("It is", "no"), PRINCIPLE, ((0, 1),))
+    list(judge.compare([asked]))
+    ids = judge.encode(asked, (0, 1))
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path).eval()
+    written = [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
+
+    def following(ids):
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+
+    first = following(ids)
+    wanted = {s: sum(float(first[i]) for i, token in enumerate(written) if token.strip("▁Ġ") == s) for s in symbols}
+    if opening:
+        space = written.index("▁")
+        second = following([*ids, space])
+        for s in symbols:
+            behind = sum(float(second[i]) for i, token in enumerate(written) if token.strip("▁Ġ") == s)
+            wanted[s] += float(first[space]) * behind
+    assert said == pytest.approx(wanted, rel=1e-4)

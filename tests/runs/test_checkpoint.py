@@ -283,7 +283,7 @@ def test_training_goes_on_bit_for_bit_after_save_and_load(tmp_path, options):
     first = network()
     optimizer = adam(first, **options)
     train(first, optimizer, range(7))
-    checkpoint.save_optimizer(optimizer, first.named_parameters(), tmp_path / "optimizer.safetensors")
+    save_file(checkpoint.optimizer_tensors(optimizer, first.named_parameters()), tmp_path / "optimizer.safetensors")
     second = network()
     second.load_state_dict(first.state_dict())
     optimizer = adam(second, **options)
@@ -297,7 +297,7 @@ def test_a_parameter_that_was_never_trained_has_no_moments_after_loading_either(
     model = network()
     optimizer = adam(model)
     train(model, optimizer, range(3), only=lambda m, x: m[2](m[0](x).detach()))
-    checkpoint.save_optimizer(optimizer, model.named_parameters(), tmp_path / "o.safetensors")
+    save_file(checkpoint.optimizer_tensors(optimizer, model.named_parameters()), tmp_path / "o.safetensors")
     assert sorted({name.rpartition(".")[0] for name in load_file(tmp_path / "o.safetensors")}) == ["2.bias", "2.weight"]
     again = network()
     optimizer = adam(again)
@@ -310,7 +310,7 @@ def test_moments_of_another_model_are_refused_by_name(tmp_path):
     optimizer = adam(model)
     train(model, optimizer, range(1))
     file = tmp_path / "o.safetensors"
-    checkpoint.save_optimizer(optimizer, model.named_parameters(), file)
+    save_file(checkpoint.optimizer_tensors(optimizer, model.named_parameters()), file)
     shorter = nn.Sequential(nn.Linear(5, 7))
     with pytest.raises(RunError, match=r"has moments of 2\.\w+\.\w+, which the model has not"):
         checkpoint.load_optimizer(adam(shorter), shorter.named_parameters(), file)

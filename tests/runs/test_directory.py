@@ -71,6 +71,7 @@ def test_a_new_run_holds_the_files_of_schema_1(config):
         "host": socket.gethostname(),
         "heartbeat": status(path)["heartbeat"],
         "exit_reason": "done",
+        "exit_code": 0,
     }
 
 

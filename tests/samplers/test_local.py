@@ -124,6 +124,14 @@ def test_a_part_of_the_prompts_gets_the_draws_that_it_has_in_the_whole():
     assert part.response_ids == whole.response_ids[4:]
 
 
+def test_responses_may_have_any_numbers_of_their_own():
+    prompts, sampling = prompts_of([3, 9, 6]), Sampling(max_new_tokens=8, stop_token_ids=STOPS, seed=3)
+    whole = LocalSampler(SMALL).generate(prompts, sampling, cycle=1)
+    for batch in LocalSampler(SMALL).steps([prompts[2], prompts[0]], sampling, cycle=1, numbers=[2, 0]):  # noqa: B007
+        pass
+    assert batch.completions().response_ids == [whole.response_ids[2], whole.response_ids[0]]
+
+
 def test_seed_stream_and_cycle_each_give_other_responses():
     def sample(cycle: int = 1, **changes):
         return LocalSampler(SMALL).generate(prompts_of([5]), Sampling(max_new_tokens=20, **changes), cycle=cycle)

@@ -77,7 +77,7 @@ def test_agreement_that_is_being_counted_is_shown_once_it_is_and_a_failure_is_tr
 
 def test_every_link_of_every_page_leads_somewhere(studio):
     client = studio.client()
-    queue, seen = ["/runs", "/compare", "/label", "/agreement", "/try"], set()
+    queue, seen = ["/runs", "/compare", "/label", "/agreement", "/revisions", "/try"], set()
     while queue:
         path = queue.pop()
         answer = client.get(path)

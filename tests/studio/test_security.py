@@ -21,7 +21,16 @@ def name_of_cookie(studio) -> str:
     return cookie_name(studio.url.removeprefix("http://"))
 
 
-PAGES = ["/runs", "/compare", "/label", "/agreement", "/try", "/runs/differences", "/agreement/preferences.jsonl"]
+PAGES = [
+    "/runs",
+    "/compare",
+    "/label",
+    "/agreement",
+    "/try",
+    "/revisions",
+    "/runs/differences",
+    "/agreement/preferences.jsonl",
+]
 
 
 @pytest.mark.parametrize("path", PAGES)

@@ -25,7 +25,7 @@ text = client.get("/runs").text
 assert ">first<" in text, text
 run = text.partition('<a href="/runs/')[2][:12]
 for path in (f"/runs/{run}", f"/runs/{run}/curves", f"/runs/{run}/rollouts/4", f"/runs/{run}/rollouts/4/0", "/compare",
-             "/label", "/agreement", "/try"):
+             "/label", "/agreement", "/revisions", "/try"):
     assert client.get(path).status_code == 200, path
 loaded = {"torch", "transformers", "sklearn", "scipy"} & set(sys.modules)
 assert not loaded, loaded

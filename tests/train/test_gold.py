@@ -13,7 +13,7 @@ from resume import steady
 from tether.cli import main
 from tether.config import HeldOutConfig, RewardSourceConfig
 from tether.config.reading import to_yaml
-from tether.diagnose import examine
+from tether.diagnose import dry_run, examine
 from tether.errors import ConfigError, RewardError
 from tether.reports.held_out import Evaluation, best_of, fit_law
 from tether.reports.page import _gold_figure, _held_out_figures
@@ -54,6 +54,12 @@ def config_of(folder, tiny_model, **evaluate):
 def run(tiny_model, tmp_path_factory):
     """The proxy is what gold is not: as one rises, the other falls, and two evaluations after its best the run ends."""
     return tether.ppo(config_of(tmp_path_factory.mktemp("gold"), tiny_model, stop_when_gold_falls=2))
+
+
+def test_a_dry_run_gives_gold_no_weight(tiny_model, tmp_path):
+    told = dry_run(config_of(tmp_path, tiny_model))
+    assert f"reward proxy: {tmp_path}/sources.py:proxy, weight 1\n" in told
+    assert f"gold people: {tmp_path}/sources.py:gold\n" in told
 
 
 def test_the_run_ends_whole_when_gold_has_fallen(run, capsys):

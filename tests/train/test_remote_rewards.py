@@ -199,6 +199,26 @@ def test_a_signal_ends_the_waiting_for_a_server_that_is_away_and_the_run_goes_on
         assert same(tether.ppo(config), whole)
 
 
+def test_a_signal_ends_the_waiting_for_a_server_before_the_run(policy, whole, tmp_path, capsys):
+    server, away = RandomServer(), Scripted({"detail": "away"}, statuses=[503] * 1000)
+
+    async def away_at_first(scope, receive, send):
+        await (away if away.statuses else server)(scope, receive, send)
+        if len(away.asked) == 2 and away.statuses:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with listening(away_at_first) as url:
+        config = config_of(tmp_path / "run", policy, remote(url, timeout_s=120.0))
+        (tmp_path / "c.yaml").write_text(to_yaml(config))
+        began = time.monotonic()
+        assert main(["ppo", str(tmp_path / "c.yaml")]) == 3
+        assert time.monotonic() - began < 60
+        assert "stopped before it went on; the same command continues" in capsys.readouterr().err
+        assert Run.open(tmp_path / "run").status["state"] == "stopped"
+        away.statuses.clear()
+        assert same(tether.ppo(config), whole)
+
+
 def test_after_another_config_of_a_run_that_came_to_nothing_no_old_answer_counts(policy, tmp_path):
     broken = Scripted(lambda body: [float(len(c)) for c in body["completions"]])
 

@@ -43,7 +43,7 @@ def policy() -> Policy:
 @pytest.fixture
 def experience(policy, tiny_tokenizer):
     """Phase 1 with a group baseline."""
-    reference = Reference(policy, language_model(seed=1))
+    reference = Reference(policy, Policy(language_model(seed=1), value_head=False))
     rewards = build_reward([], RewardShapingConfig(), tiny_tokenizer, (), torch.device("cpu"), id_score)
     sampling = Sampling(max_new_tokens=6, responses_per_prompt=2)
     return collect(

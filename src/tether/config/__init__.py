@@ -5,16 +5,18 @@ Loads no torch, and pydantic and ruamel.yaml only with `reading`.
 
 from tether.config.dpo import DPOConfig, DPOSection
 from tether.config.evaluate import EvaluateConfig
-from tether.config.judge import JudgeConfig, JudgedConfig, JudgeSection, LimitsConfig
+from tether.config.judge import AskedModelConfig, JudgeConfig, JudgedConfig, JudgeSection, LimitsConfig
 from tether.config.keys import Section
 from tether.config.ppo import HeldOutConfig, KLConfig, ModelConfig, PPOConfig, PPOSection
 from tether.config.qlearning import ILQLSection, QLearningConfig, QLearningSection, ScoredConfig
+from tether.config.revise import ReviseConfig, RevisedDataConfig, RevisedSamplingConfig, ReviseSection
 from tether.config.reward import PairsConfig, RewardConfig, RewardModelSection
 from tether.config.sections import (
     RESERVED_NAMES,
     CheckpointConfig,
     Config,
     DataConfig,
+    DistributedConfig,
     InitModelConfig,
     LabelsConfig,
     LogConfig,
@@ -38,11 +40,13 @@ from tether.config.sft import SFTConfig, SFTSection
 
 __all__ = [
     "RESERVED_NAMES",
+    "AskedModelConfig",
     "CheckpointConfig",
     "Config",
     "DPOConfig",
     "DPOSection",
     "DataConfig",
+    "DistributedConfig",
     "EvaluateConfig",
     "HeldOutConfig",
     "ILQLSection",
@@ -65,6 +69,10 @@ __all__ = [
     "QLearningConfig",
     "QLearningSection",
     "ReferencedModelConfig",
+    "ReviseConfig",
+    "ReviseSection",
+    "RevisedDataConfig",
+    "RevisedSamplingConfig",
     "RewardConfig",
     "RewardModelSection",
     "RewardShapingConfig",

@@ -15,6 +15,7 @@ from tether.config.sections import (
     SamplingConfig,
     Seed,
     check_names,
+    check_not_pairwise,
 )
 from tether.errors import ConfigError
 
@@ -62,6 +63,7 @@ class EvaluateConfig(Config):
                 f"{', '.join(map(str, too_many))} out of best_of."
             )
         check_names(self.reward)
+        check_not_pairwise(self.reward, "reward")
 
     @property
     def best_of_sizes(self) -> list[int]:

@@ -27,8 +27,8 @@ class JudgedConfig(Section):
 
 
 @dataclass(frozen=True)
-class JudgeSection(Section):
-    """Who judges, by what, and how its answers are read."""
+class AskedModelConfig(Section):
+    """A model that is asked: behind an endpoint, or in this process."""
 
     model: str
     """What the endpoint calls the model; without base_url a model directory or hub id, asked in this process."""
@@ -36,6 +36,36 @@ class JudgeSection(Section):
     """An OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1; null: `model` is a local model."""
     key_env: str | None = None
     """The environment variable that holds the endpoint's key; null: it needs none. The key is written nowhere."""
+
+    def check(self, key: str) -> None:
+        if self.base_url is None:
+            if self.key_env is not None:
+                raise ConfigError(
+                    f"{key}.key_env is set, but {key}.base_url is null: a local model takes no key. Leave "
+                    f"{key}.key_env out, or name the endpoint."
+                )
+            return
+        try:
+            url = urlsplit(self.base_url)
+            usable = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or True)
+        except ValueError:  # a port that is none
+            usable = False
+        if not usable:
+            raise ConfigError(
+                f"{key}.base_url={_without_secrets(self.base_url)!r} is not the address of an endpoint: nobody could "
+                "be asked. Write it like http://127.0.0.1:8000/v1."
+            )
+        if url.username or url.password or url.query or url.fragment:
+            raise ConfigError(
+                f"{key}.base_url={_without_secrets(self.base_url)!r} has more than scheme, host, port and path: a key "
+                f"in it would stand in files. Put the key into an environment variable and name it in {key}.key_env."
+            )
+
+
+@dataclass(frozen=True)
+class JudgeSection(AskedModelConfig):
+    """Who judges, by what, and how its answers are read."""
+
     name: str | None = None
     """Its labels are those of annotator judge:NAME; null: the last part of `model`
     (of runs/mine/final: mine). Labels under one name come from one
@@ -53,35 +83,26 @@ class JudgeSection(Section):
     """How a verdict is read: from log-probs of the letters A and B, from JSON under a schema, or from the last line
     VERDICT: A. auto: the first of these that the endpoint can do. A local model gives log-probs."""
 
+    answer_tokens: Annotated[int, at_least(16, "no verdict would fit")] = 512
+    """Longest answer where it is read as text or JSON, reasons included: a few sentences are a quarter of 512, a model
+    that thinks before it answers needs some thousands. Each request reserves as many of limits.tokens."""
+
     def check(self, key: str) -> None:
         if self.name is not None and (re.search(NOT_IN_NAMES, self.name) or len(self.name) > 80):
             raise ConfigError(
                 f"{key}.name={self.name[:80]!r} cannot be part of a file's name, and its answers are kept in one. "
                 "Use up to 80 letters, digits, dots, dashes and underscores."
             )
-        if self.base_url is None:
-            for name, given in (("key_env", self.key_env is not None), ("answer", self.answer in ("json", "text"))):
-                if given:
-                    raise ConfigError(
-                        f"{key}.{name} is set, but {key}.base_url is null: a local model is asked for log-probs, and "
-                        f"takes no key. Leave {key}.{name} out, or name the endpoint."
-                    )
-            return
-        try:
-            url = urlsplit(self.base_url)
-            usable = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or True)
-        except ValueError:  # a port that is none
-            usable = False
-        if not usable:
+        given = {
+            "answer": self.answer in ("json", "text"),
+            "answer_tokens": self.answer_tokens != type(self).answer_tokens,
+        }
+        for name in [name for name, set_ in given.items() if set_ and self.base_url is None]:
             raise ConfigError(
-                f"{key}.base_url={_without_secrets(self.base_url)!r} is not the address of an endpoint: nobody could "
-                "be asked. Write it like http://127.0.0.1:8000/v1."
+                f"{key}.{name} is set, but {key}.base_url is null: a local model is asked for log-probs. Leave "
+                f"{key}.{name} out, or name the endpoint."
             )
-        if url.username or url.password or url.query or url.fragment:
-            raise ConfigError(
-                f"{key}.base_url={_without_secrets(self.base_url)!r} has more than scheme, host, port and path: a key "
-                f"in it would stand in files. Put the key into an environment variable and name it in {key}.key_env."
-            )
+        super().check(key)
 
     @property
     def annotator(self) -> str:

@@ -15,6 +15,7 @@ from tether.config.evaluate import EvaluateConfig
 from tether.config.judge import JudgeConfig
 from tether.config.ppo import PPOConfig
 from tether.config.qlearning import QLearningConfig
+from tether.config.revise import ReviseConfig
 from tether.config.reward import RewardConfig
 from tether.config.sections import Config, TrainingConfig
 from tether.config.sft import SFTConfig
@@ -61,6 +62,8 @@ class Kind:
     """module:function of what the report says at its top. None: the headline."""
     final: Literal["language model", "classifier"] = "language model"
     """What final/ holds."""
+    many: bool = False
+    """Whether torchrun may start it on several processes."""
     probe: str | None = None
     """module:function of config that tries out what it names, for `tether doctor C.yaml`; returns what it found."""
     tried: bool = False
@@ -88,6 +91,7 @@ KINDS: dict[str, Kind] = {
             section="sft",
             run="tether.train.sft:sft",
             inputs="tether.diagnose.inputs:of_examples",
+            many=True,
             headline=(("loss", "loss", "nats per token"),),
             losses=("loss",),
             alarms=("not_finite", "skipped_steps", "loss_rising", "gradient_norm", "stale", "recorded"),
@@ -103,6 +107,7 @@ KINDS: dict[str, Kind] = {
             run="tether.train.reward:reward_model",
             inputs="tether.diagnose.inputs:of_pairs",
             hashes="tether.train.reward:input_hashes",
+            many=True,
             headline=(
                 ("loss", "reward_model/loss", "nats per pair; knowing nothing is 0.693"),
                 ("accuracy", "reward_model/accuracy", "on the pairs of each step"),
@@ -129,6 +134,7 @@ KINDS: dict[str, Kind] = {
             memory="tether.diagnose.memory:beside_policy",
             total="ppo.cycles",
             unit="cycle",
+            many=True,
             headline=(
                 ("score", "reward/score_mean", ""),
                 ("held-out", "eval/score_mean", "on prompts that are never trained on"),
@@ -156,6 +162,7 @@ KINDS: dict[str, Kind] = {
             inputs="tether.diagnose.inputs:of_preferences",
             hashes="tether.train.dpo:input_hashes",
             memory="tether.diagnose.memory:named_reference",
+            many=True,
             headline=(
                 ("loss", "dpo/loss", "of the preferences; knowing nothing is 0.693 under sigmoid"),
                 ("accuracy", "dpo/accuracy", "of the implicit reward, on each step"),
@@ -181,6 +188,7 @@ KINDS: dict[str, Kind] = {
             inputs="tether.diagnose.inputs:of_scored",
             hashes="tether.train.qlearning:input_hashes",
             memory="tether.diagnose.memory:named_reference",
+            many=True,
             headline=(
                 ("residual", "qlearning/residual", "reward units; under bellman 0 at the best policy"),
                 ("critic", "value/explained_variance", "share of the returns that V foresees"),
@@ -209,6 +217,15 @@ KINDS: dict[str, Kind] = {
             run="tether.feedback.judge:judge",
             inputs="tether.feedback.judge:inputs",
             probe="tether.feedback.probe:probe",
+        ),
+        Kind(
+            command="revise",
+            title="revision",
+            purpose="Have a model criticize and rewrite its answers under a constitution, as examples for tether sft.",
+            config=ReviseConfig,
+            section="revise",
+            run="tether.feedback.revise:revise",
+            inputs="tether.feedback.revise:inputs",
         ),
     )
 }  # fmt: skip

@@ -14,7 +14,9 @@ from tether.config.sections import (
     RewardSourceConfig,
     SamplingConfig,
     TrainingConfig,
+    check_groups,
     check_names,
+    check_not_pairwise,
     check_warmup,
     identities,
 )
@@ -226,6 +228,7 @@ class HeldOutConfig(Section):
                         "be ignored. Leave it out."
                     )
         check_names(self.gold, f"{key}.gold")
+        check_not_pairwise(self.gold, f"{key}.gold")
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,9 @@ class PPOConfig(TrainingConfig):
     def check(self, key: str) -> None:
         super().check(key)
         check_names(self.reward)
+        groups = {"ppo.responses_per_prompt": self.ppo.responses_per_prompt}
+        groups |= {"evaluate.samples": self.evaluate.samples} if self.evaluate.every else {}
+        check_groups(self.reward, groups)
         trained_on = {what: i for i, source in enumerate(self.reward) for what in identities(source)}
         for i, source in enumerate(self.evaluate.gold):
             if same := identities(source) & trained_on.keys():

@@ -28,6 +28,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import SafeRepresenter
 
+from tether.config.judge import JudgeConfig
 from tether.config.keys import describe, hint_at, hints, in_yaml, is_section, keys, members
 from tether.config.kinds import KINDS
 from tether.config.sections import RESERVED_NAMES, Config, check, not_finite
@@ -55,6 +56,18 @@ def load_config(path: str | Path, kind: str | None = None) -> Config:
     """
     tree = read_yaml(path)
     return _build(tree, kind or _kind_of(tree, path), reward_given=True)
+
+
+def load_judge(path: str | Path) -> JudgeConfig:
+    """The judge of a file for `tether judge`, to score other answers than that: its `data` and `to` are not read."""
+    tree = read_yaml(path) | {"data": {"path": "the answers of a run"}}
+    tree.pop("to", None)
+    try:
+        config = _build(tree, "judge")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    assert isinstance(config, JudgeConfig)
+    return config
 
 
 def parse_args(kind: str | None, argv: Sequence[str]) -> tuple[Config, Options]:

@@ -211,12 +211,12 @@ class LabelsConfig(Section):
 # ---------------------------------------------------------------- rewards and sampling
 
 
-_SCORERS = ("function", "model", "models", "url")  # keys of a source that say what scores
+_SCORERS = ("function", "model", "models", "url", "judge")  # keys of a source that say what scores
 
 
 @dataclass(frozen=True)
 class RewardSourceConfig(Section):
-    """One source of scores: a Python function, a reward model, an ensemble of them, or a server of one."""
+    """One source of scores: a Python function, a reward model, an ensemble of them, a server of one, or a judge."""
 
     function: str | None = None
     """FILE.py:NAME or package.module:NAME of f(prompts, completions, completion_ids, **columns), which returns a list
@@ -230,11 +230,17 @@ class RewardSourceConfig(Section):
     infinity: their minimum."""
     url: str | None = None
     """Address of a server that scores, such as http://127.0.0.1:8766/score of `tether serve`; see docs/serving.md."""
+    judge: str | None = None
+    """YAML file of a judge, as `tether judge` takes it (`data` and `to` are not read): a model that rates the answers
+    under a constitution; see docs/judge.md."""
+    form: Literal["pointwise", "pairwise"] | None = None
+    """How a judge scores. pointwise: each answer alone, the rating from 1 to 10 that it expects. pairwise: each against
+    all others to its prompt, in log-odds; n answers to a prompt are n(n - 1)/2 pairs. null: pointwise."""
     weight: float = 1.0
     """Factor of this source in the sum."""
     name: str | None = None
     """Name in metrics and rollouts (reward/<name>_mean, score/<name>); null: the function's or the directory's, `url`
-    of a url."""
+    of a url, that of a judge's file without its ending."""
     timeout_s: Annotated[float, positive("every call would time out")] = 60.0
     """Seconds that a function may take for a whole cycle, or a url with everything that is tried again, each attempt at
     most a third of them; then the run stops, saved."""
@@ -282,6 +288,21 @@ class RewardSourceConfig(Section):
         for name, value in (("key_env", self.key_env), ("probe", None if self.probe else False)):
             if value is not None and self.url is None:
                 raise ConfigError(f"{key}.{name} is for a url, and would do nothing with a {given[0]}. Leave it out.")
+        if self.form is not None and self.judge is None:
+            raise ConfigError(
+                f"{key}.form={self.form} is for a judge, and would do nothing with a {given[0]}. Leave it out."
+            )
+        for name in ("timeout_s", "dtype"):
+            if self.judge is not None and getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(
+                    f"{key}.{name} is set, and a judge goes by its own file: it would be ignored. Leave it out, and "
+                    f"set {'limits.timeout_s' if name == 'timeout_s' else name} in {self.judge}."
+                )
+        if self.judge is not None and re.search(r"[^\w.-]", source_name(self)):
+            raise ConfigError(
+                f"{key} is called {source_name(self)[:80]!r}, and a judge's answers are kept in a file of that name. "
+                f"Set {key}.name, of letters, digits, dots, dashes and underscores."
+            )
         if self.url is not None:
             _check_url(f"{key}.url", self.url)
         if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", self.key_env):
@@ -296,7 +317,7 @@ class RewardSourceConfig(Section):
 
 
 def model_paths(source: RewardSourceConfig) -> list[str]:
-    """The reward models of a source, by directory or hub id; none where it is a function or a server."""
+    """The reward models of a source, by directory or hub id; none where it is a function, a server or a judge."""
     return [source.model] if source.model is not None else source.models or []
 
 
@@ -333,14 +354,18 @@ def source_name(source: RewardSourceConfig) -> str:
         return source.function.rpartition(":")[2]
     if source.url:
         return "url"
+    if source.judge:
+        return Path(source.judge).stem
     return str(source.model).rstrip("/").rpartition("/")[2]
 
 
 def identities(source: RewardSourceConfig) -> set[str]:
-    """What a source scores by, however it is written: its function with its arguments, its server, or its reward
-    models."""
+    """What a source scores by, however it is written: its function with its arguments, its server, its judge, or its
+    reward models."""
     if source.url is not None:
         return {source.url}
+    if source.judge is not None:
+        return {str(Path(source.judge).resolve())}
     if source.function is None:
         return {str(Path(path).resolve()) for path in model_paths(source)}
     file, _, name = source.function.rpartition(":")
@@ -362,6 +387,28 @@ def check_names(sources: list[RewardSourceConfig], key: str = "reward") -> None:
                 f"overwritten. Set {key}[{i}].name."
             )
         names.add(name)
+
+
+def check_groups(sources: list[RewardSourceConfig], counts: dict[str, int], key: str = "reward") -> None:
+    """Raise ConfigError where a judge is to compare answers of which there are too few. counts: answers to a prompt, by
+    the key that says so. key: of the list."""
+    for i, source in enumerate(sources):
+        for name, count in counts.items():
+            if source.form == "pairwise" and count < 2:
+                raise ConfigError(
+                    f"{key}[{i}].form=pairwise with {name}={count}: an answer would have no other to be compared with. "
+                    f"Set {name} to 2 or more, 4 are usual, or form to pointwise."
+                )
+
+
+def check_not_pairwise(sources: list[RewardSourceConfig], key: str) -> None:
+    """Raise ConfigError for a judge that compares answers with each other where models are to be told apart."""
+    for i, source in enumerate(sources):
+        if source.form == "pairwise":
+            raise ConfigError(
+                f"{key}[{i}].form=pairwise: a model's answers would be compared with each other, and its mean score be "
+                "0 however good they are. Set form to pointwise."
+            )
 
 
 @dataclass(frozen=True)
@@ -483,6 +530,19 @@ class CheckpointConfig(Section):
 
 
 @dataclass(frozen=True)
+class DistributedConfig(Section):
+    """How a run that torchrun starts on several processes lays out its weights. Alone it does nothing."""
+
+    shard: Literal["auto", "full", "replicate"] = "auto"
+    """replicate: every process holds all weights, gradients and moments. full: each holds its part of them (FSDP2), and
+    a copy to sample from. auto: full where they would take more than 16 GB a process."""
+    reduce: Literal["float32"] = "float32"
+    """Precision in which gradients are summed over the processes."""
+    timeout_s: Annotated[float, positive("every exchange would fail at once")] = 1800.0
+    """Seconds that a process waits for another in one exchange; above the longest scoring of a cycle."""
+
+
+@dataclass(frozen=True)
 class TrainingConfig(Config):
     """What every trainer's config has."""
 
@@ -499,6 +559,7 @@ class TrainingConfig(Config):
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     @property
     def steps_per_unit(self) -> int:

@@ -20,10 +20,11 @@ from tether.data.columns import encode_answers, encode_prompt_column, read_cut
 from tether.data.limit import Limit, keep_right
 from tether.data.table import Table, kind, read_table
 from tether.data.text import fragments
+from tether.distributed.ranks import ALONE, Ranks
 from tether.errors import DataError
 from tether.feedback.records import prompt_of
 from tether.runs import Run
-from tether.types import Completions, Prompt, Rows, microbatches
+from tether.types import Completions, Prompt, Rows
 
 _COLUMNS = ["prompt", "completion", "score"]
 _EXAMPLE = '{"prompt": "…", "completion": "…", "score": 0.5}'
@@ -41,13 +42,13 @@ class ScoredResponse:
 
 
 def scored_microbatches(
-    answers: Sequence[ScoredResponse], microbatch_tokens: int, device: torch.device
-) -> Iterator[tuple[Tensor, Rows, Tensor]]:
-    """Microbatches: (which answers [B], their rows, scores [B])."""
-    for index in microbatches([len(a.prompt.ids) + len(a.response_ids) for a in answers], microbatch_tokens):
+    answers: Sequence[ScoredResponse], microbatch_tokens: int, device: torch.device, ranks: Ranks = ALONE
+) -> Iterator[tuple[Tensor, bool, Rows, Tensor]]:
+    """This rank's microbatches: (which answers [B], whether they count, their rows, scores [B]); see `Ranks.deal`."""
+    for index, counts in ranks.deal([len(a.prompt.ids) + len(a.response_ids) for a in answers], microbatch_tokens):
         part = [answers[i] for i in index.tolist()]
         rows = Rows.of([a.prompt.ids for a in part], [a.response_ids for a in part]).to(device)
-        yield index, rows, torch.tensor([a.score for a in part], device=device)
+        yield index, counts, rows, torch.tensor([a.score for a in part], device=device)
 
 
 def load_scored(

@@ -39,8 +39,9 @@ from tether.diagnose.memory import architecture_of
 from tether.models.loading import context_length, model_config
 from tether.models.policy import companions
 from tether.models.reward_model import check_one_label
-from tether.rewards import FunctionReward, load_function, url_reward
+from tether.rewards import FunctionReward, judge_reward, load_function, url_reward
 from tether.rewards.ensemble import check_members
+from tether.rewards.judge import describe_judge
 from tether.train.contexts import check_contexts
 from tether.train.dpo import load as load_preferences
 from tether.train.dpo import mismatch
@@ -262,21 +263,30 @@ def _sources(
     sources: Sequence[RewardSourceConfig], prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase,
     stops: Sequence[int], kind: str = "reward",
 ) -> list[str]:  # fmt: skip
-    """Import the functions, read the reward models' configs, ask the servers."""
+    """Import the functions, read the reward models' configs and the judges' files, ask the servers."""
     facts = []
     for source in sources:
         name = source_name(source)
+        weight = f", weight {source.weight:g}" if kind != "gold" else ""  # gold is never summed
         if source.function is not None:
             function = load_function(source.function)
             FunctionReward(function, name=name, tokenizer=tokenizer, stop_ids=stops, fixed=source.arguments).check(
                 prompts
             )
-            facts.append(f"{kind} {name}: {source.function}, weight {source.weight:g}")
+            facts.append(f"{kind} {name}: {source.function}{weight}")
             continue
         if source.url is not None:
             url_reward(source, tokenizer, stops).check(prompts)
             answers = "it answers" if source.probe else "not asked: probe is off"
-            facts.append(f"{kind} {name}: {source.url}, weight {source.weight:g}; {answers}{_in_clear(source)}")
+            facts.append(f"{kind} {name}: {source.url}{weight}; {answers}{_in_clear(source)}")
+            continue
+        if source.judge is not None:
+            judge = judge_reward(source, tokenizer, stops)
+            judge.check(prompts)
+            facts.append(
+                f"{kind} {name}: {describe_judge(judge.config, judge.form)}, {len(judge.principles)} principles, one "
+                f"drawn for each prompt, weight {source.weight:g}"
+            )
             continue
         for path in model_paths(source):
             check_one_label(path, model_config(path))
@@ -284,10 +294,10 @@ def _sources(
             check_members(source.models, name)
             facts.append(
                 f"{kind} {name}: {len(source.models)} models, {', '.join(source.models)}, pessimism "
-                f"{source.pessimism:g}, weight {source.weight:g}"
+                f"{source.pessimism:g}{weight}"
             )
             continue
-        facts.append(f"{kind} {name}: model {source.model}, weight {source.weight:g}")
+        facts.append(f"{kind} {name}: model {source.model}{weight}")
     return facts
 
 

@@ -22,6 +22,7 @@ from tether.config import (
     source_name,
 )
 from tether.config.kinds import kind_of, resolve
+from tether.config.reading import load_judge
 from tether.data.tokenizer import load_tokenizer
 from tether.diagnose.simulate import Shape, Step, simulate
 from tether.models.language_model import freeze
@@ -171,6 +172,10 @@ def beside_policy(trained: Trained) -> list[Part]:
             held += _count(other) * taken.itemsize
         if held:
             parts.append(Part(f"reward model {source_name(source)}", held))
+        if source.judge is not None and (judge := load_judge(source.judge)).judge.base_url is None:
+            other = model_config(judge.judge.model, trust_remote_code=judge.trust_remote_code)
+            taken = resolve_dtype(judge.dtype, torch.device("cpu"), other) if kind == "cpu" else dtype
+            parts.append(Part(f"judge {source_name(source)}", _count(other) * taken.itemsize))
     return parts
 
 

@@ -1,4 +1,4 @@
-"""What a judge goes by: a text file of principles, of which one is drawn for each pair.
+"""What a model judges or revises by: a text file of principles, of which one is drawn for each pair or round.
 
 Constitutional AI (Bai et al. 2022, arXiv:2212.08073) draws a principle per comparison, so that no single wording
 decides every label.
@@ -15,12 +15,13 @@ from tether.errors import DataError, did_you_mean_path
 from tether.feedback.queue import draw
 
 
-def read_constitution(name: str) -> tuple[str, ...]:
+def read_constitution(name: str, key: str = "judge.constitution") -> tuple[str, ...]:
     """Its principles: the paragraphs of a file in UTF-8, or its lines where no empty line parts them.
 
     # begins a comment.
 
-    name: a file, or one of those that are shipped. Raises DataError for a file without a principle.
+    name: a file, or one of those that are shipped. key: of the config, that names it. Raises DataError for a file
+    without a principle.
     """
     if name in CONSTITUTIONS:
         data = files("tether.feedback").joinpath("constitutions", f"{name}.txt").read_bytes()
@@ -30,7 +31,7 @@ def read_constitution(name: str) -> tuple[str, ...]:
         except OSError as error:
             hint = did_you_mean_path(name) if isinstance(error, FileNotFoundError) else ""
             raise DataError(
-                f"judge.constitution={name} cannot be read ({error.strerror}): the judge would have nothing to go by."
+                f"{key}={name} cannot be read ({error.strerror}): there would be nothing to go by."
                 f"{hint} Name a text file, or one of {', '.join(CONSTITUTIONS)}."
             ) from error
     try:
@@ -38,7 +39,7 @@ def read_constitution(name: str) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(
-            f"judge.constitution={name}, line {line}: not UTF-8, so the judge would read something else than you "
+            f"{key}={name}, line {line}: not UTF-8, so the model would read something else than you "
             "wrote. Save the file as UTF-8."
         ) from None
     lines = ("" if not line.strip() else line for line in text.splitlines() if not line.lstrip().startswith("#"))
@@ -47,8 +48,7 @@ def read_constitution(name: str) -> tuple[str, ...]:
     principles = tuple(" ".join(part.split()) for part in parts)
     if not principles:
         raise DataError(
-            f"judge.constitution={name} holds no principle: the judge would have nothing to go by. Write one a "
-            "line, or one a paragraph."
+            f"{key}={name} holds no principle: there would be nothing to go by. Write one a line, or one a paragraph."
         )
     return principles
 
@@ -59,3 +59,9 @@ def draw_principle(principles: tuple[str, ...], *, seed: int, item: str) -> str:
     item: its fingerprint, so that the same pair in another store has the same principle.
     """
     return principles[draw(seed, "principle", item) % len(principles)]
+
+
+def draw_principles(principles: tuple[str, ...], *, seed: int, item: str, count: int) -> tuple[str, ...]:
+    """One principle for each of `count` rounds, from the seed and the item alone; none again before all were drawn."""
+    order = sorted(range(len(principles)), key=lambda i: draw(seed, "round", item, i))
+    return tuple(principles[order[i % len(order)]] for i in range(count))

@@ -20,7 +20,7 @@ from tether.feedback.store import Store, check_fraction
 from tether.runs import Run
 
 _FORMS = '{"prompt": "…", "answers": ["…", "…"]}, {"prompt": "…", "a": "…", "b": "…"} or prompt, chosen, rejected'
-_SHOWN_COLUMNS = ["prompt", "completion", "finish_reason", "prompt_index", "response_index"]
+SHOWN_COLUMNS = ["prompt", "completion", "finish_reason", "prompt_index", "response_index"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class ItemBatch:
     items: list[Item]
     where: str  # for people
     too_few: int = 0  # prompts without enough answers that differ
+    first: bool = False  # before everything that waits
+    notes: Sequence[str] = ()  # further lines for people
 
 
 def label(
@@ -60,7 +62,9 @@ def label(
             lines.append(f"{to} keeps its own seed, {store.mix.seed}, for order, sides and overlap")
         for batch in (source, checked):
             if batch is not None:
-                lines.append(_describe_added(batch, store.add_items(batch.items, overlap=overlap), to))
+                lines += batch.notes
+                added = store.add_items(batch.items, overlap=overlap, first=batch.first)
+                lines.append(_describe_added(batch, added, to))
         if text is not None:
             lines.append(f"{guidelines}: version {store.add_guidelines(text)} of the guidelines, in force")
         for name in annotators:
@@ -79,6 +83,8 @@ def _describe_added(batch: ItemBatch, added: Added, to: str) -> str:
     line = f"{batch.where}: {added.new} items added to {to}, {added.twice} of them for two people"
     if added.known:
         line += f"; {added.known} were there already"
+    if batch.first and batch.items:
+        line += "; all of them are asked first"
     if batch.too_few:
         line += f"; {batch.too_few} prompts left out, whose answers are too few or all the same"
     return line
@@ -189,16 +195,11 @@ def items_of_run(path: str, *, cycle: int | None = None, answers: int = 2, seed:
     """
     check_answers("--per-prompt", answers)
     run = Run.open(path)
-    cycles = run.rollout_cycles if cycle is None else [cycle]
-    if not cycles:
-        raise RunError(
-            f"{path} holds no rollouts, so there are no answers to compare. Name a run of tether ppo, with "
-            "log.rollouts_every above 0."
-        )
+    cycles = cycles_of(run) if cycle is None else [cycle]
     found: dict[str, dict[str, tuple[str, dict[str, int]]]] = {}  # prompt → answer → how it ended, where first given
     for number in cycles:
-        for row in run.rollouts(number).select(_SHOWN_COLUMNS).to_pylist():
-            where = {"cycle": number} | {name: row[name] for name in _SHOWN_COLUMNS[3:]}
+        for row in run.rollouts(number).select(SHOWN_COLUMNS).to_pylist():
+            where = {"cycle": number} | {name: row[name] for name in SHOWN_COLUMNS[3:]}
             found.setdefault(row["prompt"], {}).setdefault(row["completion"], (row["finish_reason"], where))
     items = []
     for prompt, given in found.items():
@@ -207,6 +208,16 @@ def items_of_run(path: str, *, cycle: int | None = None, answers: int = 2, seed:
             shown = tuple(Answer(text, {"run": path} | where, reason) for text, (reason, where) in drawn)
             items.append(Item(prompt_of(prompt), shown))
     return ItemBatch(items, path, too_few=len(found) - len(items))
+
+
+def cycles_of(run: Run) -> list[int]:
+    """Cycles whose rollouts were written, ascending; RunError where none were."""
+    if not run.rollout_cycles:
+        raise RunError(
+            f"{run.path} holds no rollouts, so there are no answers to compare. Name a run of tether ppo, with "
+            "log.rollouts_every above 0."
+        )
+    return run.rollout_cycles
 
 
 # ---------------------------------------------------------------- from a model

@@ -8,8 +8,8 @@ What a label takes is in `verdict`; who is asked is in `local_judge` (a model di
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,16 +18,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from tether.config import JudgeConfig, check
 from tether.errors import ConfigError, Interrupted, ModelError, StoreError
+from tether.feedback.client import check_key
 from tether.feedback.constitution import draw_principle, read_constitution
-from tether.feedback.endpoint import Endpoint, check_key
+from tether.feedback.endpoint import Endpoint
 from tether.feedback.items import read_items
 from tether.feedback.judge_cache import JudgeCache, cache_path
 from tether.feedback.local_judge import LocalJudge
+from tether.feedback.progress import screen
 from tether.feedback.queue import display_order, fingerprint
 from tether.feedback.records import Item, Verdict
 from tether.feedback.schema import is_store
@@ -41,7 +40,6 @@ _TRIAL = 20  # comparisons after which a judge of which none could be read is gi
 _SAMPLED = 64  # pairs that the estimate looks at
 _CHARACTERS_A_TOKEN = 4  # of English in today's tokenizers
 _REASONS = 120  # tokens of an answer with reasons
-_SILENCE_S = 5.0  # without a terminal a line says this often how far it is
 
 
 @dataclass
@@ -80,7 +78,7 @@ def judge(config: JudgeConfig, *, fresh: bool = False) -> Judged:
             f"--fresh: a judge has no run to start over, and the labels of {config.judge.annotator} stay in the store. "
             "Set judge.name to another name to have every pair asked about again."
         )
-    principles = read_constitution(config.judge.constitution)
+    principles = read_constitution(config.judge.constitution, "judge.constitution")
     source = None if is_store_path(config.data.path) else read_items(config.data.path)
     with Store(store_path(config), create=source is not None) as store:
         among = None if source is None else set(store.add_items(source.items).ids)
@@ -109,7 +107,7 @@ def _label(asked: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judg
         pending.clear()
         saved = time.monotonic()
 
-    with Signals() as signals, _screen(len(queue.waiting)) as screen:
+    with Signals() as signals, screen(len(queue.waiting), "pairs") as progress:
         outcomes = asked.compare(queue.comparisons())
         try:
             for outcome in outcomes:
@@ -122,7 +120,7 @@ def _label(asked: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judg
                     save()
                 failed = done.failed.total()
                 summary = [asked.cost(), f"{failed} without an answer" if failed else ""]
-                screen.show(done.labels + len(pending) + failed, "; ".join(filter(None, summary)))
+                progress.show(done.labels + len(pending) + failed, "; ".join(filter(None, summary)))
                 if failed >= _TRIAL and not done.before + done.labels + len(pending):
                     break
                 if signals.requested:
@@ -156,17 +154,20 @@ class _Queue:
 
     def __init__(self, store: Store, config: JudgeConfig, principles: tuple[str, ...], among: set[int] | None) -> None:
         self.store, self.config, self.principles = store, config, principles
-        items = [x for x in store.judge_queue(config.judge.annotator) if among is None or x[0] in among]
-        pairs = [(number, labeled) for number, kind, labeled in items if kind == "pair"]
-        self.rankings = len(items) - len(pairs)
-        if not pairs:
+        self.rankings = self.labeled = 0
+        self.waiting = array("q")  # eight bytes each: there may be very many
+        for number, kind, labeled in store.judge_queue(config.judge.annotator):
+            if among is None or number in among:
+                self.rankings += kind != "pair"
+                self.labeled += kind == "pair" and labeled
+                if kind == "pair" and not labeled:
+                    self.waiting.append(number)
+        if not self.labeled and not self.waiting:
             raise StoreError(
                 f"{store.path} holds no pair of answers, so there is nothing to compare. Add some: tether label --from "
                 f"pairs.jsonl --to {store.path}."
             )
-        waiting = [number for number, labeled in pairs if not labeled]
-        self.labeled = len(pairs) - len(waiting)
-        self.waiting = waiting[: config.data.limit]
+        self.waiting = self.waiting[: config.data.limit]
 
     def comparisons(self) -> Iterator[Comparison]:
         for number in self.waiting:
@@ -255,18 +256,22 @@ def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
     """`Inputs` for --dry-run: the pairs, the principles, and what it would take. Asks nothing and writes nothing."""
     from tether.diagnose.inputs import Inputs
 
-    principles = read_constitution(config.judge.constitution)
+    principles = read_constitution(config.judge.constitution, "judge.constitution")
     path = store_path(config)
     if is_store_path(config.data.path):
-        with Store(path, create=False) as store:
+        with Store(path, create=False, upgrade=False) as store:
             queue = _Queue(store, config, principles, None)
             pairs, sample = len(queue.waiting), list(islice(queue.comparisons(), _SAMPLED))
             facts = [f"{path}: {pairs} pairs wait, {queue.labeled} are labeled by {config.judge.annotator}"]
     else:
-        items = [item for item in read_items(config.data.path).items if item.kind == "pair"][: config.data.limit]
-        pairs = len(items)
-        sample = [comparison(item, 0, config, principles) for item in items[:_SAMPLED]]
-        facts = [f"{config.data.path}: {pairs} pairs, for the store {path}"]
+        read = [item for item in read_items(config.data.path).items if item.kind == "pair"]
+        labeled = _labeled(path, config.judge.annotator, read)
+        waiting = [item for item, done in zip(read, labeled, strict=True) if not done][: config.data.limit]
+        pairs = len(waiting)
+        sample = [comparison(item, 0, config, principles) for item in waiting[:_SAMPLED]]
+        facts = [
+            f"{config.data.path}: {pairs} pairs wait, {sum(labeled)} are labeled by {config.judge.annotator} in {path}"
+        ]
     facts.append(f"{config.judge.constitution}: {len(principles)} principles, one drawn for each pair")
     longest = 0
     if config.judge.base_url is None:
@@ -274,7 +279,7 @@ def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
         longest = max((len(local.encode(c, order)) for c in sample for order in c.orders), default=0)
         facts.append(f"questions of up to {longest} tokens (of the first {len(sample)} pairs), of {local.context}")
     else:
-        check_key(config.judge)
+        check_key(config.judge, "judge")
     shown = ""
     if sample:
         shown = "\n\n".join(m["content"] for m in sample[0].question(sample[0].orders[0], "logprobs"))
@@ -282,48 +287,10 @@ def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
     return Inputs(facts, longest, plan.replace("\n", "\n  "))
 
 
-# ---------------------------------------------------------------- progress
-
-
-class _Lines:
-    """Without a terminal: a plain line every few seconds."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._last = total, time.monotonic()
-
-    def __enter__(self) -> _Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def show(self, done: int, summary: str) -> None:
-        if time.monotonic() - self._last > _SILENCE_S:
-            say(f"{done}/{self._total} pairs  {summary}")
-            self._last = time.monotonic()
-
-
-class _Bar:
-    """On a terminal: a bar, and what it cost so far."""
-
-    def __init__(self, total: int) -> None:
-        self._progress = Progress(
-            TextColumn("pairs"), MofNCompleteColumn(), BarColumn(bar_width=20),
-            TextColumn("{task.fields[summary]}", markup=False), TimeRemainingColumn(),
-            console=Console(highlight=False),
-        )  # fmt: skip
-        self._task = self._progress.add_task("", total=total, summary="")
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, done: int, summary: str) -> None:
-        self._progress.update(self._task, completed=done, summary=summary)
-
-
-def _screen(total: int) -> _Lines | _Bar:
-    return _Bar(total) if sys.stdout.isatty() else _Lines(total)
+def _labeled(path: str, judge: str, items: Sequence[Item]) -> list[bool]:
+    """Whether each of these items is in the store with a label of this judge; the store need not be there."""
+    if not Path(path).exists() or not Path(path).stat().st_size:
+        return [False] * len(items)
+    with Store(path, create=False, upgrade=False) as store:
+        done = {number for number, _, labeled in store.judge_queue(judge) if labeled}
+        return [store.number_of(item) in done for item in items]

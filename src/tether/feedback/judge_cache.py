@@ -1,4 +1,5 @@
-"""What a judge's answers cost and what they were: one SQLite file beside the store, which no kill takes anything from.
+"""What a model's answers cost and what they were: one SQLite file beside the store of a judge, or the rows of a
+revision, which no kill takes anything from.
 
 A request is reserved here before it is sent, and its answer is here before anything is made of it: so a budget is
 never exceeded, and what was paid is not paid again. Errors, and answers that were filtered or cut, are never kept. One
@@ -30,9 +31,9 @@ INSERT OR IGNORE INTO spent VALUES (1, 0, 0);
 
 
 def cache_path(store: str, judge: str) -> Path:
-    """preferences.db and judge:NAME give preferences.judge-NAME.db."""
+    """preferences.db and judge:NAME give preferences.judge-NAME.db; no two stores have one file."""
     path = Path(store)
-    return path.with_name(f"{path.stem}.{judge.replace(':', '-', 1)}.db")
+    return path.with_name(f"{path.stem}.{judge.replace(':', '-', 1)}{path.suffix}")
 
 
 def request_key(url: str, body: Mapping[str, Any], vote: int) -> str:
@@ -44,16 +45,17 @@ class JudgeCache:
     """Answers by request, and what was spent; every method may be called from any thread, and is on the disk when it
     returns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, wait_s: float = 1.0) -> None:
+        """wait_s: for whoever holds the file, before it is said to be in use."""
         self.path, self._turn = path, threading.Lock()
         with self._wrap_errors():
-            self._connection = c = sqlite3.connect(path, timeout=1, isolation_level=None, check_same_thread=False)
+            self._connection = c = sqlite3.connect(path, timeout=wait_s, isolation_level=None, check_same_thread=False)
             application, version = (c.execute(f"PRAGMA {x}").fetchone()[0] for x in ("application_id", "user_version"))
             tables = c.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if (tables and application != _APPLICATION) or version > _SCHEMA:
                 raise StoreError(
-                    f"{path} is where the judge keeps its answers, and it is another program's file, or of a newer "
-                    "tether: it would be damaged. Set judge.name to another name."
+                    f"{path} is where answers are kept, and it is another program's file, or of a newer tether: it "
+                    "would be damaged. Set judge.name to another name, or `to` of a revision to another file."
                 )
             c.execute("PRAGMA locking_mode = EXCLUSIVE")
             c.execute("PRAGMA journal_mode = WAL")
@@ -118,8 +120,8 @@ class JudgeCache:
         except sqlite3.OperationalError as error:
             if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
                 raise StoreError(
-                    f"{self.path} is in use by another tether judge of the same name: both would pay for the same "
-                    "answers. Wait for it, or stop it."
+                    f"{self.path} is in use by another tether judge of the same name: both would pay "
+                    "for the same answers. Wait for it, or stop it."
                 ) from error
             raise StoreError(
                 f"{self.path}: {first_line(error)}: answers that are paid for could not be kept. Check the disk, its "

@@ -81,8 +81,9 @@ def record_verdict(connection: sqlite3.Connection, judge: str, verdict: Verdict,
     ).fetchone()
     if standing is not None:
         return int(standing["event"])
-    (tried,) = connection.execute(
-        "SELECT count(*) FROM events WHERE annotator = ? AND item = ?", (person["id"], verdict.item)
+    (tried,) = connection.execute(  # by key, which has an index: over all labels of a judge this would be quadratic
+        "SELECT count(*) FROM events WHERE annotator = ? AND key >= ? AND key < ?",
+        (person["id"], f"{verdict.item}-", f"{verdict.item}."),
     ).fetchone()
     event = _append(
         connection, kind="label", annotator=person["id"], item=verdict.item, key=f"{verdict.item}-{tried}",

@@ -28,7 +28,7 @@ _MOST = 0.1  # share of the comparisons that an empty answer may win
 
 def probe(config: JudgeConfig) -> str:
     """How often each of EMPTY wins against a real answer of the config's pairs; no label is kept."""
-    principles = read_constitution(config.judge.constitution)
+    principles = read_constitution(config.judge.constitution, "judge.constitution")
     both = ((0, 1), (1, 0))
     comparisons = list[Comparison]()
     for prompt, answer, mark in islice(_answers(config), _PAIRS):

@@ -73,14 +73,16 @@ def person_of(connection: sqlite3.Connection, name: str) -> sqlite3.Row:
 def add_items(
     connection: sqlite3.Connection, items: Iterable[Item], *, overlap: float, seed: int, first: bool = False
 ) -> Added:
-    """Queue what is not there yet, behind what is; `first`: before it."""
+    """Queue what is not there yet, behind what is; `first`: before it, and so what waits already."""
     order = [(fingerprint(item), item) for item in items]
     new: dict[str, Item] = {}
+    waits: dict[str, Item] = {}
     ids: dict[str, int] = {}
     for mark, item in order:
-        known = connection.execute("SELECT id FROM items WHERE fingerprint = ? AND repeat_of IS NULL", (mark,))
-        if row := known.fetchone():
+        if row := row_of(connection, mark):
             ids[mark] = row["id"]
+            if first and row["pool"] == MAIN and row["needs"]:
+                waits[mark] = item
         else:
             new.setdefault(mark, item)
     twice: set[str] = set()
@@ -95,6 +97,8 @@ def add_items(
             twice = _chosen(batch, overlap, seed)
         start = _start(connection, pool, len(batch), first=first)
         ids |= _insert(connection, pool, [(mark, new[mark]) for mark in batch], twice, start=start, seed=seed)
+    if waits:
+        _move_first(connection, waits, seed)
     golds = sum(item.gold is not None for item in new.values())
     wanted = len(new) - golds + len(twice)
     connection.execute(
@@ -107,6 +111,31 @@ def add_items(
 def fingerprint(item: Item) -> str:
     """Equal for items that ask the same: same prompt, same answers in the same order."""
     return blake2b(to_json([item.prompt, [a.text for a in item.answers]]).encode(), digest_size=16).hexdigest()
+
+
+def labels_wanted(connection: sqlite3.Connection, item: Item) -> int | None:
+    """How many labels of people an item still waits for; None where it is not in the store. Of gold: 0."""
+    row = row_of(connection, fingerprint(item))
+    return None if row is None else int(row["needs"]) * (row["pool"] == MAIN)
+
+
+def row_of(connection: sqlite3.Connection, mark: str) -> sqlite3.Row | None:
+    """id, pool and needs of the item with a fingerprint; None where there is none. Repeats are not looked at."""
+    found: sqlite3.Row | None = connection.execute(
+        "SELECT id, pool, needs FROM items WHERE fingerprint = ? AND repeat_of IS NULL", (mark,)
+    ).fetchone()
+    return found
+
+
+def _move_first(connection: sqlite3.Connection, waits: dict[str, Item], seed: int) -> None:
+    """Put items that wait before everything else; what their new source says is added to what is known of them."""
+    marks = sorted(waits, key=lambda mark: draw(seed, "queue", mark))
+    for position, mark in enumerate(marks, _start(connection, MAIN, len(marks), first=True)):
+        connection.execute(
+            "UPDATE items SET position = ?, source = json_patch(coalesce(source, '{}'), ?) WHERE fingerprint = ? AND "
+            "repeat_of IS NULL",
+            (position, to_json(waits[mark].source or {}), mark),
+        )
 
 
 def _chosen(batch: Sequence[str], fraction: float, seed: int) -> set[str]:

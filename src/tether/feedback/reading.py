@@ -57,14 +57,15 @@ def items(connection: sqlite3.Connection, number: int | None = None) -> Iterator
         yield StoredItem(**dict(row) | parsed)
 
 
-def judge_queue(connection: sqlite3.Connection, judge: str) -> list[tuple[int, str, bool]]:
+def judge_queue(connection: sqlite3.Connection, judge: str) -> Iterator[tuple[int, str, bool]]:
     """(number, kind, labeled by this judge) of every item but repeats, gold ones too, in the order of their queues."""
     rows = connection.execute(
         "SELECT id, kind, EXISTS (SELECT 1 FROM standing s JOIN annotators a ON a.id = s.annotator WHERE s.item = "
         "items.id AND a.name = ?) AS labeled FROM items WHERE repeat_of IS NULL ORDER BY pool, position, id",
         (judge,),
     )
-    return [(row["id"], row["kind"], bool(row["labeled"])) for row in rows]
+    for row in rows:
+        yield row["id"], row["kind"], bool(row["labeled"])
 
 
 def _answers(row: sqlite3.Row) -> tuple[Answer, ...]:

@@ -137,7 +137,9 @@ def is_store(path: Path) -> bool:
 class Database:
     """Connections to one file: one a thread for short work, one of its own for a long read."""
 
-    def __init__(self, path: Path, *, create: bool, busy_s: float):
+    def __init__(self, path: Path, *, create: bool, busy_s: float, upgrade: bool = True):
+        """upgrade: bring a file of an older schema up to date; without it nothing is written, and what is new in this
+        schema is not there to be read."""
         self.path, self._busy_s = path, busy_s
         self._local = threading.local()
         self._open: dict[threading.Thread, sqlite3.Connection] = {}
@@ -152,9 +154,12 @@ class Database:
             path.parent.mkdir(parents=True, exist_ok=True)
             connection = self._connection()
             self._check_ours(connection)
-            if _pragma(connection, "user_version") == 0:
+            version = _pragma(connection, "user_version")
+            if not upgrade and version == 0:
+                raise StoreError(f"{path} is empty: it holds no labels and nothing to label. Check the path.")
+            if version == 0:
                 connection.execute("PRAGMA journal_mode = WAL")  # stays so, in the file
-            if _pragma(connection, "user_version") < SCHEMA:
+            if upgrade and version < SCHEMA:
                 self._make_tables()
 
     def _make_tables(self) -> None:
@@ -162,10 +167,22 @@ class Database:
             version = _pragma(connection, "user_version")
             if version == SCHEMA:
                 return  # another process was faster
+            if version:
+                self._check_no_judges(connection)
             for statement in _statements(_VERDICTS if version else _TABLES + _VERDICTS):
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {SCHEMA}")
+
+    def _check_no_judges(self, connection: sqlite3.Connection) -> None:
+        """StoreError where a person of a store from before there were judges is called like one."""
+        found = connection.execute("SELECT name FROM annotators WHERE name GLOB 'judge:*' LIMIT 1").fetchone()
+        if found:
+            raise StoreError(
+                f"{self.path} holds labels of somebody called {found['name']!r}, which is how models that judge are "
+                "called now: they would be taken for a model's, and leave what is trained on people's labels. Nothing "
+                "was changed. Rename the person in the table `annotators` of that SQLite file, then try again."
+            )
 
     def _check_ours(self, connection: sqlite3.Connection) -> None:
         """StoreError for another program's file, or a newer tether's."""

@@ -55,6 +55,7 @@ class Store:
     """Labels in the file `path`; every method may be called from any thread.
 
     create           make the file if it is not there; else that is a StoreError.
+    upgrade          bring a file of an older schema up to date. Without it nothing is written to it.
     seed, gold_fraction, repeat_fraction
                      how tasks are ordered and mixed. Set when the file is made, and kept in it: None takes what is
                      there (new: 0, 0.1, 0.05), another value is a StoreError, since people would meet items twice.
@@ -65,14 +66,14 @@ class Store:
 
     def __init__(
         self, path: str | Path, *, create: bool = True, seed: int | None = None, gold_fraction: float | None = None,
-        repeat_fraction: float | None = None, lease_s: float = LEASE_S, busy_s: float = 10.0,
+        repeat_fraction: float | None = None, lease_s: float = LEASE_S, busy_s: float = 10.0, upgrade: bool = True,
         clock: Callable[[], float] = time.time,
     ):  # fmt: skip
         self.path = Path(path)
         for name, fraction in (("gold_fraction", gold_fraction), ("repeat_fraction", repeat_fraction)):
             check_fraction(name, fraction)
         self._clock = clock
-        self._database = Database(self.path, create=create, busy_s=busy_s)
+        self._database = Database(self.path, create=create, busy_s=busy_s, upgrade=upgrade)
         settings = {"seed": seed, "gold_fraction": gold_fraction, "repeat_fraction": repeat_fraction}
         self.mix = queue.Mix(**self._settle(settings), lease_s=lease_s)
 
@@ -109,12 +110,24 @@ class Store:
     def add_items(self, items: Iterable[Item], *, overlap: float = 0.2, first: bool = False) -> Added:
         """Queue items behind those that are there; what is there already, prompt and answers alike, stays one item.
 
-        first: before those that are there: whoever labels next is asked these.
+        first: before those that are there: whoever labels next is asked these. What waits already goes there too, and
+            its source takes up what the new one says.
         overlap: share of them that two people are to judge, drawn by the seed. Items with gold are asked everybody.
         """
         check_fraction("overlap", overlap)
         with self._database.write() as c:
             return queue.add_items(c, items, overlap=overlap, seed=self.mix.seed, first=first)
+
+    def number_of(self, item: Item) -> int | None:
+        """The number that an item has here; None where it is not."""
+        with self._database.read() as c:
+            row = queue.row_of(c, queue.fingerprint(item))
+            return None if row is None else int(row["id"])
+
+    def labels_wanted(self, item: Item) -> int | None:
+        """How many labels of people an item still waits for; None: it is not here. Of gold, which checks people, 0."""
+        with self._database.read() as c:
+            return queue.labels_wanted(c, item)
 
     def add_annotator(self, name: str) -> bool:
         """Register somebody who labels; False if the name is there already."""
@@ -202,10 +215,10 @@ class Store:
                 c, annotator, item, key, judgment, on_screen=on_screen, seconds=seconds, now=self._clock(), mix=self.mix
             )
 
-    def judge_queue(self, judge: str) -> list[tuple[int, str, bool]]:
+    def judge_queue(self, judge: str) -> Iterator[tuple[int, str, bool]]:
         """(number, kind, labeled by this judge) of every item but repeats, in the order of their queues."""
-        with self._database.read() as c:
-            return reading.judge_queue(c, judge)
+        with self._database.snapshot() as c:
+            yield from reading.judge_queue(c, judge)
 
     def record_verdicts(self, judge: str, verdicts: Sequence[Verdict]) -> None:
         """Keep a judge's labels, all or none of them; an item that it has labeled already keeps the label it has."""

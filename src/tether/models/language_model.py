@@ -34,6 +34,7 @@ class LanguageModel:
     dtype: torch.dtype  # compute precision
     use_full_logits: bool = False  # read log-probs off the model's own logits: for heads that ours does not know
     steer: Callable[[Tensor, Tensor], Tensor] | None = None  # (logits [N, V], hidden [N, D]) -> what is sampled from
+    one_pass: bool = False  # every row goes through the trunk in one pass, whatever that costs
 
     @property
     def trunk(self) -> nn.Module:
@@ -142,7 +143,7 @@ class LanguageModel:
                 rows.tokens, rows.before_targets, rows.targets, temperature=temperature, entropy=entropy
             )
         with self.autocast():
-            hidden = response_hidden(self.hidden, rows)
+            hidden = response_hidden(self.hidden, rows, one_pass=self.one_pass)
             return *self._of_hidden(hidden, rows.targets, temperature=temperature, entropy=entropy), hidden
 
     def logprobs(
@@ -217,14 +218,14 @@ class LanguageModel:
         )
 
 
-def response_hidden(trunk: Callable[[Tensor], Tensor], rows: Rows) -> Tensor:
+def response_hidden(trunk: Callable[[Tensor], Tensor], rows: Rows, *, one_pass: bool = False) -> Tensor:
     """[N, D] what trunk(tokens [B, T]) -> [B, T, D] says before each of the N response tokens of `rows`.
 
     On a CPU, where a padded token costs as much as any and a further pass next to nothing, rows of similar length go
     through the trunk together, group by group. A GPU is quicker with one pass.
     """
     lengths = rows.prompt_lengths + rows.response_lengths
-    groups = similar(lengths) if rows.tokens.device.type == "cpu" else []
+    groups = similar(lengths) if rows.tokens.device.type == "cpu" and not one_pass else []
     if len(groups) < 2:
         return trunk(rows.tokens)[rows.before_targets]
     parts = [rows.select(index) for index in groups]

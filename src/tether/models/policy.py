@@ -65,6 +65,13 @@ class Policy(nn.Module):
             values = fill(read_values(self.value_head, hidden), mask)
         return PolicyOutput(fill(logprobs, mask), fill(entropies, mask), values)
 
+    @torch.no_grad()
+    def reference_logprobs(self, rows: Rows, *, temperature: float) -> Tensor:
+        """[B, R] nats, 0 outside the mask, without the LoRA adapter if there is one."""
+        with self.model.without_adapter():
+            logprobs, _, _ = self.model.response_logprobs(rows, temperature=temperature, entropy=False)
+        return fill(logprobs, rows.response_mask)
+
     @property
     def has_critic(self) -> bool:
         return self.critic is not None or self.value_head is not None
@@ -111,11 +118,14 @@ class SeparateCritic(nn.Module):
     def __init__(self, trunk: Any, head: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.trunk, self.head, self.dtype = trunk, head, dtype
+        self.one_pass = False  # see `LanguageModel`
 
     def forward(self, rows: Rows) -> Tensor:
         """[N] values, one before each response token."""
         with autocast(self.dtype, rows.tokens.device):
-            hidden = response_hidden(lambda x: self.trunk(input_ids=x, use_cache=False).last_hidden_state, rows)
+            hidden = response_hidden(
+                lambda x: self.trunk(input_ids=x, use_cache=False).last_hidden_state, rows, one_pass=self.one_pass
+            )
         return read_values(self.head, hidden)
 
 
@@ -124,15 +134,12 @@ class Reference:
     """The frozen model that the KL is measured to; None is the policy without its LoRA adapter, as the run began."""
 
     policy: Policy
-    frozen: LanguageModel | None
+    frozen: Policy | None
 
-    @torch.no_grad()
     def logprobs(self, rows: Rows, *, temperature: float) -> Tensor:
         """[B, R] nats, 0 outside the mask."""
-        model = self.frozen or self.policy.model
-        with model.without_adapter():
-            logprobs, _, _ = model.response_logprobs(rows, temperature=temperature, entropy=False)
-        return fill(logprobs, rows.response_mask)
+        logprobs: Tensor = (self.frozen or self.policy).reference_logprobs(rows, temperature=temperature)
+        return logprobs
 
 
 def companions(config: ReferencedModelConfig) -> dict[str, Any]:
@@ -173,7 +180,7 @@ def build_policy(
         frozen = LanguageModel(freeze(copy.deepcopy(model.lm), model.dtype, same_bits=True).eval(), model.dtype)
     if frozen is not None and (note := frozen.check_head()):
         notes.append(note)
-    return policy, Reference(policy, frozen), notes
+    return policy, Reference(policy, Policy(frozen, value_head=False) if frozen else None), notes
 
 
 def load_policy(

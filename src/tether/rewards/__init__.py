@@ -1,4 +1,4 @@
-"""Where scores come from: functions, reward models, ensembles of them and other machines, weighted and summed."""
+"""Where scores come from: functions, reward models, ensembles of them, servers and judges, weighted and summed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tether.errors import ConfigError
 from tether.rewards.combine import RewardSet, ScoredBatch, shape_scores
 from tether.rewards.ensemble import EnsembleReward
 from tether.rewards.function import FunctionReward, ObjectReward, function_file, load_function
+from tether.rewards.judge import JudgeReward
 from tether.rewards.model import ModelReward
 from tether.rewards.url import UrlReward
 from tether.runs.answers import KeptAnswers
@@ -51,6 +52,8 @@ def build_reward(
             )
         elif source.url is not None:
             scorer = url_reward(source, tokenizer, stop_ids)
+        elif source.judge is not None:
+            scorer = judge_reward(source, tokenizer, stop_ids, kept)
         else:
             assert source.model is not None
             scorer = ModelReward(source.model, name=name, dtype=source.dtype, device=device, **policy)
@@ -80,5 +83,16 @@ def url_reward(source: RewardSourceConfig, tokenizer: PreTrainedTokenizerBase, s
     assert source.url is not None
     return UrlReward(
         source.url, name=source_name(source), key_env=source.key_env, timeout_s=source.timeout_s, probe=source.probe,
+        tokenizer=tokenizer, stop_ids=stop_ids,
+    )  # fmt: skip
+
+
+def judge_reward(
+    source: RewardSourceConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], kept: Path | None = None
+) -> JudgeReward:
+    """A source that is a judge; no weights are loaded yet. kept: see `build_reward`."""
+    assert source.judge is not None
+    return JudgeReward(
+        source.judge, name=source_name(source), form=source.form or "pointwise", optional=source.optional, kept=kept,
         tokenizer=tokenizer, stop_ids=stop_ids,
     )  # fmt: skip

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tether.config import RewardShapingConfig
 from tether.errors import RewardError
+from tether.math import disagreement
 from tether.rewards.ensemble import EnsembleReward
 from tether.rewards.function import describe_row
-from tether.rewards.url import UrlReward, request_hashes
+from tether.rewards.url import request_hashes
 from tether.runs.answers import KeptAnswers
 from tether.types import Completions, Prompt, Reward
 
@@ -28,11 +29,14 @@ class ScoredBatch:
     parts: dict[str, list[float | None]]  # source name -> B raw answers, before weight and shaping
     missing: dict[str, int] = field(default_factory=dict)  # optional source name -> responses that it did not score
     disagreement: dict[str, list[float]] = field(default_factory=dict)  # ensemble's name -> B deviations of its members
+    members: dict[str, list[list[float]]] = field(default_factory=dict)  # ensemble's name -> B times its K scores
 
 
 @dataclass(frozen=True, slots=True)
 class RewardSet:
     """All sources of a run with their weights and shaping.
+
+    A source whose `remote` is true is asked in a thread, its answers are kept, and its `cancel` ends the asking.
 
     score = Σ weight·source. Where a source answers None beside another's score, the response would be worth more or
     less than its siblings for no reason, so that is an error, unless the source is optional: it then adds nothing. The
@@ -51,11 +55,11 @@ class RewardSet:
 
     def score(self, completions: Completions, phase: str = "") -> ScoredBatch:
         """phase: what the responses are for, cycle-000003 say; answers from other machines are kept under it."""
-        remote = {name: source for name, (source, _) in self.sources.items() if isinstance(source, UrlReward)}
+        remote = {name: source for name, (source, _) in self.sources.items() if getattr(source, "remote", False)}
         store = self.kept if phase and remote else None
         requests = request_hashes(completions) if store else []
         kept = {name: store.read(phase, name, requests) for name in remote} if store else {}
-        parts, disagreement = self._ask(
+        parts, members = self._ask(
             completions, {name: scores for name, scores in kept.items() if scores is not None}, remote
         )
         for row, answers in enumerate(zip(*parts.values(), strict=True)):
@@ -79,22 +83,26 @@ class RewardSet:
             total += weight * torch.tensor([0.0 if a is None else a for a in parts[name]], dtype=torch.float64)
         missing = {name: parts[name].count(None) for name in parts if name in self.optional}
         scores = shape_scores(total, completions.finish_reasons, self.shaping)
-        return ScoredBatch(scores, parts, missing, disagreement)
+        return ScoredBatch(
+            scores, parts, missing,
+            disagreement={name: disagreement(found).tolist() for name, found in members.items()},
+            members={name: found.T.tolist() for name, found in members.items()},
+        )  # fmt: skip
 
     def _ask(
-        self, completions: Completions, kept: Mapping[str, list[float | None]], remote: Mapping[str, UrlReward]
-    ) -> tuple[dict[str, list[float | None]], dict[str, list[float]]]:
-        """Every source's answers, in the config's order, and how far the members of ensembles are apart.
+        self, completions: Completions, kept: Mapping[str, list[float | None]], remote: Mapping[str, Any]
+    ) -> tuple[dict[str, list[float | None]], dict[str, Tensor]]:
+        """Every source's answers, in the config's order, and the scores [K, B] of the members of ensembles.
 
         Other machines are asked all at once, each in a thread, while the sources here compute. kept: answers that are
         there already.
         """
         asked = {name: _in_thread(source.score, completions) for name, source in remote.items() if name not in kept}
-        parts, disagreement = dict(kept), dict[str, list[float]]()
+        parts, members = dict(kept), dict[str, Tensor]()
         try:
             for name, (source, _) in self.sources.items():
                 if isinstance(source, EnsembleReward):
-                    parts[name], disagreement[name] = source.score_and_disagreement(completions)
+                    parts[name], members[name] = source.score_with_members(completions)
                 elif name not in remote:
                     parts[name] = list(source.score(completions))
             ended, _ = wait(asked.values(), return_when=FIRST_EXCEPTION)
@@ -105,7 +113,7 @@ class RewardSet:
             for name in asked:
                 remote[name].cancel()
             raise
-        return {name: parts[name] for name in self.sources}, disagreement
+        return {name: parts[name] for name in self.sources}, members
 
 
 def _in_thread(score: Callable[[Completions], list[float | None]], completions: Completions) -> Future[Any]:

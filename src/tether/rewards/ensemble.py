@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tether.data.tokenizer import load_tokenizer
 from tether.errors import ModelError
-from tether.math import disagreement, pessimistic_mean
+from tether.math import pessimistic_mean
 from tether.rewards.model import ModelReward, same_tokens
 from tether.types import Completions, Prompt
 
@@ -33,12 +34,12 @@ class EnsembleReward:
 
     def score(self, completions: Completions) -> list[float | None]:
         """B scores, in order."""
-        return self.score_and_disagreement(completions)[0]
+        return self.score_with_members(completions)[0]
 
-    def score_and_disagreement(self, completions: Completions) -> tuple[list[float | None], list[float]]:
-        """(B scores, B standard deviations of the members' scores), in reward units."""
+    def score_with_members(self, completions: Completions) -> tuple[list[float | None], Tensor]:
+        """(B scores, those of each member [K, B]), in reward units."""
         scores = torch.tensor([member.score(completions) for member in self.members], dtype=torch.float64)
-        return pessimistic_mean(scores, pessimism=self.pessimism).tolist(), disagreement(scores).tolist()
+        return pessimistic_mean(scores, pessimism=self.pessimism).tolist(), scores
 
 
 def check_members(paths: Sequence[str], name: str) -> None:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     import httpx2
 
 _PROBES = ("Yes.", "No, I would rather not talk about it, and you know why!", "It is a fine day", "so so so so so so")
-_CHECK_S = 20.0  # whoever mistyped the address need not wait for longer
 _ATTEMPTS = 3  # that at least fit into timeout_s, however long each takes
 _LONGEST_ANSWER = 1_000_000  # bytes, and 100 more for each row
 _SILENT_S = 2.0  # that a server may be away before the person is told
@@ -44,6 +43,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 class UrlReward:
     """One URL as a source of scores. tokenizer, stop_ids: the policy's."""
+
+    remote = True
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class UrlReward:
         ids = [[*encode_completion(self._tokenizer, text), *stop] for text in _PROBES]
         unused: list[list[float]] = [[] for _ in ids]
         probes = Completions([prompts[0]] * len(ids), ids, unused, unused, ["stop"] * len(ids))
-        scores = self._ask(probes, min(self.timeout_s, _CHECK_S), "then run the same command again")
+        scores = self.score(probes)
         if len(set(scores)) == 1:
             raise RewardError(
                 f"reward {self.name}: {self.url} scores {len(ids)} answers as different as {_PROBES[0]!r} and "
@@ -89,17 +90,9 @@ class UrlReward:
 
     def score(self, completions: Completions) -> list[float | None]:
         """B scores, by one request that is repeated while it fails in a way that may pass."""
-        remedy = "or raise timeout_s of this source; then run the same command again"
-        return self._ask(completions, self.timeout_s, remedy)
-
-    def cancel(self) -> None:
-        """End a `score` that is waiting in another thread."""
-        self._stop.set()
-
-    def _ask(self, completions: Completions, deadline_s: float, remedy: str) -> list[float | None]:
-        """remedy: what else to do where the server does not answer."""
         import httpx2
 
+        deadline_s = self.timeout_s
         body = json.dumps(self._request(completions)).encode()
         headers = {"content-type": "application/json", "idempotency-key": uuid4().hex}
         if self._key is not None:
@@ -139,7 +132,8 @@ class UrlReward:
         except GaveUp as error:
             raise RewardError(
                 f"reward {self.name}: {self.url} does not answer ({error}): {len(completions)} responses, from "
-                f"{describe_row(completions, 0)} on, have no scores. See whether the server runs, {remedy}."
+                f"{describe_row(completions, 0)} on, have no scores. See whether the server runs, "
+                "or raise timeout_s of this source; then run the same command again."
             ) from error
         if not 200 <= status < 300:
             raise self._refused(status, self._detail(content), completions)
@@ -148,6 +142,10 @@ class UrlReward:
             return read_scores(scores, self.name, completions)
         except RewardError as error:  # it quotes the answer
             raise RewardError(self._without_key(str(error).encode()).decode()) from None
+
+    def cancel(self) -> None:
+        """End a `score` that is waiting in another thread."""
+        self._stop.set()
 
     def _say_waiting(self, left_s: float) -> None:
         """To the person, once a request: a run that waits is not one that hangs."""

@@ -65,17 +65,21 @@ class RunDirectory:
     phase     what the run is doing now, in words.
     notes     what the person should hear about how the run goes on.
     finished  the run had ended before, its final model is there, and there is nothing more to do.
+    follows   another process of the run writes: here every write does nothing. So is what a copy sent to it becomes.
     """
 
-    def __init__(self, config: Config, command: str, lock: Lock, *, resumed: bool, finished: bool):
+    def __init__(self, config: Config, command: str, lock: Lock | None, *, resumed: bool, finished: bool):
         self.path, self.config, self.command = _path(config), config, command
         self.unit = KINDS[command].unit
         self.resumed, self.finished = resumed, finished
         self.notes: list[str] = []
-        self._lock = lock
+        self._lock, self.follows = lock, lock is None
         self.phase = "loading the models"
         self._last_heartbeat = 0.0
         self._writing_status = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _follow, (self.config, self.command, self.resumed, self.finished)
 
     @classmethod
     def open(
@@ -148,6 +152,14 @@ class RunDirectory:
         write_atomically(path / "config.yaml", to_yaml(config))  # last: what is said above is said until it is done
         return run
 
+    def check_visible(self) -> None:
+        """Raise RunError where this process, which follows, does not see the directory that the other writes."""
+        if self.follows and not (self.path / "config.yaml").exists():
+            raise RunError(
+                f"{socket.gethostname()} does not see {self.path.absolute()}, which rank 0 writes: it could not read a "
+                "checkpoint back. Set run to a directory on a file system that all hosts share."
+            )
+
     def __enter__(self) -> RunDirectory:
         return self
 
@@ -158,21 +170,30 @@ class RunDirectory:
             if self.finished:
                 return
             if error is None:
-                self._set_status("finished", "done")
+                self._set_status("finished", "done", 0)
                 return
-            stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-            with contextlib.suppress(RunError):  # a full disk must not hide the error that we are reporting
-                self._set_status("stopped" if stopped else "failed", _reason(error))
+            self.fail(error)
         finally:
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
+
+    def fail(self, error: BaseException) -> None:
+        """Write down what ends the run."""
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        with contextlib.suppress(RunError):  # a full disk must not hide the error that we are reporting
+            self._set_status("stopped" if stopped else "failed", _reason(error), getattr(error, "exit_code", 1))
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl. `metrics` holds `cycle` (or `step`); numbers that are not finite become null."""
+        if self.follows:
+            return
         append_line(self.path / "metrics.jsonl", to_plain(metrics))
         self.heartbeat()
 
     def replace_last_metrics(self, metrics: dict[str, Any]) -> None:
         """Write the last line of metrics.jsonl again."""
+        if self.follows:
+            return
         lines = [*self.metrics()[:-1], to_plain(metrics)]
         write_atomically(self.path / "metrics.jsonl", "".join(json_line(line) for line in lines))
 
@@ -182,7 +203,8 @@ class RunDirectory:
 
     def event(self, name: str, **fields: Any) -> None:
         """One line of events.jsonl: something that happened once, and when."""
-        append_line(self.path / "events.jsonl", {"time": now(), "event": name, **to_plain(fields)})
+        if not self.follows:
+            append_line(self.path / "events.jsonl", {"time": now(), "event": name, **to_plain(fields)})
 
     def write_rollouts(self, cycle: int, columns: dict[str, list[Any]]) -> None:
         """rollouts/cycle-NNNNNN.parquet: one row a response; per-token columns are lists of lists."""
@@ -194,6 +216,8 @@ class RunDirectory:
 
     def truncate_after(self, step: int) -> None:
         """Forget what came after `step`, the checkpoint that the run continues from: each step appears once."""
+        if self.follows:
+            return
         kept = [line for line in self.metrics() if line[self.unit] <= step]
         write_atomically(self.path / "metrics.jsonl", "".join(json_line(line) for line in kept))
         for folder in ("rollouts", "evaluations"):
@@ -209,7 +233,9 @@ class RunDirectory:
         if time.monotonic() - self._last_heartbeat >= 1.0:
             self._set_status("running")
 
-    def _set_status(self, state: str, exit_reason: str | None = None) -> None:
+    def _set_status(self, state: str, exit_reason: str | None = None, exit_code: int | None = None) -> None:
+        if self.follows:
+            return
         status = {
             "schema": SCHEMA,
             "kind": self.command,
@@ -218,15 +244,22 @@ class RunDirectory:
             "host": socket.gethostname(),
             "heartbeat": now(),
             "exit_reason": exit_reason,
+            "exit_code": exit_code,
         }
         with self._writing_status:
             write_atomically(self.path / "status.json", json.dumps(status, indent=2) + "\n")
         self._last_heartbeat = time.monotonic()
 
     def _write_table(self, folder: str, cycle: int, columns: dict[str, list[Any]]) -> None:
+        if self.follows:
+            return
         with wrap_os_errors(self.path / folder):
             (self.path / folder).mkdir(exist_ok=True)
         write_table(self.path / folder / f"cycle-{cycle:06d}.parquet", columns)
+
+
+def _follow(config: Config, command: str, resumed: bool, finished: bool) -> RunDirectory:
+    return RunDirectory(config, command, None, resumed=resumed, finished=finished)
 
 
 def _path(config: Config) -> Path:

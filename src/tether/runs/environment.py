@@ -35,6 +35,7 @@ def describe_environment() -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cpus": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
+            **({"processes": processes} if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1 else {}),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
             "gpus": [torch.cuda.get_device_name(i) for i in gpus],
         },

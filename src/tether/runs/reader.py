@@ -63,7 +63,8 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """schema, kind, state (running, finished, stopped, failed), pid, host, heartbeat, exit_reason."""
+        """schema, kind, state (running, finished, stopped, failed), pid, host, heartbeat, exit_reason, and exit_code
+        (under torchrun a saved stop exits 0 all the same)."""
         return read_status(self.path)
 
     @property
@@ -129,15 +130,15 @@ class Run:
         """Where a cycle's table is."""
         return self.path / folder / f"cycle-{cycle:06d}.parquet"
 
-    def table(self, folder: str, cycle: int) -> pyarrow.Table:
-        """A cycle's table."""
+    def table(self, folder: str, cycle: int, columns: list[str] | None = None) -> pyarrow.Table:
+        """A cycle's table; columns: only those of them that it has."""
         file = self.table_file(folder, cycle)
         if not file.exists():
             there = ", ".join(map(str, self.cycles(folder))) or "none"
             raise RunError(
                 f"{file} does not exist: {folder} were written of these cycles: {there}. Ask for one of them."
             )
-        return read_table(file)
+        return read_table(file, columns)
 
 
 class EvaluationDir:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tether.distributed.shard import whole
 from tether.models.language_model import LanguageModel, freeze
 from tether.models.loading import head_size
 from tether.samplers.draw import draw
@@ -53,9 +54,10 @@ class Decoder(Protocol):
 class LocalSampler:
     """Samples from a language model that lives in this process."""
 
-    def __init__(self, model: LanguageModel, *, slots: int | str = "auto") -> None:
+    def __init__(self, model: LanguageModel, *, slots: int | str = "auto", copied: bool = False) -> None:
+        """copied: sample from a copy, as of a model whose weights will be cut into parts (tether.distributed.shard)."""
         self.slots = slots  # rows decoded at once, see `count_slots`
-        self._copied = model.dtype == torch.bfloat16 and model.hf_model.dtype == torch.float32
+        self._copied = copied or (model.dtype == torch.bfloat16 and model.hf_model.dtype == torch.float32)
         self.model = model
         if self._copied:
             self.model = replace(model, lm=freeze(copy.deepcopy(model.lm), model.dtype))
@@ -73,7 +75,7 @@ class LocalSampler:
             return
         with torch.no_grad():
             for ours, theirs in zip(self.model.lm.parameters(), weights.lm.parameters(), strict=True):
-                ours.copy_(theirs)
+                ours.copy_(whole(theirs))
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0) -> Completions:
         """Draw `responses_per_prompt` responses to each prompt, in the prompts' order; see `tether.types.Sampler`."""
@@ -82,8 +84,13 @@ class LocalSampler:
         return batch.completions()
 
     @torch.no_grad()
-    def steps(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0) -> Iterator[Batch]:
+    def steps(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0,
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[Batch]:  # fmt: skip
         """The batch of `generate` after every draw, with the hidden states that were drawn from.
+
+        numbers: those of the responses, where they do not count up from `first`.
 
         For one thread: torch's modes are set until it is exhausted or closed.
         """
@@ -96,7 +103,9 @@ class LocalSampler:
             decoder = SlotCache(self.model, slots=slots, width=width, recorded=self.recorded)
         else:
             decoder = Recompute(self.model, slots=slots, width=width)
-        batch = Batch(self.model, decoder, requests, sampling, cycle, slots, first)
+        if numbers is None:
+            numbers = range(first, first + len(requests))
+        batch = Batch(self.model, decoder, requests, sampling, cycle, slots, numbers)
         with self.model.evaluating(), self.model.autocast():
             while not batch.done:
                 batch.prefill()
@@ -193,11 +202,11 @@ class Batch:
 
     def __init__(
         self, model: LanguageModel, decoder: Decoder, requests: list[Prompt], sampling: Sampling, cycle: int,
-        slots: int, first_response: int,
+        slots: int, numbers: Sequence[int],
     ) -> None:  # fmt: skip
         self.model, self.decoder, self.requests = model, decoder, requests
         self.head = None if model.use_full_logits else model.output_head()  # None: the decoder gives logits
-        self.sampling, self.cycle, self.slots, self.first_response = sampling, cycle, slots, first_response
+        self.sampling, self.cycle, self.slots, self.numbers = sampling, cycle, slots, numbers
         device, limit = model.device, sampling.max_new_tokens
         self.waiting = 0  # the next request to prefill
         self.row = torch.empty(0, dtype=torch.long, device=device)
@@ -225,7 +234,7 @@ class Batch:
             batch = Rows.of([p.ids for p in prompts], [()] * len(prompts)).to(device)
             which = torch.tensor(copies, device=device)
             hidden = self.decoder.prefill(batch.tokens, batch.prompt_lengths.to(device), first, which)
-            counts = [self.first_response + i for i in rows]
+            counts = [self.numbers[i] for i in rows]
             chance = np.stack([uniforms(s.seed, s.stream, self.cycle, i, s.max_new_tokens) for i in counts])
             self.uniforms[first : first + len(rows)] = torch.from_numpy(chance).to(self.uniforms)
             self.row = torch.cat([self.row, torch.tensor(rows, device=device)])

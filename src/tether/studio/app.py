@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from tether.errors import LabelError, RunError, StoreError, TetherError
-from tether.studio import agreement, compare, label, security, tokens, watch
+from tether.studio import agreement, compare, label, revisions, security, tokens, watch
 from tether.studio import playground as talk
 from tether.studio.shared import Studio
 
@@ -25,7 +25,7 @@ def create_app(studio: Studio) -> ASGIApp:
     """The ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     # The label page first: it is asked for most, and routes are tried in order.
-    for pages in (label, watch, tokens, compare, agreement, talk):
+    for pages in (label, watch, tokens, compare, agreement, revisions, talk):
         app.include_router(pages.routes(studio))
 
     @app.get("/")

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tether.config import QLearningConfig, QLearningSection
 from tether.data.scored import ScoredResponse, as_completions, scored_microbatches
+from tether.distributed.ranks import ALONE, Ranks
 from tether.math import bellman_loss, explained_variance, gae, grouped_std, place_rewards
 from tether.models.policy import Policy
 from tether.rewards import ScoredBatch
@@ -28,8 +29,11 @@ from tether.types import Rollout
 class Bellman:
     """What `qlearning.loss: bellman` brings to the loop: see `tether.train.qlearning.Objective`."""
 
-    def __init__(self, policy: Policy, answers: Sequence[ScoredResponse], config: QLearningConfig) -> None:
+    def __init__(
+        self, policy: Policy, answers: Sequence[ScoredResponse], config: QLearningConfig, ranks: Ranks
+    ) -> None:
         self.policy, self.answers, self.model, self.section = policy, answers, config.model, config.qlearning
+        self.ranks = ranks
         self.references = list[Tensor]()  # [R] of each answer, nats
 
     def parts(self) -> dict[str, Any]:
@@ -41,11 +45,11 @@ class Bellman:
     def prepare(self, run: RunDirectory, inputs: Mapping[str, str]) -> None:
         self.references = reference_logprobs(
             run, self.policy.model, self.model, [(a.prompt.ids, a.response_ids) for a in self.answers], inputs,
-            microbatch_tokens=self.section.microbatch_tokens,
+            microbatch_tokens=self.section.microbatch_tokens, ranks=self.ranks,
         )  # fmt: skip
 
     def accumulate(self, batch: list[int]) -> dict[str, float | None]:
-        return accumulate(self.policy, *self._of(batch), self.section)
+        return accumulate(self.policy, *self._of(batch), self.section, self.ranks)
 
     def after_step(self, step: int) -> None:
         pass
@@ -61,7 +65,11 @@ class Bellman:
 
 
 def accumulate(
-    policy: Policy, answers: Sequence[ScoredResponse], references: Sequence[Tensor], section: QLearningSection
+    policy: Policy,
+    answers: Sequence[ScoredResponse],
+    references: Sequence[Tensor],
+    section: QLearningSection,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float | None]:
     """Add one optimizer step's gradients to the policy's, microbatch by microbatch; no step. Returns its metrics.
 
@@ -70,7 +78,8 @@ def accumulate(
     tokens = sum(len(answer.response_ids) for answer in answers)
     losses, residuals, values = list[Tensor](), list[Tensor](), list[Tensor]()  # each [] or [N] of a microbatch
     log_ratio_sums = torch.zeros(len(answers), device=policy.model.device)
-    for index, rows, scores in scored_microbatches(answers, section.microbatch_tokens, policy.model.device):
+    device = policy.model.device
+    for index, counts, rows, scores in scored_microbatches(answers, section.microbatch_tokens, device, ranks):
         mask, ref = rows.response_mask, _padded(references, index).to(policy.model.device)
         output = policy(rows, temperature=1.0, entropy=False)
         assert output.values is not None
@@ -78,17 +87,20 @@ def accumulate(
             output.logprobs, ref, output.values, scores, mask,
             kl_coef=section.beta, lam=section.lam, denominator=tokens,
         )  # fmt: skip
-        loss.backward()
+        (loss if counts else 0.0 * loss).backward()
+        if not counts:
+            continue
         losses.append(loss.detach())
         residuals.append(residual.detach()[mask])
         values.append(output.values.detach()[mask])
         log_ratio_sums[index] = (output.logprobs.detach() - ref).sum(1)  # both are 0 outside the mask
-    residual, value, log_ratios = torch.cat(residuals), torch.cat(values), log_ratio_sums.cpu()
+    residual, value = ranks.cat(residuals), ranks.cat(values)
+    log_ratios = ranks.sum(log_ratio_sums)[0].cpu()
     scores = torch.tensor([answer.score for answer in answers])
     every = torch.ones_like(value, dtype=torch.bool)[None]
     g = scores - section.beta * log_ratios
     return {
-        "qlearning/loss": float(torch.stack(losses).sum()),
+        "qlearning/loss": float(ranks.cat([loss[None] for loss in losses]).sum()),
         "qlearning/residual": float(residual.square().mean().sqrt()),
         "qlearning/g_std": grouped_std(g, [answer.prompt.row for answer in answers]),
         "qlearning/log_ratio": float(log_ratios.mean()),
@@ -112,7 +124,7 @@ def inspect_answers(
     rows = completions.rows()
     mask = rows.response_mask
     new, entropy, values = (torch.zeros(mask.shape) for _ in range(3))
-    for index, part, _ in scored_microbatches(answers, section.microbatch_tokens, policy.model.device):
+    for index, _, part, _ in scored_microbatches(answers, section.microbatch_tokens, policy.model.device):
         output, width = policy(part, temperature=1.0), part.response_mask.shape[1]
         assert output.values is not None
         for whole, found in ((new, output.logprobs), (entropy, output.entropy), (values, output.values)):

@@ -20,14 +20,18 @@ def keep_best(
 ) -> None:  # fmt: skip
     """Write best/ where this cycle was evaluated and scored higher than the one in it, or is done again after a kill.
 
-    Where there is gold, it is what decides. Call before metrics are logged: what they say is best is then there.
+    Where there is gold, it is what decides. Where answers are compared with each other alone, their mean score is 0
+    whatever the policy: none is best then. Call before metrics are logged: what they say is best is then there.
     write_model(directory, card, add) writes the policy.
     """
     score = metrics.get("eval/score_mean")
     if score is None or not math.isfinite(score):
         return
     found = {"score": float(score)}
-    if name := gold_metric(config):
+    name = gold_metric(config)
+    if name is None and config.reward and all(source.form == "pairwise" for source in config.reward):
+        return
+    if name:
         found["gold"] = metrics[name]
     by = "gold" if name else "score"
     best = Run(run.path).best

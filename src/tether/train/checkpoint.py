@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tether.distributed.shard import like, whole
 from tether.errors import ModelError, RunError, first_line
 from tether.models.loading import load_weights, quiet_transformers
 from tether.runs.files import SCHEMA, damaged_file, file_hashes, is_os_error, replacing_directory, sync
@@ -148,17 +149,23 @@ def restore_weights(model: Any, directory: Path) -> None:
             )
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, named_parameters: Named, path: Path) -> None:
-    """AdamW's moments and step counts in one safetensors file; learning rates follow from the steps that are done."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named_parameters: Named) -> dict[str, Tensor]:
+    """AdamW's moments and step counts by name, for a safetensors file; learning rates follow from the steps that are
+    done. Of weights that lie in parts every rank calls; they are put together on the CPU."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters:
         moments = optimizer.state.get(parameter, {})  # empty for a parameter that never had a gradient
-        tensors |= {f"{name}.{key}": moments[key].detach().contiguous() for key in _ADAM if key in moments}
-    save_file(tensors, path)
+        tensors |= {f"{name}.{key}": _put_together(moments[key]) for key in _ADAM if key in moments}
+    return tensors
+
+
+def _put_together(moment: Tensor) -> Tensor:
+    tensor = whole(moment.detach())
+    return tensor.contiguous() if tensor.is_cpu or not hasattr(moment, "full_tensor") else tensor.cpu()
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, named_parameters: Named, path: Path) -> None:
-    """Put back what `save_optimizer` wrote, bit for bit; raises RunError if the parameters are not the same."""
+    """Put back `optimizer_tensors`, bit for bit; raises RunError if the parameters are not the same."""
     tensors = load_file(path)
     steps_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for name, parameter in named_parameters:
@@ -171,6 +178,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, named_parameters: Named, pa
                 f"{path}: {name} is {list(moments['exp_avg'].shape)} there and {list(parameter.shape)} in the model: "
                 "the moments belong to another model. Continue with the model that the run began with."
             )
+        moments = {key: m if key == "step" else like(m, parameter) for key, m in moments.items()}
         if not steps_on_device:
             moments["step"] = moments["step"].cpu()
         optimizer.state[parameter] = moments

@@ -39,6 +39,7 @@ def response_columns(
         "score": scored.scores.tolist(),
         **{f"score/{name}": list(answers) for name, answers in scored.parts.items()},
         **{f"disagreement/{name}": found for name, found in scored.disagreement.items()},
+        **{f"members/{name}": found for name, found in scored.members.items()},
     }
 
 
@@ -107,11 +108,13 @@ class Record:
     def rollouts(self, experience: Experience, cycle: int, new_logprobs: Tensor) -> None:
         """The cycle's rollout file, when the config asks for one."""
         every = self.config.log.rollouts_every
-        if every and (cycle % every == 0 or cycle == 1):
+        if every and (cycle % every == 0 or cycle == 1) and not self.run.follows:
             self.run.write_rollouts(cycle, self._columns(experience, cycle, new_logprobs))
 
     def evaluation(self, experience: Experience, cycle: int, gold: Mapping[str, Sequence[float | None]]) -> None:
         """gold: name of a gold source -> its score of each response."""
+        if self.run.follows:
+            return
         columns = self._columns(experience, cycle, samples=self.config.evaluate.samples)
         self.run.write_evaluation(cycle, columns | {f"gold/{name}": list(found) for name, found in gold.items()})
 

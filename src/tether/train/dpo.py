@@ -29,6 +29,7 @@ from tether.data.pairs import Pair
 from tether.data.snapshot import pin_labels
 from tether.data.split import share_prompts, split_pairs
 from tether.data.tokenizer import stop_token_ids
+from tether.distributed.ranks import ALONE, Ranks, local_device, need_replicas
 from tether.errors import DataError
 from tether.math import (
     ipo_loss,
@@ -78,11 +79,13 @@ def dpo(config: DPOConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
     """
     check(config)
     check_parts(None, None, sinks)
+    need_replicas(config.distributed.shard, "dpo")
     section, inputs = config.dpo, input_hashes(config, fresh=fresh)
-    with open_run(config, command="dpo", fresh=fresh, inputs=inputs) as (run, signals):
+    device = local_device(resolve_device(config.device))
+    with open_run(config, command="dpo", fresh=fresh, inputs=inputs) as (run, signals, ranks):
         if run.finished:
             return Run.open(run.path)
-        model, tokenizer, notes = sft.load_model(config.model, device=resolve_device(config.device), seed=config.seed)
+        model, tokenizer, notes = sft.load_model(config.model, device=device, seed=config.seed)
         notes += heads_left_out(config.model.reference)
         stop_ids = stop_token_ids(tokenizer, model.hf_model.generation_config, None)
         context, pinned = context_length(model.config), inputs["data.path"]
@@ -98,18 +101,20 @@ def dpo(config: DPOConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
         level = zero_head(model.config.hidden_size, model.device) if section.loss == "unpaired" else None
         head = [(f"level.{name}", p) for name, p in level.named_parameters()] if level else []
         optimizer = build_optimizer(config.optim, named, head, lora=config.model.lora is not None, lr=(LR, LR_LORA))
-        steps = ScheduledOptimizer(optimizer, config.optim, len(plan))
+        steps = ScheduledOptimizer(optimizer, config.optim, len(plan), ranks)
         parts = {"policy": model.lm} | ({"level": level} if level else {})
-        state = TrainingState(run, parts, steps, tokenizer)
+        state = TrainingState(run, parts, steps, tokenizer, ranks=ranks)
         with state.saved_when_stopped(), signals.droppable():
             sets = examples, others, training_sample(train, len(test), config), test
-            learned, mismatched, seen, held_out = add_reference(run, model, config, sets, inputs)
+            learned, mismatched, seen, held_out = add_reference(run, model, config, sets, inputs, ranks)
 
         def learn(batch: list[int]) -> dict[str, float | None]:
             beside = [mismatched[i] for i in batch] if mismatched else []
-            return accumulate(model, level, [learned[i] for i in batch], section, others=beside)
+            return accumulate(model, level, [learned[i] for i in batch], section, others=beside, ranks=ranks)
 
         state.run_steps(plan, learn, signals, sinks, notes)
+        if run.follows:
+            return Run.open(run.path)
         report = report_preferences(model, level, train, seen, held_out, section)
         report.write(run.path, REPORT)
         print(report.text())
@@ -216,13 +221,13 @@ def training_sample(examples: Sequence[Preference], count: int, config: DPOConfi
 
 def add_reference(
     run: RunDirectory, model: LanguageModel, config: DPOConfig, sets: Sequence[Sequence[Preference]],
-    inputs: dict[str, str],
+    inputs: dict[str, str], ranks: Ranks,
 ) -> list[list[Item]]:  # fmt: skip
     """Each set with the reference's log-probs of every answer, computed once where it stands in several places."""
     places = [[[(tuple(x.prompt_ids), tuple(a)) for a in x.answers] for x in part] for part in sets]
     answers = list(dict.fromkeys(place for part in places for item in part for place in item))
     tokens = config.dpo.microbatch_tokens
-    logprobs = reference_logprobs(run, model, config.model, answers, inputs, microbatch_tokens=tokens)
+    logprobs = reference_logprobs(run, model, config.model, answers, inputs, microbatch_tokens=tokens, ranks=ranks)
     found = dict(zip(answers, logprobs, strict=True))
     return [
         [Item(x, tuple(found[place] for place in item)) for x, item in zip(part, keys, strict=True)]
@@ -280,24 +285,25 @@ class Answers:
 
 def accumulate(
     model: LanguageModel, level: nn.Linear | None, items: Sequence[Item], section: DPOSection,
-    *, others: Sequence[Item] = (),
+    *, others: Sequence[Item] = (), ranks: Ranks = ALONE,
 ) -> dict[str, float | None]:  # fmt: skip
     """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step. Returns its metrics.
 
     others: of kto, answers to other prompts, one for each item.
     """
     size = section.microbatch_tokens
-    kl = measure_kl(model, others, section) if others else torch.zeros((), device=model.device)
+    kl = measure_kl(model, others, section, ranks) if others else torch.zeros((), device=model.device)
     totals = Totals.of(items)
     found: list[dict[str, Tensor]] = []
-    for index in microbatches([width(item) for item in items], size):
+    for index, counts in ranks.deal([width(item) for item in items], size):
         part = [items[i] for i in index.tolist()]
         answers = Answers.of(model, level, part)
         loss, sums = loss_of(answers, part, section, kl, totals)
-        loss.backward()
-        found.append(sums)
-    numbers = read_numbers(found)
-    metrics: dict[str, float | None] = {name: sum(sums[name] for sums in numbers) for name in found[0]}
+        (loss if counts else 0.0 * loss).backward()
+        if counts:
+            found.append(sums)
+    numbers = ranks.gather(read_numbers(found))
+    metrics: dict[str, float | None] = {name: sum(sums[name] for sums in numbers) for name in numbers[0]}
     if not totals.decided:  # of ties alone no accuracy is known
         metrics["dpo/accuracy"] = None
     for side, tokens in (("chosen", totals.chosen_tokens), ("rejected", totals.rejected_tokens)):
@@ -407,16 +413,17 @@ def metrics_of(answers: Answers, side: Tensor, section: DPOSection, kl: Tensor, 
 
 
 @torch.no_grad()
-def measure_kl(model: LanguageModel, others: Sequence[Item], section: DPOSection) -> Tensor:
+def measure_kl(model: LanguageModel, others: Sequence[Item], section: DPOSection, ranks: Ranks = ALONE) -> Tensor:
     """KTO's z of the whole step: by microbatch it would be another number for every one.
 
     Nats per answer, or per token where the log-ratios that it is held against are (`average`).
     """
-    found = []
-    for index in microbatches([width(item) for item in others], section.microbatch_tokens):
+    found = list[float]()
+    for index, counts in ranks.deal([width(item) for item in others], section.microbatch_tokens):
         answers = Answers.of(model, None, [others[i] for i in index.tolist()])
-        found.append(answers.log_ratios(average=section.average))
-    return kto_point(torch.cat(found))
+        if counts:
+            found += answers.log_ratios(average=section.average).tolist()
+    return kto_point(torch.tensor(ranks.gather(found), device=model.device))
 
 
 # ---------------------------------------------------------------- afterwards

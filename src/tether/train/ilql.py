@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tether.config import QLearningConfig, QLearningSection
 from tether.data.scored import ScoredResponse, as_completions, scored_microbatches
+from tether.distributed.ranks import ALONE, Ranks
 from tether.errors import ModelError
 from tether.math import expectile_loss, explained_variance, nll_loss, place_rewards, q_loss, q_targets
 from tether.models.ilql import FOLDER, HeadOutput, ILQLHeads
@@ -28,8 +29,10 @@ from tether.types import Rollout, Rows
 class ImplicitQ:
     """What `qlearning.loss: ilql` brings to the loop: see `tether.train.qlearning.Objective`."""
 
-    def __init__(self, policy: Policy, answers: Sequence[ScoredResponse], config: QLearningConfig) -> None:
-        self.policy, self.answers, self.section = policy, answers, config.qlearning
+    def __init__(
+        self, policy: Policy, answers: Sequence[ScoredResponse], config: QLearningConfig, ranks: Ranks
+    ) -> None:
+        self.policy, self.answers, self.section, self.ranks = policy, answers, config.qlearning, ranks
         self.heads = build_heads(policy, seed=config.seed)
 
     def parts(self) -> dict[str, Any]:
@@ -42,7 +45,7 @@ class ImplicitQ:
         pass  # there is no reference
 
     def accumulate(self, batch: list[int]) -> dict[str, float | None]:
-        return accumulate(self.policy, self.heads, [self.answers[i] for i in batch], self.section)
+        return accumulate(self.policy, self.heads, [self.answers[i] for i in batch], self.section, self.ranks)
 
     def after_step(self, step: int) -> None:
         if step % self.section.ilql.sync_every == 0:
@@ -70,13 +73,18 @@ def build_heads(policy: Policy, *, seed: int) -> ILQLHeads:
 
 
 def accumulate(
-    policy: Policy, heads: ILQLHeads, answers: Sequence[ScoredResponse], section: QLearningSection
+    policy: Policy,
+    heads: ILQLHeads,
+    answers: Sequence[ScoredResponse],
+    section: QLearningSection,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float | None]:
     """Add one optimizer step's gradients, microbatch by microbatch; no step. Returns its metrics."""
     s, tokens = section.ilql, sum(len(answer.response_ids) for answer in answers)
     sums = list[Tensor]()  # [5] of a microbatch: loss, squared errors of both Q, and the parts of the loss
     values, advantages, returns = list[Tensor](), list[Tensor](), list[Tensor]()  # [N] of a microbatch
-    for _, rows, scores in scored_microbatches(answers, section.microbatch_tokens, policy.model.device):
+    device = policy.model.device
+    for _, counts, rows, scores in scored_microbatches(answers, section.microbatch_tokens, device, ranks):
         mask = rows.response_mask
         logprobs, found = run_heads(policy, heads, rows, cql=s.cql > 0)
         v, q1, q2, target_q = (fill(x, mask) for x in found[:4])
@@ -86,20 +94,22 @@ def accumulate(
         cql = -(found.q1_logprobs.sum() + found.q2_logprobs.sum()) / tokens
         nll = nll_loss(fill(logprobs, mask), mask, denominator=tokens)
         loss = errors + expectile + s.cql * cql + s.awac * nll
-        loss.backward()
+        (loss if counts else 0.0 * loss).backward()
+        if not counts:
+            continue
         sums.append(torch.stack([x.detach() for x in (loss, errors, expectile, cql, nll)]))
         values.append(v.detach()[mask])
         advantages.append((target_q - v.detach())[mask])
         returns.append(_discounted(scores, rows, s.gamma)[mask])
-    loss_sum, error_sum, expectile_sum, cql_sum, nll_sum = torch.stack(sums).sum(0).tolist()
-    value, realized = torch.cat(values)[None], torch.cat(returns)[None]
+    loss_sum, error_sum, expectile_sum, cql_sum, nll_sum = ranks.cat([x[None] for x in sums]).sum(0).tolist()
+    value, realized = ranks.cat(values)[None], ranks.cat(returns)[None]
     return {
         "qlearning/loss": loss_sum,
         "qlearning/residual": (error_sum / 2) ** 0.5,
         "qlearning/expectile_loss": expectile_sum,
         **({"qlearning/cql_loss": cql_sum} if s.cql else {}),
         "qlearning/nll": nll_sum,
-        "qlearning/advantage": float(torch.cat(advantages).mean()),
+        "qlearning/advantage": float(ranks.cat(advantages).mean()),
         "value/mean": float(value.mean()),
         "value/explained_variance": explained_variance(value, realized, torch.ones_like(value, dtype=torch.bool)),
         "tokens/trained": float(tokens),
@@ -134,7 +144,7 @@ def inspect_answers(
     rows = completions.rows()
     mask = rows.response_mask
     new, entropy, values, q = (torch.zeros(mask.shape) for _ in range(4))
-    for index, part, _ in scored_microbatches(answers, section.microbatch_tokens, policy.model.device):
+    for index, _, part, _ in scored_microbatches(answers, section.microbatch_tokens, policy.model.device):
         m = part.response_mask
         logprobs, entropies, hidden = policy.model.response_logprobs(part, temperature=1.0, entropy=True)
         found: HeadOutput = heads(hidden, part.targets, cql=False)

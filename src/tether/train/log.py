@@ -51,12 +51,14 @@ class Logger:
 
     def __init__(self, run: RunDirectory, config: LogConfig, *, total: int, sinks: Sequence[LogSink] = ()) -> None:
         self.run, self.total, self.unit = run, total, run.unit
-        past = run.metrics()
+        past = [] if run.follows else run.metrics()
         self._first = self._done = past[-1][self.unit] if past else 0
         self._own: list[TensorBoard | WeightsAndBiases] = []
-        if config.tensorboard:
+        if run.follows:
+            sinks = []
+        elif config.tensorboard:
             self._own.append(TensorBoard(run, past, self.unit))
-        if config.wandb is not None:
+        if config.wandb is not None and not run.follows:
             self._own.append(WeightsAndBiases(run, config.wandb))
         self._sinks: list[LogSink] = [*self._own, *sinks]
         self._screen: _Bar | _Lines = (

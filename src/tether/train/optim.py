@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tether.config import OptimConfig
+from tether.distributed.ranks import ALONE, Ranks
+from tether.distributed.shard import whole
 from tether.errors import TrainingError
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -58,8 +60,8 @@ def build_optimizer(
 class ScheduledOptimizer:
     """The optimizer of a run with its learning rates, and what becomes of a gradient that is not finite."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimConfig, total: int) -> None:
-        self.optimizer, self.config, self.total = optimizer, config, total
+    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimConfig, total: int, ranks: Ranks = ALONE) -> None:
+        self.optimizer, self.config, self.total, self.ranks = optimizer, config, total, ranks
         self.skipped = 0  # steps in a row whose gradient was not finite; a checkpoint keeps it
 
     @property
@@ -74,7 +76,9 @@ class ScheduledOptimizer:
         factor, groups = lr_factor(self.config, step, self.total), self.optimizer.param_groups
         for group in groups:
             group["lr"] = group["peak"] * factor
-        norm = float(nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], self.config.max_grad_norm))
+        parameters = [p for g in groups for p in g["params"]]
+        self.ranks.sum_gradients(parameters)
+        norm = float(whole(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)))
         finite = math.isfinite(norm)
         if finite:
             self.optimizer.step()
@@ -94,6 +98,8 @@ class ScheduledOptimizer:
 
 def read_numbers(metrics: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
     """Scalars as numbers, all at once: reading one off a GPU waits for all that it has to do."""
+    if not metrics:
+        return []
     rows = torch.stack([torch.stack(list(m.values())) for m in metrics]).tolist()
     return [dict(zip(m, row, strict=True)) for m, row in zip(metrics, rows, strict=True)]
 

@@ -18,11 +18,15 @@ from torch import Tensor
 
 from tether.config import PPOConfig, PPOSection, RewardShapingConfig, check
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
+from tether.distributed.ranks import local_device
+from tether.distributed.shard import lay_out, shards
+from tether.errors import ConfigError
 from tether.math import hold_kl, kl_error, next_kl_coef
 from tether.models.export import save_model
 from tether.models.loading import context_length, model_config, resolve_device
 from tether.models.policy import build_policy
 from tether.rewards import build_reward, function_file
+from tether.rewards.judge import judge_hash
 from tether.runs import Run, answers, hash_files
 from tether.samplers import build_sampler
 from tether.train.best import keep_best
@@ -58,8 +62,8 @@ def ppo(
     """
     check(config, reward_given=reward is not None)
     check_parts(reward, sampler, sinks)
-    m, s, p, device = config.model, config.sampling, config.ppo, resolve_device(config.device)
-    with open_run(config, command="ppo", fresh=fresh, inputs=input_hashes(config)) as (run, signals):
+    m, s, p, device = config.model, config.sampling, config.ppo, local_device(resolve_device(config.device))
+    with open_run(config, command="ppo", fresh=fresh, inputs=input_hashes(config)) as (run, signals, ranks):
         if run.finished:
             return Run.open(run.path)
         # Cheap things first: most mistakes are found before a model is loaded.
@@ -71,17 +75,27 @@ def ppo(
         policy, reference, notes = build_policy(m, device=device, seed=config.seed, with_critic=p.has_critic)
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, s.stop_token_ids)
         kept = run.path / answers.NAME
-        rewards = build_reward(config.reward, config.reward_shaping, tokenizer, stop_ids, device, reward, kept)
-        rewards.check(sets.train + sets.held_out)
-        gold = build_reward(config.evaluate.gold, RewardShapingConfig(), tokenizer, stop_ids, device, kept=kept)
-        gold.check(sets.held_out)
-        engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(policy.model, s)
+        sources, golden = (config.reward, config.evaluate.gold) if ranks.rank == 0 else ([], [])  # which scores for all
+        given = reward if ranks.rank == 0 else None
+        rewards = build_reward(sources, config.reward_shaping, tokenizer, stop_ids, device, given, kept)
+        with signals.droppable():  # a server is waited for
+            rewards.check(sets.train + sets.held_out)
+            gold = build_reward(golden, RewardShapingConfig(), tokenizer, stop_ids, device, kept=kept)
+            gold.check(sets.held_out)
+        sharded = shards(config.distributed.shard, policy, ranks)
+        engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(policy.model, s, copied=sharded)
+        if sharded and sampler is not None:
+            raise ConfigError(
+                "a sampler was passed from Python, and distributed.shard cuts the weights into parts: it would find no "
+                "whole weight to load. Set distributed.shard to replicate."
+            )
+        layout = lay_out(policy, reference, ranks, sharded=sharded)  # from here on, copies of the models cannot be made
         optimizer = build_optimizer(
             config.optim, policy.policy_parameters(), policy.critic_parameters(),
             lora=m.lora is not None, critic_is_head=policy.critic is None,
         )  # fmt: skip
-        steps = ScheduledOptimizer(optimizer, config.optim, p.steps)
-        state = TrainingState(run, policy.parts(), steps, tokenizer, kl_coef=p.kl.coef)
+        steps = ScheduledOptimizer(optimizer, config.optim, p.steps, ranks)
+        state = TrainingState(run, layout.parts(), steps, tokenizer, kl_coef=p.kl.coef, ranks=ranks, layout=layout)
         state.restore()
         engine.load_weights(policy.model, version=state.done)
         parts = engine, rewards, policy, reference
@@ -97,24 +111,36 @@ def ppo(
                 return metrics
             with signals.droppable():
                 experience = collect(sets.held_out, *parts, test, p, kl_coef=lambda *_: state.kl_coef, cycle=0,
-                                     phase=f"evaluation-{state.done:06d}",
+                                     phase=f"evaluation-{state.done:06d}", ranks=ranks,
                                      progress=lambda phase: log.phase(f"evaluating, {phase}"))  # fmt: skip
-                phase = f"gold-{state.done:06d}"
-                found = gold.score(experience.completions, phase).parts if gold.sources else {}
-            record.evaluation(experience, state.done, found)
-            metrics = metrics | experience.evaluation_metrics(found)
+                phase, golds = f"gold-{state.done:06d}", dict[str, list[float | None]]()
+                if config.evaluate.gold:
+                    golds = ranks.first(lambda: gold.score(experience.completions, phase).parts)
+            record.evaluation(experience, state.done, golds)
+            metrics = metrics | experience.evaluation_metrics(golds)
             if state.done:
-                keep_best(run, config, state.done, metrics, write_model)
+                layout.gather()
+                if not run.follows:
+                    keep_best(run, config, state.done, metrics, write_model)
             return metrics
+
+        def last_line() -> Metrics:
+            return ranks.first(lambda: run.metrics()[-1])
+
+        def fallen() -> int | None:
+            return ranks.first(lambda: fallen_below(run.path, config, state.done))
 
         def write_model(directory: Path, card: str, add: Callable[[Path], object] = lambda directory: None) -> None:
             """A plain Hugging Face directory with the critic beside it. add: writes what else belongs there."""
 
+            whole = layout.whole
+            assert whole is not None  # rank 0 writes
+
             def beside(directory: Path) -> None:
-                policy.save_critic(directory / "critic")
+                whole.save_critic(directory / "critic")
                 add(directory)
 
-            save_model(policy.model, tokenizer, directory, card=card, temperature=s.temperature,
+            save_model(whole.model, tokenizer, directory, card=card, temperature=s.temperature,
                        max_new_tokens=s.max_new_tokens, stop_ids=stop_ids, add=beside)  # fmt: skip
 
         sets.record(run)
@@ -123,19 +149,20 @@ def ppo(
                 log.fallback(text)
             if state.done == 0:
                 evaluate({})
-            elif "eval/score_mean" not in (line := run.metrics()[-1]) and (evaluated := evaluate(line)) is not line:
+            elif "eval/score_mean" not in (line := last_line()) and (evaluated := evaluate(line)) is not line:
                 log.rewrite(state.done, evaluated)  # its evaluation was dropped, or a reward failed in it
 
             beta = partial(_kl_coef, state, p)
-            while state.done < p.cycles and fallen_below(run.path, config, state.done) is None:
+            shared: dict[str, Any] = {"progress": log.phase, "ranks": ranks}
+            while state.done < p.cycles and fallen() is None:
                 cycle = state.done + 1
                 asked = _prompts_of(cycle, sets.train, config)
                 with signals.droppable():
-                    experience = collect(asked, *parts, train, p, kl_coef=beta, cycle=cycle, progress=log.phase)
+                    experience = collect(asked, *parts, train, p, kl_coef=beta, cycle=cycle, **shared)
                 log.alarms(cycle, experience.alarms)
                 with record.left_behind(experience, cycle):
                     done = update(policy, steps, experience.rollout, p, cycle=cycle, kl_coef=experience.kl_coef,
-                                  temperature=s.temperature, seed=config.seed, progress=log.phase)  # fmt: skip
+                                  temperature=s.temperature, seed=config.seed, **shared)  # fmt: skip
                 log.alarms(cycle, done.alarms)
                 state.done, (state.kl_coef, state.kl_error) = cycle, _kept_of_kl(experience, p, state)
                 engine.load_weights(policy.model, version=cycle)
@@ -146,12 +173,14 @@ def ppo(
 
             if state.done < p.cycles:
                 state.save()
-                fell = fallen_below(run.path, config, state.done)
+                fell = fallen()
                 run.event("gold_fell", cycle=state.done, best=fell)
                 log.note(f"cycle {state.done}: gold has fallen since cycle {fell}, so the run ends here")
-            ended = Run(run.path)
-            card = ppo_card(run.path.name, ended.metrics, config, f"the last cycle, {state.done}", ended.best)
-            write_model(run.path / "final", card)
+            layout.gather()
+            if not run.follows:
+                ended = Run(run.path)
+                card = ppo_card(run.path.name, ended.metrics, config, f"the last cycle, {state.done}", ended.best)
+                write_model(run.path / "final", card)
             log.note(f"done: {run.path / 'final'} is the policy of the last cycle")
     return Run.open(run.path)
 
@@ -203,5 +232,7 @@ def input_hashes(config: PPOConfig) -> dict[str, str]:
             paths[f"{key}[{i}].function"] = function_file(s.function) if s.function is not None else None
     data = {"prompts.path": config.prompts.path, "evaluate.prompts": config.evaluate.prompts}
     hashes = {key: hash_files(path) for key, path in paths.items() if path is not None}
+    for key, sources in (("reward", config.reward), ("evaluate.gold", config.evaluate.gold)):
+        hashes |= {f"{key}[{i}].judge": judge_hash(s.judge) for i, s in enumerate(sources) if s.judge is not None}
     hashes |= {key: hash_files(path, kind="dataset") for key, path in data.items() if path is not None}
     return {"model.policy": hash_files(m.policy, m.revision)} | hashes

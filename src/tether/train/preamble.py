@@ -10,11 +10,15 @@ from contextlib import contextmanager, suppress
 import torch
 
 from tether.config import TrainingConfig
-from tether.errors import ConfigError, RunError
+from tether.config.keys import Section, leaves
+from tether.config.kinds import KINDS
+from tether.distributed.ranks import Ranks, join
+from tether.distributed.world import refuse
+from tether.errors import ConfigError, Interrupted, RunError, TetherError
 from tether.runs import RunDirectory
 from tether.train.log import say
 from tether.train.memory import explaining_out_of_memory
-from tether.train.signals import Signals
+from tether.train.signals import Signals, StopRequested
 
 _BEAT_S = 5.0
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -39,23 +43,53 @@ def check_parts(reward: object, sampler: object, sinks: Sequence[object]) -> Non
 @contextmanager
 def open_run(
     config: TrainingConfig, *, command: str, fresh: bool, inputs: dict[str, str]
-) -> Iterator[tuple[RunDirectory, Signals]]:
-    """Create or continue the run in `config.run`. A run that is finished says so: the caller then has nothing to do.
+) -> Iterator[tuple[RunDirectory, Signals, Ranks]]:
+    """Create or continue the run in `config.run`, together with the other processes of the run where there are any. A
+    run that is finished says so: the caller then has nothing to do.
 
     inputs: hashes of what the run reads, by config key. fresh: move a run that is there aside first.
     """
+    if not KINDS[command].many:
+        refuse(f"tether {command}")
     with (
         Signals() as signals,
         deterministic(config.deterministic),
-        RunDirectory.open(config, command=command, fresh=fresh, inputs=inputs) as run,
+        join(config.device, timeout_s=config.distributed.timeout_s) as ranks,
+        _opened(config, command, fresh, inputs, ranks) as run,
         explaining_out_of_memory(run),
     ):
+        signals.ranks = ranks
         if run.finished:
             say(f"{run.path} is finished: nothing to do. --fresh moves it aside and starts over.")
-            yield run, signals
+            yield run, signals, ranks
             return
         with _beating(run):
-            yield run, signals
+            try:
+                yield run, signals, ranks
+            except StopRequested:
+                raise Interrupted("stopped before it went on; the same command continues") from None
+
+
+@contextmanager
+def _opened(
+    config: TrainingConfig, command: str, fresh: bool, inputs: dict[str, str], ranks: Ranks
+) -> Iterator[RunDirectory]:
+    """The run directory: rank 0 opens it, the others follow."""
+    ranks.check_same({key: value for key, value, _ in leaves(config) if not isinstance(value, Section)} | inputs)
+    with ranks.first(lambda: RunDirectory.open(config, command=command, fresh=fresh, inputs=inputs)) as run:
+        if ranks.failures is None:
+            yield run
+            return
+
+        def end(error: TetherError) -> None:
+            if not run.follows:
+                run.fail(error)
+                os.write(2, f"tether: error: {error}\n".encode())
+
+        ranks.failures.on_end = end
+        with ranks.failures.shared():
+            run.check_visible()
+            yield run
 
 
 @contextmanager

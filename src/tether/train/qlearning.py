@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tether.config import QLearningConfig, check, check_warmup
 from tether.data.scored import all_stop_ids, is_run, load_scored
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
+from tether.distributed.ranks import local_device, need_replicas
 from tether.models.export import save_model
 from tether.models.loading import context_length, model_config, resolve_device
 from tether.models.policy import load_policy
@@ -64,15 +65,16 @@ def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: 
     """
     check(config)
     check_parts(None, None, sinks)
+    need_replicas(config.distributed.shard, "qlearning")
     m, section, inputs = config.model, config.qlearning, input_hashes(config)
-    with open_run(config, command="qlearning", fresh=fresh, inputs=inputs) as (run, signals):
+    with open_run(config, command="qlearning", fresh=fresh, inputs=inputs) as (run, signals, ranks):
         if run.finished:
             return Run.open(run.path)
         tokenizer = load_tokenizer(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
         architecture = model_config(m.policy, revision=m.revision, trust_remote_code=m.trust_remote_code)
         vocab_size = architecture.get_text_config().vocab_size
         check_vocabulary(tokenizer, vocab_size)
-        device = resolve_device(config.device)
+        device = local_device(resolve_device(config.device))
         policy, notes = load_policy(m, device=device, seed=config.seed, with_critic=not config.has_heads)
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, None)
         stop_id, context = next(iter(stop_ids), None), context_length(architecture)
@@ -80,16 +82,19 @@ def qlearning(config: QLearningConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         stop_ids = all_stop_ids(stop_ids, answers)
         plan = shuffled_batches(len(answers), batch=section.batch, epochs=section.epochs, seed=config.seed)
         check_warmup(config.optim, len(plan))
-        objective: Objective = (ImplicitQ if config.has_heads else Bellman)(policy, answers, config)
+        objective: Objective = (ImplicitQ if config.has_heads else Bellman)(policy, answers, config, ranks)
         optimizer = build_optimizer(
             config.optim, policy.policy_parameters(), objective.parameters(),
             lora=m.lora is not None, critic_is_head=policy.critic is None,
         )  # fmt: skip
         parts = policy.parts() | objective.parts()
-        state = TrainingState(run, parts, ScheduledOptimizer(optimizer, config.optim, len(plan)), tokenizer)
+        steps = ScheduledOptimizer(optimizer, config.optim, len(plan), ranks)
+        state = TrainingState(run, parts, steps, tokenizer, ranks=ranks)
         with state.saved_when_stopped(), signals.droppable():
             objective.prepare(run, inputs)
         state.run_steps(plan, objective.accumulate, signals, sinks, notes, after_step=objective.after_step)
+        if run.follows:
+            return Run.open(run.path)
         if config.log.rollouts_every:
             seen, min_q = objective.inspect(range(0, len(answers), -(-len(answers) // _SHOWN)))
             columns = rollout_columns(

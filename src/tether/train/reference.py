@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tether.config import ReferencedModelConfig
+from tether.distributed.ranks import ALONE, Ranks
 from tether.models.language_model import LanguageModel
 from tether.models.policy import companions, load_reference
 from tether.runs import RunDirectory
@@ -31,7 +33,7 @@ Response = tuple[Sequence[int], Sequence[int]]  # ids of a prompt, and of what f
 
 def reference_logprobs(
     run: RunDirectory, model: LanguageModel, config: ReferencedModelConfig, responses: Sequence[Response],
-    inputs: Mapping[str, str], *, temperature: float = 1.0, microbatch_tokens: int,
+    inputs: Mapping[str, str], *, temperature: float = 1.0, microbatch_tokens: int, ranks: Ranks = ALONE,
 ) -> list[Tensor]:  # fmt: skip
     """[R] of each response: the reference's log-prob of every token, nats, on the CPU.
 
@@ -40,12 +42,23 @@ def reference_logprobs(
 
     model   the policy as it was loaded: before any step or checkpoint. Under LoRA its adapter is turned off.
     inputs  hashes of what the run reads, `model.policy` and perhaps `model.reference` among them.
+    ranks   rank 0 computes, for all.
     """
-    key = _key(responses, inputs.get("model.reference", inputs["model.policy"]), model, temperature)
     lengths = [len(response) for _, response in responses]
+    compute = partial(_kept_or_computed, run, model, config, responses, inputs)
+    together = ranks.first(lambda: compute(temperature=temperature, microbatch_tokens=microbatch_tokens))
+    return list(together.split(lengths))
+
+
+def _kept_or_computed(
+    run: RunDirectory, model: LanguageModel, config: ReferencedModelConfig, responses: Sequence[Response],
+    inputs: Mapping[str, str], *, temperature: float, microbatch_tokens: int,
+) -> Tensor:  # fmt: skip
+    """[N] of all responses, one after the other."""
+    key = _key(responses, inputs.get("model.reference", inputs["model.policy"]), model, temperature)
     file = run.path / FILE
     if (kept := _read(file, key)) is not None:
-        return list(kept.split(lengths))
+        return kept
     if file.exists():
         run.event("reference_computed_again", file=file.name)
         say(f"{file} is damaged, or not of this model and data: the reference's log-probs are computed again")
@@ -69,7 +82,7 @@ def reference_logprobs(
     together = torch.cat(found)  # 4 bytes per token
     with wrap_os_errors(file), replacing(file) as partial:
         save_file({"logprobs": together}, partial, {"key": key, "sha256": _digest(together)})
-    return found
+    return together
 
 
 def _key(responses: Sequence[Response], weights: str, model: LanguageModel, temperature: float) -> str:

@@ -44,7 +44,8 @@ def best_of_n(
     """n answers to each prompt of a file, scored; `winners` and `pairs` choose among them.
 
     prompts: JSONL or Parquet with a column `prompt`; other columns go to a reward function. reward: a function,
-    FILE.py:NAME or package.module:NAME of one, or the directory or hub id of a reward model. The other names are those
+    FILE.py:NAME or package.module:NAME of one, the YAML file of a judge, or the directory or hub id of a reward model.
+    The other names are those
     of `tether.generate`, and the same seed draws the same answers.
     """
     check_dtype(dtype)
@@ -72,7 +73,10 @@ def best_of_n(
 
 
 def reward_source(name: str) -> RewardSourceConfig:
-    """The source that `--reward` names: a function where it is FILE.py:NAME or package.module:NAME, else a model."""
+    """The source that `--reward` names: a function where it is FILE.py:NAME or package.module:NAME, a judge where it is
+    a YAML file, else a model."""
+    if name.endswith((".yaml", ".yml")):
+        return RewardSourceConfig(judge=name)
     module, _, function = name.rpartition(":")
     is_function = bool(module and function) and not Path(name).exists()
     if is_function:

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tether.data.pairs import Pair, load_pairs
 from tether.data.snapshot import pin_labels
 from tether.data.split import resample, share_prompts, split_pairs
 from tether.data.tokenizer import check_vocabulary, load_generation_config, stop_token_ids
+from tether.distributed.ranks import ALONE, Ranks, local_device, need_replicas
 from tether.math import bradley_terry_loss
 from tether.models.loading import (
     add_lora,
@@ -43,7 +45,7 @@ from tether.train.preamble import check_parts, open_run
 from tether.train.preference_report import PreferenceReport, build_report
 from tether.train.signals import Signals
 from tether.train.state import TrainingState
-from tether.types import LogSink, microbatches
+from tether.types import LogSink
 
 
 def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False) -> Run:
@@ -55,13 +57,16 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
     """
     check(config)
     check_parts(None, None, sinks)
-    section, device = config.reward_model, resolve_device(config.device)
+    need_replicas(config.distributed.shard, "reward")
+    section, device = config.reward_model, local_device(resolve_device(config.device))
     inputs = input_hashes(config, fresh=fresh)
-    with open_run(config, command="reward", fresh=fresh, inputs=inputs) as (run, signals):
+    with open_run(config, command="reward", fresh=fresh, inputs=inputs) as (run, signals, ranks):
         if run.finished:
             return Run.open(run.path)
-        if section.members is not None and damage(run.path / "final") is None:  # stopped while tidying up after it
-            shutil.rmtree(run.path / "members", ignore_errors=True)
+        ended = section.members is not None and ranks.first(lambda: damage(run.path / "final") is None)
+        if ended:  # stopped while tidying up after it
+            if not run.follows:
+                shutil.rmtree(run.path / "members", ignore_errors=True)
             return Run.open(run.path)
         seeds = config.member_seeds
         model, adapter, tokenizer = load_model(config.model, device=device, seed=seeds[0])
@@ -77,15 +82,18 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
         if section.members is not None:
             places = [run.path / "members" / f"member-{k + 1}" for k in range(section.members)]
         for k, (seed, plan, place) in enumerate(zip(seeds, plans, places, strict=True)):
-            if section.members is not None and place.exists() and steps_done(run) >= (k + 1) * length:
+            if section.members is not None and ranks.first(partial(is_done, run, place, (k + 1) * length)):
                 continue
             if k:
                 model, adapter, tokenizer = load_model(config.model, device=device, seed=seed)
             drawn = train if section.members is None else resample(train, seed)
-            fit(model, adapter, tokenizer, drawn, plan, run, config, signals, sinks, first=k * length,
+            fit(model, adapter, tokenizer, drawn, plan, run, config, signals, sinks, ranks, first=k * length,
                 total=len(plans) * length)  # fmt: skip
-            report = finish(model, train, test)
-            save(model, tokenizer, place, run, config, report, stop_id=stop_id)
+            if not run.follows:
+                report = finish(model, train, test)
+                save(model, tokenizer, place, run, config, report, stop_id=stop_id)
+        if run.follows:
+            return Run.open(run.path)
         if section.members is not None:
             del model, adapter
             report = finish_ensemble(places, config, train, test, device)
@@ -99,7 +107,7 @@ def reward_model(config: RewardConfig, *, sinks: Sequence[LogSink] = (), fresh: 
 def fit(
     model: RewardModel, adapter: Any | None, tokenizer: PreTrainedTokenizerBase, train: Sequence[Pair],
     plan: Sequence[list[int]], run: RunDirectory, config: RewardConfig, signals: Signals, sinks: Sequence[LogSink],
-    *, first: int, total: int,
+    ranks: Ranks, *, first: int, total: int,
 ) -> None:  # fmt: skip
     """Train a model on `train`, batch by batch of `plan`, from where the run stopped; an adapter is merged after.
 
@@ -110,13 +118,14 @@ def fit(
     trunk = [(name, p) for name, p in named if not name.startswith("score.")]
     head = [(name, p) for name, p in named if name.startswith("score.")]  # learns faster
     optimizer = build_optimizer(config.optim, trunk, head, lora=adapter is not None)
-    steps = ScheduledOptimizer(optimizer, config.optim, len(plan))
+    steps = ScheduledOptimizer(optimizer, config.optim, len(plan), ranks)
     parts = {"policy": adapter or model.classifier, "head": model.head}  # an adapter does not hold the head
 
     def learn(batch: list[int]) -> dict[str, float | None]:
-        return accumulate(model, [train[i] for i in batch], section.center, section.microbatch_tokens)
+        return accumulate(model, [train[i] for i in batch], section.center, section.microbatch_tokens, ranks)
 
-    TrainingState(run, parts, steps, tokenizer).run_steps(plan, learn, signals, sinks, first=first, total=total)
+    state = TrainingState(run, parts, steps, tokenizer, ranks=ranks)
+    state.run_steps(plan, learn, signals, sinks, first=first, total=total)
     if adapter is not None:
         # In place: the classifier's own layers are whole again. In float32: bfloat16 would lose a small update.
         adapter.float().merge_and_unload()
@@ -132,30 +141,31 @@ def save(
     save_reward_model(model, tokenizer, place, stop_id=stop_id, card=card, trust_remote_code=trust)
 
 
-def steps_done(run: RunDirectory) -> int:
-    """Steps at the newest intact checkpoint."""
+def is_done(run: RunDirectory, place: Path, steps: int) -> bool:
+    """Whether the model in `place` was written, and the newest intact checkpoint is of so many steps."""
     found = latest(run.path, lambda _: None)
-    return int(found[1][run.unit]) if found else 0
+    return place.exists() and found is not None and int(found[1][run.unit]) >= steps
 
 
 def accumulate(
-    model: RewardModel, pairs: Sequence[Pair], center: float, microbatch_tokens: int
+    model: RewardModel, pairs: Sequence[Pair], center: float, microbatch_tokens: int, ranks: Ranks = ALONE
 ) -> dict[str, float | None]:
     """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step. Returns its metrics."""
     widths = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs]
     total, decided = sum(pair.weight for pair in pairs), sum(pair.probability != 0.5 for pair in pairs)
     found: list[dict[str, torch.Tensor]] = []
-    for index in microbatches(widths, microbatch_tokens):
+    for index, counts in ranks.deal(widths, microbatch_tokens):
         part = [pairs[i] for i in index.tolist()]
         chosen, rejected = model(rows_of(part)).chunk(2)
         targets, weights = chosen.new_tensor([(p.probability, p.weight) for p in part]).unbind(1)
         loss, sums = bradley_terry_loss(
             chosen, rejected, targets, weights, center=center, denominator=total, decided=max(1, decided)
         )
-        loss.backward()
-        found.append(sums)
-    numbers = read_numbers(found)
-    metrics: dict[str, float | None] = {name: sum(sums[name] for sums in numbers) for name in found[0]}
+        (loss if counts else 0.0 * loss).backward()
+        if counts:
+            found.append(sums)
+    numbers = ranks.gather(read_numbers(found))
+    metrics: dict[str, float | None] = {name: sum(sums[name] for sums in numbers) for name in numbers[0]}
     if not decided:  # of ties alone no accuracy is known
         metrics["reward_model/accuracy"] = None
     return metrics

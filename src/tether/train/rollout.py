@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tether.config import PPOSection
+from tether.distributed.ranks import ALONE, Ranks
 from tether.errors import BatchError, TrainingError
 from tether.math import (
     distinct_pairs,
@@ -26,7 +27,7 @@ from tether.math import (
 from tether.models.policy import Policy, Reference
 from tether.rewards import RewardSet, ScoredBatch
 from tether.runs.bounds import SAMPLER_GAP
-from tether.types import Completions, Prompt, Rollout, Sampler, Sampling, microbatches
+from tether.types import Completions, Prompt, Rollout, Sampler, Sampling
 
 Metrics = dict[str, float | None]
 
@@ -62,25 +63,22 @@ class Experience:
 def collect(
     prompts: Sequence[Prompt], sampler: Sampler, reward: RewardSet, policy: Policy, reference: Reference,
     sampling: Sampling, ppo: PPOSection, *, kl_coef: Callable[[Tensor, Tensor], float], cycle: int,
-    phase: str = "", progress: Callable[[str], None] = lambda _: None,
+    phase: str = "", progress: Callable[[str], None] = lambda _: None, ranks: Ranks = ALONE,
 ) -> Experience:  # fmt: skip
     """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens.
+
+    Each rank samples and values its part; rank 0 scores. The experience is the same on all of them.
 
     kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B].
     phase: see `RewardSet.score`; by default the cycle.
     """
     clock = _Clock()
     progress("sampling")
-    completions = sampler.generate(prompts, sampling, cycle=cycle)
+    completions = sample(prompts, sampler, sampling, cycle=cycle, ranks=ranks)
     clock.lap("time/rollout_s")
-    if [p.row for p in completions.prompts] != [p.row for p in prompts for _ in range(sampling.responses_per_prompt)]:
-        raise BatchError(
-            f"the sampler gave {len(completions)} responses to other prompts, or in another order, than the "
-            f"{len(prompts)} × {sampling.responses_per_prompt} that it was asked for: scores would go astray."
-        )
 
     progress("scoring")
-    scored = reward.score(completions, phase or f"cycle-{cycle:06d}")
+    scored = ranks.first(lambda: reward.score(completions, phase or f"cycle-{cycle:06d}"))
     clock.lap("time/score_s")
 
     progress("valuing")
@@ -88,15 +86,20 @@ def collect(
     mask = rows.response_mask
     old, entropy, ref = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
     values = torch.zeros_like(old) if policy.has_critic else None
-    for index in microbatches(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
+    for index, counts in ranks.deal(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
         part = rows.select(index)
         width = part.response_mask.shape[1]
         with torch.no_grad():
             output = policy(part, temperature=sampling.temperature)
+        ref_logprobs = reference.logprobs(part, temperature=sampling.temperature)
+        if not counts:
+            continue
         old[index, :width], entropy[index, :width] = output.logprobs, output.entropy
         if values is not None:
             values[index, :width] = output.values
-        ref[index, :width] = reference.logprobs(part, temperature=sampling.temperature)
+        ref[index, :width] = ref_logprobs
+    old, entropy, ref, *of_critic = ranks.sum(old, entropy, ref, *([] if values is None else [values]))
+    values = of_critic[0] if of_critic else None
     clock.lap("time/forward_s")
 
     log_ratio_sums = ((old - ref) * mask).sum(1)
@@ -157,6 +160,30 @@ def collect(
     if sampler_gap > bound:
         alarms.append(("sampler-gap", f"sampler gap {sampler_gap:.2g} nats per token, above {bound}"))
     return Experience(completions, scored, rollout, advantages, entropy, beta, metrics, alarms)
+
+
+def sample(
+    prompts: Sequence[Prompt], sampler: Sampler, sampling: Sampling, *, cycle: int, ranks: Ranks = ALONE
+) -> Completions:
+    """`responses_per_prompt` responses to each prompt, in order; each rank draws those to its part of the prompts."""
+    mine, count = ranks.span(len(prompts)), sampling.responses_per_prompt
+    asked = prompts[mine.start : mine.stop]
+    if not asked:  # more ranks than prompts
+        found = Completions([], [], [], [], [])
+    elif ranks.size == 1:
+        found = sampler.generate(asked, sampling, cycle=cycle)
+    else:
+        found = sampler.generate(asked, sampling, cycle=cycle, first=mine.start * count)
+    if [p.row for p in found.prompts] != [p.row for p in asked for _ in range(count)]:
+        raise BatchError(
+            f"the sampler gave {len(found)} responses to other prompts, or in another order, than the "
+            f"{len(asked)} × {count} that it was asked for: scores would go astray."
+        )
+    if ranks.size == 1:
+        return found
+    rows = zip(found.response_ids, found.sampler_logprobs, found.truncated_mass, found.finish_reasons, strict=True)
+    columns = zip(*ranks.gather(list(rows)), strict=True)
+    return Completions([p for p in prompts for _ in range(count)], *map(list, columns))
 
 
 def estimate(

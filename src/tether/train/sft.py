@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from tether.config import DPOConfig, InitModelConfig, RewardConfig, SFTConfig, SFTModelConfig, check, check_warmup
 from tether.data.examples import Example, load_examples
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
+from tether.distributed.ranks import ALONE, Ranks, local_device, need_replicas
 from tether.errors import ConfigError
 from tether.math import nll_loss
 from tether.models.export import save_model
@@ -39,7 +40,7 @@ from tether.train.card import sft_card
 from tether.train.optim import SHUFFLE, ScheduledOptimizer, build_optimizer, permutation, read_numbers
 from tether.train.preamble import check_parts, open_run
 from tether.train.state import TrainingState
-from tether.types import LogSink, microbatches
+from tether.types import LogSink
 
 Row = list[Example]  # what stands in one row of tokens: one example, or several when packed
 
@@ -51,11 +52,12 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
     """
     check(config)
     check_parts(None, None, sinks)
-    inputs = input_hashes(config)
-    with open_run(config, command="sft", fresh=fresh, inputs=inputs) as (run, signals):
+    need_replicas(config.distributed.shard, "sft")
+    inputs, device = input_hashes(config), local_device(resolve_device(config.device))
+    with open_run(config, command="sft", fresh=fresh, inputs=inputs) as (run, signals, ranks):
         if run.finished:
             return Run.open(run.path)
-        model, tokenizer, notes = load_model(config.model, device=resolve_device(config.device), seed=config.seed)
+        model, tokenizer, notes = load_model(config.model, device=device, seed=config.seed)
         stop_ids = stop_token_ids(tokenizer, model.hf_model.generation_config, None)
         stop_id, context = next(iter(stop_ids), None), context_length(model.config)
         examples = load_examples(config.data, tokenizer, stop_id=stop_id, train_on=config.sft.train_on, context=context)
@@ -65,30 +67,37 @@ def sft(config: SFTConfig, *, sinks: Sequence[LogSink] = (), fresh: bool = False
         check_warmup(config.optim, len(plan))
         named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
         optimizer = build_optimizer(config.optim, named, lora=config.model.lora is not None)
-        steps = ScheduledOptimizer(optimizer, config.optim, len(plan))
+        steps = ScheduledOptimizer(optimizer, config.optim, len(plan), ranks)
 
         def learn(batch: list[list[int]]) -> dict[str, float]:
-            return accumulate(model, [[examples[i] for i in row] for row in batch], config.sft.microbatch_tokens)
+            rows = [[examples[i] for i in row] for row in batch]
+            return accumulate(model, rows, config.sft.microbatch_tokens, ranks)
 
-        TrainingState(run, {"policy": model.lm}, steps, tokenizer).run_steps(plan, learn, signals, sinks, notes)
-        save_model(model, tokenizer, run.path / "final", card=sft_card(Run(run.path), config), stop_ids=stop_ids)
+        state = TrainingState(run, {"policy": model.lm}, steps, tokenizer, ranks=ranks)
+        state.run_steps(plan, learn, signals, sinks, notes)
+        if not run.follows:
+            save_model(model, tokenizer, run.path / "final", card=sft_card(Run(run.path), config), stop_ids=stop_ids)
     return Run.open(run.path)
 
 
-def accumulate(model: LanguageModel, rows: Sequence[Row], microbatch_tokens: int) -> dict[str, float]:
+def accumulate(
+    model: LanguageModel, rows: Sequence[Row], microbatch_tokens: int, ranks: Ranks = ALONE
+) -> dict[str, float]:
     """Add one optimizer step's gradients to the model's, microbatch by microbatch; no step. Returns its metrics.
 
     L = - Σ log π(token | what precedes it in its example) / trained tokens of the step
     """
     total = sum(sum(example.trained) for row in rows for example in row)
     losses: list[dict[str, Tensor]] = []
-    for index in microbatches([sum(len(e.ids) for e in row) for row in rows], microbatch_tokens):
+    for index, counts in ranks.deal([sum(len(e.ids) for e in row) for row in rows], microbatch_tokens):
         batch = Batch.of([rows[i] for i in index.tolist()], model.device)
         logprobs, _, _ = model.logprobs(batch.tokens, batch.before, batch.targets, **batch.positions)
         loss = nll_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator=total)
-        loss.backward()
-        losses.append({"loss": loss.detach()})
-    return {"loss": sum(numbers["loss"] for numbers in read_numbers(losses)), "tokens/trained": total}
+        (loss if counts else 0.0 * loss).backward()
+        if counts:
+            losses.append({"loss": loss.detach()})
+    numbers = ranks.gather(read_numbers(losses))
+    return {"loss": sum(number["loss"] for number in numbers), "tokens/trained": total}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,9 @@
         signals.stop_if_requested()        # StopRequested, before the next phase
 
 A second signal kills the process without saving, whatever it is doing.
+
+Where the run has several processes none may leave a phase alone: the others would wait for it. A signal then waits in
+both phases, and between them it is asked whether any process got one.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
+
+from tether.distributed.ranks import ALONE, Ranks
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -38,6 +43,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.requested = False  # a signal has arrived
+        self.ranks: Ranks = ALONE
         self._droppable = False
         self._previous: dict[int, Any] = {}
 
@@ -54,7 +60,7 @@ class Signals:
     def droppable(self) -> Iterator[None]:
         """A block that may be left at any instruction: a signal, now or before, raises StopRequested."""
         self.stop_if_requested()
-        self._droppable = True
+        self._droppable = self.ranks.size == 1
         try:
             yield
         finally:
@@ -62,7 +68,7 @@ class Signals:
         self.stop_if_requested()  # someone inside may have swallowed it
 
     def stop_if_requested(self) -> None:
-        if self.requested:
+        if self.ranks.agree(self.requested):
             raise StopRequested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -74,7 +80,8 @@ class Signals:
             return
         self.requested = True
         what = "dropping this phase" if self._droppable else "finishing this phase"
-        _say(f"{name}: {what}, then saving. Once more quits without saving.")
+        if self.ranks.rank == 0:
+            _say(f"{name}: {what}, then saving. Once more quits without saving.")
         if self._droppable:
             raise StopRequested
 

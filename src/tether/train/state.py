@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from tether.config import TrainingConfig
+from tether.distributed.ranks import ALONE, Ranks
+from tether.distributed.shard import Layout
 from tether.errors import Interrupted, RewardError
 from tether.runs import RunDirectory
 from tether.train import checkpoint
@@ -35,15 +38,23 @@ class TrainingState:
     done: int = 0  # cycles (or steps)
     kl_coef: float = 0.0  # PPO's β; 0 elsewhere
     kl_error: float = -2.0  # `tether.math.kl_error` of the last cycle
+    ranks: Ranks = ALONE
+    layout: Layout | None = None  # where the models' weights may be in parts
 
     def save(self) -> None:
+        """Write a checkpoint; every rank calls."""
         assert isinstance(self.run.config, TrainingConfig)
+        if self.layout is not None:
+            self.layout.gather()
+        moments = checkpoint.optimizer_tensors(self.steps.optimizer, self.steps.named)
+        if self.ranks.rank > 0:
+            return
 
         def write(directory: Path) -> None:
             for name, model in self.models.items():
                 checkpoint.save_weights(model, directory / name)
             self.tokenizer.save_pretrained(directory / "policy")
-            checkpoint.save_optimizer(self.steps.optimizer, self.steps.named, directory / "optimizer.safetensors")
+            save_file(moments, directory / "optimizer.safetensors")
 
         numbers = {self.run.unit: self.done, "kl_coef": self.kl_coef, "kl_error": self.kl_error,
                    "skipped": self.steps.skipped}  # fmt: skip
@@ -108,11 +119,13 @@ class TrainingState:
             say(text)
 
         self.done = first
-        found = checkpoint.latest(self.run.path, passed_over)
+        found = self.ranks.first(lambda: checkpoint.latest(self.run.path, passed_over))
         if found and (not first or first < found[1][self.run.unit]) and found[1][self.run.unit] <= last:
             directory, numbers = found
             for name, model in self.models.items():
                 checkpoint.restore_weights(model, directory / name)
+            if self.layout is not None:
+                self.layout.scatter()
             checkpoint.load_optimizer(self.steps.optimizer, self.steps.named, directory / "optimizer.safetensors")
             self.done, self.steps.skipped = numbers[self.run.unit], numbers["skipped"]
             self.kl_coef, self.kl_error = numbers["kl_coef"], numbers["kl_error"]

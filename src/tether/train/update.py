@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tether.config import PPOSection
+from tether.distributed.ranks import ALONE, Ranks
 from tether.errors import TrainingError
 from tether.math import cispo_loss, clipped_policy_loss, entropy_mean, kl_loss, value_loss
 from tether.models.policy import Policy
@@ -17,7 +18,7 @@ from tether.runs.bounds import FIRST_RATIO_MAX_FLOAT32, FIRST_RATIO_MEAN, FIRST_
 from tether.train.memory import peak_mb
 from tether.train.optim import RESTART_HINT, SHUFFLE, ScheduledOptimizer, permutation, read_numbers
 from tether.train.rollout import Metrics
-from tether.types import Rollout, microbatches
+from tether.types import Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Update:
 def update(
     policy: Policy, steps: ScheduledOptimizer, rollout: Rollout, ppo: PPOSection,
     *, cycle: int, kl_coef: float, temperature: float, seed: int,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None, ranks: Ranks = ALONE,
 ) -> Update:  # fmt: skip
     """Maximize the clipped objective over the cycle's rollout; changes `policy` and the optimizer in place.
 
@@ -52,7 +53,9 @@ def update(
             chosen = sorted(order[m * ppo.minibatch : (m + 1) * ppo.minibatch])
             index = torch.tensor(chosen)
             minibatch = rollout.select(index)
-            metrics, logprobs = accumulate(policy, minibatch, ppo, kl_coef=kl_coef, temperature=temperature)
+            metrics, logprobs = accumulate(
+                policy, minibatch, ppo, kl_coef=kl_coef, temperature=temperature, ranks=ranks
+            )
             new_logprobs[index, : logprobs.shape[1]] = logprobs
             if epoch == m == 0:
                 first_ratio_error = _check_first_ratio(logprobs, minibatch, policy, alarms)
@@ -84,9 +87,10 @@ def update(
 
 
 def accumulate(
-    policy: Policy, minibatch: Rollout, ppo: PPOSection, *, kl_coef: float, temperature: float
+    policy: Policy, minibatch: Rollout, ppo: PPOSection, *, kl_coef: float, temperature: float, ranks: Ranks = ALONE
 ) -> tuple[dict[str, float], Tensor]:
-    """Add one minibatch's gradients to the policy's, microbatch by microbatch; no step.
+    """Add one minibatch's gradients to the policy's, microbatch by microbatch; no step. Each rank adds those of its own
+    rows.
 
         L = L_policy + c1·L_value - c2·entropy  [+ β·k2 when the KL is in the loss; without L_value where no critic is]
 
@@ -100,7 +104,7 @@ def accumulate(
     surrogate = cispo_loss if ppo.surrogate == "cispo" else clipped_policy_loss
     found: list[dict[str, Tensor]] = []  # metrics of each microbatch
     new_logprobs = torch.zeros_like(minibatch.old_logprobs)
-    for index in microbatches(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
+    for index, counts in ranks.deal(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
         part = minibatch.select(index)
         mask = part.rows.response_mask
         output = policy(part.rows, temperature=temperature)
@@ -120,12 +124,15 @@ def accumulate(
                 terms.append(-ppo.entropy_coef * entropy)
             if ppo.kl.place == "loss":
                 terms.append(kl_coef * kl_loss(output.logprobs, part.ref_logprobs, mask, denominator=denominator))
-        sum(terms[1:], terms[0]).backward()
-        found.append({**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()})
-        new_logprobs[index, : mask.shape[1]] = output.logprobs.detach()
+        loss = sum(terms[1:], terms[0])
+        (loss if counts else 0.0 * loss).backward()
+        if counts:
+            found.append({**policy_metrics, **value_metrics, "policy/entropy": entropy.detach()})
+            new_logprobs[index, : mask.shape[1]] = output.logprobs.detach()
     metrics: dict[str, float] = {}
-    for part_metrics in read_numbers(found):
+    for part_metrics in ranks.gather(read_numbers(found)):
         _merge(metrics, part_metrics)
+    (new_logprobs,) = ranks.sum(new_logprobs)
     return metrics, new_logprobs
 
 

@@ -1,0 +1,54 @@
+"""How rows are dealt out to ranks: a pure function, known on every rank without a word."""
+
+import pytest
+import torch
+
+from tether.distributed.ranks import Ranks, dealt
+from tether.types import microbatches
+
+
+def padded(groups, lengths):
+    return [len(group) * int(lengths[group].max()) for group in groups]
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 64])
+@pytest.mark.parametrize(("rows", "tokens"), [(4096, 8192), (512, 32768), (64, 8192), (5, 100)])
+def test_every_row_is_dealt_once_within_the_tokens_and_evenly(size, rows, tokens):
+    generator = torch.Generator().manual_seed(rows)
+    lengths = torch.randn(rows, generator=generator).mul(0.7).exp().mul(200).long().clamp(1, 4000)
+    ranks = dealt(lengths, tokens, size)
+    assert sorted(torch.cat([i for groups in ranks for i in groups]).tolist()) == list(range(rows))
+    counts = [len(groups) for groups in ranks]
+    assert max(counts) - min(counts) <= 1
+    assert counts[0] == max(counts)
+    assert all(
+        len(g) == 1 or n <= tokens for groups in ranks for g, n in zip(groups, padded(groups, lengths), strict=True)
+    )
+    alone = sum(padded(microbatches(lengths, tokens), lengths))
+    assert sum(sum(padded(groups, lengths)) for groups in ranks) <= 1.05 * alone
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_no_rank_has_much_more_to_do_than_the_others(size):
+    lengths = (
+        torch.randn(4096, generator=torch.Generator().manual_seed(1)).mul(0.7).exp().mul(200).long().clamp(1, 4000)
+    )
+    work = [sum(padded(groups, lengths)) for groups in dealt(lengths, 8192, size)]
+    assert max(work) <= 1.05 * sum(work) / size
+
+
+def test_ranks_run_equally_many_microbatches_and_each_row_counts_once():
+    lengths = torch.tensor([9, 7, 7, 4, 2])
+    runs = [Ranks(rank, 3).deal(lengths, 9) for rank in range(3)]
+    assert len({len(run) for run in runs}) == 1
+    assert sorted(i for run in runs for index, counts in run if counts for i in index.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_with_more_ranks_than_rows_some_only_keep_up():
+    runs = [Ranks(rank, 4).deal([5, 3], 100) for rank in range(4)]
+    assert [[counts for _, counts in run] for run in runs] == [[True], [True], [False], [False]]
+
+
+def test_alone_nothing_is_dealt():
+    lengths = torch.tensor([9, 7, 7, 4, 2])
+    assert [i.tolist() for i, _ in Ranks().deal(lengths, 14)] == [i.tolist() for i in microbatches(lengths, 14)]
