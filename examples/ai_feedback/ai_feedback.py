@@ -8,7 +8,8 @@ The town of `tether demo` again, whose hidden judge compares answers with the re
 2. `tether sft`: an expert read old answers two at a time, and wrote what is wrong with each and which is better. The
    clerk's model learns to write such verdicts: that is the judge.
 3. The clerk writes new answers. Five people compare them two at a time, each with a taste of their own and now and then
-   a slip. So does the judge, asked by `tether judge` over HTTP, in both orders: `transformers serve` answers for it.
+   a slip. `tether judge` has the judge compare them in both orders: some through `transformers serve`, over HTTP, where
+   it writes its reasons; all of them from its directory, where the log-probs of the letters make soft labels.
 4. `tether reward` and `tether ppo` by people's labels, and by the judge's.
 5. The hidden judge compares the two clerks with the one they began as.
 
@@ -53,15 +54,17 @@ PRINCIPLE = "Be kind, be true, be brief."  # the constitution
 EXPERT = PEOPLE[0]  # Ada, who looks everything up
 WORDS = ("harmful", "wrong", "empty", "wordy", "good")  # of the expert, for an answer
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
-TEXTS, SAMPLES = 20, 8  # answers a prompt: that the clerk reads; that are looked at in the end
+ANSWERS, SAMPLES = 28, 8  # of the clerk to a question: to be compared; in the end, on held-out questions
 
 
 @dataclass(frozen=True)
 class Size:
     """How much of everything."""
 
-    verdicts: int = 2000  # pairs that the expert compared
-    pairs: int = 1000  # pairs that people and judge compare
+    texts: int = 20  # answers a question that the clerk reads
+    verdicts: int = 4000  # pairs that the expert compared
+    pairs: int = 5000  # pairs that people and judge compare
+    served: int = 300  # of them, over HTTP
     epochs: int = 3  # of the judge's training
     cycles: int = 40  # of PPO
 
@@ -73,7 +76,7 @@ def main() -> None:
     for name, default in vars(Size()).items():
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
     args = parser.parse_args()
-    Story(args.to, args.seed, Size(args.verdicts, args.pairs, args.epochs, args.cycles)).tell()
+    Story(args.to, args.seed, Size(**{name: getattr(args, name) for name in vars(Size())})).tell()
 
 
 class Story:
@@ -119,7 +122,7 @@ class Story:
         draw = random.Random(f"texts {self.seed}")
         texts = once(self.to / "texts.jsonl", lambda: [
             {"prompt": ask.prompt, "completion": " " + self.world.write_answer(ask, draw)}
-            for ask in self.train for _ in range(TEXTS)
+            for ask in self.train for _ in range(self.size.texts)
         ])  # fmt: skip
         if not (self.to / "tokenizer").exists():
             build_judge_tokenizer(texts, self.to / "tokenizer")
@@ -142,27 +145,29 @@ class Story:
         )  # fmt: skip
 
     def _verdict_rows(self) -> list[dict[str, Any]]:
-        """What the judge learns from: each pair in both orders, with reasons and as a letter alone.
+        """What the judge learns from: each pair in both orders, every other one with reasons.
 
         Naming what is wrong with either answer is what teaches it: from letters alone it learned nothing.
         """
-        draw, rows = random.Random(f"expert {self.seed}"), []
+        draw = random.Random(f"expert {self.seed}")
+        rows: list[dict[str, Any]] = []
         read: dict[str, list[str]] = {}
         for row in once(self.to / "texts.jsonl", list):
             read.setdefault(row["prompt"], []).append(row["completion"].strip())
-        while len(rows) < 4 * self.size.verdicts:
+        while len(rows) < 2 * self.size.verdicts:
             ask = draw.choice(self.train)
             pair = draw.sample(read[ask.prompt], 2)
             if pair[0] == pair[1]:
                 continue
             seen = [self.judge(ask, text) for text in pair]
             first = draw.random() < EXPERT.prefers_first(*seen)
+            form = ("text", "logprobs")[len(rows) // 2 % 2]
             for a, b in ((0, 1), (1, 0)):
                 letter = "A" if first == (a == 0) else "B"
                 reasons = f"A is {word(seen[a])}. B is {word(seen[b])}. VERDICT: {letter}"
-                for form, text in (("text", reasons), ("logprobs", f" {letter}")):
-                    prompt = question(PRINCIPLE, ask.prompt, pair[a], pair[b], form)
-                    rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": text}]})
+                prompt = question(PRINCIPLE, ask.prompt, pair[a], pair[b], form)
+                text = reasons if form == "text" else f" {letter}"
+                rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": text}]})
         return rows
 
     # ------------------------------------------------------------ 3: labels
@@ -171,7 +176,7 @@ class Story:
         """Pairs of the clerk's own answers, and what people say of them."""
         asks = {ask.prompt: ask for ask in self.train}
         with Store(path) as store:
-            store.add_items(self._pairs(), overlap=0.2)
+            store.add_items(self._pairs(), overlap=0)
             for person in PEOPLE:
                 store.add_annotator(person.name)
             draw, busy = random.Random(f"people {self.seed}"), True
@@ -186,40 +191,45 @@ class Story:
                         busy = True
 
     def _pairs(self) -> list[Item]:
-        answers = self.generate("sft", [ask.prompt for ask in self.train], 8)
+        answers = self.generate("sft", [ask.prompt for ask in self.train], ANSWERS)
         pairs = [
             Item(ask.prompt, (Answer(texts[i]), Answer(texts[i + 1])), group=ask.question)
-            for i in range(0, 8, 2) for ask, texts in zip(self.train, answers, strict=True) if texts[i] != texts[i + 1]
+            for i in range(ANSWERS - 1) for ask, texts in zip(self.train, answers, strict=True)
+            if texts[i] != texts[i + 1]
         ]  # fmt: skip
         return pairs[: self.size.pairs]
 
     def judge_labels(self, store: Path) -> None:
-        """`tether judge`, over HTTP. A rerun asks nothing that was answered."""
+        """`tether judge`, over HTTP and in this process. A rerun asks nothing that was answered."""
         constitution, model = self.to / "constitution.txt", self.to / "clerk" / "final"
         constitution.write_text(PRINCIPLE + "\n", encoding="utf-8")
         with served(model, self.to / "server.log") as url:
-            section = config.JudgeSection(str(model), base_url=url, name="clerk", constitution=str(constitution))
-            print("  ", tether.judge(config.JudgeConfig(section, config.JudgedConfig(str(store)))))
+            section = config.JudgeSection(str(model), base_url=url, name="served", constitution=str(constitution))
+            some = config.JudgedConfig(str(store), limit=self.size.served)
+            print("  ", tether.judge(config.JudgeConfig(section, some)))
+        section = config.JudgeSection(str(model), name="clerk", constitution=str(constitution))
+        print("  ", tether.judge(config.JudgeConfig(section, config.JudgedConfig(str(store)))))
 
     def show_agreement(self, path: Path) -> dict[str, Any]:
+        """How far judge and people agree, and how often the hidden judge agrees with either."""
+        asks, right = {ask.prompt: ask for ask in self.train}, dict[str, list[bool]]()
         with Store(path, create=False) as store:
             labels = list(store.labels(Filters(judges=True)))
-            (judged,) = judge_quality(labels)
-            right: dict[bool, list[bool]] = {True: [], False: []}
-            asks = {ask.prompt: ask for ask in self.train}
             for label in labels:
-                if label.choice not in ("a", "b"):
-                    continue
                 item = store.item(label.item)
                 a, b = (self.judge(asks[str(item.prompt)], answer.text).score for answer in item.answers)
-                if abs(a - b) > 1e-9:
-                    right[label.probability is not None].append((a > b) == (label.choice == "a"))
-        found = {"judge_and_people": judged.agreement and judged.agreement.value, "kappa": judged.kappa,
-                 "judge_right": mean(right[True]), "people_right": mean(right[False])}  # fmt: skip
-        print(f"   The judge agrees with people on {found['judge_and_people']:.0%} of the pairs that both decided, "
-              f"κ {found['kappa']:.2f}.\n   By the hidden judge {found['judge_right']:.0%} of its labels are right, "
-              f"and {found['people_right']:.0%} of people's.")  # fmt: skip
-        return found
+                if label.choice in ("a", "b") and abs(a - b) > 1e-9:
+                    who = label.annotator if label.probability is not None else "people"
+                    right.setdefault(who, []).append((a > b) == (label.choice == "a"))
+        for who, found in right.items():
+            print(f"   {who}: right on {mean(found):.1%} of {len(found)} pairs, by the hidden judge")
+        result: dict[str, Any] = {"right": {who: mean(found) for who, found in right.items()}}
+        for judged in judge_quality(labels):
+            agreed, kappa, name = judged.agreement, judged.kappa, str(judged.quality.annotator)
+            if agreed and kappa is not None:
+                result[name] = {"agreement": agreed.value, "kappa": kappa}
+                print(f"   {name} agrees with people on {agreed.value:.1%} of {judged.shared} pairs, κ {kappa:.2f}")
+        return result
 
     # ------------------------------------------------------------ 4 to 6: what comes of them
 
@@ -230,7 +240,7 @@ class Story:
         tether.reward_model(config.RewardConfig(
             run=str(reward), seed=self.seed, model=config.SFTModelConfig(start),
             data=config.PairsConfig(str(store), labels=config.LabelsConfig(annotators=annotators)),
-            reward_model=config.RewardModelSection(epochs=6, batch=16, microbatch_tokens=1024),
+            reward_model=config.RewardModelSection(epochs=4, batch=32, microbatch_tokens=1024),
             optim=config.OptimConfig(lr=1e-3, critic_lr=1e-3, warmup=20),
         ))  # fmt: skip
         tether.ppo(config.PPOConfig(
@@ -238,8 +248,7 @@ class Story:
             prompts=config.PromptsConfig(str(self.to / "prompts.jsonl")),
             reward=[config.RewardSourceConfig(model=str(reward / "final"))],
             sampling=config.SamplingConfig(max_new_tokens=MAX_NEW_TOKENS),
-            # The same distance for both: a judge that answers once an order is never surer than 3 : 1, so that its
-            # reward model's scores lie closer together than those of people's.
+            # The same distance for both: the scores of the two reward models have scales of their own.
             ppo=config.PPOSection(cycles=self.size.cycles, batch=128, responses_per_prompt=2, epochs=2, minibatch=64,
                                   kl=KLConfig(coef=0.1, target=6.0)),
             optim=config.OptimConfig(lr=7e-4, critic_lr=2e-3, warmup=min(16, self.size.cycles)),
@@ -285,11 +294,9 @@ def served(model: Path, log: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with log.open("w") as out:
-        server = subprocess.Popen(
-            [Path(sys.executable).with_name("transformers"), "serve", str(model), "--host", "127.0.0.1"]
-            + ["--port", str(port), "--device", "cpu"],
-            stdout=out, stderr=out, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--device", "cpu"]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        server = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         try:
             until = time.monotonic() + 120
             while not is_up(f"http://127.0.0.1:{port}/health"):
