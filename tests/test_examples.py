@@ -114,6 +114,24 @@ def test_the_loop_runs_from_samples_through_people_and_ppo_to_the_compare_page(s
     assert "They say the same of" in done.stdout
 
 
+@pytest.mark.slow
+def test_ai_feedback_runs_from_an_experts_verdicts_to_two_clerks(tmp_path):
+    sizes = {"texts": 2, "verdicts": 1000, "epochs": 1, "pairs": 60, "served": 8, "cycles": 2}
+    flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    done = subprocess.run(
+        [sys.executable, "ai_feedback/ai_feedback.py", "--to", str(tmp_path), *flags],
+        cwd=EXAMPLES, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"[1-8] pairs labeled by judge:served; .* 1?\d requests", done.stdout
+    )  # both orders of 8, over HTTP
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert {"judge:clerk", "people"} <= set(result["right"])
+    assert set(result["start"]) == {"helpful", "harmless", "honest", "score", "better"}
+    assert tether.Run(tmp_path / "reward-judge").config.data.labels.annotators == ["judge:clerk"]
+
+
 def test_the_random_walks_are_those_of_the_benchmark(monkeypatch):
     # means of the data as trlX's own code gives them; the soft optimum, over uniform walks, from the graph alone
     monkeypatch.syspath_prepend(EXAMPLES / "random_walks")
