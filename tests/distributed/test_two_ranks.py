@@ -108,7 +108,7 @@ def start(root: Path, model: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
                "--rdzv-endpoint", "localhost:0", str(TESTS / "rank_worker.py"), str(root / "jobs.json")]  # fmt: skip
     with (root / "said").open("w") as said:
-        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=said, stderr=said, timeout=300,
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=said, stderr=said, timeout=900,
                        check=True)  # fmt: skip
 
 
