@@ -21,7 +21,7 @@ from random import Random
 from tether.config import JudgeConfig, JudgedConfig, JudgeSection
 from tether.feedback.constitution import read_constitution
 from tether.feedback.endpoint import Endpoint
-from tether.feedback.judge import asker, comparison, judge
+from tether.feedback.judge import Queue, asker, comparison, judge
 from tether.feedback.judge_cache import request_key
 from tether.feedback.records import Answer, Item, Verdict
 from tether.feedback.store import Store
@@ -68,9 +68,8 @@ def measure(folder: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on: imports took more for a moment
     before, wall, processor = memory("VmRSS"), time.perf_counter(), time.process_time()
     with Store(config.data.path) as store, asker(config) as asked:
-        numbers = [number for number, _, _ in store.judge_queue(config.judge.annotator)]
-        questions = (comparison(store.item(number), number, config, principles) for number in numbers)
-        read = sum(isinstance(outcome, Verdict) for outcome in asked.compare(questions))
+        queue = Queue(store, config, principles, None)
+        read = sum(isinstance(outcome, Verdict) for outcome in asked.compare(queue.comparisons()))
     seconds = time.perf_counter() - wall, time.process_time() - processor
     print(f"{read:,} verdicts read: {seconds[0]:.2f} s on the wall, {seconds[1]:.2f} s of the processor", flush=True)
     wall, processor = time.perf_counter(), time.process_time()

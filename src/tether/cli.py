@@ -322,7 +322,8 @@ def _label(argv: list[str]) -> None:
         "--limit",
         metavar="N",
         type=int,
-        help="only the first N rows of --from or --prompts; with --uncertain N pairs (100)",
+        help="only the first N rows of --from or --prompts; of --from-run N items, drawn, or with --uncertain the N "
+        "least certain (100)",
     )
     parser.add_argument("--to", metavar="FILE", default="preferences.db", help="the store (%(default)s)")
     parser.add_argument(
@@ -350,6 +351,16 @@ def _label(argv: list[str]) -> None:
             "--uncertain chooses pairs of what a run answered: it goes with --from-run RUN, and --per-prompt stays 2. "
             "Add the one, or leave the other out."
         )
+    if args.cycle is not None and args.from_run is None:
+        raise ConfigError(f"--cycle {args.cycle} is of a run: it goes with --from-run RUN. Add it, or leave it out.")
+    if args.limit is not None:
+        if not (args.file or args.from_run or args.sample):
+            raise ConfigError(
+                f"--limit {args.limit} goes with --from, --from-run or --sample: nothing else is limited. Add one, or "
+                "leave it out."
+            )
+        if args.limit < 1:
+            raise ConfigError(f"--limit {args.limit}: no pair would be asked about. Give 1 or more.")
     from tether.feedback.items import items_of_model, items_of_run, label, read_items
 
     found = None
@@ -361,7 +372,9 @@ def _label(argv: list[str]) -> None:
         limit = LIMIT if args.limit is None else args.limit
         found = uncertain_items(args.from_run, to=args.to, cycle=args.cycle, limit=limit)
     elif args.from_run:
-        found = items_of_run(args.from_run, cycle=args.cycle, answers=args.per_prompt, seed=args.seed or 0)
+        found = items_of_run(
+            args.from_run, cycle=args.cycle, answers=args.per_prompt, limit=args.limit, seed=args.seed or 0
+        )
     elif args.sample:
         found = items_of_model(
             args.sample, args.prompts, answers=args.answers, limit=args.limit, seed=args.seed or 0,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -57,6 +58,35 @@ def test_soft_labels_are_exact_under_a_position_bias_of_two_logits(server, tmp_p
     assert spent == (60, 6000)
     ask(server, tmp_path, asked)
     assert len(server.asked) == 60  # a rerun asks nothing
+
+
+def test_what_is_cached_is_read_without_a_thread_and_the_rest_is_asked(server, tmp_path):
+    asked, truth = comparisons(12)
+    ask(server, tmp_path, asked[::2])
+    threads = []
+
+    def watched(questions):
+        for question in questions:
+            threads.append([t.name for t in threading.enumerate() if t.name.startswith("asking")])
+            yield question
+
+    verdicts, *_ = ask(server, tmp_path, watched(asked[::2]))
+    assert threads == [[]] * 6
+    assert len(server.asked) == 12
+    assert len(verdicts) == 6
+    verdicts, failed, _, spent = ask(server, tmp_path, asked)
+    assert {i: v.probability for i, v in verdicts.items()} == pytest.approx(truth, abs=1e-6)
+    assert (failed, spent[0], len(server.asked)) == ([], 24, 24)
+
+
+def test_a_cached_answer_that_could_not_be_read_is_followed_by_the_next_form_as_before(server, tmp_path):
+    server.mass = 0.1  # log-probs, but of neither letter
+    asked, _ = comparisons(2)  # fewer than make a form be given up
+    before, *_ = ask(server, tmp_path, asked, answer="auto")
+    requests = len(server.asked)
+    after, failed, *_ = ask(server, tmp_path, asked, answer="auto")
+    assert (after, failed, len(server.asked)) == (before, [], requests)
+    assert {answer["form"] for verdict in after.values() for answer in verdict.answers} == {"json"}
 
 
 def test_one_order_keeps_the_bias(server, tmp_path):

@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -97,6 +99,12 @@ def test_a_judges_labels_stand_beside_peoples_and_mix_only_when_asked_to(labeled
     assert event["answers"][0]["reply"]["The"] == pytest.approx(-2.302585, abs=1e-5)
     assert main(["label", "--to", labeled, "--export", "out", "--judges"]) == 0
     assert len((tmp_path / "out" / "preferences.jsonl").read_text().splitlines()) == len(everybody)
+
+
+def test_a_judge_behind_an_endpoint_does_not_load_transformers():
+    code = "import sys, tether.feedback.judge; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_rerun_asks_nothing_and_labels_nothing(labeled, config, server, capsys):

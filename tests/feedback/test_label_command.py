@@ -94,6 +94,9 @@ def test_pairs_of_a_run_are_answers_to_one_prompt_that_differ(write, tmp_path, c
     assert item.answers[0].source.keys() == {"run", "cycle", "prompt_index", "response_index"}
     assert main(["label", "--from-run", "run", "--to", "all.db"]) == 0  # across cycles
     assert {frozenset(a.text for a in item.answers) for item in stored("all.db")} >= {frozenset({"same", "else"})}
+    assert main(["label", "--from-run", "run", "--limit", "1", "--to", "one.db"]) == 0
+    (one,) = stored("one.db")
+    assert one.prompt in [item.prompt for item in stored("all.db")]
     assert main(["label", "--from-run", "run", "--per-prompt", "3", "--to", "k.db"]) == 0
     (ranked,) = stored("k.db")
     assert sorted((a.text, a.finish_reason) for a in ranked.answers) == [("x", "stop"), ("y", "stop"), ("z", "length")]
@@ -154,6 +157,10 @@ def test_the_rest_of_a_project_is_set_up_and_looked_at(write, tmp_path, capsys):
         (["--from", "p.jsonl", "--overlap", "2"], "overlap=2.0"),
         (["--from", "p.jsonl", "--from-run", "r"], "not allowed with"),
         (["--from-run", "p.jsonl"], "is not a run directory"),
+        (["--from-run", "r", "--limit", "0"], "--limit 0: no pair would be asked about"),
+        (["--from", "p.jsonl", "--limit", "-3"], "--limit -3: no pair would be asked about"),
+        (["--gold", "p.jsonl", "--limit", "3"], "--limit 3 goes with --from, --from-run or --sample"),
+        (["--from", "p.jsonl", "--cycle", "2"], "--cycle 2 is of a run"),
         (["--sample", "m"], "go together"),
         (["--sample", "m", "--prompts", "p.jsonl", "--answers", "1"], "--answers 1: there would be nothing to compare"),
         (["--guidelines", "missing.md"], "missing.md cannot be read"),

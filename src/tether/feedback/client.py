@@ -48,6 +48,10 @@ class Spent(Exception):
     """A limit does not allow one more request."""
 
 
+class NotKept(Exception):
+    """An answer is not in the cache, where it alone is looked at."""
+
+
 class Client:
     """Asks; what is cached costs nothing. Once `stop` is set, no further request is sent.
 
@@ -66,11 +70,14 @@ class Client:
         self.spent = False  # a limit was reached
 
     def work(
-        self, items: Iterable[Item], do: Callable[[Item], Outcome | None]
-    ) -> Generator[Outcome | None, None, None]:
+        self, items: Iterable[Item], do: Callable[[Item], Outcome | None],
+        kept: Callable[[Item], Outcome | None] = lambda _: None,
+    ) -> Generator[Outcome | None, None, None]:  # fmt: skip
         """What `do`, called in threads, makes of each item, as it comes. The first alone: it shows whether the
         endpoint is one, and what it can do.
 
+        kept: what follows from the cache alone, else None, and `do` is called. It is called here: a thread for each
+            item that is read in 0.1 ms would take longer than all else.
         None: nothing came for a moment, and whoever reads this may look at something else. Ends early where a limit is
         reached (`spent`). Left early, it sends nothing more, and waits for what is in flight.
         """
@@ -85,8 +92,12 @@ class Client:
                     following = None if self.stop.is_set() or self.spent else next(waiting, None)
                     if following is None:
                         ended = True
+                    elif (outcome := kept(following)) is not None:
+                        yield outcome
                     else:
                         running.add(pool.submit(do, following))
+                if not running:
+                    break
                 done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 most = self._limits.concurrency if done else most
                 yield from (future.result() for future in done) if done else [None]
@@ -130,17 +141,23 @@ class Client:
 
         vote: number of this request among those with the same body.
         """
+        with suppress(NotKept):
+            return self.kept(body, vote)
         key = request_key(str(self._config.base_url), body, vote)
-        kept = self._cache.answer(key)
-        if kept is not None:
-            with self._turn:
-                self._answered += 1
-            return Reply(kept["text"], kept["logprobs"], True)
         each = self._limits.timeout_s
         return with_retries(
             lambda left: self._send(body, key, min(each, left)),
             deadline_s=(each + 20) * (self._limits.retries + 1), retries=self._limits.retries, stop=self.stop,
         )  # fmt: skip
+
+    def kept(self, body: dict[str, Any], vote: int = 0) -> Reply:
+        """The cached reply to a request; NotKept where there is none."""
+        kept = self._cache.answer(request_key(str(self._config.base_url), body, vote))
+        if kept is None:
+            raise NotKept
+        with self._turn:
+            self._answered += 1
+        return Reply(kept["text"], kept["logprobs"], True)
 
     def _send(self, body: dict[str, Any], key: str, timeout_s: float) -> Reply:
         import openai

@@ -9,11 +9,11 @@ when the command is run again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 from tether.config import JudgeSection, LimitsConfig
-from tether.feedback.client import Client, Spent, Unable
+from tether.feedback.client import Client, NotKept, Reply, Spent, Unable
 from tether.feedback.judge_cache import JudgeCache
 from tether.feedback.verdict import FORMS, NoVerdict, Outcome, Question
 from tether.remote import Cancelled, GaveUp
@@ -48,11 +48,23 @@ class Endpoint:
         None: nothing came for a moment, and whoever reads this may look at something else. Ends early where a limit is
         reached (`spent`). Left early, it sends nothing more, and waits for what is in flight.
         """
-        return self._client.work(comparisons, self._compare)
+        return self._client.work(comparisons, self._compare, self._kept)
 
     def cost(self) -> str:
         """What was sent and paid since the judge's first start."""
         return self._client.cost()
+
+    def _kept(self, comparison: Question[Outcome]) -> Outcome | None:
+        """What follows where every answer in the first form is cached, and can be read."""
+        form = self._forms[0]
+        try:
+            outcome = self._in_form(comparison, form, self._client.kept)
+        except NotKept:
+            return None
+        if isinstance(outcome, NoVerdict):
+            return None
+        self._settle(form, [])
+        return outcome
 
     def _compare(self, comparison: Question[Outcome]) -> Outcome | NoVerdict | None:
         """None where it was not asked to the end: a limit, or a stop."""
@@ -61,7 +73,7 @@ class Endpoint:
         try:
             for form in list(self._forms):
                 try:
-                    outcome = self._in_form(comparison, form)
+                    outcome = self._in_form(comparison, form, self._client.ask)
                 except Unable as error:
                     failure = NoVerdict(comparison.item, "the endpoint refused the question", str(error))
                     if self._read[form]:
@@ -84,18 +96,20 @@ class Endpoint:
             return NoVerdict(comparison.item, "the endpoint gave no answer", error.reason, gone=True)
         return failure
 
-    def _in_form(self, comparison: Question[Outcome], form: str) -> Outcome | NoVerdict:
+    def _in_form(
+        self, comparison: Question[Outcome], form: str, ask: Callable[[dict[str, Any], int], Reply]
+    ) -> Outcome | NoVerdict:
         read: dict[tuple[int, ...], tuple[float, dict[str, Any]]] = {}
         for order in comparison.orders:
             body = self._body(comparison, order, form)
             if form == "logprobs":
-                reply = self._client.ask(body)
+                reply = ask(body, 0)
                 p = comparison.read_logprobs(reply.logprobs or {}) if reply.whole else None
                 if p is None:
                     return NoVerdict(comparison.item, comparison.unlikely, reply.text)
                 read[order] = p, {"form": form, "reply": reply.logprobs}
                 continue
-            replies = [self._client.ask(body, vote) for vote in range(self._config.votes)]
+            replies = [ask(body, vote) for vote in range(self._config.votes)]
             votes = [comparison.read_reply(r.text, form) if r.whole else None for r in replies]
             valid = [vote for vote in votes if vote is not None]
             if not valid or 2 * len(valid) < len(votes):

@@ -16,6 +16,7 @@ from tether.data.table import Table, kind, listed, read_table
 from tether.errors import ConfigError, DataError, RunError, StoreError
 from tether.feedback.queue import draw
 from tether.feedback.records import Added, Answer, Filters, Item, Progress, Prompt, prompt_of
+from tether.feedback.schema import to_json
 from tether.feedback.store import Store, check_fraction
 from tether.runs import Run
 
@@ -188,10 +189,13 @@ def _answer(prompt: Prompt, value: Any, finish_reason: str | None) -> Answer:
 # ---------------------------------------------------------------- from a run
 
 
-def items_of_run(path: str, *, cycle: int | None = None, answers: int = 2, seed: int = 0) -> ItemBatch:
+def items_of_run(
+    path: str, *, cycle: int | None = None, answers: int = 2, limit: int | None = None, seed: int = 0
+) -> ItemBatch:
     """One item a prompt, from what a run answered it: in one cycle, or in whichever, so that people see it learn.
 
-    Which answers, follows from the seed; those that say the same count as one.
+    Which answers, and of which prompts where there are more than `limit`, follows from the seed; answers that say the
+    same count as one.
     """
     check_answers("--per-prompt", answers)
     run = Run.open(path)
@@ -207,7 +211,10 @@ def items_of_run(path: str, *, cycle: int | None = None, answers: int = 2, seed:
         if len(drawn) == answers:
             shown = tuple(Answer(text, {"run": path} | where, reason) for text, (reason, where) in drawn)
             items.append(Item(prompt_of(prompt), shown))
-    return ItemBatch(items, path, too_few=len(found) - len(items))
+    too_few = len(found) - len(items)
+    if limit is not None:  # drawn: the first would all be of the first cycles
+        items = sorted(items, key=lambda item: draw(seed, "prompt", to_json(item.prompt)))[:limit]
+    return ItemBatch(items, path, too_few=too_few)
 
 
 def cycles_of(run: Run) -> list[int]:

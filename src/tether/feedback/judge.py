@@ -16,16 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tether.config import JudgeConfig, check
 from tether.errors import ConfigError, Interrupted, ModelError, StoreError
 from tether.feedback.client import check_key
 from tether.feedback.constitution import draw_principle, read_constitution
 from tether.feedback.endpoint import Endpoint
-from tether.feedback.items import read_items
 from tether.feedback.judge_cache import JudgeCache, cache_path
-from tether.feedback.local_judge import LocalJudge
 from tether.feedback.progress import screen
 from tether.feedback.queue import display_order, fingerprint
 from tether.feedback.records import Item, Verdict
@@ -35,8 +33,13 @@ from tether.feedback.verdict import Comparison
 from tether.train.log import say
 from tether.train.signals import Signals
 
+if TYPE_CHECKING:  # they load transformers, which takes seconds, and an endpoint's judge of a store does not need it
+    from tether.feedback.items import ItemBatch
+    from tether.feedback.local_judge import LocalJudge
+
 _SAVE_EVERY_S = 2.0  # labels wait so long for others, to be written together
 _TRIAL = 20  # comparisons after which a judge of which none could be read is given up
+_AT_ONCE = 64  # items that are read from the store together
 _SAMPLED = 64  # pairs that the estimate looks at
 _CHARACTERS_A_TOKEN = 4  # of English in today's tokenizers
 _REASONS = 120  # tokens of an answer with reasons
@@ -79,10 +82,10 @@ def judge(config: JudgeConfig, *, fresh: bool = False) -> Judged:
             "Set judge.name to another name to have every pair asked about again."
         )
     principles = read_constitution(config.judge.constitution, "judge.constitution")
-    source = None if is_store_path(config.data.path) else read_items(config.data.path)
+    source = None if is_store_path(config.data.path) else _read_pairs(config.data.path)
     with Store(store_path(config), create=source is not None) as store:
         among = None if source is None else set(store.add_items(source.items).ids)
-        queue = _Queue(store, config, principles, among)
+        queue = Queue(store, config, principles, among)
         store.add_judge(config.judge.annotator, _made_of(config, principles))
         done = Judged(str(store.path), config.judge.annotator, before=queue.labeled, rankings=queue.rankings)
         if queue.waiting:
@@ -92,7 +95,7 @@ def judge(config: JudgeConfig, *, fresh: bool = False) -> Judged:
     return done
 
 
-def _label(asked: Endpoint | LocalJudge, queue: _Queue, store: Store, done: Judged) -> None:
+def _label(asked: Endpoint | LocalJudge, queue: Queue, store: Store, done: Judged) -> None:
     """Ask about everything that waits, and write labels as they come."""
     pending: list[Verdict] = []
     made_of = _made_of(queue.config, queue.principles)
@@ -149,7 +152,7 @@ def _unreadable(done: Judged, config: JudgeConfig) -> ModelError:
 # ---------------------------------------------------------------- what is asked
 
 
-class _Queue:
+class Queue:
     """The pairs that wait for a judge, read from the store one by one."""
 
     def __init__(self, store: Store, config: JudgeConfig, principles: tuple[str, ...], among: set[int] | None) -> None:
@@ -170,15 +173,19 @@ class _Queue:
         self.waiting = self.waiting[: config.data.limit]
 
     def comparisons(self) -> Iterator[Comparison]:
-        for number in self.waiting:
-            yield comparison(self.store.item(number), number, self.config, self.principles)
+        for start in range(0, len(self.waiting), _AT_ONCE):
+            numbers = self.waiting[start : start + _AT_ONCE]
+            for number, item in zip(numbers, self.store.items(numbers), strict=True):
+                yield comparison(item, number, self.config, self.principles)
 
 
 def comparison(item: Any, number: int, config: JudgeConfig, principles: tuple[str, ...]) -> Comparison:
     """The question about an item: its principle and, under orders: one, its order follow from the seed."""
     mark = fingerprint(Item(item.prompt, item.answers))
-    first, second = display_order(config.seed, mark, config.judge.annotator, 2)
-    orders = ((0, 1), (1, 0)) if config.judge.orders == "both" else ((first, second),)
+    if config.judge.orders == "both":
+        orders: tuple[tuple[int, ...], ...] = ((0, 1), (1, 0))
+    else:
+        orders = (display_order(config.seed, mark, config.judge.annotator, 2),)
     principle = draw_principle(principles, seed=config.seed, item=mark)
     return Comparison(number, item.prompt, (item.answers[0].text, item.answers[1].text), principle, orders)
 
@@ -194,6 +201,12 @@ def store_path(config: JudgeConfig) -> str:
             "out."
         )
     return path
+
+
+def _read_pairs(path: str) -> ItemBatch:
+    from tether.feedback.items import read_items
+
+    return read_items(path)
 
 
 def is_store_path(path: str) -> bool:
@@ -216,6 +229,8 @@ def _made_of(config: JudgeConfig, principles: Sequence[str]) -> dict[str, Any]:
 def asker(config: JudgeConfig) -> Iterator[Endpoint | LocalJudge]:
     """Whoever answers the questions, with the cache of its answers open."""
     if config.judge.base_url is None:
+        from tether.feedback.local_judge import LocalJudge
+
         yield LocalJudge(config)
         return
     cache = JudgeCache(cache_path(store_path(config), config.judge.annotator))
@@ -225,7 +240,7 @@ def asker(config: JudgeConfig) -> Iterator[Endpoint | LocalJudge]:
         cache.close()
 
 
-def _estimate(config: JudgeConfig, queue: _Queue) -> str:
+def _estimate(config: JudgeConfig, queue: Queue) -> str:
     return describe_plan(config, len(queue.waiting), list(islice(queue.comparisons(), _SAMPLED)))
 
 
@@ -260,11 +275,11 @@ def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
     path = store_path(config)
     if is_store_path(config.data.path):
         with Store(path, create=False, upgrade=False) as store:
-            queue = _Queue(store, config, principles, None)
+            queue = Queue(store, config, principles, None)
             pairs, sample = len(queue.waiting), list(islice(queue.comparisons(), _SAMPLED))
             facts = [f"{path}: {pairs} pairs wait, {queue.labeled} are labeled by {config.judge.annotator}"]
     else:
-        read = [item for item in read_items(config.data.path).items if item.kind == "pair"]
+        read = [item for item in _read_pairs(config.data.path).items if item.kind == "pair"]
         labeled = _labeled(path, config.judge.annotator, read)
         waiting = [item for item, done in zip(read, labeled, strict=True) if not done][: config.data.limit]
         pairs = len(waiting)
@@ -275,6 +290,8 @@ def inputs(config: JudgeConfig, _: Mapping[str, str]) -> Any:
     facts.append(f"{config.judge.constitution}: {len(principles)} principles, one drawn for each pair")
     longest = 0
     if config.judge.base_url is None:
+        from tether.feedback.local_judge import LocalJudge
+
         local = LocalJudge(config)
         longest = max((len(local.encode(c, order)) for c in sample for order in c.orders), default=0)
         facts.append(f"questions of up to {longest} tokens (of the first {len(sample)} pairs), of {local.context}")

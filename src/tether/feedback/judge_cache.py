@@ -110,25 +110,31 @@ class JudgeCache:
         return row[0] if row else None
 
     def _execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
-        with self._turn, self._wrap_errors():
-            return self._connection.execute(statement, values)
+        try:  # no context manager: ten thousand answers are read in a second
+            with self._turn:
+                return self._connection.execute(statement, values)
+        except sqlite3.DatabaseError as error:
+            raise self._error(error) from error
 
     @contextmanager
     def _wrap_errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:
-            if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-                raise StoreError(
-                    f"{self.path} is in use by another tether judge of the same name: both would pay "
-                    "for the same answers. Wait for it, or stop it."
-                ) from error
-            raise StoreError(
-                f"{self.path}: {first_line(error)}: answers that are paid for could not be kept. Check the disk, its "
-                "free space and the folder's permissions."
-            ) from error
         except sqlite3.DatabaseError as error:
-            raise StoreError(
+            raise self._error(error) from error
+
+    def _error(self, error: sqlite3.DatabaseError) -> StoreError:
+        if not isinstance(error, sqlite3.OperationalError):
+            return StoreError(
                 f"{self.path} is damaged ({first_line(error)}): what was paid for cannot be read. Restore it from a "
                 "copy, or remove it, and its answers are asked for again."
-            ) from error
+            )
+        if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            return StoreError(
+                f"{self.path} is in use by another tether judge of the same name: both would pay "
+                "for the same answers. Wait for it, or stop it."
+            )
+        return StoreError(
+            f"{self.path}: {first_line(error)}: answers that are paid for could not be kept. Check the disk, its free "
+            "space and the folder's permissions."
+        )

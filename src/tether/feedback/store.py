@@ -272,11 +272,19 @@ class Store:
 
     def item(self, number: int) -> StoredItem:
         """One item with everything that is known of it."""
-        with self._database.read() as c:
-            found = next(reading.items(c, min(number, _LARGEST)), None)
-        if found is None:
-            raise StoreError(f"there is no item {number} in this store. Is it an item of another one?")
+        (found,) = self.items([number])
         return found
+
+    def items(self, numbers: Iterable[int]) -> list[StoredItem]:
+        """Likewise of several, in the order asked for."""
+        with self._database.read() as c:
+            found = []
+            for number in numbers:
+                item = next(reading.items(c, min(number, _LARGEST)), None)
+                if item is None:
+                    raise StoreError(f"there is no item {number} in this store. Is it an item of another one?")
+                found.append(item)
+            return found
 
     def labels(
         self, filters: Filters = _EVERYTHING, *, as_of: int | None = None, before: int | None = None,
