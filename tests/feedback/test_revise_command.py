@@ -226,6 +226,14 @@ def test_a_reply_that_is_empty_or_cut_gives_no_row(config, server, capsys, step,
     assert len(rows()) == (11 if fault == "empty" else 12)  # what was whole is kept, and says the same
 
 
+def test_of_a_reply_in_parts_the_text_is_learned_and_no_thought(config, server):
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "In"}]
+    server.write = lambda body: [*parts, {"type": "text", "text": " parts."}]
+    assert main(["revise", config, "--data.limit", "1"]) == 0
+    (row,) = rows()
+    assert [step["text"] for step in row["chain"]] == ["In parts."] * 3
+
+
 def test_an_answer_that_comes_back_as_it_was_is_counted_and_marked(config, server, capsys):
     server.write = lambda body: write(body) if "[Critique]" not in str(body) else " A(Q0)\n"
     assert main(["revise", config, "--data.limit", "2"]) == 0
