@@ -250,10 +250,10 @@ def test_a_file_that_is_no_judge_is_named(tiny_tokenizer, tmp_path, monkeypatch)
         ConfigError, match=r"j.yaml: unknown key judge.modle for tether judge: did you mean judge.model"
     ):
         build("judge: {modle: x}")
-    with pytest.raises(DataError, match=r"judge.constitution=nope.txt cannot be read"):
+    with pytest.raises(DataError, match=r"j.yaml: judge.constitution=nope.txt cannot be read"):
         build("judge: {model: m, base_url: 'http://127.0.0.1:9/v1', constitution: nope.txt}")
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    with pytest.raises(ConfigError, match=r"judge.key_env=NO_SUCH_KEY: there is no such variable"):
+    with pytest.raises(ConfigError, match=r"j.yaml: judge.key_env=NO_SUCH_KEY: there is no such variable"):
         build("judge: {model: m, base_url: 'http://127.0.0.1:9/v1', key_env: NO_SUCH_KEY}")
     with pytest.raises(ModelError):
         build(f"judge: {{model: {tmp_path / 'no-model'}}}")
