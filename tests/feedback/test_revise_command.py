@@ -158,6 +158,14 @@ def test_a_limit_that_is_reached_is_said_and_the_rest_follows_later(config, serv
     assert len(server.asked) == 36
 
 
+def test_a_limit_that_comes_before_the_first_row_is_no_fault_of_the_model(config, server, capsys):
+    server.fault = lambda n: "cut" if n == 0 else None
+    assert main(["revise", config, "--limits.requests", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "0 rows written; 1 without a row: a first answer was cut" in said
+    assert "11 still wait: a limit was reached" in said
+
+
 def test_rows_are_in_the_order_of_the_data_whatever_comes_first(config, server):
     def slow(body):
         if body["messages"][-1]["content"].endswith("Q1"):

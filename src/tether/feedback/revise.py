@@ -132,7 +132,9 @@ def _revise(
         if signals.requested:
             left, done.left = done.left, 0
             raise Interrupted(f"stopped by a signal: {done}; {left} still wait. The same command goes on from there.")
-    if done.failed and not done.before + done.rows:  # a model that has revised before can: these rows are at fault
+    tried = done.failed.total() >= _TRIAL or not done.left  # else a limit came before the model could show what it can
+    able = done.before + done.rows  # one that has revised before can: these rows are at fault
+    if done.failed and tried and not able:
         raise _useless(done, config)
 
 
