@@ -24,6 +24,7 @@ from tether.feedback.constitution import read_constitution
 from tether.feedback.judge_cache import JudgeCache
 from tether.feedback.progress import screen
 from tether.feedback.reviser import EndpointReviser, LocalReviser, Outcome
+from tether.runs import hash_files
 from tether.train.log import say
 from tether.train.signals import Signals
 
@@ -165,9 +166,11 @@ def _made_by(config: ReviseConfig, principles: Sequence[str]) -> dict[str, Any]:
     """What rows depend on: in one file it must not change."""
     digest = hashlib.sha256("\n\n".join(principles).encode()).hexdigest()[:16]
     r, s = config.revise, config.sampling
+    local = r.base_url is None and Path(r.model).is_dir()  # where another model may stand tomorrow
     return {
-        "model": r.model, "constitution": digest, "rounds": r.rounds, "temperature": s.temperature, "top_k": s.top_k,
-        "top_p": s.top_p, "max_new_tokens": s.max_new_tokens, "stop_token_ids": s.stop_token_ids, "seed": config.seed,
+        "model": r.model, "weights": hash_files(r.model) if local else None, "constitution": digest,
+        "rounds": r.rounds, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p,
+        "max_new_tokens": s.max_new_tokens, "stop_token_ids": s.stop_token_ids, "seed": config.seed,
     }  # fmt: skip
 
 
