@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tether
 from tether.cli import main
 from tether.config import ReviseConfig, RevisedDataConfig, RevisedSamplingConfig, ReviseSection
+from tether.errors import RunError
 from tether.feedback.chains import Chain, NoChain, read_chains
 from tether.feedback.reviser import LocalReviser
 
@@ -107,6 +109,17 @@ def test_a_rerun_writes_nothing_and_what_gave_no_row_is_said(stories260k, place)
     again = tether.revise(config(stories260k, most=30))
     assert (again.rows, again.before, again.failed) == (0, first.rows, first.failed)
     assert Path("out.jsonl").read_bytes() == written
+
+
+def test_rows_of_a_model_that_was_trained_on_since_are_not_mixed_with_those_of_before(stories260k, place):
+    model = place / "model"
+    shutil.copytree(stories260k, model)
+    assert tether.revise(config(model, limit=2)).rows
+    trained = AutoModelForCausalLM.from_pretrained(model)
+    torch.nn.init.zeros_(trained.lm_head.weight)
+    trained.save_pretrained(model)
+    with pytest.raises(RunError, match=r"out.jsonl holds rows made with weights 'sha256:"):
+        tether.revise(config(model))
 
 
 def test_a_stop_by_signal_and_the_same_command_again_give_the_same_file(stories260k, place):

@@ -158,6 +158,14 @@ def test_a_limit_that_is_reached_is_said_and_the_rest_follows_later(config, serv
     assert len(server.asked) == 36
 
 
+def test_a_limit_that_comes_before_the_first_row_is_no_fault_of_the_model(config, server, capsys):
+    server.fault = lambda n: "cut" if n == 0 else None
+    assert main(["revise", config, "--limits.requests", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "0 rows written; 1 without a row: a first answer was cut" in said
+    assert "11 still wait: a limit was reached" in said
+
+
 def test_rows_are_in_the_order_of_the_data_whatever_comes_first(config, server):
     def slow(body):
         if body["messages"][-1]["content"].endswith("Q1"):
@@ -224,6 +232,14 @@ def test_a_reply_that_is_empty_or_cut_gives_no_row(config, server, capsys, step,
     server.write, server.fault = write, lambda n: None
     assert main(["revise", config]) == 0
     assert len(rows()) == (11 if fault == "empty" else 12)  # what was whole is kept, and says the same
+
+
+def test_of_a_reply_in_parts_the_text_is_learned_and_no_thought(config, server):
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "In"}]
+    server.write = lambda body: [*parts, {"type": "text", "text": " parts."}]
+    assert main(["revise", config, "--data.limit", "1"]) == 0
+    (row,) = rows()
+    assert [step["text"] for step in row["chain"]] == ["In parts."] * 3
 
 
 def test_an_answer_that_comes_back_as_it_was_is_counted_and_marked(config, server, capsys):

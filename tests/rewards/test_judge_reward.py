@@ -250,13 +250,22 @@ def test_a_file_that_is_no_judge_is_named(tiny_tokenizer, tmp_path, monkeypatch)
         ConfigError, match=r"j.yaml: unknown key judge.modle for tether judge: did you mean judge.model"
     ):
         build("judge: {modle: x}")
-    with pytest.raises(DataError, match=r"judge.constitution=nope.txt cannot be read"):
+    with pytest.raises(DataError, match=r"j.yaml: judge.constitution=nope.txt cannot be read"):
         build("judge: {model: m, base_url: 'http://127.0.0.1:9/v1', constitution: nope.txt}")
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    with pytest.raises(ConfigError, match=r"judge.key_env=NO_SUCH_KEY: there is no such variable"):
+    with pytest.raises(ConfigError, match=r"j.yaml: judge.key_env=NO_SUCH_KEY: there is no such variable"):
         build("judge: {model: m, base_url: 'http://127.0.0.1:9/v1', key_env: NO_SUCH_KEY}")
     with pytest.raises(ModelError):
         build(f"judge: {{model: {tmp_path / 'no-model'}}}")
+
+
+@pytest.mark.parametrize("name", ["judge.yaml", "judge.yml", "judge"])
+def test_outside_of_a_run_answers_are_kept_in_a_database_beside_the_judges_file(tiny_tokenizer, tmp_path, name):
+    completions = completions_of(tiny_tokenizer, [("p", ["the dog"])])
+    with listening(ScriptedRater()) as url:
+        file = judge_file(tmp_path, name, model="m", base_url=f"{url}/v1", answer="text")
+        judge_reward(RewardSourceConfig(judge=file, name="critic"), tiny_tokenizer, (STOP,)).score(completions)
+    assert {path.name for path in tmp_path.iterdir()} == {name, "rules.txt", "judge.judge-critic.db"}
 
 
 def test_what_scores_depend_on_is_hashed_and_where_they_come_from_is_not(tmp_path):

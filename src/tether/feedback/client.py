@@ -217,7 +217,7 @@ class Client:
             body = json.loads(content)
             (choice, *_) = body["choices"]
             message = choice["message"]
-            text = message.get("content") or ""
+            text = _text_of(message.get("content") or "")
             tokens = (choice.get("logprobs") or {}).get("content") or []
             logprobs: dict[str, float] | None = None
             if tokens:
@@ -258,6 +258,11 @@ class Client:
     def _scrub(self, text: str) -> str:
         """What a server said, without our key in it."""
         return text.replace(self._key, "…") if self._key else text
+
+
+def _text_of(content: str | list[dict[str, Any]]) -> str:
+    """A reply's text; of one in parts, as Mistral's thinking models send, that of its parts of text alone."""
+    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
 
 
 def most_tokens(body: dict[str, Any]) -> int:

@@ -24,6 +24,7 @@ from tether.feedback.constitution import read_constitution
 from tether.feedback.judge_cache import JudgeCache
 from tether.feedback.progress import screen
 from tether.feedback.reviser import EndpointReviser, LocalReviser, Outcome
+from tether.runs import hash_files
 from tether.train.log import say
 from tether.train.signals import Signals
 
@@ -132,7 +133,9 @@ def _revise(
         if signals.requested:
             left, done.left = done.left, 0
             raise Interrupted(f"stopped by a signal: {done}; {left} still wait. The same command goes on from there.")
-    if done.failed and not done.before + done.rows:  # a model that has revised before can: these rows are at fault
+    tried = done.failed.total() >= _TRIAL or not done.left  # else a limit came before the model could show what it can
+    able = done.before + done.rows  # one that has revised before can: these rows are at fault
+    if done.failed and tried and not able:
         raise _useless(done, config)
 
 
@@ -163,9 +166,11 @@ def _made_by(config: ReviseConfig, principles: Sequence[str]) -> dict[str, Any]:
     """What rows depend on: in one file it must not change."""
     digest = hashlib.sha256("\n\n".join(principles).encode()).hexdigest()[:16]
     r, s = config.revise, config.sampling
+    local = r.base_url is None and Path(r.model).is_dir()  # where another model may stand tomorrow
     return {
-        "model": r.model, "constitution": digest, "rounds": r.rounds, "temperature": s.temperature, "top_k": s.top_k,
-        "top_p": s.top_p, "max_new_tokens": s.max_new_tokens, "stop_token_ids": s.stop_token_ids, "seed": config.seed,
+        "model": r.model, "weights": hash_files(r.model) if local else None, "constitution": digest,
+        "rounds": r.rounds, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p,
+        "max_new_tokens": s.max_new_tokens, "stop_token_ids": s.stop_token_ids, "seed": config.seed,
     }  # fmt: skip
 
 

@@ -69,13 +69,13 @@ class JudgeReward:
         """
         self.name, self.form, self._optional = name, form, optional
         self.config = load_judge(path)
-        self.principles = read_constitution(self.config.judge.constitution)
-        self._cache = cache_path(str(kept or path), f"judge:{name}")
+        self.principles = read_constitution(self.config.judge.constitution, f"{path}: judge.constitution")
+        self._cache = cache_path(str(kept or Path(path).with_suffix(".db")), f"judge:{name}")
         self._tokenizer, self._stop_ids = tokenizer, stop_ids
         self._stop = threading.Event()
         self.local = LocalJudge(self.config, _KINDS[form].symbols) if self.config.judge.base_url is None else None
         if self.local is None:
-            check_key(self.config.judge, "judge")
+            check_key(self.config.judge, f"{path}: judge")
 
     @property
     def remote(self) -> bool:
