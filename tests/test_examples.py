@@ -123,9 +123,7 @@ def test_ai_feedback_runs_from_an_experts_verdicts_to_two_clerks(tmp_path):
         cwd=EXAMPLES, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert re.search(
-        r"[1-8] pairs labeled by judge:served; .* 1?\d requests", done.stdout
-    )  # both orders of 8, over HTTP
+    assert re.search(r"[1-8] pairs labeled by judge:served", done.stdout)  # over HTTP
     result = json.loads((tmp_path / "result.json").read_text())
     assert {"judge:clerk", "people"} <= set(result["right"])
     assert set(result["start"]) == {"helpful", "harmless", "honest", "score", "better"}

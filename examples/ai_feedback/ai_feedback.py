@@ -54,7 +54,7 @@ PRINCIPLE = "Be kind, be true, be brief."  # the constitution
 EXPERT = PEOPLE[0]  # Ada, who looks everything up
 WORDS = ("harmful", "wrong", "empty", "wordy", "good")  # of the expert, for an answer
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
-ANSWERS, SAMPLES = 28, 8  # of the clerk to a question: to be compared; in the end, on held-out questions
+SAMPLES = 8  # answers to each held-out question, in the end
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,11 @@ class Story:
                         busy = True
 
     def _pairs(self) -> list[Item]:
-        answers = self.generate("sft", [ask.prompt for ask in self.train], ANSWERS)
+        many = 2 + self.size.pairs // len(self.train)  # answers a question, each compared with the next
+        answers = self.generate("sft", [ask.prompt for ask in self.train], many)
         pairs = [
             Item(ask.prompt, (Answer(texts[i]), Answer(texts[i + 1])), group=ask.question)
-            for i in range(ANSWERS - 1) for ask, texts in zip(self.train, answers, strict=True)
+            for i in range(many - 1) for ask, texts in zip(self.train, answers, strict=True)
             if texts[i] != texts[i + 1]
         ]  # fmt: skip
         return pairs[: self.size.pairs]
@@ -241,7 +242,7 @@ class Story:
             run=str(reward), seed=self.seed, model=config.SFTModelConfig(start),
             data=config.PairsConfig(str(store), labels=config.LabelsConfig(annotators=annotators)),
             reward_model=config.RewardModelSection(epochs=4, batch=32, microbatch_tokens=1024),
-            optim=config.OptimConfig(lr=1e-3, critic_lr=1e-3, warmup=20),
+            optim=config.OptimConfig(lr=1e-3, critic_lr=1e-3, warmup=min(20, self.size.pairs // 20)),
         ))  # fmt: skip
         tether.ppo(config.PPOConfig(
             run=str(self.to / f"ppo-{who}"), seed=self.seed, model=config.ModelConfig(start),
