@@ -116,7 +116,7 @@ def test_the_loop_runs_from_samples_through_people_and_ppo_to_the_compare_page(s
 
 @pytest.mark.slow
 def test_ai_feedback_runs_from_an_experts_verdicts_to_two_clerks(tmp_path):
-    sizes = {"texts": 2, "verdicts": 1000, "epochs": 1, "pairs": 60, "served": 8, "cycles": 2}
+    sizes = {"texts": 2, "verdicts": 500, "epochs": 1, "pairs": 60, "served": 8, "cycles": 2}
     flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     done = subprocess.run(
         [sys.executable, "ai_feedback/ai_feedback.py", "--to", str(tmp_path), *flags],

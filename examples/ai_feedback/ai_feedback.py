@@ -1,6 +1,6 @@
 """AI feedback from end to end, without a network: an expert teaches a judge, the judge labels, PPO follows its labels.
 
-    python examples/ai_feedback/ai_feedback.py [--to runs/ai_feedback] [--seed 0]      # ten minutes on two cores
+    python examples/ai_feedback/ai_feedback.py [--to runs/ai_feedback] [--seed 0]      # ten minutes or so on two cores
 
 The town of `tether demo` again, whose hidden judge compares answers with the records and takes no part in training.
 
@@ -64,7 +64,7 @@ class Size:
     texts: int = 20  # answers a question that the clerk reads
     verdicts: int = 4000  # pairs that the expert compared
     pairs: int = 5000  # pairs that people and judge compare
-    served: int = 300  # of them, over HTTP
+    served: int = 200  # of them, over HTTP
     epochs: int = 3  # of the judge's training
     cycles: int = 40  # of PPO
 
@@ -145,7 +145,7 @@ class Story:
         )  # fmt: skip
 
     def _verdict_rows(self) -> list[dict[str, Any]]:
-        """What the judge learns from: each pair in both orders, every other one with reasons.
+        """What the judge learns from: each pair in both orders, with reasons and as a letter alone.
 
         Naming what is wrong with either answer is what teaches it: from letters alone it learned nothing.
         """
@@ -154,20 +154,19 @@ class Story:
         read: dict[str, list[str]] = {}
         for row in once(self.to / "texts.jsonl", list):
             read.setdefault(row["prompt"], []).append(row["completion"].strip())
-        while len(rows) < 2 * self.size.verdicts:
+        while len(rows) < 4 * self.size.verdicts:
             ask = draw.choice(self.train)
             pair = draw.sample(read[ask.prompt], 2)
             if pair[0] == pair[1]:
                 continue
             seen = [self.judge(ask, text) for text in pair]
             first = draw.random() < EXPERT.prefers_first(*seen)
-            form = ("text", "logprobs")[len(rows) // 2 % 2]
             for a, b in ((0, 1), (1, 0)):
                 letter = "A" if first == (a == 0) else "B"
                 reasons = f"A is {word(seen[a])}. B is {word(seen[b])}. VERDICT: {letter}"
-                prompt = question(PRINCIPLE, ask.prompt, pair[a], pair[b], form)
-                text = reasons if form == "text" else f" {letter}"
-                rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": text}]})
+                for form, text in (("text", reasons), ("logprobs", f" {letter}")):
+                    prompt = question(PRINCIPLE, ask.prompt, pair[a], pair[b], form)
+                    rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": text}]})
         return rows
 
     # ------------------------------------------------------------ 3: labels
