@@ -226,6 +226,17 @@ def read_answers(completions: Completions, tokenizer: PreTrainedTokenizerBase, s
     ]
 
 
+def refuse_cut(prompts: Sequence[Prompt], name: str) -> None:
+    """Raise RewardError where a source, which gets whole prompts, would get more of one than the policy saw."""
+    for prompt in prompts:
+        if prompt.cut:
+            raise RewardError(
+                f"the prompt in row {prompt.row} of the data is too long and was cut, and reward {name} would be sent "
+                "all of it: it would judge what the policy never saw. Set prompts.overlong: drop, or raise "
+                "prompts.max_tokens."
+            )
+
+
 def describe_row(completions: Completions, row: int) -> str:
     """`row 3 (row 17 of the data, 'Once upon a …')`: enough to find it."""
     prompt = completions.prompts[row]

@@ -38,7 +38,7 @@ from tether.feedback.rating import Rated, Rating
 from tether.feedback.records import Verdict
 from tether.feedback.verdict import Comparison, NoVerdict
 from tether.remote import Cancelled
-from tether.rewards.function import describe_row
+from tether.rewards.function import describe_row, refuse_cut
 from tether.runs.files import hash_files
 from tether.types import Completions, Prompt, Text
 
@@ -84,13 +84,7 @@ class JudgeReward:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise RewardError where the judge could not be shown what the policy saw of a prompt."""
-        for prompt in prompts:
-            if prompt.cut:
-                raise RewardError(
-                    f"the prompt in row {prompt.row} of the data is too long and was cut, and reward {self.name} would "
-                    "be shown all of it: it would judge what the policy never saw. Set prompts.overlong: drop, or "
-                    "raise prompts.max_tokens."
-                )
+        refuse_cut(prompts, self.name)
 
     def score(self, completions: Completions) -> list[float | None]:
         """B scores; pairwise the answers to one prompt stand together."""

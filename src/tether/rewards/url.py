@@ -26,7 +26,7 @@ from tether.data.chat import encode_completion
 from tether.data.text import completion_text
 from tether.errors import ConfigError, RewardError, first_line
 from tether.remote import GaveUp, Temporary, describe_status, temporary, with_retries
-from tether.rewards.function import describe_row, read_scores
+from tether.rewards.function import describe_row, read_scores, refuse_cut
 from tether.rewards.model import tokens_hash
 from tether.runs.files import to_plain
 from tether.types import Completions, Prompt
@@ -66,13 +66,7 @@ class UrlReward:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise RewardError where the source cannot be asked about these prompts, or scores what differs alike."""
-        for prompt in prompts:
-            if prompt.cut:
-                raise RewardError(
-                    f"the prompt in row {prompt.row} of the data is too long and was cut, and reward {self.name} would "
-                    "be sent all of it: it would judge what the policy never saw. Set prompts.overlong: drop, or raise "
-                    "prompts.max_tokens."
-                )
+        refuse_cut(prompts, self.name)
         if not self._probe or not prompts:
             return
         stop = list(self._stop_ids[:1])
