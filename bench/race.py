@@ -36,6 +36,7 @@ from tether.config import (
     HeldOutConfig,
     KLConfig,
     PPOConfig,
+    PPOSection,
     PromptsConfig,
     RewardSourceConfig,
     SamplingConfig,
@@ -69,8 +70,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 BEST = {"critic": 2, "group": 1, "trl-ppo": 1, "trl-rloo": 1}  # which of them, by --choose
-OURS = {  # what the two of ours add
-    "critic": {"advantage": "gae", "lam": 1.0, "value_coef": 0.1},
+OURS: dict[str, dict[str, Any]] = {  # what the two of ours add
+    "critic": {"lam": 1.0, "value_coef": 0.1},
     "group": {"advantage": "group", "responses_per_prompt": 8},
 }
 COPIES = 6  # of the policy, over a run
@@ -112,9 +113,9 @@ def ours(
     config = replace(
         config, run=str(folder / "run"), seed=seed, model=replace(config.model, policy=model),
         prompts=replace(config.prompts, path=str(prompts)),
-        ppo=replace(
-            config.ppo, kl=KLConfig(coef=BETA), entropy_coef=0.0, cycles=setting["cycles"], batch=setting["batch"],
-            minibatch=setting["batch"], epochs=1, **OURS[side],
+        ppo=PPOSection(
+            kl=KLConfig(coef=BETA), cycles=setting["cycles"], batch=setting["batch"], minibatch=setting["batch"],
+            epochs=1, **OURS[side],
         ),
         optim=replace(config.optim, lr=setting["lr"], critic_lr=1e-4 if side == "critic" else None),
         evaluate=HeldOutConfig(every=0), checkpoint=CheckpointConfig(every=every, keep=10**6),

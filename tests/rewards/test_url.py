@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -320,6 +321,31 @@ def test_servers_are_asked_at_the_same_time_and_answer_in_the_configs_order(tiny
         scored = reward_of(tiny_tokenizer, a, b).score(completions_of(tiny_tokenizer, ["x"]))
     assert list(scored.parts.items()) == [("u0", [2.0]), ("u1", [3.0])]
     assert scored.scores.tolist() == [5.0]
+
+
+def test_a_server_is_asked_while_something_else_is_computed(tiny_tokenizer):
+    asked = threading.Event()
+
+    def answer(body):
+        asked.set()
+        return [2.0] * len(body["prompts"])
+
+    with (
+        listening(Scripted(answer)) as url,
+        reward_of(tiny_tokenizer, url).asking(completions_of(tiny_tokenizer, ["x"])) as answers,
+    ):
+        assert asked.wait(20)
+        assert answers().scores.tolist() == [2.0]
+
+
+def test_a_server_is_asked_no_more_once_what_is_computed_beside_it_has_failed(tiny_tokenizer):
+    with listening(Scripted({}, statuses=[503] * 1000)) as url:
+        reward = reward_of(tiny_tokenizer, url, timeout_s=600.0)
+        with suppress(FloatingPointError), reward.asking(completions_of(tiny_tokenizer, ["x"])):
+            (asking,) = [t for t in threading.enumerate() if t.name == "reward"]
+            raise FloatingPointError
+        asking.join(10)
+        assert not asking.is_alive()
 
 
 @pytest.mark.parametrize("broken_first", [True, False])

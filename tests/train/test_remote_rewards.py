@@ -10,16 +10,23 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import tether
 from resume import steady
 from served_rewards import TOKEN, Flapping, Scripted, listening, make_reward_model, serving, serving_process
 from tether.cli import main
-from tether.config import RewardSourceConfig
+from tether.config import PPOSection, RewardShapingConfig, RewardSourceConfig
 from tether.config.reading import to_yaml
 from tether.errors import Interrupted, RewardError
+from tether.models.policy import Policy, Reference
+from tether.rewards import build_reward
 from tether.runs import Run
+from tether.samplers.local import LocalSampler
+from tether.train.rollout import collect
+from tether.types import Sampling
+from tiny import language_model, prompts_of
 from tiny_ppo import tiny_config
 
 STOPS = 39  # of tiny_ppo's stop tokens
@@ -81,6 +88,25 @@ def test_through_a_flapping_server_the_metrics_are_those_of_the_model_here(polic
     assert holds_key(run) == []
     assert (run.path / "rewards.db").exists()
     assert not (local.path / "rewards.db").exists()
+
+
+def test_a_server_is_asked_before_log_probs_and_values_are_computed(tiny_tokenizer):
+    asked, policy = threading.Event(), Policy(language_model())
+    policy.register_forward_pre_hook(lambda *_: None if asked.wait(20) else pytest.fail("nobody was asked"))
+
+    def answer(body):
+        asked.set()
+        return [2.0] * len(body["prompts"])
+
+    with listening(Scripted(answer)) as url:
+        rewards = build_reward(
+            [remote(url, probe=False)], RewardShapingConfig(), tiny_tokenizer, (STOPS,), torch.device("cpu")
+        )
+        experience = collect(
+            prompts_of([3, 5]), LocalSampler(policy.model), rewards, policy, Reference(policy, policy),
+            Sampling(max_new_tokens=6), PPOSection(), kl_coef=lambda *_: 0.1, cycle=1,
+        )  # fmt: skip
+    assert experience.scored.scores.tolist() == [2.0, 2.0]
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from tether.errors import StoreError, first_line
 
 _APPLICATION = 0x54454A43  # "TEJC"
 _SCHEMA = 1
+_SORTED = json.JSONEncoder(sort_keys=True)  # json.dumps would make one for every key
 _TABLES = """
 CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spent (one INTEGER PRIMARY KEY CHECK (one = 1), requests INTEGER NOT NULL,
@@ -38,7 +39,7 @@ def cache_path(store: str, judge: str) -> Path:
 
 def request_key(url: str, body: Mapping[str, Any], vote: int) -> str:
     """Equal for requests that ask the same; body: model, messages and parameters as they are sent."""
-    return hashlib.sha256(json.dumps([url, body, vote], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_SORTED.encode([url, body, vote]).encode()).hexdigest()
 
 
 class JudgeCache:

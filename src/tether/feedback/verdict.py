@@ -179,7 +179,10 @@ def symbol_shares(logprobs: Mapping[str, float], symbols: str) -> dict[str, floa
     """Each symbol's share of their mass, see `letter_probability`."""
     if not all(x < 0.01 for x in logprobs.values()):
         return None
-    mass = {symbol: sum(math.exp(x) for token, x in logprobs.items() if token.strip() == symbol) for symbol in symbols}
+    mass = dict.fromkeys(symbols, 0.0)
+    for token, x in logprobs.items():
+        if (symbol := token.strip()) in mass:
+            mass[symbol] += math.exp(x)
     total = sum(mass.values())
     return {symbol: x / total for symbol, x in mass.items()} if total >= LEAST_MASS else None
 

@@ -41,7 +41,8 @@ _OTHERS = {  # command -> what has no curve of its own
         "tokens/generated": "Tokens sampled in the cycle.",
         "tokens_per_s/rollout": "Tokens sampled per second.",
         "time/rollout_s": "Seconds for sampling.",
-        "time/score_s": "Seconds of the reward sources.",
+        "time/score_s": "Seconds of the reward sources; of other machines, which are asked before `time/forward_s`, "
+        "what is left to wait for.",
         "time/forward_s": "Seconds for log-probabilities and values of what was sampled.",
         "optim/steps": "Optimizer steps made in the cycle, where `ppo.stop_epoch_at_kl` may end it early.",
         "memory/peak_mb": "Peak memory, MiB: what torch had on the GPU, or the process on a CPU.",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,14 +55,63 @@ class RewardSet:
             source.check(prompts)
 
     def score(self, completions: Completions, phase: str = "") -> ScoredBatch:
-        """phase: what the responses are for, cycle-000003 say; answers from other machines are kept under it."""
-        remote = {name: source for name, (source, _) in self.sources.items() if getattr(source, "remote", False)}
+        """phase: see `asking`."""
+        with self.asking(completions, phase) as scores:
+            return scores()
+
+    @contextmanager
+    def asking(
+        self, completions: Completions, phase: str = "", *, here: bool = True
+    ) -> Iterator[Callable[[], ScoredBatch]]:
+        """Ask other machines, all at once, each in a thread, while what stands in the `with` computes; what it gives
+        has the sources here score, waits, and returns the scores. Left before that, the asking ends.
+
+        phase: what the responses are for, cycle-000003 say; answers from other machines are kept under it.
+        here: whether it is this process that asks; of several ranks one does.
+        """
+        remote: dict[str, Any] = {
+            n: source for n, (source, _) in self.sources.items() if getattr(source, "remote", False)
+        }
         store = self.kept if phase and remote else None
         requests = request_hashes(completions) if store else []
         kept = {name: store.read(phase, name, requests) for name in remote} if store else {}
-        parts, members = self._ask(
-            completions, {name: scores for name, scores in kept.items() if scores is not None}, remote
-        )
+        asked = {n: _in_thread(source.score, completions) for n, source in remote.items() if kept.get(n) is None}
+
+        def scores() -> ScoredBatch:
+            found = {name: answers for name, answers in kept.items() if answers is not None}
+            parts, members = self._answers(completions, found, asked)
+            self._check_answered(completions, parts)
+            if store:  # only now: an answer that ends the run would end it again
+                for name in asked:
+                    store.write(phase, name, requests, parts[name])
+            return self._add(completions, parts, members)
+
+        try:
+            yield scores
+        except BaseException:
+            for name, future in asked.items():
+                if not future.done():
+                    remote[name].cancel()
+            raise
+
+    def _answers(
+        self, completions: Completions, kept: Mapping[str, list[float | None]], asked: Mapping[str, Future[Any]]
+    ) -> tuple[dict[str, list[float | None]], dict[str, Tensor]]:
+        """Every source's answers, in the config's order, and the scores [K, B] of the members of ensembles."""
+        parts, members = dict(kept), dict[str, Tensor]()
+        for name, (source, _) in self.sources.items():
+            if isinstance(source, EnsembleReward):
+                parts[name], members[name] = source.score_with_members(completions)
+            elif name not in asked and name not in kept:
+                parts[name] = list(source.score(completions))
+        ended, _ = wait(asked.values(), return_when=FIRST_EXCEPTION)
+        for name, future in asked.items():
+            if future in ended:  # where one is not, another has failed
+                parts[name] = future.result()
+        return {name: parts[name] for name in self.sources}, members
+
+    def _check_answered(self, completions: Completions, parts: Mapping[str, list[float | None]]) -> None:
+        """RewardError where a response has no score."""
         for row, answers in enumerate(zip(*parts.values(), strict=True)):
             if all(answer is None for answer in answers):
                 raise RewardError(
@@ -75,45 +125,20 @@ class RewardSet:
                     "a score: counted as 0, it would reward or punish the response for nothing. Let it answer every "
                     "row, or set `optional: true` of this source if nothing is what it should add."
                 )
-        for name in remote:
-            if store and kept[name] is None:  # only now: an answer that ends the run would end it again
-                store.write(phase, name, requests, parts[name])
+
+    def _add(
+        self, completions: Completions, parts: dict[str, list[float | None]], members: Mapping[str, Tensor]
+    ) -> ScoredBatch:
         total = torch.zeros(len(completions), dtype=torch.float64)
         for name, (_, weight) in self.sources.items():
             total += weight * torch.tensor([0.0 if a is None else a for a in parts[name]], dtype=torch.float64)
-        missing = {name: parts[name].count(None) for name in parts if name in self.optional}
-        scores = shape_scores(total, completions.finish_reasons, self.shaping)
         return ScoredBatch(
-            scores, parts, missing,
+            shape_scores(total, completions.finish_reasons, self.shaping),
+            parts,
+            missing={name: parts[name].count(None) for name in parts if name in self.optional},
             disagreement={name: disagreement(found).tolist() for name, found in members.items()},
             members={name: found.T.tolist() for name, found in members.items()},
-        )  # fmt: skip
-
-    def _ask(
-        self, completions: Completions, kept: Mapping[str, list[float | None]], remote: Mapping[str, Any]
-    ) -> tuple[dict[str, list[float | None]], dict[str, Tensor]]:
-        """Every source's answers, in the config's order, and the scores [K, B] of the members of ensembles.
-
-        Other machines are asked all at once, each in a thread, while the sources here compute. kept: answers that are
-        there already.
-        """
-        asked = {name: _in_thread(source.score, completions) for name, source in remote.items() if name not in kept}
-        parts, members = dict(kept), dict[str, Tensor]()
-        try:
-            for name, (source, _) in self.sources.items():
-                if isinstance(source, EnsembleReward):
-                    parts[name], members[name] = source.score_with_members(completions)
-                elif name not in remote:
-                    parts[name] = list(source.score(completions))
-            ended, _ = wait(asked.values(), return_when=FIRST_EXCEPTION)
-            for name, future in asked.items():
-                if future in ended:  # where one is not, another has failed
-                    parts[name] = future.result()
-        except BaseException:
-            for name in asked:
-                remote[name].cancel()
-            raise
-        return {name: parts[name] for name in self.sources}, members
+        )
 
 
 def _in_thread(score: Callable[[Completions], list[float | None]], completions: Completions) -> Future[Any]:

@@ -27,7 +27,7 @@ from tether.math import (
 from tether.models.policy import Policy, Reference
 from tether.rewards import RewardSet, ScoredBatch
 from tether.runs.bounds import SAMPLER_GAP
-from tether.types import Completions, Prompt, Rollout, Sampler, Sampling
+from tether.types import Completions, Prompt, Rollout, Rows, Sampler, Sampling
 
 Metrics = dict[str, float | None]
 
@@ -67,7 +67,8 @@ def collect(
 ) -> Experience:  # fmt: skip
     """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens.
 
-    Each rank samples and values its part; rank 0 scores. The experience is the same on all of them.
+    Each rank samples and values its part; rank 0 scores, and other machines do so while values are computed. The
+    experience is the same on all of them.
 
     kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B].
     phase: see `RewardSet.score`; by default the cycle.
@@ -77,30 +78,16 @@ def collect(
     completions = sample(prompts, sampler, sampling, cycle=cycle, ranks=ranks)
     clock.lap("time/rollout_s")
 
-    progress("scoring")
-    scored = ranks.first(lambda: reward.score(completions, phase or f"cycle-{cycle:06d}"))
-    clock.lap("time/score_s")
-
-    progress("valuing")
+    progress("valuing")  # and other machines score meanwhile
     rows = completions.rows().to(policy.model.device)
     mask = rows.response_mask
-    old, entropy, ref = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
-    values = torch.zeros_like(old) if policy.has_critic else None
-    for index, counts in ranks.deal(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
-        part = rows.select(index)
-        width = part.response_mask.shape[1]
-        with torch.no_grad():
-            output = policy(part, temperature=sampling.temperature)
-        ref_logprobs = reference.logprobs(part, temperature=sampling.temperature)
-        if not counts:
-            continue
-        old[index, :width], entropy[index, :width] = output.logprobs, output.entropy
-        if values is not None:
-            values[index, :width] = output.values
-        ref[index, :width] = ref_logprobs
-    old, entropy, ref, *of_critic = ranks.sum(old, entropy, ref, *([] if values is None else [values]))
-    values = of_critic[0] if of_critic else None
-    clock.lap("time/forward_s")
+    phase = phase or f"cycle-{cycle:06d}"
+    with reward.asking(completions, phase, here=ranks.rank == 0) as answers:
+        old, entropy, ref, values = value(rows, policy, reference, sampling, ppo, ranks)
+        clock.lap("time/forward_s")
+        progress("scoring")
+        scored = ranks.first(answers)
+    clock.lap("time/score_s")
 
     log_ratio_sums = ((old - ref) * mask).sum(1)
     beta = kl_coef(scored.scores, log_ratio_sums)
@@ -184,6 +171,30 @@ def sample(
     rows = zip(found.response_ids, found.sampler_logprobs, found.truncated_mass, found.finish_reasons, strict=True)
     columns = zip(*ranks.gather(list(rows)), strict=True)
     return Completions([p for p in prompts for _ in range(count)], *map(list, columns))
+
+
+def value(
+    rows: Rows, policy: Policy, reference: Reference, sampling: Sampling, ppo: PPOSection, ranks: Ranks = ALONE
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(log-probs, entropy, the reference's log-probs, values where there is a critic) of every token, each [B, R] and 0
+    outside the mask; each rank computes its part of the rows."""
+    mask = rows.response_mask
+    old, entropy, ref = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
+    values = torch.zeros_like(old) if policy.has_critic else None
+    for index, counts in ranks.deal(rows.prompt_lengths + rows.response_lengths, ppo.microbatch_tokens):
+        part = rows.select(index)
+        width = part.response_mask.shape[1]
+        with torch.no_grad():
+            output = policy(part, temperature=sampling.temperature)
+        ref_logprobs = reference.logprobs(part, temperature=sampling.temperature)
+        if not counts:
+            continue
+        old[index, :width], entropy[index, :width] = output.logprobs, output.entropy
+        if values is not None:
+            values[index, :width] = output.values
+        ref[index, :width] = ref_logprobs
+    old, entropy, ref, *of_critic = ranks.sum(old, entropy, ref, *([] if values is None else [values]))
+    return old, entropy, ref, of_critic[0] if of_critic else None
 
 
 def estimate(
