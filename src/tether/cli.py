@@ -309,15 +309,13 @@ def _label(argv: list[str]) -> None:
         "asked first",
     )  # fmt: skip
     parser.add_argument(
-        "--per-prompt", metavar="K", type=int, default=2,
-        help="with --from-run: answers an item; 2 make a pair, more are ranked (%(default)s)",
+        "--per-prompt", metavar="K", type=int,
+        help="with --from-run: answers an item; 2 make a pair, more are ranked (2)",
     )  # fmt: skip
     parser.add_argument("--prompts", metavar="FILE", help="with --sample: JSONL or Parquet with a column `prompt`")
-    parser.add_argument(
-        "--answers", metavar="K", type=int, default=2, help="with --sample: answers an item (%(default)s)"
-    )
-    parser.add_argument("--temperature", metavar="T", type=float, default=1.0, help="with --sample (%(default)s)")
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="with --sample (%(default)s)")
+    parser.add_argument("--answers", metavar="K", type=int, help="with --sample: answers an item (2)")
+    parser.add_argument("--temperature", metavar="T", type=float, help="with --sample (1.0)")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, help="with --sample (64)")
     parser.add_argument(
         "--limit",
         metavar="N",
@@ -344,23 +342,7 @@ def _label(argv: list[str]) -> None:
     parser.add_argument("--judges", action="store_true", help="with --export: the labels of judges among the pairs too")
     parser.add_argument("--status", action="store_true", help="how far the labeling is")
     args = parser.parse_args(argv)
-    if (args.sample is None) != (args.prompts is None):
-        raise ConfigError("--sample MODEL and --prompts FILE go together: one answers what the other asks. Give both.")
-    if args.uncertain and (args.from_run is None or args.per_prompt != 2):
-        raise ConfigError(
-            "--uncertain chooses pairs of what a run answered: it goes with --from-run RUN, and --per-prompt stays 2. "
-            "Add the one, or leave the other out."
-        )
-    if args.cycle is not None and args.from_run is None:
-        raise ConfigError(f"--cycle {args.cycle} is of a run: it goes with --from-run RUN. Add it, or leave it out.")
-    if args.limit is not None:
-        if not (args.file or args.from_run or args.sample):
-            raise ConfigError(
-                f"--limit {args.limit} goes with --from, --from-run or --sample: nothing else is limited. Add one, or "
-                "leave it out."
-            )
-        if args.limit < 1:
-            raise ConfigError(f"--limit {args.limit}: no pair would be asked about. Give 1 or more.")
+    _check_label(args)
     from tether.feedback.items import items_of_model, items_of_run, label, read_items
 
     found = None
@@ -373,18 +355,53 @@ def _label(argv: list[str]) -> None:
         found = uncertain_items(args.from_run, to=args.to, cycle=args.cycle, limit=limit)
     elif args.from_run:
         found = items_of_run(
-            args.from_run, cycle=args.cycle, answers=args.per_prompt, limit=args.limit, seed=args.seed or 0
+            args.from_run, cycle=args.cycle, limit=args.limit, seed=args.seed or 0, **_given(answers=args.per_prompt)
         )
     elif args.sample:
         found = items_of_model(
-            args.sample, args.prompts, answers=args.answers, limit=args.limit, seed=args.seed or 0,
-            temperature=args.temperature, max_new_tokens=args.max_new_tokens,
+            args.sample, args.prompts, limit=args.limit, seed=args.seed or 0,
+            **_given(answers=args.answers, temperature=args.temperature, max_new_tokens=args.max_new_tokens),
         )  # fmt: skip
     done = label(
         to=args.to, source=found, gold=args.gold, overlap=args.overlap, seed=args.seed, guidelines=args.guidelines,
         annotators=args.annotator, export=args.export, judges=args.judges, status=args.status,
     )  # fmt: skip
     print("\n".join(done))
+
+
+def _check_label(args: argparse.Namespace) -> None:
+    """ConfigError where flags do not go together: none is ignored."""
+    if (args.sample is None) != (args.prompts is None):
+        raise ConfigError("--sample MODEL and --prompts FILE go together: one answers what the other asks. Give both.")
+    of_run = {"--cycle": args.cycle, "--per-prompt": args.per_prompt, "--uncertain": args.uncertain or None}
+    of_model = {"--answers": args.answers, "--temperature": args.temperature, "--max-new-tokens": args.max_new_tokens}
+    for flags, source, given in (
+        (of_run, "--from-run RUN", args.from_run),
+        (of_model, "--sample MODEL", args.sample),
+    ):
+        if given is None and (ignored := [name for name, value in flags.items() if value is not None]):
+            raise ConfigError(
+                f"{ignored[0]} goes with {source}, which is not given: it would be ignored. Add that, or leave "
+                f"{ignored[0]} out."
+            )
+    if args.uncertain and args.per_prompt not in (None, 2):
+        raise ConfigError(
+            f"--uncertain chooses pairs, and --per-prompt {args.per_prompt} asks for more answers: they would not be "
+            "there. Leave one of both out."
+        )
+    if args.limit is not None:
+        if not (args.file or args.from_run or args.sample):
+            raise ConfigError(
+                f"--limit {args.limit} goes with --from, --from-run or --sample: nothing else is limited. Add one, or "
+                "leave it out."
+            )
+        if args.limit < 1:
+            raise ConfigError(f"--limit {args.limit}: no pair would be asked about. Give 1 or more.")
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Those of a command's flags that were given: the others keep the defaults of what is called."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _report(argv: list[str]) -> None:

@@ -212,8 +212,8 @@ def test_answers_that_a_source_did_not_score_are_left_out(make_run):
     [
         (["--from-run", "run", "--limit", "0"], "--limit 0: no pair would be asked about"),
         (["--from-run", "run", "--cycle", "7"], "rollouts were written of these cycles: 1"),
-        (["--from-run", "run", "--per-prompt", "3"], "--per-prompt stays 2"),
-        (["--from", "p.jsonl"], "it goes with --from-run RUN"),
+        (["--from-run", "run", "--per-prompt", "3"], "--uncertain chooses pairs, and --per-prompt 3"),
+        (["--from", "p.jsonl"], "--uncertain goes with --from-run RUN"),
         (["--from-run", "."], ". is not a run directory"),
     ],
 )
