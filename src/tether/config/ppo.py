@@ -105,6 +105,12 @@ class PPOSection(Section):
     """Leave a cycle's epochs when KL(old‖new), nats per token, passes this; null: never."""
     value_warmup_cycles: Annotated[int, at_least(0, "a count of cycles cannot be negative")] = 0
     """First cycles in which only the critic learns and a shared trunk is frozen."""
+    ahead: Literal[0, 1] = 0
+    """1: sample the next cycle's responses while this one is learned from, by the policy of one update before, and
+    weigh their tokens for it. Pays where sampling runs on other hardware than learning."""
+    ahead_cap: Annotated[float, at_least(1, "tokens that the policy has come to like would not count in full")] = 2.0
+    """Largest weight of a token that was sampled ahead (truncated importance sampling): it bounds what one token that
+    has become likelier can do."""
 
     @property
     def steps_per_cycle(self) -> int:
@@ -171,6 +177,11 @@ class PPOSection(Section):
             )
         if not self.has_critic:
             self._check_that_nothing_needs_a_critic(key)
+        if not self.ahead and self.ahead_cap != type(self).ahead_cap:
+            raise ConfigError(
+                f"{key}.ahead_cap={self.ahead_cap} with {key}.ahead=0: nothing is sampled ahead, so it would be "
+                f"ignored. Leave it out, or set {key}.ahead to 1."
+            )
         if self.value_warmup_cycles >= self.cycles:
             raise ConfigError(
                 f"{key}.value_warmup_cycles={self.value_warmup_cycles} is not below {key}.cycles={self.cycles}: the "

@@ -33,6 +33,7 @@ from tether.math.losses import (
     cispo_loss,
     clipped_policy_loss,
     entropy_mean,
+    importance_weights,
     kl_loss,
     nll_loss,
     value_loss,

@@ -79,6 +79,28 @@ def cispo_loss(
     return loss, _ratio_metrics(loss, old_logprobs, new_logprobs, mask, ratio, weight != ratio, denominator)
 
 
+def importance_weights(
+    old_logprobs: Float[Tensor, "B R"],
+    sampled_logprobs: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    *,
+    cap: float,
+) -> Float[Tensor, "B R"]:
+    """Weight of a token's policy loss where another policy sampled it: min(π_old/μ, cap); 1 outside the mask.
+
+    μ is the policy that sampled, π_old the one that the ratio ρ of the surrogates begins at. In expectation over μ a
+    weighted sum is that over π_old, less what the cap cuts off; without a cap one unlikely token could outweigh all
+    others. For whole responses the factor would be the product over their tokens, which scatters far more.
+    Source: truncated importance sampling, Ionides 2008; for policy gradients V-trace's ρ̄, Espeholt et al. 2018
+    (arXiv:1802.01561, eq. 1).
+
+    old_logprobs, sampled_logprobs  nats.
+    cap                             at least 1, no unit.
+    """
+    log_ratio = torch.where(mask, old_logprobs - sampled_logprobs, 0.0)
+    return log_ratio.clamp(max=20).exp().clamp(max=cap)
+
+
 def _ratio_metrics(
     loss: Tensor,
     old_logprobs: Tensor,

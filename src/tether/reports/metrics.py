@@ -39,7 +39,11 @@ _OTHERS = {  # command -> what has no curve of its own
         "check/sampler_gap": "Mean |log-probability of the trainer - of the sampler|, nats per token.",
         "check/truncated_mass": "Mean probability that top-k and top-p cut off.",
         "tokens/generated": "Tokens sampled in the cycle.",
-        "tokens_per_s/rollout": "Tokens sampled per second.",
+        "ahead/kl": "KL(sampler‖policy), nats per token, of responses sampled one update before (`ppo.ahead: 1`).",
+        "ahead/weight_mean": "Mean importance weight of their tokens: near 1.",
+        "ahead/capped_fraction": "Share of their tokens whose weight is cut at `ppo.ahead_cap`.",
+        "time/ahead_s": "Seconds that the update's end had to wait for the next cycle's responses.",
+        "tokens_per_s/rollout": "Tokens sampled per second; none where they were sampled ahead.",
         "time/rollout_s": "Seconds for sampling.",
         "time/score_s": "Seconds of the reward sources; of other machines, which are asked before `time/forward_s`, "
         "what is left to wait for.",

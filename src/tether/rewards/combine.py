@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tether.background import in_thread
 from tether.config import RewardShapingConfig
 from tether.errors import RewardError
 from tether.math import disagreement
@@ -75,7 +76,11 @@ class RewardSet:
         store = self.kept if phase and remote else None
         requests = request_hashes(completions) if store else []
         kept = {name: store.read(phase, name, requests) for name in remote} if store else {}
-        asked = {n: _in_thread(source.score, completions) for n, source in remote.items() if kept.get(n) is None}
+        asked = {
+            name: in_thread(partial(source.score, completions), "reward")
+            for name, source in remote.items()
+            if kept.get(name) is None
+        }
 
         def scores() -> ScoredBatch:
             found = {name: answers for name, answers in kept.items() if answers is not None}
@@ -139,20 +144,6 @@ class RewardSet:
             disagreement={name: disagreement(found).tolist() for name, found in members.items()},
             members={name: found.T.tolist() for name, found in members.items()},
         )
-
-
-def _in_thread(score: Callable[[Completions], list[float | None]], completions: Completions) -> Future[Any]:
-    """Call it in a thread that never holds up the end of the process, as one of a pool would."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(score(completions))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="reward", daemon=True).start()
-    return future
 
 
 def shape_scores(scores: Tensor, finish_reasons: Sequence[str], shaping: RewardShapingConfig) -> Tensor:

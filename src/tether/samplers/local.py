@@ -54,8 +54,12 @@ class Decoder(Protocol):
 class LocalSampler:
     """Samples from a language model that lives in this process."""
 
-    def __init__(self, model: LanguageModel, *, slots: int | str = "auto", copied: bool = False) -> None:
-        """copied: sample from a copy, as of a model whose weights will be cut into parts (tether.distributed.shard)."""
+    def __init__(
+        self, model: LanguageModel, *, slots: int | str = "auto", copied: bool = False, beside: bool = False
+    ) -> None:
+        """copied: sample from a copy, as of a model whose weights will be cut into parts (tether.distributed.shard), or
+        will change meanwhile. beside: in a thread, while another trains: no step is recorded, for a recording takes in
+        what the other does."""
         self.slots = slots  # rows decoded at once, see `count_slots`
         self._copied = copied or (model.dtype == torch.bfloat16 and model.hf_model.dtype == torch.float32)
         self.model = model
@@ -63,7 +67,7 @@ class LocalSampler:
             self.model = replace(model, lm=freeze(copy.deepcopy(model.lm), model.dtype))
         self.note = _why_not_cached(model)  # the fallback, for the log
         self.cached = self.note is None
-        self.recorded = self.cached and model.device.type == "cuda"
+        self.recorded = self.cached and model.device.type == "cuda" and not beside
         if self.recorded:
             self.note = _why_not_recorded(self.model)
             self.recorded = self.note is None

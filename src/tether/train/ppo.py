@@ -3,6 +3,7 @@
     each cycle
       phase 1  sample completions, score them, value every token, turn both into advantages     tether.train.rollout
       phase 2  epochs × minibatches of the clipped objective                                    tether.train.update
+               and beside it, with ppo.ahead, the next cycle's completions                      tether.train.ahead
 
 The loop below is all of it. What a run needs besides (models, data, the run directory) is set up before the loop.
 """
@@ -10,6 +11,7 @@ The loop below is all of it. What a run needs besides (models, data, the run dir
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from tether.rewards import build_reward, function_file
 from tether.rewards.judge import judge_hash
 from tether.runs import Run, answers, hash_files
 from tether.samplers import build_sampler
+from tether.train.ahead import Ahead, sampling_ahead
 from tether.train.best import keep_best
 from tether.train.card import ppo_card
 from tether.train.columns import Record
@@ -83,7 +86,9 @@ def ppo(
             gold = build_reward(golden, RewardShapingConfig(), tokenizer, stop_ids, device, kept=kept)
             gold.check(sets.held_out)
         sharded = shards(config.distributed.shard, policy, ranks)
-        engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(policy.model, s, copied=sharded)
+        engine, fallbacks = sampler, list[str]()
+        if engine is None:
+            engine, fallbacks = build_sampler(policy.model, s, copied=sharded or bool(p.ahead), beside=bool(p.ahead))
         if sharded and sampler is not None:
             raise ConfigError(
                 "a sampler was passed from Python, and distributed.shard cuts the weights into parts: it would find no "
@@ -96,6 +101,8 @@ def ppo(
         )  # fmt: skip
         steps = ScheduledOptimizer(optimizer, config.optim, p.steps, ranks)
         state = TrainingState(run, layout.parts(), steps, tokenizer, kl_coef=p.kl.coef, ranks=ranks, layout=layout)
+        asked = partial(_prompts_of, prompts=sets.train, config=config)
+        state.requests = lambda cycle: [prompt for prompt in asked(cycle) for _ in range(p.responses_per_prompt)]
         state.restore()
         engine.load_weights(policy.model, version=state.done)
         parts = engine, rewards, policy, reference
@@ -117,6 +124,8 @@ def ppo(
                 if config.evaluate.gold:
                     golds = ranks.first(lambda: gold.score(experience.completions, phase).parts)
             record.evaluation(experience, state.done, golds)
+            if p.ahead:  # of what was sampled by an earlier policy the sampler cannot be checked
+                log.alarms(state.done, experience.alarms)
             metrics = metrics | experience.evaluation_metrics(golds)
             if state.done:
                 layout.gather()
@@ -152,22 +161,26 @@ def ppo(
             elif "eval/score_mean" not in (line := last_line()) and (evaluated := evaluate(line)) is not line:
                 log.rewrite(state.done, evaluated)  # its evaluation was dropped, or a reward failed in it
 
-            beta = partial(_kl_coef, state, p)
+            def sampled_ahead(cycle: int) -> AbstractContextManager[Ahead]:
+                later = asked(cycle) if p.ahead and cycle <= p.cycles else []
+                return sampling_ahead(later, engine, train, cycle=cycle, ranks=ranks)
+
+            sampled = partial(collect, kl_coef=partial(_kl_coef, state, p))
             shared: dict[str, Any] = {"progress": log.phase, "ranks": ranks}
             while state.done < p.cycles and fallen() is None:
                 cycle = state.done + 1
-                asked = _prompts_of(cycle, sets.train, config)
                 with signals.droppable():
-                    experience = collect(asked, *parts, train, p, kl_coef=beta, cycle=cycle, **shared)
+                    experience = sampled(asked(cycle), *parts, train, p, cycle=cycle, ahead=state.ahead, **shared)
                 log.alarms(cycle, experience.alarms)
-                with record.left_behind(experience, cycle):
+                with record.left_behind(experience, cycle), sampled_ahead(cycle + 1) as ahead:
                     done = update(policy, steps, experience.rollout, p, cycle=cycle, kl_coef=experience.kl_coef,
                                   temperature=s.temperature, seed=config.seed, **shared)  # fmt: skip
                 log.alarms(cycle, done.alarms)
-                state.done, (state.kl_coef, state.kl_error) = cycle, _kept_of_kl(experience, p, state)
+                state.kl_coef, state.kl_error = _kept_of_kl(experience, p, state)
+                state.done, state.ahead = cycle, ahead.completions
                 engine.load_weights(policy.model, version=cycle)
                 record.rollouts(experience, cycle, done.new_logprobs)
-                with log.writing(cycle, {**experience.metrics, **done.metrics}) as metrics:
+                with log.writing(cycle, experience.metrics | done.metrics | ahead.metrics) as metrics:
                     metrics |= evaluate(metrics)
                 state.save_if_due(p.cycles)
 

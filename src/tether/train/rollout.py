@@ -17,6 +17,7 @@ from tether.math import (
     explained_variance,
     gae,
     group_advantages,
+    importance_weights,
     masked_mean,
     masked_var,
     optimality_gap,
@@ -63,7 +64,8 @@ class Experience:
 def collect(
     prompts: Sequence[Prompt], sampler: Sampler, reward: RewardSet, policy: Policy, reference: Reference,
     sampling: Sampling, ppo: PPOSection, *, kl_coef: Callable[[Tensor, Tensor], float], cycle: int,
-    phase: str = "", progress: Callable[[str], None] = lambda _: None, ranks: Ranks = ALONE,
+    ahead: Completions | None = None, phase: str = "", progress: Callable[[str], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> Experience:  # fmt: skip
     """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens.
 
@@ -71,11 +73,12 @@ def collect(
     experience is the same on all of them.
 
     kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B].
-    phase: see `RewardSet.score`; by default the cycle.
+    ahead: the responses, where they were sampled already, by the policy of one update before (`tether.train.ahead`).
+    phase: see `RewardSet.asking`; by default the cycle.
     """
     clock = _Clock()
     progress("sampling")
-    completions = sample(prompts, sampler, sampling, cycle=cycle, ranks=ranks)
+    completions = ahead or sample(prompts, sampler, sampling, cycle=cycle, ranks=ranks)
     clock.lap("time/rollout_s")
 
     progress("valuing")  # and other machines score meanwhile
@@ -96,10 +99,22 @@ def collect(
     rewards = place_rewards(scores, old, ref, mask, kl_coef=in_reward)
     _check_placement(rewards, -in_reward * (old - ref), scores, rows.response_lengths.to(mask.device))
     advantages, returns = estimate(rewards, values, mask, ppo, responses_per_prompt=sampling.responses_per_prompt)
-    rollout = Rollout(rows, old, ref, values, rewards, whiten(advantages, mask) if ppo.whitens else advantages, returns)
+    sampled = torch.zeros_like(old)
+    sampled[mask] = torch.tensor([x for row in completions.sampler_logprobs for x in row], device=mask.device)
+    learned = whiten(advantages, mask) if ppo.whitens else advantages
+    lag: Metrics = {}
+    if ahead:  # both surrogates are linear in the advantage for a weight that is not negative
+        weights = importance_weights(old, sampled, mask, cap=ppo.ahead_cap)
+        learned = learned * weights
+        lag = {
+            "ahead/kl": float(masked_mean(sampled - old, mask)),
+            "ahead/weight_mean": float(masked_mean(weights, mask)),
+            "ahead/capped_fraction": float(masked_mean((weights >= ppo.ahead_cap).float(), mask)),
+        }
+    rollout = Rollout(rows, old, ref, values, rewards, learned, returns)
 
     gap = None
-    exact = ppo.gamma == 1 and ppo.entropy_coef == 0 and not sampling.top_k and sampling.top_p == 1
+    exact = not ahead and ppo.gamma == 1 and ppo.entropy_coef == 0 and not sampling.top_k and sampling.top_p == 1
     if exact and in_reward > 0 and sampling.responses_per_prompt >= 2:
         gap = optimality_gap(
             scored.scores, log_ratio_sums.cpu(), responses_per_prompt=sampling.responses_per_prompt, kl_coef=in_reward
@@ -107,8 +122,6 @@ def collect(
     critic: Metrics = {}
     if values is not None and returns is not None:
         critic["value/explained_variance"] = explained_variance(values, returns, mask)
-    sampled = torch.zeros_like(old)
-    sampled[mask] = torch.tensor([x for row in completions.sampler_logprobs for x in row], device=mask.device)
     cut = [x for row in completions.truncated_mass for x in row]
     lengths = rows.response_lengths.float()
     metrics: Metrics = {
@@ -134,13 +147,14 @@ def collect(
         "response/truncated_fraction": completions.finish_reasons.count("length") / len(completions),
         "response/distinct_2": distinct_pairs(completions.response_ids),
         "response/shared_phrase": shared_phrase(completions.response_ids),
-        "check/sampler_gap": float(masked_mean((old - sampled).abs(), mask)),
+        "check/sampler_gap": None if ahead else float(masked_mean((old - sampled).abs(), mask)),
         "check/truncated_mass": sum(cut) / len(cut),
         "tokens/generated": float(lengths.sum()),
-        "tokens_per_s/rollout": float(lengths.sum()) / max(clock.laps["time/rollout_s"], 1e-9),
+        "tokens_per_s/rollout": None if ahead else float(lengths.sum()) / max(clock.laps["time/rollout_s"], 1e-9),
+        **lag,
         **clock.laps,
     }
-    # The engine and the trainer must give the same tokens the same log-probs, up to rounding.
+    # The engine and the trainer must give the same tokens the same log-probs, up to rounding, for the same weights.
     sampler_gap = metrics["check/sampler_gap"] or 0.0
     bound = SAMPLER_GAP["float32" if policy.model.dtype == torch.float32 else "bfloat16"]
     alarms = []
@@ -153,6 +167,13 @@ def sample(
     prompts: Sequence[Prompt], sampler: Sampler, sampling: Sampling, *, cycle: int, ranks: Ranks = ALONE
 ) -> Completions:
     """`responses_per_prompt` responses to each prompt, in order; each rank draws those to its part of the prompts."""
+    return gather_responses(sample_part(prompts, sampler, sampling, cycle=cycle, ranks=ranks), prompts, sampling, ranks)
+
+
+def sample_part(
+    prompts: Sequence[Prompt], sampler: Sampler, sampling: Sampling, *, cycle: int, ranks: Ranks
+) -> Completions:
+    """This rank's part of `sample`; no other rank is spoken to."""
     mine, count = ranks.span(len(prompts)), sampling.responses_per_prompt
     asked = prompts[mine.start : mine.stop]
     if not asked:  # more ranks than prompts
@@ -166,11 +187,16 @@ def sample(
             f"the sampler gave {len(found)} responses to other prompts, or in another order, than the "
             f"{len(asked)} × {count} that it was asked for: scores would go astray."
         )
+    return found
+
+
+def gather_responses(part: Completions, prompts: Sequence[Prompt], sampling: Sampling, ranks: Ranks) -> Completions:
+    """The responses of all ranks' parts."""
     if ranks.size == 1:
-        return found
-    rows = zip(found.response_ids, found.sampler_logprobs, found.truncated_mass, found.finish_reasons, strict=True)
+        return part
+    rows = zip(part.response_ids, part.sampler_logprobs, part.truncated_mass, part.finish_reasons, strict=True)
     columns = zip(*ranks.gather(list(rows)), strict=True)
-    return Completions([p for p in prompts for _ in range(count)], *map(list, columns))
+    return Completions([p for p in prompts for _ in range(sampling.responses_per_prompt)], *map(list, columns))
 
 
 def value(

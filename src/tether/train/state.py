@@ -19,10 +19,12 @@ from tether.distributed.shard import Layout
 from tether.errors import Interrupted, RewardError
 from tether.runs import RunDirectory
 from tether.train import checkpoint
+from tether.train.ahead import FILE as AHEAD
+from tether.train.ahead import read_ahead, write_ahead
 from tether.train.log import Logger, say
 from tether.train.optim import ScheduledOptimizer
 from tether.train.signals import Signals, StopRequested
-from tether.types import LogSink
+from tether.types import Completions, LogSink, Prompt
 
 Batch = TypeVar("Batch")
 
@@ -40,6 +42,8 @@ class TrainingState:
     kl_error: float = -2.0  # `tether.math.kl_error` of the last cycle
     ranks: Ranks = ALONE
     layout: Layout | None = None  # where the models' weights may be in parts
+    ahead: Completions | None = None  # of PPO: the next cycle's responses, where they are sampled before it
+    requests: Callable[[int], list[Prompt]] | None = None  # and the prompt of each response of a cycle
 
     def save(self) -> None:
         """Write a checkpoint; every rank calls."""
@@ -55,6 +59,8 @@ class TrainingState:
                 checkpoint.save_weights(model, directory / name)
             self.tokenizer.save_pretrained(directory / "policy")
             save_file(moments, directory / "optimizer.safetensors")
+            if self.ahead is not None:
+                write_ahead(directory / AHEAD, self.ahead)
 
         numbers = {self.run.unit: self.done, "kl_coef": self.kl_coef, "kl_error": self.kl_error,
                    "skipped": self.steps.skipped}  # fmt: skip
@@ -129,6 +135,8 @@ class TrainingState:
             checkpoint.load_optimizer(self.steps.optimizer, self.steps.named, directory / "optimizer.safetensors")
             self.done, self.steps.skipped = numbers[self.run.unit], numbers["skipped"]
             self.kl_coef, self.kl_error = numbers["kl_coef"], numbers["kl_error"]
+            if self.requests is not None and (directory / AHEAD).exists():
+                self.ahead = read_ahead(directory / AHEAD, self.requests(self.done + 1))
         self.run.truncate_after(self.done)
 
     @contextmanager

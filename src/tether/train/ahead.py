@@ -1,0 +1,78 @@
+"""`ppo.ahead: 1`: the responses of the next cycle are sampled while this one is learned from.
+
+    cycle   c                                 c + 1
+    learn   ─ score, value ─ update ─         ─ score, value ─ update ─
+    sample         cycle c + 1 ──────────│           cycle c + 2 ──────────│
+
+So what is learned from was sampled by the policy of one update before; `tether.math.importance_weights` corrects that.
+The responses that wait are part of every checkpoint: the weights that they were drawn with are gone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tether.background import in_thread
+from tether.distributed.ranks import Ranks
+from tether.train.rollout import Metrics, gather_responses, sample_part
+from tether.types import Completions, Prompt, Sampler, Sampling
+
+FILE = "ahead.safetensors"
+_REASONS = ("stop", "length")
+
+
+@dataclass(slots=True)
+class Ahead:
+    """What is there when the cycle has been learned from."""
+
+    completions: Completions | None = None  # of the next cycle
+    metrics: Metrics = field(default_factory=dict)
+
+
+@contextmanager
+def sampling_ahead(
+    prompts: Sequence[Prompt], sampler: Sampler, sampling: Sampling, *, cycle: int, ranks: Ranks
+) -> Iterator[Ahead]:
+    """Sample the responses of `cycle` in a thread while what stands in the `with` computes, and wait for them at its
+    end. Without prompts nothing is sampled.
+
+    The sampler's weights must not change meanwhile. What ranks say to each other is said in the main thread.
+    """
+    ahead = Ahead()
+    if not prompts:
+        yield ahead
+        return
+    drawn = in_thread(lambda: sample_part(prompts, sampler, sampling, cycle=cycle, ranks=ranks), "sampling")
+    yield ahead
+    began = time.perf_counter()
+    ahead.completions = gather_responses(drawn.result(), prompts, sampling, ranks)
+    ahead.metrics["time/ahead_s"] = time.perf_counter() - began
+
+
+def write_ahead(file: Path, completions: Completions) -> None:
+    """All of it but the prompts, which follow from the cycle; every number as it is, in float64."""
+    numbers = {"logprobs": completions.sampler_logprobs, "truncated": completions.truncated_mass}
+    tensors = {
+        name: torch.tensor([x for row in rows for x in row], dtype=torch.float64) for name, rows in numbers.items()
+    }
+    tensors["ids"] = torch.tensor([token for ids in completions.response_ids for token in ids])
+    tensors["lengths"] = torch.tensor(completions.lengths)
+    tensors["reasons"] = torch.tensor([_REASONS.index(reason) for reason in completions.finish_reasons])
+    save_file(tensors, file)
+
+
+def read_ahead(file: Path, prompts: Sequence[Prompt]) -> Completions:
+    """prompts: of each response."""
+    found = load_file(file)
+    lengths = found["lengths"].tolist()
+    ids, logprobs, truncated = (
+        [part.tolist() for part in found[name].split(lengths)] for name in ("ids", "logprobs", "truncated")
+    )
+    return Completions(list(prompts), ids, logprobs, truncated, [_REASONS[i] for i in found["reasons"].tolist()])
