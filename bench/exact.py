@@ -65,6 +65,7 @@ from tether.samplers.local import LocalSampler
 from tether.types import GENERATE, Prompt, Rows, Sampling
 
 CPU = torch.device("cpu")
+ROUTES = ["gae", "ahead", "group", "constant", "dpo", "bellman"]
 Ids = tuple[int, ...]
 
 
@@ -215,7 +216,8 @@ def build(task: Task, directory: Path, seed: int) -> None:
 
 
 def config(task: Task, directory: Path, seed: int, cycles: int, route: str) -> PPOConfig:  # cycles: of 256 responses
-    """gae: a critic. group: a group baseline in its place. constant: a group baseline, and a rate that never falls.
+    """gae: a critic. ahead: the same, sampled one update before. group: a group baseline in place of the critic.
+    constant: a group baseline, and a rate that never falls.
 
     At the optimum every response has the same g, so a group baseline leaves no noise and the rate may stay; but not
     along advantages that are older than the step before, and not with steps as long as the rate however small the
@@ -223,8 +225,8 @@ def config(task: Task, directory: Path, seed: int, cycles: int, route: str) -> P
     """
     section: dict[str, Any] = {"epochs": 4, "minibatch": 64, "advantage": "group"}
     optim, batch = OptimConfig(lr=2e-3, critic_lr=2e-3), 256
-    if route == "gae":
-        section |= {"advantage": "gae", "lam": 0.95, "value_coef": 0.5}
+    if route in ("gae", "ahead"):
+        section |= {"advantage": "gae", "lam": 0.95, "value_coef": 0.5, "ahead": int(route == "ahead")}
     if route == "constant":
         section, batch = section | {"epochs": 1}, 64
         optim = OptimConfig(lr=1e-3, betas=(0.9, 0.999), schedule="constant")
@@ -270,7 +272,7 @@ def run(name: str, seed: int, cycles: int | None = None, route: str = "gae") -> 
                 LanguageModel(
                     load_causal_lm(str(checkpoint / "policy"), dtype=torch.float32, device=CPU), torch.float32
                 ),
-                value_head=route == "gae",
+                value_head=wanted.ppo.has_critic,
             )
             if policy.has_critic:
                 policy.load_critic(checkpoint / "critic")
@@ -483,7 +485,9 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=", ".join(TASKS)
     )
-    parser.add_argument("--routes", nargs="*", default=["gae"], choices=["gae", "group", "constant", "dpo", "bellman"])
+    parser.add_argument(
+        "--routes", nargs="*", default=["gae"], choices=["gae", "ahead", "group", "constant", "dpo", "bellman"]
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--cycles", type=int, help="of 256 responses; by default each task's own, 60 to 250")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())

@@ -11,6 +11,7 @@ from tether.math import (
     cispo_loss,
     clipped_policy_loss,
     entropy_mean,
+    importance_weights,
     kl_loss,
     nll_loss,
     token_logprobs,
@@ -68,6 +69,30 @@ def test_at_ratio_1_the_gradient_is_reinforces():
     p = logits.detach().softmax(-1)[0]  # ∇ log p_a = onehot(a) - p
     want = -sum(a * (torch.eye(4)[k] - p) for a, k in zip([1.0, -2.0, 0.5], [2, 0, 0], strict=True)) / 3
     assert_close(got[0], want)
+
+
+def test_weighed_samples_of_another_policy_have_the_gradient_of_samples_of_this_one():
+    generator = torch.Generator().manual_seed(0)
+    theirs, ours, advantages = torch.randn(3, 8, 1, generator=generator, dtype=torch.float64).unbind()
+    mask = torch.ones(8, 1, dtype=torch.bool)
+
+    def gradient(sampled, weighed):  # in expectation over the sampler: each of 8 arms once, by its probability
+        logits = ours.clone().requires_grad_()
+        logprobs = logits.log_softmax(0)
+        weights = importance_weights(logprobs.detach(), sampled, mask, cap=1e9) if weighed else 1.0
+        expected = advantages * weights * sampled.exp()
+        loss, _ = clipped_policy_loss(logprobs, logprobs.detach(), expected, mask, clip=0.2, denominator=1)
+        return torch.autograd.grad(loss, logits)[0]
+
+    want = gradient(ours.log_softmax(0), weighed=False)
+    assert_close(gradient(theirs.log_softmax(0), weighed=True), want, rtol=0, atol=1e-12)
+    assert (gradient(theirs.log_softmax(0), weighed=False) - want).abs().max() > 0.1
+
+
+def test_a_weight_is_cut_at_the_cap_and_1_in_the_padding():
+    old, sampled = torch.tensor([[-1.0, -3.0, -1.0, math.nan]]), torch.tensor([[-1.0, -1.0, -9.0, 0.0]])
+    weights = importance_weights(old, sampled, torch.tensor([[True, True, True, False]]), cap=2.0)
+    assert_close(weights, torch.tensor([[1.0, math.exp(-2), 2.0, 1.0]]))
 
 
 def test_policy_metrics_worked_by_hand():

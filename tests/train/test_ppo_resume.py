@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "KL by Ziegler's formula": {"ppo": {"kl": KLConfig(coef=0.2, target=0.05, horizon=40)}},
     "group baseline": {"ppo": {"advantage": "group", "surrogate": "cispo"}},
+    "sampled ahead": {"optim": {"lr": 1e-2}, "ppo": {"ahead": 1}},
     "bfloat16": {"model": {"dtype": "bfloat16"}},
 }
 

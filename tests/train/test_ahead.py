@@ -1,0 +1,142 @@
+"""`ppo.ahead: 1`: whose responses a cycle learns from, that both halves run at once, and what a checkpoint keeps."""
+
+import math
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import tether
+from tether.config import PPOSection, RewardShapingConfig
+from tether.errors import ConfigError
+from tether.math import whiten
+from tether.models.language_model import LanguageModel
+from tether.models.loading import load_causal_lm
+from tether.models.policy import Policy, Reference
+from tether.rewards import build_reward
+from tether.runs.files import read_table
+from tether.samplers.local import LocalSampler
+from tether.train.ahead import read_ahead, write_ahead
+from tether.train.rollout import collect
+from tether.types import TRAIN, Completions, Prompt, Sampling
+from tiny import language_model, prompts_of
+from tiny_ppo import STOPS, id_score, tiny_config
+
+CPU = torch.device("cpu")
+
+
+def sampler_of(model) -> LocalSampler:
+    return LocalSampler(LanguageModel(load_causal_lm(str(model), dtype=torch.float32, device=CPU), torch.float32))
+
+
+def test_a_cycle_learns_from_what_the_policy_of_one_update_before_sampled(tiny_model, tmp_path):
+    start = tiny_model()
+    config = tiny_config(
+        tmp_path / "run", start, ppo={"ahead": 1}, optim={"lr": 1e-2}, checkpoint={"every": 1, "keep": 9}
+    )
+    run = tether.ppo(config, reward=id_score)
+    sampling = Sampling(0.7, 0, 1.0, 10, tuple(STOPS), 2, config.seed, TRAIN)
+    policies = [start, *(run.path / "checkpoints" / f"cycle-{c:06d}" / "policy" for c in (1, 2, 3))]
+    for cycle, theirs in ((1, 0), (2, 0), (3, 1), (4, 2)):
+        rollout = read_table(run.path / "rollouts" / f"cycle-{cycle:06d}.parquet").to_pydict()
+        prompts = [
+            Prompt(tuple(ids), "", row)
+            for ids, row in zip(rollout["prompt_token_id"], rollout["prompt_index"], strict=True)
+        ]
+        drawn = {p: sampler_of(policies[p]).generate(prompts[::2], sampling, cycle=cycle) for p in range(cycle)}
+        assert drawn[theirs].response_ids == rollout["token_id"]
+        assert_close(drawn[theirs].sampler_logprobs, rollout["sampler_logprob"], rtol=0, atol=1e-5)
+        others = [drawn[p].response_ids for p in drawn if p != theirs]
+        assert rollout["token_id"] not in others
+    assert [m.get("ahead/weight_mean") is None for m in run.metrics] == [True, False, False, False]
+    assert [m["check/sampler_gap"] is None for m in run.metrics] == [False, True, True, True]
+
+
+class Meeting:
+    """A sampler that draws cycle 2 only once the update of cycle 1 has begun."""
+
+    def __init__(self, began: threading.Event, drawing: threading.Event) -> None:
+        self.began, self.drawing, self.engine = began, drawing, None
+
+    def load_weights(self, weights, version):
+        self.engine = self.engine or LocalSampler(weights, copied=True)
+        self.engine.load_weights(weights, version)
+
+    def generate(self, prompts, sampling, *, cycle, first=0):
+        if cycle == 2:
+            self.drawing.set()
+            assert self.began.wait(20)
+        return self.engine.generate(prompts, sampling, cycle=cycle, first=first)
+
+
+def test_sampling_and_learning_go_on_at_the_same_time(tiny_model, tmp_path, monkeypatch):
+    began, drawing, real = threading.Event(), threading.Event(), torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        began.set()
+        assert drawing.wait(20)  # neither ends before the other has begun
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"ahead": 1, "cycles": 2}, evaluate={"every": 0})
+    assert len(tether.ppo(config, reward=id_score, sampler=Meeting(began, drawing)).metrics) == 2
+
+
+def test_a_sampler_that_fails_ahead_ends_the_run_with_its_error_and_the_same_command_continues(tiny_model, tmp_path):
+    class Fails(Meeting):
+        def generate(self, prompts, sampling, *, cycle, first=0):
+            if cycle == 4 and not self.began.is_set():
+                self.began.set()
+                raise OSError("the engine is gone")
+            return self.engine.generate(prompts, sampling, cycle=cycle, first=first)
+
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"ahead": 1})
+    failing = Fails(threading.Event(), threading.Event())
+    with pytest.raises(OSError, match="the engine is gone"):
+        tether.ppo(config, reward=id_score, sampler=failing)
+    run = tether.ppo(config, reward=id_score, sampler=failing)
+    assert [m["cycle"] for m in run.metrics] == [1, 2, 3, 4]
+
+
+def test_what_is_learned_is_weighed_by_both_policies_and_cut_at_the_cap(tiny_tokenizer):
+    theirs, policy = language_model(), Policy(language_model(seed=1))
+    prompts, sampling = prompts_of([3, 5, 2]), Sampling(max_new_tokens=6, responses_per_prompt=2)
+    drawn = LocalSampler(theirs).generate(prompts, sampling, cycle=1)
+    rewards = build_reward([], RewardShapingConfig(), tiny_tokenizer, (), CPU, id_score)
+    found = collect(
+        prompts, LocalSampler(policy.model), rewards, policy, Reference(policy, policy), sampling,
+        PPOSection(ahead=1, ahead_cap=1.5), kl_coef=lambda *_: 0.1, cycle=1, ahead=drawn,
+    )  # fmt: skip
+    assert found.completions is drawn
+    plain = whiten(found.advantages, found.rollout.rows.response_mask)
+    weights = []
+    for row, logprobs in enumerate(drawn.sampler_logprobs):
+        for t, sampled in enumerate(logprobs):
+            weight = min(1.5, math.exp(float(found.rollout.old_logprobs[row, t]) - sampled))
+            assert float(found.rollout.advantages[row, t]) == pytest.approx(weight * float(plain[row, t]), rel=1e-4)
+            weights.append(weight)
+    assert found.metrics["ahead/weight_mean"] == pytest.approx(sum(weights) / len(weights), rel=1e-4)
+    assert found.metrics["ahead/capped_fraction"] == pytest.approx(sum(w == 1.5 for w in weights) / len(weights))
+    assert 0 < found.metrics["ahead/capped_fraction"] < 1
+
+
+numbers = st.floats(-50, 0, width=64)
+rows = st.lists(st.tuples(st.integers(0, 2**31 - 1), numbers, numbers), min_size=1, max_size=4)
+
+
+@given(st.lists(st.tuples(rows, st.sampled_from(["stop", "length"])), min_size=1, max_size=5))
+def test_what_waits_comes_back_from_a_checkpoint_bit_for_bit(tmp_path_factory, drawn):
+    file = tmp_path_factory.mktemp("ahead") / "ahead.safetensors"
+    prompts = [Prompt((1, 2), f"p{i}", i) for i in range(len(drawn))]
+    columns = [[list(column) for column in zip(*row, strict=True)] for row, _ in drawn]
+    want = Completions(prompts, *map(list, zip(*columns, strict=True)), [reason for _, reason in drawn])
+    write_ahead(file, want)
+    assert read_ahead(file, prompts) == want
+
+
+def test_a_cap_without_ahead_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match=r"ppo.ahead_cap=3.0 with ppo.ahead=0: nothing is sampled ahead"):
+        tether.ppo(tiny_config(tmp_path / "run", tiny_model(), ppo={"ahead_cap": 3.0}), reward=id_score)
