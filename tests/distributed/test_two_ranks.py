@@ -64,6 +64,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "reward-fails": {"cycles_before": 2, "reward": FAILS},
     "another-seed": {"on_rank_1": ["--seed", "1"]},
     "breaks": {"breaks": True},
+    "ahead": {"sections": {"ppo": {"ahead": 1}}},
 }
 
 
@@ -99,7 +100,8 @@ def start(root: Path, model: Path) -> None:
     jobs: list[dict[str, Any]] = [{"gradients": str(root / "gradients.pt")}]
     for name, job in JOBS.items():
         folder = root / name.partition(",")[0]
-        config = config_of(folder, model, reward=job.get("reward", REWARD), shard=job.get("shard", "replicate"))
+        config = config_of(folder, model, reward=job.get("reward", REWARD), shard=job.get("shard", "replicate"),
+                           **job.get("sections", {}))  # fmt: skip
         if "cycles_before" in job:
             alone(config, cycles=job["cycles_before"])
         (folder / "reward.py.fails").touch()
@@ -159,7 +161,17 @@ def same_numbers(run: Run, want: Run) -> None:
     lines, others = steady(run), steady(want)
     assert [line.keys() for line in lines] == [line.keys() for line in others]
     for line, other in zip(lines, others, strict=True):
+        missing = [name for name, x in other.items() if x is None]
+        assert [line.pop(name) for name in missing] == [other.pop(name) for name in missing]
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5), line["cycle"]
+
+
+def test_two_processes_sample_ahead_what_one_does(done, tmp_path, tiny_model):
+    run, want = done.run("ahead"), alone(config_of(tmp_path, tiny_model(), **JOBS["ahead"]["sections"]))
+    assert done.codes["ahead"] == [0, 0]
+    same_numbers(run, want)
+    got, tokens = (read_table(r.table_file("rollouts", 4))["token_id"] for r in (run, want))
+    assert got.equals(tokens)
 
 
 def test_a_checkpoint_of_one_process_is_continued_on_two_that_share_its_weights(done, reference):

@@ -41,7 +41,7 @@ def test_a_cycle_learns_from_what_the_policy_of_one_update_before_sampled(tiny_m
     sampling = Sampling(0.7, 0, 1.0, 10, tuple(STOPS), 2, config.seed, TRAIN)
     policies = [start, *(run.path / "checkpoints" / f"cycle-{c:06d}" / "policy" for c in (1, 2, 3))]
     for cycle, theirs in ((1, 0), (2, 0), (3, 1), (4, 2)):
-        rollout = read_table(run.path / "rollouts" / f"cycle-{cycle:06d}.parquet").to_pydict()
+        rollout = read_table(run.table_file("rollouts", cycle)).to_pydict()
         prompts = [
             Prompt(tuple(ids), "", row)
             for ids, row in zip(rollout["prompt_token_id"], rollout["prompt_index"], strict=True)
