@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "tether"
 
 FLOORS = [
-    {"errors", "config", "types", "statistics", "remote"},
+    {"background", "errors", "config", "types", "statistics", "remote"},
     {"math"},
     {"models", "data", "distributed", "feedback", "runs"},
     {"samplers", "rewards"},

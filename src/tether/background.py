@@ -1,4 +1,4 @@
-"""Work beside the main thread that never holds up the end of the process."""
+"""Work in a thread beside the main one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_thread(call: Callable[[], T], name: str) -> Future[T]:
-    """Call it in a thread that ends with the process, as one of a pool would not."""
+def in_thread(call: Callable[[], T], name: str, *, waited_for: bool = False) -> Future[T]:
+    """Call it in a thread of its own.
+
+    waited_for: by the end of the process. What computes must be, or torch aborts where the interpreter goes away under
+        it; what waits for another machine should not be, as it would be in a pool.
+    """
     future: Future[T] = Future()
 
     def run() -> None:
@@ -20,5 +24,5 @@ def in_thread(call: Callable[[], T], name: str) -> Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    threading.Thread(target=run, name=name, daemon=not waited_for).start()
     return future

@@ -108,7 +108,7 @@ def test_what_is_learned_is_weighed_by_both_policies_and_cut_at_the_cap(tiny_tok
     rewards = build_reward([], RewardShapingConfig(), tiny_tokenizer, (), CPU, id_score)
     found = collect(
         prompts, LocalSampler(policy.model), rewards, policy, Reference(policy, policy), sampling,
-        PPOSection(ahead=1, ahead_cap=1.5), kl_coef=lambda *_: 0.1, cycle=1, ahead=drawn,
+        PPOSection(ahead=1, ahead_cap=1.5), kl_coef=lambda *_: 0.1, cycle=1, drawn=drawn, lagged=True,
     )  # fmt: skip
     assert found.completions is drawn
     plain = whiten(found.advantages, found.rollout.rows.response_mask)

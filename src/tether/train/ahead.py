@@ -1,11 +1,12 @@
 """`ppo.ahead: 1`: the responses of the next cycle are sampled while this one is learned from.
 
     cycle   c                                 c + 1
-    learn   ─ score, value ─ update ─         ─ score, value ─ update ─
-    sample         cycle c + 1 ──────────│           cycle c + 2 ──────────│
+    learn   ─ score, value ─ update ───       ─ score, value ─ update ───
+    sample  ─ cycle c + 1 ─────────────────│  ─ cycle c + 2 ─────────────────│
 
 So what is learned from was sampled by the policy of one update before; `tether.math.importance_weights` corrects that.
-The responses that wait are part of every checkpoint: the weights that they were drawn with are gone.
+The first cycle is sampled before anything else. The responses that wait are part of every checkpoint: the weights that
+they were drawn with are gone.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def sampling_ahead(
     if not prompts:
         yield ahead
         return
-    drawn = in_thread(lambda: sample_part(prompts, sampler, sampling, cycle=cycle, ranks=ranks), "sampling")
+    drawn = in_thread(
+        lambda: sample_part(prompts, sampler, sampling, cycle=cycle, ranks=ranks), "sampling", waited_for=True
+    )
     yield ahead
     began = time.perf_counter()
     ahead.completions = gather_responses(drawn.result(), prompts, sampling, ranks)

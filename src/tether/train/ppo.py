@@ -41,7 +41,7 @@ from tether.train.held_out import load_prompt_sets
 from tether.train.log import Logger
 from tether.train.optim import PROMPTS, ScheduledOptimizer, build_optimizer, permutation
 from tether.train.preamble import check_parts, open_run
-from tether.train.rollout import Experience, Metrics, collect
+from tether.train.rollout import Experience, Metrics, collect, sample
 from tether.train.state import TrainingState
 from tether.train.update import update
 from tether.types import EVALUATE, TRAIN, LogSink, Prompt, Reward, Sampler, Sampling
@@ -165,16 +165,28 @@ def ppo(
                 later = asked(cycle) if p.ahead and cycle <= p.cycles else []
                 return sampling_ahead(later, engine, train, cycle=cycle, ranks=ranks)
 
-            sampled = partial(collect, kl_coef=partial(_kl_coef, state, p))
+            def experienced(cycle: int) -> Experience:
+                """Phase 1 on what was sampled ahead, or is now."""
+                with signals.droppable():
+                    experience = collect(asked(cycle), *parts, train, p, kl_coef=partial(_kl_coef, state, p),
+                                         cycle=cycle, drawn=state.ahead, lagged=bool(p.ahead) and cycle != now,
+                                         **shared)  # fmt: skip
+                log.alarms(cycle, experience.alarms)
+                return experience
+
             shared: dict[str, Any] = {"progress": log.phase, "ranks": ranks}
+            now = 0  # the cycle that is not sampled ahead, though others are
+            if p.ahead and state.ahead is None and state.done < p.cycles:
+                now = state.done + 1
+                with signals.droppable():
+                    state.ahead = sample(asked(now), engine, train, cycle=now, ranks=ranks)
             while state.done < p.cycles and fallen() is None:
                 cycle = state.done + 1
-                with signals.droppable():
-                    experience = sampled(asked(cycle), *parts, train, p, cycle=cycle, ahead=state.ahead, **shared)
-                log.alarms(cycle, experience.alarms)
-                with record.left_behind(experience, cycle), sampled_ahead(cycle + 1) as ahead:
-                    done = update(policy, steps, experience.rollout, p, cycle=cycle, kl_coef=experience.kl_coef,
-                                  temperature=s.temperature, seed=config.seed, **shared)  # fmt: skip
+                with sampled_ahead(cycle + 1) as ahead:
+                    experience = experienced(cycle)
+                    with record.left_behind(experience, cycle):
+                        done = update(policy, steps, experience.rollout, p, cycle=cycle, kl_coef=experience.kl_coef,
+                                      temperature=s.temperature, seed=config.seed, **shared)  # fmt: skip
                 log.alarms(cycle, done.alarms)
                 state.kl_coef, state.kl_error = _kept_of_kl(experience, p, state)
                 state.done, state.ahead = cycle, ahead.completions

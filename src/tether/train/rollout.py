@@ -64,8 +64,8 @@ class Experience:
 def collect(
     prompts: Sequence[Prompt], sampler: Sampler, reward: RewardSet, policy: Policy, reference: Reference,
     sampling: Sampling, ppo: PPOSection, *, kl_coef: Callable[[Tensor, Tensor], float], cycle: int,
-    ahead: Completions | None = None, phase: str = "", progress: Callable[[str], None] = lambda _: None,
-    ranks: Ranks = ALONE,
+    drawn: Completions | None = None, lagged: bool = False, phase: str = "",
+    progress: Callable[[str], None] = lambda _: None, ranks: Ranks = ALONE,
 ) -> Experience:  # fmt: skip
     """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens.
 
@@ -73,12 +73,13 @@ def collect(
     experience is the same on all of them.
 
     kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B].
-    ahead: the responses, where they were sampled already, by the policy of one update before (`tether.train.ahead`).
+    drawn: the responses, where they were sampled already. lagged: by the policy of one update before
+        (`tether.train.ahead`).
     phase: see `RewardSet.asking`; by default the cycle.
     """
     clock = _Clock()
     progress("sampling")
-    completions = ahead or sample(prompts, sampler, sampling, cycle=cycle, ranks=ranks)
+    completions = drawn or sample(prompts, sampler, sampling, cycle=cycle, ranks=ranks)
     clock.lap("time/rollout_s")
 
     progress("valuing")  # and other machines score meanwhile
@@ -103,7 +104,7 @@ def collect(
     sampled[mask] = torch.tensor([x for row in completions.sampler_logprobs for x in row], device=mask.device)
     learned = whiten(advantages, mask) if ppo.whitens else advantages
     lag: Metrics = {}
-    if ahead:  # both surrogates are linear in the advantage for a weight that is not negative
+    if lagged:  # both surrogates are linear in the advantage for a weight that is not negative
         weights = importance_weights(old, sampled, mask, cap=ppo.ahead_cap)
         learned = learned * weights
         lag = {
@@ -114,7 +115,7 @@ def collect(
     rollout = Rollout(rows, old, ref, values, rewards, learned, returns)
 
     gap = None
-    exact = not ahead and ppo.gamma == 1 and ppo.entropy_coef == 0 and not sampling.top_k and sampling.top_p == 1
+    exact = not lagged and ppo.gamma == 1 and ppo.entropy_coef == 0 and not sampling.top_k and sampling.top_p == 1
     if exact and in_reward > 0 and sampling.responses_per_prompt >= 2:
         gap = optimality_gap(
             scored.scores, log_ratio_sums.cpu(), responses_per_prompt=sampling.responses_per_prompt, kl_coef=in_reward
@@ -147,10 +148,10 @@ def collect(
         "response/truncated_fraction": completions.finish_reasons.count("length") / len(completions),
         "response/distinct_2": distinct_pairs(completions.response_ids),
         "response/shared_phrase": shared_phrase(completions.response_ids),
-        "check/sampler_gap": None if ahead else float(masked_mean((old - sampled).abs(), mask)),
+        "check/sampler_gap": None if lagged else float(masked_mean((old - sampled).abs(), mask)),
         "check/truncated_mass": sum(cut) / len(cut),
         "tokens/generated": float(lengths.sum()),
-        "tokens_per_s/rollout": None if ahead else float(lengths.sum()) / max(clock.laps["time/rollout_s"], 1e-9),
+        "tokens_per_s/rollout": None if drawn else float(lengths.sum()) / max(clock.laps["time/rollout_s"], 1e-9),
         **lag,
         **clock.laps,
     }
