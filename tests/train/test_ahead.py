@@ -1,7 +1,9 @@
 """`ppo.ahead: 1`: whose responses a cycle learns from, that both halves run at once, and what a checkpoint keeps."""
 
 import math
+import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +12,16 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import tether
-from tether.config import PPOSection, RewardShapingConfig
+from resume import launch, wait_for_step
+from tether.config import PPOSection, RewardShapingConfig, RewardSourceConfig
+from tether.config.reading import to_yaml
 from tether.errors import ConfigError
 from tether.math import whiten
 from tether.models.language_model import LanguageModel
 from tether.models.loading import load_causal_lm
 from tether.models.policy import Policy, Reference
 from tether.rewards import build_reward
+from tether.runs import Run
 from tether.runs.files import read_table
 from tether.samplers.local import LocalSampler
 from tether.train.ahead import read_ahead, write_ahead
@@ -83,6 +88,24 @@ def test_sampling_and_learning_go_on_at_the_same_time(tiny_model, tmp_path, monk
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     config = tiny_config(tmp_path / "run", tiny_model(), ppo={"ahead": 1, "cycles": 2}, evaluate={"every": 0})
     assert len(tether.ppo(config, reward=id_score, sampler=Meeting(began, drawing)).metrics) == 2
+
+
+@pytest.mark.slow
+def test_stopped_while_it_samples_ahead_a_run_ends_saved_and_not_by_an_abort(tiny_model, tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "def f(completion_ids, **_):\n    return [len(set(ids)) for ids in completion_ids]\n"
+    )
+    config = tiny_config(
+        tmp_path / "run", tiny_model(), ppo={"ahead": 1, "cycles": 500, "batch": 64, "minibatch": 64},
+        sampling={"stop_token_ids": [], "max_new_tokens": 100},
+    )  # fmt: skip
+    config = replace(config, reward=[RewardSourceConfig(function=f"{tmp_path / 'reward.py'}:f")])
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    process = launch("ppo", tmp_path / "c.yaml")
+    wait_for_step(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 3
+    assert Run(tmp_path / "run").status["state"] == "stopped"
 
 
 def test_a_sampler_that_fails_ahead_ends_the_run_with_its_error_and_the_same_command_continues(tiny_model, tmp_path):
