@@ -75,7 +75,7 @@ from tether.runs.files import write_atomically
 
 RATES = {"ppo": 1.5e-4, "group": 7e-5, "dpo": 1e-4, "bellman": 1e-4}
 ROUTES = [*RATES, "best-of-n"]
-BETAS = [0.025, 0.05, 0.1, 0.2]  # score units per nat
+BETAS = [0.05, 0.1, 0.2]  # score units per nat
 BEST_OF = [1, 2, 4, 8, 16]
 CYCLES, BATCH, STEP, EPOCHS = 18, 128, 64, 4  # of ppo; answers per cycle; answers per optimizer step
 SAMPLES, NEW = 8, 64  # answers to an opening, of a policy that is measured; their longest, in tokens
