@@ -34,7 +34,7 @@ from tether.types import microbatches
 T = TypeVar("T")
 
 _JOIN_S = 120.0  # all processes are started by then: torchrun itself waits for hosts
-_BUCKET = 16 * 2**20  # gradients summed at once: numbers, 64 MiB in float32
+BUCKET = 16 * 2**20  # gradients summed at once: numbers, 64 MiB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Ranks:
                 gradients.append(parameter.grad)
         while gradients:
             bucket, size = list[Tensor](), 0
-            while gradients and (not bucket or size + gradients[0].numel() <= _BUCKET):
+            while gradients and (not bucket or size + gradients[0].numel() <= BUCKET):
                 bucket.append(gradients.pop(0))
                 size += bucket[-1].numel()
             flat = torch.cat([g.reshape(-1) for g in bucket])
@@ -179,9 +179,12 @@ def dealt(lengths: Tensor | Sequence[int], max_tokens: int, size: int) -> list[l
 # ---------------------------------------------------------------- starting
 
 
-def need_replicas(shard: str, command: str) -> None:
-    """Raise ConfigError where a command that only knows replicas is to cut the weights into parts."""
-    if world()[1] > 1 and shard == "full":
+def need_replicas(shard: str, command: str, size: int | None = None) -> None:
+    """Raise ConfigError where a command that only knows replicas is to cut the weights into parts.
+
+    size: the number of processes; None: of this run.
+    """
+    if (size or world()[1]) > 1 and shard == "full":
         raise ConfigError(
             f"distributed.shard=full, but tether {command} keeps all weights on every process so far: it would take "
             "more memory than you expect. Set distributed.shard to replicate, or train adapters (model.lora)."
