@@ -26,7 +26,7 @@ def padded(group: Tensor, lengths: Tensor) -> int:
 
 
 def simulate(size: int, generator: torch.Generator) -> tuple[float, dict[str, tuple[float, float]]]:
-    """(padded tokens over those of one process, per noise: (slowest rank, sum of each turn's slowest) over the mean)."""
+    """(padded tokens over those of one process; by noise, slowest rank and sum of the turns, over the mean)."""
     lengths = torch.randn(ROWS * size, generator=generator).mul(0.7).exp().mul(200).long().clamp(1, 4000)
     ranks = dealt(lengths, TOKENS, size)
     spare = min(ranks[0], key=len)
