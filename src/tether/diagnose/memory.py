@@ -126,14 +126,15 @@ def size(count: float) -> str:
 
 def predict(
     config: TrainingConfig, *, prompt_tokens: int | None = None, architecture: Any = None, device: str | None = None,
-    ranks: int = 1, shard: str | None = None,
+    ranks: int = 1, shard: str | None = None, step: Step | None = None,
 ) -> Memory:  # fmt: skip
     """What training with `config` will take at its peak, on each of `ranks` processes.
 
     prompt_tokens: the longest prompt (for sft and reward: the longest example) if it is known; else the config's limit.
     architecture: a transformers config to assume for the model; None reads the one that config.model names.
     device: cpu or cuda to assume; None is where this config would run on this machine.
-    shard: how the weights lie on several ranks; None: as config.distributed.shard says.
+    shard: how the weights lie on several ranks; None: as config.distributed.shard says. step: one with the same
+    microbatch that was simulated before.
     """
     kind = device or resolve_device(config.device).type
     architecture = architecture or architecture_of(config)
@@ -143,7 +144,7 @@ def predict(
     checkpointing = config.model.gradient_checkpointing
     if checkpointing == "auto":
         checkpointing = kind == "cuda" and _count(architecture) > 1e9
-    step = simulate(
+    step = step or simulate(
         architecture, Shape(*config.microbatch(prompt_tokens, ranks)), dtype=dtype, device=kind, lora=config.model.lora,
         checkpointing=bool(checkpointing), critic=critic, q_heads=q_heads,
     )  # fmt: skip
@@ -255,7 +256,7 @@ def beside_policy(trained: Trained) -> list[Part]:
             taken = resolve_dtype(source.dtype, torch.device("cpu"), other) if kind == "cpu" else dtype
             held += _count(other) * taken.itemsize
         if held:
-            parts.append(Part(f"reward model {source_name(source)}", held, first=ranks > 1))
+            parts.append(Part(f"reward model {source_name(source)}", held))
         if source.judge is not None and (judge := load_judge(source.judge)).judge.base_url is None:
             other = model_config(judge.judge.model, trust_remote_code=judge.trust_remote_code)
             taken = resolve_dtype(judge.dtype, torch.device("cpu"), other) if kind == "cpu" else dtype

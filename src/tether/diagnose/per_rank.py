@@ -81,3 +81,28 @@ def bucket_bytes(numbers: Sequence[int], bucket: int) -> int:
         size = size + count if size + count <= bucket else count
         largest = max(largest, size)
     return 4 * largest
+
+
+def wire_bytes(
+    units: Sequence[Unit], reference: Sequence[Unit], ranks: int, *, sharded: bool, steps: int, passes: int, valued: int
+) -> int:
+    """Bytes of weights and gradients that a rank receives in a cycle of PPO, of which there are ring exchanges.
+
+    units, reference: of the policy, and of the frozen model if there is one, the root first. steps: of the optimizer.
+    passes, valued: a rank's microbatches with and without a backward pass.
+
+        replicate   steps · 2·G
+        full        passes · (root + 2·layers + G) + valued · layers + one copy to sample from
+
+    G are the gradients in float32; `layers` of valued passes are those of policy and reference. A rank receives the
+    share (ranks - 1) / ranks of each. The policy's root stays from the valued passes to the first of the others, the
+    reference's for ever.
+    """
+    gradients = 4 * trained_numbers(units)
+    if not sharded:
+        return steps * 2 * gradients * (ranks - 1) // ranks
+    root, total = weight_bytes(units[:1]), weight_bytes(units)
+    layers = total - root
+    learned = passes * (root + 2 * layers + gradients)
+    forward = valued * (layers + weight_bytes(reference[1:]))
+    return (learned + forward + total) * (ranks - 1) // ranks
