@@ -103,6 +103,8 @@ def test_reward_models_are_counted(model, count):
     assert parts(predict(config(model, reward=[source]), device="cpu"))["reward model kind"] == pytest.approx(
         4 * count, rel=0.3
     )
+    each = predict(config(model, reward=[source]), device="cpu", ranks=2).others
+    assert "reward model kind" in parts(each)  # which scores its part of the rows
 
 
 def test_longer_prompts_and_more_tokens_at_once_cost_more(model):

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m tether ppo C.yaml
 
 Every rank holds all tokens and all [B, R] tensors, so denominators, advantages, metrics and decisions are the same code
-on the same numbers everywhere. Forward and backward passes are split by rows. Rank 0 alone scores and writes.
+on the same numbers everywhere. Forward and backward passes are split by rows, those of reward models too. Rank 0 alone
+asks other sources of scores, and writes.
 
 Alone, which is what a process is without torchrun, every method returns what it was given, and torch.distributed is not
 imported.

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from tether.config import RewardShapingConfig
+from tether.distributed.ranks import ALONE, Ranks
 from tether.errors import RewardError
 from tether.math import disagreement
 from tether.rewards.ensemble import EnsembleReward
 from tether.rewards.function import describe_row
+from tether.rewards.model import ModelReward
 from tether.rewards.url import request_hashes
 from tether.runs.answers import KeptAnswers
 from tether.types import Completions, Prompt, Reward
@@ -30,6 +32,11 @@ class ScoredBatch:
     missing: dict[str, int] = field(default_factory=dict)  # optional source name -> responses that it did not score
     disagreement: dict[str, list[float]] = field(default_factory=dict)  # ensemble's name -> B deviations of its members
     members: dict[str, list[list[float]]] = field(default_factory=dict)  # ensemble's name -> B times its K scores
+
+
+_BATCH_TOKENS = 16384  # as a reward model scores at once
+
+Answers = tuple[list[float | None], Tensor | None]  # B scores, and those of an ensemble's members [K, B]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +60,22 @@ class RewardSet:
         for source, _ in self.sources.values():
             source.check(prompts)
 
-    def score(self, completions: Completions, phase: str = "") -> ScoredBatch:
-        """phase: what the responses are for, cycle-000003 say; answers from other machines are kept under it."""
+    def score(self, completions: Completions, phase: str = "", *, ranks: Ranks = ALONE) -> ScoredBatch:
+        """phase: what the responses are for, cycle-000003 say; answers from other machines are kept under it.
+
+        ranks: all of them call, with the same completions. Each scores a part of the rows by the reward models here;
+        the first asks all other sources, of which the others need have none.
+        """
+        by_rows = self._by_rows(completions, ranks)
+        return ranks.first(lambda: self._score(completions, phase, by_rows))
+
+    def _score(self, completions: Completions, phase: str, by_rows: Mapping[str, Answers]) -> ScoredBatch:
         remote = {name: source for name, (source, _) in self.sources.items() if getattr(source, "remote", False)}
         store = self.kept if phase and remote else None
         requests = request_hashes(completions) if store else []
         kept = {name: store.read(phase, name, requests) for name in remote} if store else {}
         parts, members = self._ask(
-            completions, {name: scores for name, scores in kept.items() if scores is not None}, remote
+            completions, {name: scores for name, scores in kept.items() if scores is not None}, remote, by_rows
         )
         for row, answers in enumerate(zip(*parts.values(), strict=True)):
             if all(answer is None for answer in answers):
@@ -89,20 +104,48 @@ class RewardSet:
             members={name: found.T.tolist() for name, found in members.items()},
         )  # fmt: skip
 
+    def _by_rows(self, completions: Completions, ranks: Ranks) -> dict[str, Answers]:
+        """What the reward models here say, of which each of several ranks asked its own for a part of the rows; nothing
+        alone, and where one could not score its part: the first rank, asked for all, then says so of the right row."""
+        local = {name: s for name, (s, _) in self.sources.items() if isinstance(s, ModelReward | EnsembleReward)}
+        if ranks.size == 1 or not local:
+            return {}
+        lengths = [len(p.ids) + count for p, count in zip(completions.prompts, completions.lengths, strict=True)]
+        mine = sorted(i for index, counts in ranks.deal(lengths, _BATCH_TOKENS) if counts for i in index.tolist())
+        part = completions.select(mine)
+        try:
+            answers = {name: _ask_model(source, part) for name, source in local.items()} if mine else {}
+        except RewardError:
+            answers = None
+        found = ranks.gather([(mine, answers)])
+        if any(answers is None for _, answers in found):
+            return {}
+        rows = [row for rows, _ in found for row in rows]
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        together = dict[str, Answers]()
+        for name in local:
+            parts = [answers[name] for _, answers in found if answers]
+            scores = [score for scores, _ in parts for score in scores]
+            members = [m for _, m in parts if m is not None]
+            together[name] = [scores[i] for i in order], torch.cat(members, dim=1)[:, order] if members else None
+        return together
+
     def _ask(
-        self, completions: Completions, kept: Mapping[str, list[float | None]], remote: Mapping[str, Any]
-    ) -> tuple[dict[str, list[float | None]], dict[str, Tensor]]:
+        self, completions: Completions, kept: Mapping[str, list[float | None]], remote: Mapping[str, Any],
+        by_rows: Mapping[str, Answers],
+    ) -> tuple[dict[str, list[float | None]], dict[str, Tensor]]:  # fmt: skip
         """Every source's answers, in the config's order, and the scores [K, B] of the members of ensembles.
 
-        Other machines are asked all at once, each in a thread, while the sources here compute. kept: answers that are
-        there already.
+        Other machines are asked all at once, each in a thread, while the sources here compute. kept, by_rows: answers
+        that are there already.
         """
         asked = {name: _in_thread(source.score, completions) for name, source in remote.items() if name not in kept}
         parts, members = dict(kept), dict[str, Tensor]()
         try:
             for name, (source, _) in self.sources.items():
-                if isinstance(source, EnsembleReward):
-                    parts[name], members[name] = source.score_with_members(completions)
+                if isinstance(source, ModelReward | EnsembleReward):
+                    parts[name], of_members = by_rows.get(name) or _ask_model(source, completions)
+                    members |= {} if of_members is None else {name: of_members}
                 elif name not in remote:
                     parts[name] = list(source.score(completions))
             ended, _ = wait(asked.values(), return_when=FIRST_EXCEPTION)
@@ -114,6 +157,12 @@ class RewardSet:
                 remote[name].cancel()
             raise
         return {name: parts[name] for name in self.sources}, members
+
+
+def _ask_model(source: ModelReward | EnsembleReward, completions: Completions) -> Answers:
+    if isinstance(source, EnsembleReward):
+        return source.score_with_members(completions)
+    return source.score(completions), None
 
 
 def _in_thread(score: Callable[[Completions], list[float | None]], completions: Completions) -> Future[Any]:

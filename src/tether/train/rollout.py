@@ -67,7 +67,8 @@ def collect(
 ) -> Experience:  # fmt: skip
     """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens.
 
-    Each rank samples and values its part; rank 0 scores. The experience is the same on all of them.
+    Each rank samples, values and, by reward models, scores its part; rank 0 asks all other sources. The experience is
+    the same on all of them.
 
     kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B].
     phase: see `RewardSet.score`; by default the cycle.
@@ -78,7 +79,7 @@ def collect(
     clock.lap("time/rollout_s")
 
     progress("scoring")
-    scored = ranks.first(lambda: reward.score(completions, phase or f"cycle-{cycle:06d}"))
+    scored = reward.score(completions, phase or f"cycle-{cycle:06d}", ranks=ranks)
     clock.lap("time/score_s")
 
     progress("valuing")
