@@ -6,15 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tether.config import LoraConfig, OptimConfig, PPOSection
+from tether.config import LoraConfig, OptimConfig, PPOSection, RewardShapingConfig, RewardSourceConfig
+from tether.data.tokenizer import load_tokenizer
 from tether.distributed.ranks import Ranks
 from tether.distributed.shard import lay_out, whole
+from tether.errors import RewardError
 from tether.models.language_model import LanguageModel
 from tether.models.loading import add_lora, checkpoint_activations
 from tether.models.policy import Policy, Reference, SeparateCritic
+from tether.rewards import build_reward
 from tether.train.optim import ScheduledOptimizer, build_optimizer
 from tether.train.update import accumulate
-from tether.types import Rollout
+from tether.types import Completions, Prompt, Rollout
 from tiny import ragged_rows, randomize, transformer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -84,3 +87,32 @@ def gradients(kind: str, ranks: Ranks, shard: str) -> dict[str, Tensor]:
     held = sum(getattr(x, "to_local", lambda x=x: x)().numel() for x in [*(p for _, p in named), *states])
     found["share"] = torch.tensor(held / sum(x.numel() for x in [*(p for _, p in named), *states]))
     return found | {"weights after three steps": torch.cat([whole(p.detach()).flatten() for _, p in named])}
+
+
+def scores(policy: str, models: list[str], ranks: Ranks) -> dict[str, Any]:
+    """What a reward model and an ensemble say of nine responses, how many of them this rank scored, and what is said of
+    one that is too long."""
+    one = RewardSourceConfig(model=models[0], name="one", dtype="float32")
+    several = RewardSourceConfig(models=models, name="several", dtype="float32", weight=0.5)
+    tokenizer = load_tokenizer(policy)
+    rewards = build_reward([several, one], RewardShapingConfig(), tokenizer, [1], torch.device("cpu"))
+    asked, model = [], rewards.sources["one"][0].model
+    plain = model.score
+    model.score = lambda rows: (asked.append(len(rows)), plain(rows))[1]
+    lengths = [5, 21, 2, 17, 9, 13, 3, 8, 30]
+    ids = torch.randint(2, 200, (len(lengths), 40), generator=torch.Generator().manual_seed(0)).tolist()
+    responses = [row[:n] for row, n in zip(ids, lengths, strict=True)]
+    prompts = [Prompt((65, 66, 67), "ABC", i) for i in range(len(lengths))]
+
+    def of(responses):
+        nothing = [[0.0] * len(r) for r in responses]
+        return rewards.score(
+            Completions(prompts, responses, nothing, nothing, ["length"] * len(responses)), ranks=ranks
+        )
+
+    scored, rows = of(responses), sum(asked)
+    try:
+        said = of([*responses[:7], [5] * 100_000, responses[8]])
+    except RewardError as error:
+        said = str(error)
+    return {"scores": scored.scores, "parts": scored.parts, "members": scored.members, "rows": rows, "said": said}

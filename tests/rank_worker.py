@@ -1,7 +1,8 @@
 """What torchrun starts on every rank: torchrun … rank_worker.py JOBS.json.
 
 Does one job after the other, each in a process forked off, so that one may be killed; writes how each ended, and after
-how many seconds, into JOBS.json.RANK. A job is {"gradients": FILE}, or {"argv": …} of the command line.
+how many seconds, into JOBS.json.RANK. A job is {"gradients": FILE}, {"scores": FILE, …}, or {"argv": …} of the command
+line.
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from policies_on_ranks import LAYOUTS, gradients
+from policies_on_ranks import LAYOUTS, gradients, scores
 from tether.cli import main
 from tether.distributed.ranks import Ranks, join
 from tether.train import update
@@ -51,6 +52,10 @@ def do(job: dict) -> int:
             found["experts"] = of_experts(ranks)
         if RANK == 0:
             torch.save(found, job["gradients"])
+        return 0
+    if "scores" in job:
+        with join("cpu", timeout_s=60) as ranks:
+            torch.save(scores(job["policy"], job["models"], ranks), f"{job['scores']}.{RANK}")
         return 0
     if "signal" in job and RANK == 1:
         threading.Thread(target=signal_at_step, args=(*job["signal"], Path(job["run"])), daemon=True).start()

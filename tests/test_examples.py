@@ -4,14 +4,17 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import tether
+from tether.config import check
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -19,6 +22,24 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda p: str(p.relative_to(EXAMPLES)))
 def test_the_config_is_valid(path):
     tether.load_config(path)
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("one_node", 8), ("four_nodes", 32)])
+def test_the_configs_for_a_cluster_give_every_gpu_rows_of_every_step(name, gpus):
+    config = tether.load_config(EXAMPLES / "cluster" / f"{name}.yaml")
+    check(config)
+    for rows in (config.ppo.batch, config.ppo.minibatch, config.evaluate.count):
+        assert rows % gpus == 0
+
+
+def test_the_script_for_slurm_starts_a_command_that_torchrun_understands():
+    script = EXAMPLES / "cluster" / "slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text()
+    command = text.partition("srun torchrun ")[2].replace("\\\n", " ").replace('"$SLURM_JOB_NUM_NODES"', "4")
+    args = get_args_parser().parse_args(shlex.split(command.replace("-m tether", "--module tether")))
+    assert (args.nnodes, args.nproc_per_node, args.max_restarts, args.training_script) == ("4", "8", 3, "tether")
+    assert (EXAMPLES.parent / re.search(r"examples/cluster/\w+\.yaml", text)[0]).exists()
 
 
 def test_the_example_for_a_gpu_dry_runs_up_to_the_model_that_is_not_here(tmp_path):

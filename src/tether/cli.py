@@ -121,10 +121,18 @@ def _doctor(argv: list[str]) -> None:
         return
     from tether.config.reading import parse_args
 
+    parser = _parser("doctor", "")
+    parser.add_argument("--ranks", type=int)
+    ranks, argv = parser.parse_known_args(argv)
+    if ranks.ranks is not None and (ranks.ranks < 1 or not argv):
+        raise ConfigError(
+            f"--ranks {ranks.ranks}: it is the number of processes, 1 or more, that the config of a run is checked "
+            "for: tether doctor C.yaml --ranks 8."
+        )
     config = parse_args(None, argv)[0] if argv else None
     from tether.diagnose import doctor
 
-    print(doctor(config))
+    print(doctor(config, ranks=ranks.ranks or 1))
 
 
 # ---------------------------------------------------------------- commands with a few flags of their own
@@ -525,12 +533,12 @@ TRAINERS
 Exit codes: 0 done, 2 your mistake, 3 stopped by a signal after saving, 1 anything else."""
 
 DOCTOR = """\
-usage: tether doctor [C.yaml] [--key VALUE …]
+usage: tether doctor [C.yaml] [--ranks N] [--key VALUE …]
        tether doctor RUN
 
 Without a config: what this machine has. With one: checks its data and models, and predicts
-peak memory by part; a judge is asked about a few answers without content, beside real ones.
-Keys are those of the command that the config is for.
+peak memory by part, with --ranks of each of N processes; a judge is asked about a few answers
+without content, beside real ones. Keys are those of the command that the config is for.
 
 With a run directory: how the run stands, and what went wrong in it. Each alarm says what,
 the likely cause, and the knob to turn; docs/guide.md lists them. It may still be running."""

@@ -76,6 +76,11 @@ class Completions:
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.response_ids]
 
+    def select(self, index: Sequence[int]) -> Completions:
+        """These rows, in this order."""
+        columns = (self.prompts, self.response_ids, self.sampler_logprobs, self.truncated_mass, self.finish_reasons)
+        return Completions(*([column[i] for i in index] for column in columns))  # type: ignore[arg-type]
+
     def rows(self) -> Rows:
         return Rows.of([p.ids for p in self.prompts], self.response_ids)
 

@@ -174,11 +174,24 @@ def test_doctor_describes_the_machine_and_with_a_config_whether_it_fits(ppo):
     alone = doctor()
     for word in ("processor", "memory", "GPU", "disk", "torch", "cores usable", "bfloat16"):
         assert word in alone
-    assert "plan" not in alone
+    assert "\nplan" not in alone
     text = doctor(ppo)
     assert text.startswith("machine")
     assert "fits: needs" in text
     assert "8 prompts to train on" in text
+
+
+def test_doctor_tells_of_several_processes_what_each_takes(ppo, tmp_path, capsys):
+    path = tmp_path / "ppo.yaml"
+    path.write_text(to_yaml(ppo))
+    assert main(["doctor", str(path), "--ranks", "3", "--distributed.shard", "full", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "memory on cpu of each of 3 processes, distributed.shard=full, predicted" in text
+    assert "3 processes on one machine need" in text
+    assert "with distributed.shard=replicate" in text
+    for argv in (["--ranks", "0"], ["--ranks", "two"]):
+        assert main(["doctor", str(path), *argv]) == 2
+    assert main(["doctor", "--ranks", "2"]) == 2
 
 
 def test_doctor_wants_a_run_that_trains():

@@ -29,6 +29,7 @@ from tether.config import (
 )
 from tether.diagnose import Memory, Part, predict
 from tether.diagnose.memory import size
+from tether.errors import ConfigError
 
 BENCH = Path(__file__).parents[2] / "bench" / "memory_prediction.py"
 
@@ -102,6 +103,8 @@ def test_reward_models_are_counted(model, count):
     assert parts(predict(config(model, reward=[source]), device="cpu"))["reward model kind"] == pytest.approx(
         4 * count, rel=0.3
     )
+    each = predict(config(model, reward=[source]), device="cpu", ranks=2).others
+    assert "reward model kind" in parts(each)  # which scores its part of the rows
 
 
 def test_longer_prompts_and_more_tokens_at_once_cost_more(model):
@@ -178,6 +181,60 @@ def test_implicit_q_learning_holds_its_heads_and_their_targets(model, count):
     assert parts(heads)["activations"] > parts(alone)["activations"]
 
 
+def test_replicas_hold_all_weights_and_share_the_rows(model, count):
+    alone, two = (predict(config(model), device="cpu", ranks=n, shard="replicate") for n in (1, 2))
+    for name in ("weights", "gradients", "optimizer", "reference"):
+        assert parts(two)[name] == parts(alone)[name]
+    assert parts(two)["key-value cache"] == parts(alone)["key-value cache"] / 2  # 8 of 16 responses
+    assert parts(two)["activations"] < parts(alone)["activations"] * 0.6  # 4 of 8 rows
+    assert parts(two)["gradients being summed"] == 4 * count
+    assert parts(two.others)["Python and libraries"] < parts(alone)["Python and libraries"]
+    assert not {"copies of the final model", "log and files"} & set(parts(two.others))  # rank 0 alone writes
+
+
+def test_sharded_a_rank_holds_half_and_beside_it_a_copy_to_sample_from(model, count):
+    two = predict(config(model), device="cpu", ranks=2, shard="full")
+    found, root = parts(two), 258 * 32 + 32  # the table, tied, and the last norm
+    assert {name: found[name] for name in ("weights", "gradients", "optimizer", "reference")} == {
+        "weights": 2 * count, "gradients": 2 * count, "optimizer": 4 * count, "reference": 2 * count,
+    }  # fmt: skip
+    assert found["engine's copy of the policy"] == 4 * count
+    assert found["embeddings and head, gathered"] == 4 * root
+    layer = (count - root) / 2
+    assert found["layers, gathered"] == 4 * 2 * layer
+    assert found["gradients in flight"] == 4 * (root + 2 * layer)
+    assert (found["copy to write from"], found["moments to write"]) == (4 * count, 8 * count)
+    assert not {"copy to write from", "moments to write"} & set(parts(two.others))
+    assert two.shard == "full"
+
+
+def test_beside_a_gpu_what_rank_0_writes_from_is_in_the_hosts_memory(model, count):
+    found = predict(config(model), device="cuda", ranks=2, shard="full")
+    assert {p.name: p.bytes for p in found.parts if p.phase == "host"} == {
+        "copy to write from": 4 * count, "moments to write": 8 * count,
+    }  # fmt: skip
+    assert found.peak == found.others.peak
+
+
+def test_models_are_whole_on_every_rank_before_they_are_cut(model, count):
+    """So many ranks that nothing is left of the parts: the peak is where policy, reference and copy are whole."""
+    found = predict(config(model), device="cuda", ranks=10_000, shard="full")
+    always = sum(p.bytes for p in found.parts if p.phase == "always")
+    preparing = parts(found)["models before they are cut"]
+    assert always + preparing == pytest.approx(3 * 4 * count, rel=0.01)
+
+
+def test_by_default_only_what_is_large_is_cut(model):
+    assert predict(config(model), device="cpu", ranks=2).shard == "replicate"
+
+
+def test_what_only_knows_replicas_says_so(model):
+    base = SFTConfig("run", SFTModelConfig(str(model), dtype="float32"), DataConfig("d", max_tokens=64))
+    assert predict(base, device="cpu", ranks=2).shard == "replicate"
+    with pytest.raises(ConfigError, match="tether sft keeps all weights on every process"):
+        predict(base, device="cpu", ranks=2, shard="full")
+
+
 def test_the_table_names_every_part_that_matters_and_the_peak():
     memory = Memory("cuda", [Part("weights", 3 * 2**30), Part("tiny", 10), Part("cache", 2**29, "sampling")])
     lines = memory.table().splitlines()
@@ -189,11 +246,24 @@ def test_sizes_are_named_by_the_unit_that_they_are_counted_in():
     assert [size(n) for n in (5 * 2**10, 7 * 2**20, 3 * 2**29)] == ["5 KiB", "7 MiB", "1.50 GiB"]
 
 
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("memory_prediction", BENCH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["narrow", "lora"])
-def test_the_prediction_is_within_a_fifth_of_a_real_runs_peak(case):
-    spec = importlib.util.spec_from_file_location("memory_prediction", BENCH)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+def test_the_prediction_is_within_a_fifth_of_a_real_runs_peak(bench, case):
     found = bench.measure(case)
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["replicate", "full"])
+def test_so_it_is_for_each_of_two_processes(bench, shard):
+    found = bench.measure("narrow", ranks=2, shard=shard)
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.2)
+    assert found["others_predicted"] == pytest.approx(found["others_measured"], rel=0.2)

@@ -20,8 +20,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
-from policies_on_ranks import LAYOUTS, gradients
+from policies_on_ranks import LAYOUTS, gradients, scores
 from resume import steady
+from served_rewards import make_reward_model
 from tether import Run, load_config, ppo
 from tether.cli import main
 from tether.config import DistributedConfig, RewardSourceConfig
@@ -48,6 +49,16 @@ def config_of(folder: Path, model: Path, *, reward: str = REWARD, shard: str = "
     return config
 
 
+def with_reward_models(config, models: list[str], folder: Path):
+    """Scored by a model and a function, and as gold by an ensemble."""
+    sources = [RewardSourceConfig(model=models[0], name="model", dtype="float32"), *config.reward]
+    gold = RewardSourceConfig(models=models[1:], name="ensemble", dtype="float32")
+    config = replace(config, reward=sources, evaluate=replace(config.evaluate, gold=[gold]),
+                     ppo=replace(config.ppo, cycles=2))  # fmt: skip
+    (folder / "c.yaml").write_text(to_yaml(config))
+    return config
+
+
 def alone(config, cycles: int = 4) -> Run:
     return ppo(replace(config, ppo=replace(config.ppo, cycles=cycles)))
 
@@ -64,6 +75,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "reward-fails": {"cycles_before": 2, "reward": FAILS},
     "another-seed": {"on_rank_1": ["--seed", "1"]},
     "breaks": {"breaks": True},
+    "reward-models": {"scored_by_models": True},
     "ahead": {"sections": {"ppo": {"ahead": 1}}},
 }
 
@@ -90,18 +102,27 @@ def done(tmp_path_factory, tiny_model) -> Done:
         if not (root / "said").exists():
             root.mkdir()
             start(root, shutil.copytree(tiny_model(), root / "model"))
-    names, ended = ["gradients", *JOBS], [json.loads((root / f"jobs.json.{rank}").read_text()) for rank in range(2)]
+    names, ended = (
+        ["gradients", "scores", *JOBS],
+        [json.loads((root / f"jobs.json.{rank}").read_text()) for rank in range(2)],
+    )
     codes = {name: [codes[i][0] for codes in ended] for i, name in enumerate(names)}
     return Done(root, (root / "said").read_text(), codes, {n: [e[i][1] for e in ended] for i, n in enumerate(names)})
 
 
 def start(root: Path, model: Path) -> None:
     """Do every job, below `root`."""
-    jobs: list[dict[str, Any]] = [{"gradients": str(root / "gradients.pt")}]
+    models = [str(make_reward_model(root / f"reward-model-{i}", model, seed=i)) for i in range(3)]
+    jobs: list[dict[str, Any]] = [
+        {"gradients": str(root / "gradients.pt")},
+        {"scores": str(root / "scores.pt"), "policy": str(model), "models": models[:2]},
+    ]
     for name, job in JOBS.items():
         folder = root / name.partition(",")[0]
         config = config_of(folder, model, reward=job.get("reward", REWARD), shard=job.get("shard", "replicate"),
                            **job.get("sections", {}))  # fmt: skip
+        if "scored_by_models" in job:
+            config = with_reward_models(config, models, folder)
         if "cycles_before" in job:
             alone(config, cycles=job["cycles_before"])
         (folder / "reward.py.fails").touch()
@@ -210,6 +231,36 @@ def test_a_reward_that_fails_on_rank_0_ends_all_with_its_message(done):
     assert done.codes["reward-fails"] == [2, 2]
     assert "raised ValueError: no score" in done.run("reward-fails").status["exit_reason"]
     assert done.said.count("raised ValueError: no score") == 1
+
+
+def test_reward_models_score_a_part_of_the_rows_on_each_process(done):
+    assert done.codes["scores"] == [0, 0]
+    models = [str(done.root / f"reward-model-{i}") for i in range(2)]
+    got, want = (
+        [torch.load(done.root / f"scores.pt.{rank}") for rank in range(2)],
+        scores(str(done.root / "model"), models, ALONE),
+    )
+    assert want["rows"] == 9
+    assert sum(rank["rows"] for rank in got) == 9
+    assert all(rank["rows"] >= 3 for rank in got)
+    for rank in got:
+        close(rank["scores"], want["scores"], 1e-6)
+        for name in ("one", "several"):
+            close(torch.tensor(rank["parts"][name]), torch.tensor(want["parts"][name]), 1e-6)
+        close(torch.tensor(rank["members"]["several"]), torch.tensor(want["members"]["several"]), 1e-6)
+
+
+def test_a_row_that_no_reward_model_can_score_is_named_by_all_as_by_one_process(done):
+    models = [str(done.root / f"reward-model-{i}") for i in range(2)]
+    want = scores(str(done.root / "model"), models, ALONE)["said"]
+    assert "but row 7 (row 7 of the data" in want
+    assert [torch.load(done.root / f"scores.pt.{rank}")["said"] for rank in range(2)] == [want] * 2
+
+
+def test_a_run_with_reward_models_on_two_processes_is_that_of_one(done, tmp_path):
+    assert done.codes["reward-models"] == [0, 0]
+    config = replace(load_config(done.root / "reward-models" / "c.yaml"), run=str(tmp_path / "run"))
+    same_numbers(done.run("reward-models"), ppo(config))
 
 
 def test_ranks_that_were_given_different_configs_are_refused(done):

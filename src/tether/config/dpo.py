@@ -115,8 +115,8 @@ class DPOConfig(TrainingConfig):
                 "beside the policy, so it would be ignored. Leave it out."
             )
 
-    def microbatch(self, longest: int | None) -> tuple[int, int, int]:
+    def microbatch(self, longest: int | None, ranks: int = 1) -> tuple[int, int, int]:
         width, section = longest or self.data.max_tokens, self.dpo
         together = 2 if section.has_pairs else 1
         rows = max(together, section.microbatch_tokens // width)
-        return min(together * section.batch, rows // together * together), width, width - 1
+        return min(together * -(-section.batch // ranks), rows // together * together), width, width - 1

@@ -280,7 +280,7 @@ class PPOConfig(TrainingConfig):
     def steps_per_unit(self) -> int:
         return self.ppo.steps_per_cycle
 
-    def microbatch(self, longest: int | None) -> tuple[int, int, int]:
+    def microbatch(self, longest: int | None, ranks: int = 1) -> tuple[int, int, int]:
         new = self.sampling.max_new_tokens
         width = (longest or self.prompts.max_tokens) + new
-        return min(self.ppo.minibatch, max(1, self.ppo.microbatch_tokens // width)), width, new
+        return min(-(-self.ppo.minibatch // ranks), max(1, self.ppo.microbatch_tokens // width)), width, new

@@ -154,6 +154,6 @@ class QLearningConfig(TrainingConfig):
             return PPOSection(gamma=section.ilql.gamma, kl=KLConfig(coef=0.0, place="loss"), whiten=False)
         return PPOSection(lam=section.lam, kl=KLConfig(coef=section.beta), whiten=False)
 
-    def microbatch(self, longest: int | None) -> tuple[int, int, int]:
+    def microbatch(self, longest: int | None, ranks: int = 1) -> tuple[int, int, int]:
         width, section = longest or self.data.max_tokens, self.qlearning
-        return min(section.batch, max(1, section.microbatch_tokens // width)), width, width - 1
+        return min(-(-section.batch // ranks), max(1, section.microbatch_tokens // width)), width, width - 1

@@ -70,6 +70,10 @@ class RewardConfig(TrainingConfig):
         if not isinstance(self.data, PairsConfig) and isinstance(self.data, DataConfig):
             object.__setattr__(self, "data", PairsConfig.of(self.data))
 
-    def microbatch(self, longest: int | None) -> tuple[int, int, int]:
+    def microbatch(self, longest: int | None, ranks: int = 1) -> tuple[int, int, int]:
         width, section = longest or self.data.max_tokens, self.reward_model
-        return min(2 * section.batch, max(2, section.microbatch_tokens // width)), width, 0  # only a score is read
+        return (
+            min(2 * -(-section.batch // ranks), max(2, section.microbatch_tokens // width)),
+            width,
+            0,
+        )  # only a score is read

@@ -566,9 +566,9 @@ class TrainingConfig(Config):
         """Optimizer steps in what metrics count: in a cycle; a step is one."""
         return 1
 
-    def microbatch(self, longest: int | None) -> tuple[int, int, int]:
+    def microbatch(self, longest: int | None, ranks: int = 1) -> tuple[int, int, int]:
         """The largest microbatch: (rows, tokens in a row, tokens in a row whose log-prob is wanted), for its memory.
 
-        longest: tokens of the longest prompt or example; None where it is not known.
+        longest: tokens of the longest prompt or example; None where it is not known. ranks: that share a step's rows.
         """
         raise NotImplementedError

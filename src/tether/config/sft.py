@@ -32,6 +32,6 @@ class SFTConfig(TrainingConfig):
     data: DataConfig
     sft: SFTSection = field(default_factory=SFTSection)
 
-    def microbatch(self, longest: int | None) -> tuple[int, int, int]:
+    def microbatch(self, longest: int | None, ranks: int = 1) -> tuple[int, int, int]:
         width = longest or self.data.max_tokens
-        return min(self.sft.batch, max(1, self.sft.microbatch_tokens // width)), width, width - 1
+        return min(-(-self.sft.batch // ranks), max(1, self.sft.microbatch_tokens // width)), width, width - 1

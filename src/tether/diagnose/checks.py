@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from tether.config import Config, TrainingConfig, check
+from tether.config import Config, PPOConfig, TrainingConfig, check
 from tether.config.kinds import KINDS, kind_of, resolve
 from tether.config.reading import to_yaml
 from tether.diagnose.inputs import Inputs
 from tether.diagnose.machine import machine, memory_of
 from tether.diagnose.memory import Memory, architecture_of, predict, size
+from tether.distributed.world import world
 from tether.errors import ConfigError, TetherError
 from tether.models.export import vllm_note
 from tether.models.loading import resolve_device
@@ -39,13 +41,16 @@ def dry_run(config: Config, *, fresh: bool = False) -> str:
         parts.append(f"one row, token by token (1: {inputs.counts})\n{_indented(inputs.rendered)}")
     parts.append(f"plan\n  {inputs.plan}")
     if isinstance(config, TrainingConfig):
-        parts.append(_memory(config, inputs))
+        parts.append(_memory(config, inputs, world()[1]))
     return "\n\n".join(parts)
 
 
-def doctor(config: Config | None = None) -> str:
+def doctor(config: Config | None = None, *, ranks: int = 1) -> str:
     """What this machine has; with a config also its data check, peak memory by part, and whether that fits; of a judge
-    whether it can be won with nothing."""
+    whether it can be won with nothing.
+
+    ranks: processes that torchrun would start.
+    """
     text = f"machine\n{_indented(machine())}"
     if config is None:
         return text
@@ -65,29 +70,48 @@ def doctor(config: Config | None = None) -> str:
     plan = f"plan\n  {inputs.plan}"
     if kind.final == "language model" and (note := vllm_note(architecture_of(config))):
         plan += f"\n  {note}"
-    return "\n\n".join([text, _data(inputs), plan, _memory(config, inputs)])
+    return "\n\n".join([text, _data(inputs), plan, _memory(config, inputs, ranks)])
 
 
 def _data(inputs: Inputs) -> str:
     return "data\n" + _indented("\n".join(inputs.facts))
 
 
-def _memory(config: TrainingConfig, inputs: Inputs) -> str:
+def _memory(config: TrainingConfig, inputs: Inputs, ranks: int) -> str:
     try:
-        memory = predict(config, prompt_tokens=inputs.longest)
+        memory = predict(config, prompt_tokens=inputs.longest, ranks=ranks)
+        other = _other_layout(config, inputs, memory)
     except TetherError:
         raise
     except Exception as error:  # remote code may do what cannot be done without data
         return f"memory\n  cannot be predicted for this architecture ({type(error).__name__}: {error})"
-    return f"memory on {memory.device}, predicted\n{memory.table()}\n  {verdict(memory, memory_of(memory.device))}"
+    layout = f" of each of {ranks} processes, distributed.shard={memory.shard}" if ranks > 1 else ""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) if memory.device == "cpu" else 1
+    lines = [memory.table(), f"  {verdict(memory, memory_of(memory.device), local=local)}"]
+    if other is not None:
+        lines.append(f"  with distributed.shard={other.shard} the largest would need {size(other.needed)}")
+    return "\n".join([f"memory on {memory.device}{layout}, predicted", *lines])
 
 
-def verdict(memory: Memory, available: int) -> str:
-    """Whether it fits into `available` bytes, and if not, the knob that saves most."""
-    if memory.needed <= available:
-        return f"fits: needs {size(memory.needed)} of {size(available)}"
+def _other_layout(config: TrainingConfig, inputs: Inputs, memory: Memory) -> Memory | None:
+    """The prediction for the layout that the config does not choose; None where there is none."""
+    if memory.ranks == 1 or not isinstance(config, PPOConfig):
+        return None
+    shard = "replicate" if memory.shard == "full" else "full"
+    return predict(config, prompt_tokens=inputs.longest, ranks=memory.ranks, shard=shard)
+
+
+def verdict(memory: Memory, available: int, *, local: int = 1) -> str:
+    """Whether it fits into `available` bytes, and if not, the knob that saves most.
+
+    local: ranks that share these bytes, the first among them.
+    """
+    needed = memory.needed + (local - 1) * memory.others.needed
+    who = f"{local} processes on one machine need" if local > 1 else "needs"
+    if needed <= available:
+        return f"fits: {who} {size(needed)} of {size(available)}"
     largest = max(memory.parts, key=lambda p: p.bytes).name.strip()
-    return f"does not fit: needs {size(memory.needed)} of {size(available)}. {_REMEDY.get(largest, _SMALLER)}"
+    return f"does not fit: {who} {size(needed)} of {size(available)}. {_REMEDY.get(largest, _SMALLER)}"
 
 
 _SMALLER = "Use a smaller model, or model.lora."

@@ -2,12 +2,13 @@
 
 Weights and activations are counted by running the model's own code on tensors without data, see
 `tether.diagnose.simulate`; the sampler's buffers follow from its shapes. What is left is the process itself, measured
-once. How near the predictions come: bench/memory_prediction.py.
+once. What each of several ranks holds follows from the shapes of the weights, see `tether.diagnose.per_rank`. How near
+the predictions come: bench/memory_prediction.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,18 @@ from tether.config import (
 from tether.config.kinds import kind_of, resolve
 from tether.config.reading import load_judge
 from tether.data.tokenizer import load_tokenizer
-from tether.diagnose.simulate import Shape, Step, simulate
+from tether.diagnose.per_rank import (
+    Weight,
+    bucket_bytes,
+    gathered_bytes,
+    gradient_bytes_in_flight,
+    largest_gradient_bytes,
+    trained_numbers,
+    weight_bytes,
+)
+from tether.diagnose.simulate import Shape, Step, simulate, units_of
+from tether.distributed.ranks import BUCKET, need_replicas
+from tether.distributed.shard import cuts
 from tether.models.language_model import freeze
 from tether.models.loading import model_config, resolve_device, resolve_dtype
 from tether.samplers.local import PREFILL_TOKENS, count_slots, slot_bytes
@@ -33,6 +45,7 @@ from tether.train.sft import init_architecture
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 _PROCESS_CPU = 485 * MIB  # Python, torch, transformers, TensorBoard: resident before a weight is loaded
+_FOLLOWER_CPU = 395 * MIB  # of a rank that writes nothing
 _CONTEXT_CUDA = 600 * MIB  # the CUDA context and its libraries, which no allocator counts
 
 
@@ -43,9 +56,17 @@ class Part:
     name: str
     bytes: int
     phase: str = "always"
-    """always, preparing, sampling, updating, stepping or saving: parts of different phases are never in memory together
-    on a GPU, whose allocator hands freed blocks on; a CPU's keeps them where they were, from the first step until the
-    run ends and saves."""
+    """always, preparing, sampling, updating, stepping, writing (a checkpoint) or saving: parts of different phases are
+    never in memory together on a GPU, whose allocator hands freed blocks on; a CPU's keeps them where they were, from
+    the first step until the run ends and saves. host: beside a GPU, in the memory of its host."""
+    first: bool = False
+    """Of several ranks, rank 0 alone has it."""
+
+    @property
+    def when(self) -> str:
+        """In words; empty for all the time and on every rank."""
+        phase = {"always": "", "host": "in the host's memory"}.get(self.phase, f"while {self.phase}")
+        return ", ".join(filter(None, [phase, "on rank 0 alone" if self.first else ""]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +75,26 @@ class Memory:
 
     device: str
     parts: list[Part]
+    ranks: int = 1
+    shard: str = "replicate"
+    """replicate or full: how the weights lie on several ranks."""
+
+    @property
+    def others(self) -> Memory:
+        """What every rank but the first has."""
+        return replace(self, parts=[p for p in self.parts if not p.first])
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment: on a GPU, as torch counts them; on a CPU, the process's resident set."""
+        """Bytes at the worst moment: on a GPU, as torch counts them; on a CPU, the process's resident set. Of several
+        ranks, of the first."""
         always = sum(p.bytes for p in self.parts if p.phase == "always")
         phases: dict[str, int] = {}
         for part in self.parts:
-            if part.phase != "always":
+            if part.phase not in ("always", "host"):
                 phases[part.phase] = phases.get(part.phase, 0) + part.bytes
         if self.device == "cpu":
-            alone = max(phases.pop("preparing", 0), phases.pop("saving", 0))
+            alone = max(phases.pop(phase, 0) for phase in ("preparing", "writing", "saving"))
             return always + max(alone, sum(phases.values()))
         return always + max(phases.values(), default=0)
 
@@ -75,9 +105,14 @@ class Memory:
 
     def table(self) -> str:
         """The parts as lines of text, largest first."""
-        rows = [(p.name, size(p.bytes), "" if p.phase == "always" else f"while {p.phase}")
+        rows = [(p.name, size(p.bytes), p.when)
                 for p in sorted(self.parts, key=lambda p: -p.bytes) if p.bytes >= KIB]  # fmt: skip
-        rows.append(("peak", size(self.peak), "resident memory" if self.device == "cpu" else "allocated on the GPU"))
+        where = "resident memory" if self.device == "cpu" else "allocated on the GPU"
+        if self.ranks == 1 or self.peak == self.others.peak:
+            rows.append(("peak" if self.ranks == 1 else "peak of each rank", size(self.peak), where))
+        else:
+            rows.append(("peak of rank 0", size(self.peak), where))
+            rows.append(("peak of each other", size(self.others.peak), where))
         width = max(len(name) for name, _, _ in rows)
         return "\n".join(f"  {name:<{width}}  {amount:>10}  {when}".rstrip() for name, amount, when in rows)
 
@@ -90,13 +125,16 @@ def size(count: float) -> str:
 
 
 def predict(
-    config: TrainingConfig, *, prompt_tokens: int | None = None, architecture: Any = None, device: str | None = None
-) -> Memory:
-    """What training with `config` will take at its peak.
+    config: TrainingConfig, *, prompt_tokens: int | None = None, architecture: Any = None, device: str | None = None,
+    ranks: int = 1, shard: str | None = None, step: Step | None = None,
+) -> Memory:  # fmt: skip
+    """What training with `config` will take at its peak, on each of `ranks` processes.
 
     prompt_tokens: the longest prompt (for sft and reward: the longest example) if it is known; else the config's limit.
     architecture: a transformers config to assume for the model; None reads the one that config.model names.
     device: cpu or cuda to assume; None is where this config would run on this machine.
+    shard: how the weights lie on several ranks; None: as config.distributed.shard says. step: one with the same
+    microbatch that was simulated before.
     """
     kind = device or resolve_device(config.device).type
     architecture = architecture or architecture_of(config)
@@ -106,28 +144,66 @@ def predict(
     checkpointing = config.model.gradient_checkpointing
     if checkpointing == "auto":
         checkpointing = kind == "cuda" and _count(architecture) > 1e9
-    step = simulate(
-        architecture, Shape(*config.microbatch(prompt_tokens)), dtype=dtype, device=kind, lora=config.model.lora,
+    step = step or simulate(
+        architecture, Shape(*config.microbatch(prompt_tokens, ranks)), dtype=dtype, device=kind, lora=config.model.lora,
         checkpointing=bool(checkpointing), critic=critic, q_heads=q_heads,
     )  # fmt: skip
-    trained = step.trained + step.critic + step.heads
+    sharded = _is_sharded(config, step, ranks, shard or config.distributed.shard)
+    parts, cut_into = _trained_parts(step, kind, ranks if sharded else 1), ranks if sharded else 1
+    if kind == "cpu":
+        parts.append(Part("Python and libraries", _PROCESS_CPU if ranks == 1 else _FOLLOWER_CPU))
+        copies = 1 if config.model.lora is None else 2  # what was saved is loaded again; adapters are merged in a copy
+        parts.append(Part("copies of the final model", 4 * step.parameters * copies, "saving", first=ranks > 1))
+    if ranks > 1:
+        parts += _of_several(step, kind, sharded)
+    if beside := kind_of(config).memory:
+        parts += resolve(beside)(Trained(config, step, architecture, dtype, prompt_tokens, kind, ranks, cut_into))
+    return Memory(kind, parts, ranks, "full" if sharded else "replicate")
+
+
+def _is_sharded(config: TrainingConfig, step: Step, ranks: int, shard: str) -> bool:
+    """Whether each rank has a part of the weights. Raises what the run would raise."""
+    if not isinstance(config, PPOConfig):
+        need_replicas(shard, kind_of(config).command, ranks)
+        return False
+    return cuts(shard, weight_bytes(step.all_units) + 12 * trained_numbers(step.all_units), ranks)
+
+
+def _trained_parts(step: Step, kind: str, cut_into: int) -> list[Part]:
+    """Weights, gradients, moments and activations of what is trained; cut_into: the parts of which a rank has one."""
+    trained = trained_numbers(step.all_units, cut_into) + step.heads
     parts = [
-        Part("weights", step.weights),
+        Part("weights", weight_bytes(step.units, cut_into)),
         Part("gradients", 4 * trained, "always" if kind == "cpu" else "updating"),
         Part("optimizer", 8 * trained),
-        Part("critic", 4 * step.critic),
+        Part("critic", weight_bytes(step.critic_units, cut_into)),
         Part("Q-learning heads", 4 * (step.heads + step.targets)),
         Part("activations", step.activations, "updating"),
     ]
     if kind == "cuda":  # torch steps all weights at once there, and needs room for one more copy of them
         parts += [Part("gradients ", 4 * trained, "stepping"), Part("optimizer's workspace", 4 * trained, "stepping")]
-    else:
-        parts.append(Part("Python and libraries", _PROCESS_CPU))
-        copies = 1 if config.model.lora is None else 2  # what was saved is loaded again; adapters are merged in a copy
-        parts.append(Part("copies of the final model", 4 * step.parameters * copies, "saving"))
-    if beside := kind_of(config).memory:
-        parts += resolve(beside)(Trained(config, step, architecture, dtype, prompt_tokens, kind))
-    return Memory(kind, parts)
+    return parts
+
+
+def _of_several(step: Step, kind: str, sharded: bool) -> list[Part]:
+    """What it takes that there are several ranks."""
+    parts = [Part("log and files", _PROCESS_CPU - _FOLLOWER_CPU, first=True)] if kind == "cpu" else []
+    if not sharded:
+        trained = [w.numel for unit in step.all_units for w in unit if w.trained]
+        return [*parts, Part("gradients being summed", bucket_bytes(trained, BUCKET), "stepping")]
+    root, running = gathered_bytes(step.all_units)
+    if kind == "cpu":  # gloo sums in a copy, and receives into one, beside the buffer that FSDP gives it
+        parts.append(Part("gradients being summed", largest_gradient_bytes(step.all_units), "updating"))
+        parts.append(Part("weights being gathered", 2 * root, "updating"))
+    written = "writing" if kind == "cpu" else "host"
+    return [
+        *parts,
+        Part("embeddings and head, gathered", root),
+        Part("layers, gathered", running, "updating"),
+        Part("gradients in flight", gradient_bytes_in_flight(step.all_units), "updating"),
+        Part("copy to write from", weight_bytes(step.all_units), "always" if kind == "cpu" else "host", first=True),
+        Part("moments to write", 8 * trained_numbers(step.all_units), written, first=True),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +216,8 @@ class Trained:
     dtype: torch.dtype  # compute precision
     prompt_tokens: int | None  # of the longest prompt
     device: str  # cpu or cuda
+    ranks: int = 1
+    cut_into: int = 1  # parts, of which each rank has one
 
 
 def beside_policy(trained: Trained) -> list[Part]:
@@ -147,16 +225,23 @@ def beside_policy(trained: Trained) -> list[Part]:
     config: PPOConfig = trained.config
     step, architecture, dtype, kind = trained.step, trained.architecture, trained.dtype, trained.device
     text = architecture.get_text_config()
-    item, copied = dtype.itemsize, dtype != torch.float32 and config.model.lora is None
-    parts = []
+    sharded, ranks = trained.cut_into > 1, trained.ranks
+    item, copied = dtype.itemsize, sharded or config.ppo.ahead or (dtype != torch.float32 and config.model.lora is None)
+    parts, reference = [], list[list[Weight]]()
     if config.model.reference is not None or config.model.lora is None:
         frozen = architecture if config.model.reference is None else _read(config, config.model.reference)
-        reference = freeze(_without_data(frozen), dtype, same_bits=config.model.lora is None)  # else as the base is
-        parts.append(Part("reference", sum(p.numel() * p.element_size() for p in reference.parameters())))
+        reference = units_of(
+            freeze(_without_data(frozen), dtype, same_bits=config.model.lora is None)
+        )  # as the base is
+        parts.append(Part("reference", weight_bytes(reference, trained.cut_into)))
+    if sharded:
+        parts += _before_cutting(trained, reference)
     if copied:
-        parts.append(Part("engine's copy of the policy", step.parameters * item))
-    s, prompt = config.sampling, trained.prompt_tokens or config.prompts.max_tokens
-    responses = max(config.ppo.batch, config.evaluate.count * config.evaluate.samples if config.evaluate.every else 0)
+        parts.append(Part("engine's copy of the policy", sum(w.numel for unit in step.units for w in unit) * item))
+    s, p, prompt = config.sampling, config.ppo, trained.prompt_tokens or config.prompts.max_tokens
+    responses = -(-p.batch // p.responses_per_prompt // ranks) * p.responses_per_prompt
+    if config.evaluate.every:
+        responses = max(responses, -(-config.evaluate.count // ranks) * config.evaluate.samples)
     width = prompt + s.max_new_tokens
     slots = count_slots(s.slots, responses, text, width, dtype, kind)
     cache, drawing = slot_bytes(text, width, dtype)
@@ -175,8 +260,21 @@ def beside_policy(trained: Trained) -> list[Part]:
         if source.judge is not None and (judge := load_judge(source.judge)).judge.base_url is None:
             other = model_config(judge.judge.model, trust_remote_code=judge.trust_remote_code)
             taken = resolve_dtype(judge.dtype, torch.device("cpu"), other) if kind == "cpu" else dtype
-            parts.append(Part(f"judge {source_name(source)}", _count(other) * taken.itemsize))
+            parts.append(Part(f"judge {source_name(source)}", _count(other) * taken.itemsize, first=ranks > 1))
     return parts
+
+
+def _before_cutting(trained: Trained, reference: list[list[Weight]]) -> list[Part]:
+    """What the reference's embeddings and head take while they are whole; and all models, which are loaded whole."""
+    step, parts = trained.step, trained.cut_into
+    root = gathered_bytes(reference)[0] if reference else 0
+    moments = 8 + (4 if trained.device == "cpu" else 0)  # and gradients: not there yet either
+    later = weight_bytes([*step.all_units, *reference], parts) + moments * trained_numbers(step.all_units, parts)
+    later += root + gathered_bytes(step.all_units)[0]
+    return [
+        Part("reference's embeddings and head, gathered", root),
+        Part("models before they are cut", max(0, weight_bytes([*step.all_units, *reference]) - later), "preparing"),
+    ]
 
 
 def named_reference(trained: Trained) -> list[Part]:
@@ -187,7 +285,7 @@ def named_reference(trained: Trained) -> list[Part]:
     lora = trained.config.model.lora is not None
     frozen = freeze(_without_data(_read(trained.config, name)), trained.dtype, same_bits=not lora)
     held = sum(p.numel() * p.element_size() for p in frozen.parameters())
-    return [Part("reference", held, "preparing")]
+    return [Part("reference", held, "preparing", first=trained.ranks > 1)]
 
 
 def _holds_scores(text: Any) -> bool:

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from tether.config import LoraConfig
+from tether.diagnose.per_rank import Weight
+from tether.distributed.shard import layers
 from tether.models.ilql import ILQLHeads
 from tether.models.language_model import LanguageModel
 from tether.models.loading import add_lora, checkpoint_activations, quiet_transformers, without_dropout
@@ -35,6 +37,14 @@ class Step:
     heads: int  # number of trained weights of implicit Q-learning's heads
     targets: int  # number of weights of their targets
     activations: int  # peak of the forward and backward pass of one microbatch, gradients left out
+    units: list[list[Weight]]  # the weights, as several ranks cut and gather them: the root first, then the layers
+    critic_units: list[list[Weight]]  # those of a separate critic
+
+    @property
+    def all_units(self) -> list[list[Weight]]:
+        """Those of the policy with its critic, of which there is one root."""
+        roots = [unit[0] for unit in (self.units, self.critic_units) if unit]
+        return [[w for root in roots for w in root], *self.units[1:], *self.critic_units[1:]]
 
 
 @dataclass
@@ -100,7 +110,19 @@ def simulate(
             heads=sum(in_heads),
             targets=sum(targets),
             activations=meter.peak,
+            units=units_of(lm),
+            critic_units=units_of(trunk) if trunk is not None else [],
         )
+
+
+def units_of(model: nn.Module) -> list[list[Weight]]:
+    """What `tether.distributed.shard.shard` makes units of: all that is in no layer, and each layer."""
+    wrapped: Any = model  # by peft, maybe
+    lm = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    units = [list(layer.parameters()) for layer in layers(lm.base_model)]
+    inside = {id(p) for unit in units for p in unit}
+    root = [p for p in model.parameters() if id(p) not in inside]
+    return [[Weight(tuple(p.shape), p.element_size(), p.requires_grad) for p in unit] for unit in [root, *units]]
 
 
 def _bring_to_life(module: nn.Module) -> None:

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m tether ppo C.yaml
 
 Every rank holds all tokens and all [B, R] tensors, so denominators, advantages, metrics and decisions are the same code
-on the same numbers everywhere. Forward and backward passes are split by rows. Rank 0 alone scores and writes.
+on the same numbers everywhere. Forward and backward passes are split by rows, those of reward models too. Rank 0 alone
+asks other sources of scores, and writes.
 
 Alone, which is what a process is without torchrun, every method returns what it was given, and torch.distributed is not
 imported.
@@ -34,7 +35,7 @@ from tether.types import microbatches
 T = TypeVar("T")
 
 _JOIN_S = 120.0  # all processes are started by then: torchrun itself waits for hosts
-_BUCKET = 16 * 2**20  # gradients summed at once: numbers, 64 MiB in float32
+BUCKET = 16 * 2**20  # gradients summed at once: numbers, 64 MiB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Ranks:
             return [(index, True) for index in microbatches(lengths, max_tokens)]
         groups = dealt(lengths, max_tokens, self.size)
         mine = [(index, True) for index in groups[self.rank]]
-        spare = min(groups[0], key=len)  # rank 0 has the longest rows, and never fewer groups than another
+        spare = min(groups[0], key=len)  # rank 0 never has fewer groups than another
         return mine + [(spare, False)] * (len(groups[0]) - len(mine))
 
     def span(self, count: int) -> range:
@@ -130,7 +131,7 @@ class Ranks:
                 gradients.append(parameter.grad)
         while gradients:
             bucket, size = list[Tensor](), 0
-            while gradients and (not bucket or size + gradients[0].numel() <= _BUCKET):
+            while gradients and (not bucket or size + gradients[0].numel() <= BUCKET):
                 bucket.append(gradients.pop(0))
                 size += bucket[-1].numel()
             flat = torch.cat([g.reshape(-1) for g in bucket])
@@ -160,28 +161,38 @@ def dealt(lengths: Tensor | Sequence[int], max_tokens: int, size: int) -> list[l
     """Of each of `size` ranks, its microbatches: index tensors that together partition the rows.
 
     The rows are cut, longest first, into as few groups as fit in max_tokens and can be dealt out evenly, then into
-    groups as equal as that number allows; a snake (0 … n-1, n-1 … 0) gives every rank its share of long ones. Ranks
-    whose numbers of groups differ, at most by one, have fewer rows than the others.
+    groups as equal as that number allows. They are dealt out in turns, a group a rank, of which the largest goes to
+    whoever has least so far: ranks that run side by side have alike much to do in every turn, and in all. Ranks whose
+    numbers of groups differ, at most by one, have fewer rows than the others.
     """
+    lengths = torch.as_tensor(lengths)
     wanted = -(-len(microbatches(lengths, max_tokens)) // size) * size
     low, high = 0, max_tokens  # `high` tokens give at most `wanted` groups
     while high - low > 1:
         middle = (low + high) // 2
         few = len(microbatches(lengths, middle)) <= wanted
         low, high = (low, middle) if few else (middle, high)
+    groups = microbatches(lengths, high)
+    tokens = [len(group) * int(lengths[group[0]]) for group in groups]  # padded: the longest comes first
     ranks: list[list[Tensor]] = [[] for _ in range(size)]
-    for number, group in enumerate(microbatches(lengths, high)):
-        turn, place = divmod(number, size)
-        ranks[place if turn % 2 == 0 else size - 1 - place].append(group)
+    total = [0] * size
+    for start in range(0, len(groups), size):
+        turn = sorted(range(start, min(start + size, len(groups))), key=lambda i: -tokens[i])
+        for i, rank in zip(turn, sorted(range(size), key=total.__getitem__), strict=False):  # both sorts are stable
+            ranks[rank].append(groups[i])
+            total[rank] += tokens[i]
     return sorted(ranks, key=len, reverse=True)  # stable: only the last turn may be short
 
 
 # ---------------------------------------------------------------- starting
 
 
-def need_replicas(shard: str, command: str) -> None:
-    """Raise ConfigError where a command that only knows replicas is to cut the weights into parts."""
-    if world()[1] > 1 and shard == "full":
+def need_replicas(shard: str, command: str, size: int | None = None) -> None:
+    """Raise ConfigError where a command that only knows replicas is to cut the weights into parts.
+
+    size: the number of processes; None: of this run.
+    """
+    if (size or world()[1]) > 1 and shard == "full":
         raise ConfigError(
             f"distributed.shard=full, but tether {command} keeps all weights on every process so far: it would take "
             "more memory than you expect. Set distributed.shard to replicate, or train adapters (model.lora)."

@@ -70,11 +70,14 @@ class Layout:
 
 def shards(setting: str, policy: Policy, ranks: Ranks) -> bool:
     """Whether `distributed.shard` cuts the weights into parts."""
-    if ranks.size == 1 or setting != "auto":
-        return ranks.size > 1 and setting == "full"
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
     learned = sum(p.numel() * (p.element_size() + 8) for p in policy.parameters() if p.requires_grad)
-    return weights + learned > _REPLICATED
+    return cuts(setting, weights + learned, ranks.size)
+
+
+def cuts(setting: str, replica: int, ranks: int) -> bool:
+    """Whether `distributed.shard` cuts weights, gradients and moments of `replica` bytes into parts, on several."""
+    return ranks > 1 and (setting == "full" or (setting == "auto" and replica > _REPLICATED))
 
 
 def lay_out(policy: Policy, reference: Reference, ranks: Ranks, *, sharded: bool) -> Layout:
@@ -99,9 +102,8 @@ def shard(policy: Policy, ranks: Ranks) -> None:
     mesh = init_device_mesh(policy.model.device.type, (ranks.size,))
     trunks: list[nn.Module] = [policy.model.trunk, *([policy.critic.trunk] if policy.critic else [])]
     for trunk in trunks:
-        for child in trunk.children():
-            for layer in child if isinstance(child, nn.ModuleList) else []:
-                fully_shard(layer, mesh=mesh)
+        for layer in layers(trunk):
+            fully_shard(layer, mesh=mesh)
     if policy.value_head is not None:
         fully_shard(policy.value_head, mesh=mesh)  # of its own, its weights stay as precise as they are
     fully_shard(policy, mesh=mesh)
@@ -113,6 +115,11 @@ def shard(policy: Policy, ranks: Ranks) -> None:
     for part in (policy.model, policy.critic):
         if part is not None:
             part.one_pass = True  # a layer that runs more often on one rank than on another waits for ever
+
+
+def layers(trunk: nn.Module) -> list[nn.Module]:
+    """What is put together on its own while it runs."""
+    return [layer for child in trunk.children() if isinstance(child, nn.ModuleList) for layer in child]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from tether.background import in_thread
 from tether.config import RewardShapingConfig
+from tether.distributed.ranks import ALONE, Ranks
 from tether.errors import RewardError
 from tether.math import disagreement
 from tether.rewards.ensemble import EnsembleReward
 from tether.rewards.function import describe_row
+from tether.rewards.model import ModelReward
 from tether.rewards.url import request_hashes
 from tether.runs.answers import KeptAnswers
 from tether.types import Completions, Prompt, Reward
@@ -32,6 +34,11 @@ class ScoredBatch:
     missing: dict[str, int] = field(default_factory=dict)  # optional source name -> responses that it did not score
     disagreement: dict[str, list[float]] = field(default_factory=dict)  # ensemble's name -> B deviations of its members
     members: dict[str, list[list[float]]] = field(default_factory=dict)  # ensemble's name -> B times its K scores
+
+
+_BATCH_TOKENS = 16384  # as a reward model scores at once
+
+Answers = tuple[list[float | None], Tensor | None]  # B scores, and those of an ensemble's members [K, B]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +62,21 @@ class RewardSet:
         for source, _ in self.sources.values():
             source.check(prompts)
 
-    def score(self, completions: Completions, phase: str = "") -> ScoredBatch:
-        """phase: see `asking`."""
-        with self.asking(completions, phase) as scores:
+    def score(self, completions: Completions, phase: str = "", *, ranks: Ranks = ALONE) -> ScoredBatch:
+        """phase, ranks: see `asking`."""
+        with self.asking(completions, phase, ranks=ranks) as scores:
             return scores()
 
     @contextmanager
     def asking(
-        self, completions: Completions, phase: str = "", *, here: bool = True
+        self, completions: Completions, phase: str = "", *, ranks: Ranks = ALONE
     ) -> Iterator[Callable[[], ScoredBatch]]:
         """Ask other machines, all at once, each in a thread, while what stands in the `with` computes; what it gives
         has the sources here score, waits, and returns the scores. Left before that, the asking ends.
 
         phase: what the responses are for, cycle-000003 say; answers from other machines are kept under it.
-        here: whether it is this process that asks; of several ranks one does.
+        ranks: all of them call, with the same completions. Each scores a part of the rows by the reward models here;
+        the first asks all other sources, of which the others have none.
         """
         remote: dict[str, Any] = {
             n: source for n, (source, _) in self.sources.items() if getattr(source, "remote", False)
@@ -82,14 +90,18 @@ class RewardSet:
             if kept.get(name) is None
         }
 
-        def scores() -> ScoredBatch:
+        def scored(by_rows: Mapping[str, Answers]) -> ScoredBatch:
             found = {name: answers for name, answers in kept.items() if answers is not None}
-            parts, members = self._answers(completions, found, asked)
+            parts, members = self._answers(completions, found, by_rows, asked)
             self._check_answered(completions, parts)
             if store:  # only now: an answer that ends the run would end it again
                 for name in asked:
                     store.write(phase, name, requests, parts[name])
             return self._add(completions, parts, members)
+
+        def scores() -> ScoredBatch:
+            by_rows = self._by_rows(completions, ranks)
+            return ranks.first(lambda: scored(by_rows))
 
         try:
             yield scores
@@ -100,13 +112,18 @@ class RewardSet:
             raise
 
     def _answers(
-        self, completions: Completions, kept: Mapping[str, list[float | None]], asked: Mapping[str, Future[Any]]
-    ) -> tuple[dict[str, list[float | None]], dict[str, Tensor]]:
-        """Every source's answers, in the config's order, and the scores [K, B] of the members of ensembles."""
+        self, completions: Completions, kept: Mapping[str, list[float | None]], by_rows: Mapping[str, Answers],
+        asked: Mapping[str, Future[Any]],
+    ) -> tuple[dict[str, list[float | None]], dict[str, Tensor]]:  # fmt: skip
+        """Every source's answers, in the config's order, and the scores [K, B] of the members of ensembles.
+
+        kept, by_rows: answers that are there already. asked: those that are waited for.
+        """
         parts, members = dict(kept), dict[str, Tensor]()
         for name, (source, _) in self.sources.items():
-            if isinstance(source, EnsembleReward):
-                parts[name], members[name] = source.score_with_members(completions)
+            if isinstance(source, ModelReward | EnsembleReward):
+                parts[name], of_members = by_rows.get(name) or _ask_model(source, completions)
+                members |= {} if of_members is None else {name: of_members}
             elif name not in asked and name not in kept:
                 parts[name] = list(source.score(completions))
         ended, _ = wait(asked.values(), return_when=FIRST_EXCEPTION)
@@ -144,6 +161,38 @@ class RewardSet:
             disagreement={name: disagreement(found).tolist() for name, found in members.items()},
             members={name: found.T.tolist() for name, found in members.items()},
         )
+
+    def _by_rows(self, completions: Completions, ranks: Ranks) -> dict[str, Answers]:
+        """What the reward models here say, of which each of several ranks asked its own for a part of the rows; nothing
+        alone, and where one could not score its part: the first rank, asked for all, then says so of the right row."""
+        local = {name: s for name, (s, _) in self.sources.items() if isinstance(s, ModelReward | EnsembleReward)}
+        if ranks.size == 1 or not local:
+            return {}
+        lengths = [len(p.ids) + count for p, count in zip(completions.prompts, completions.lengths, strict=True)]
+        mine = sorted(i for index, counts in ranks.deal(lengths, _BATCH_TOKENS) if counts for i in index.tolist())
+        part = completions.select(mine)
+        try:
+            answers = {name: _ask_model(source, part) for name, source in local.items()} if mine else {}
+        except RewardError:
+            answers = None
+        found = ranks.gather([(mine, answers)])
+        if any(answers is None for _, answers in found):
+            return {}
+        rows = [row for rows, _ in found for row in rows]
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        together = dict[str, Answers]()
+        for name in local:
+            parts = [answers[name] for _, answers in found if answers]
+            scores = [score for scores, _ in parts for score in scores]
+            members = [m for _, m in parts if m is not None]
+            together[name] = [scores[i] for i in order], torch.cat(members, dim=1)[:, order] if members else None
+        return together
+
+
+def _ask_model(source: ModelReward | EnsembleReward, completions: Completions) -> Answers:
+    if isinstance(source, EnsembleReward):
+        return source.score_with_members(completions)
+    return source.score(completions), None
 
 
 def shape_scores(scores: Tensor, finish_reasons: Sequence[str], shaping: RewardShapingConfig) -> Tensor:

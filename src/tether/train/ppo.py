@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tether.config import PPOConfig, PPOSection, RewardShapingConfig, check
+from tether.config import PPOConfig, PPOSection, RewardShapingConfig, check, model_paths
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from tether.distributed.ranks import local_device
 from tether.distributed.shard import lay_out, shards
@@ -77,9 +77,11 @@ def ppo(
         check_contexts(config, sets.train + sets.held_out, tokenizer)
         policy, reference, notes = build_policy(m, device=device, seed=config.seed, with_critic=p.has_critic)
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, s.stop_token_ids)
-        kept = run.path / answers.NAME
-        sources, golden = (config.reward, config.evaluate.gold) if ranks.rank == 0 else ([], [])  # which scores for all
-        given = reward if ranks.rank == 0 else None
+        kept: Path | None = run.path / answers.NAME
+        sources, golden, given = config.reward, config.evaluate.gold, reward
+        if ranks.rank > 0:  # the first scores for all but by reward models
+            sources, golden = ([s for s in x if model_paths(s)] for x in (sources, golden))
+            given = kept = None
         rewards = build_reward(sources, config.reward_shaping, tokenizer, stop_ids, device, given, kept)
         with signals.droppable():  # a server is waited for
             rewards.check(sets.train + sets.held_out)
@@ -122,7 +124,7 @@ def ppo(
                                      progress=lambda phase: log.phase(f"evaluating, {phase}"))  # fmt: skip
                 phase, golds = f"gold-{state.done:06d}", dict[str, list[float | None]]()
                 if config.evaluate.gold:
-                    golds = ranks.first(lambda: gold.score(experience.completions, phase).parts)
+                    golds = gold.score(experience.completions, phase, ranks=ranks).parts
             record.evaluation(experience, state.done, golds)
             if p.ahead:  # of what was sampled by an earlier policy the sampler cannot be checked
                 log.alarms(state.done, experience.alarms)

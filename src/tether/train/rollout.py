@@ -69,8 +69,8 @@ def collect(
 ) -> Experience:  # fmt: skip
     """Sample, score, value, and turn all three into advantages, whitened over the cycle's counted tokens.
 
-    Each rank samples and values its part; rank 0 scores, and other machines do so while values are computed. The
-    experience is the same on all of them.
+    Each rank samples, values and, by reward models, scores its part; rank 0 asks all other sources, those on other
+    machines while values are computed. The experience is the same on all ranks.
 
     kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B].
     drawn: the responses, where they were sampled already. lagged: by the policy of one update before
@@ -85,20 +85,19 @@ def collect(
     progress("valuing")  # and other machines score meanwhile
     rows = completions.rows().to(policy.model.device)
     mask = rows.response_mask
-    phase = phase or f"cycle-{cycle:06d}"
-    with reward.asking(completions, phase, here=ranks.rank == 0) as answers:
+    with reward.asking(completions, phase or f"cycle-{cycle:06d}", ranks=ranks) as scores:
         old, entropy, ref, values = value(rows, policy, reference, sampling, ppo, ranks)
         clock.lap("time/forward_s")
         progress("scoring")
-        scored = ranks.first(answers)
+        scored = scores()
     clock.lap("time/score_s")
 
     log_ratio_sums = ((old - ref) * mask).sum(1)
     beta = kl_coef(scored.scores, log_ratio_sums)
     in_reward = beta if ppo.kl.place == "reward" else 0.0
-    scores = scored.scores.to(old)
-    rewards = place_rewards(scores, old, ref, mask, kl_coef=in_reward)
-    _check_placement(rewards, -in_reward * (old - ref), scores, rows.response_lengths.to(mask.device))
+    last = scored.scores.to(old)
+    rewards = place_rewards(last, old, ref, mask, kl_coef=in_reward)
+    _check_placement(rewards, -in_reward * (old - ref), last, rows.response_lengths.to(mask.device))
     advantages, returns = estimate(rewards, values, mask, ppo, responses_per_prompt=sampling.responses_per_prompt)
     sampled = torch.zeros_like(old)
     sampled[mask] = torch.tensor([x for row in completions.sampler_logprobs for x in row], device=mask.device)
