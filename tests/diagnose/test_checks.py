@@ -35,7 +35,7 @@ from tether.config import (
 )
 from tether.config.reading import to_yaml
 from tether.diagnose import Memory, Part, doctor, dry_run
-from tether.diagnose.checks import verdict
+from tether.diagnose.checks import idle, verdict
 from tether.runs import RunDirectory
 from tether.samplers.local import LocalSampler
 from tether.train.ppo import input_hashes
@@ -192,6 +192,11 @@ def test_doctor_tells_of_several_processes_what_each_takes(ppo, tmp_path, capsys
     for argv in (["--ranks", "0"], ["--ranks", "two"]):
         assert main(["doctor", str(path), *argv]) == 2
     assert main(["doctor", "--ranks", "2"]) == 2
+
+
+def test_a_step_with_fewer_rows_than_processes_is_told(ppo):
+    assert idle(ppo, 4) == ""  # a minibatch of 4
+    assert "ppo.minibatch=4 on 6 processes: in every step 2 of them have no row" in idle(ppo, 6)
 
 
 def test_doctor_wants_a_run_that_trains():

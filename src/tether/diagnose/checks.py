@@ -39,7 +39,8 @@ def dry_run(config: Config, *, fresh: bool = False) -> str:
     parts = [f"config\n{_indented(to_yaml(config))}", _data(inputs)]
     if inputs.rendered:
         parts.append(f"one row, token by token (1: {inputs.counts})\n{_indented(inputs.rendered)}")
-    parts.append(f"plan\n  {inputs.plan}")
+    plan = f"plan\n  {inputs.plan}"
+    parts.append(plan + idle(config, world()[1]))
     if isinstance(config, TrainingConfig):
         parts.append(_memory(config, inputs, world()[1]))
     return "\n\n".join(parts)
@@ -70,7 +71,18 @@ def doctor(config: Config | None = None, *, ranks: int = 1) -> str:
     plan = f"plan\n  {inputs.plan}"
     if kind.final == "language model" and (note := vllm_note(architecture_of(config))):
         plan += f"\n  {note}"
+    plan += idle(config, ranks)
     return "\n\n".join([text, _data(inputs), plan, _memory(config, inputs, ranks)])
+
+
+def idle(config: Config, ranks: int) -> str:
+    """A line where a step of PPO has no row for some of the processes; else nothing."""
+    if not isinstance(config, PPOConfig) or config.ppo.minibatch >= ranks:
+        return ""
+    return (
+        f"\n  ppo.minibatch={config.ppo.minibatch} on {ranks} processes: in every step "
+        f"{ranks - config.ppo.minibatch} of them have no row, and only keep up. Set it to {ranks} or more."
+    )
 
 
 def _data(inputs: Inputs) -> str:
