@@ -245,10 +245,11 @@ def beside_policy(trained: Trained) -> list[Part]:
     width = prompt + s.max_new_tokens
     slots = count_slots(s.slots, responses, text, width, dtype, kind)
     cache, drawing = slot_bytes(text, width, dtype)
-    parts.append(Part("key-value cache", slots * cache, "sampling"))
+    when = "always" if config.ppo.ahead else "sampling"  # which then goes on beside all else
+    parts.append(Part("key-value cache", slots * cache, when))
     rows = max(1, min(slots, PREFILL_TOKENS // prompt))
     scores = rows * text.num_attention_heads * prompt**2 * (8 + item) if _holds_scores(text) else 0
-    parts.append(Part("sampler's workspace", max(scores, slots * drawing), "sampling"))
+    parts.append(Part("sampler's workspace", max(scores, slots * drawing), when))
     for source in [*config.reward, *config.evaluate.gold]:
         held = 0
         for path in model_paths(source):
