@@ -28,11 +28,13 @@ from tether.diagnose.simulate import Shape, Step, simulate
 from tether.models.language_model import freeze
 from tether.models.loading import model_config, resolve_device, resolve_dtype
 from tether.samplers.local import PREFILL_TOKENS, count_slots, slot_bytes
+from tether.samplers.vllm import plan_cache
 from tether.train.sft import init_architecture
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 _PROCESS_CPU = 485 * MIB  # Python, torch, transformers, TensorBoard: resident before a weight is loaded
+_VLLM_CPU = 1000 * MIB  # vLLM's process on a CPU, before it loads a weight
 _CONTEXT_CUDA = 600 * MIB  # the CUDA context and its libraries, which no allocator counts
 
 
@@ -153,17 +155,20 @@ def beside_policy(trained: Trained) -> list[Part]:
         frozen = architecture if config.model.reference is None else _read(config, config.model.reference)
         reference = freeze(_without_data(frozen), dtype, same_bits=config.model.lora is None)  # else as the base is
         parts.append(Part("reference", sum(p.numel() * p.element_size() for p in reference.parameters())))
-    if copied:
-        parts.append(Part("engine's copy of the policy", step.parameters * item))
     s, prompt = config.sampling, trained.prompt_tokens or config.prompts.max_tokens
     responses = max(config.ppo.batch, config.evaluate.count * config.evaluate.samples if config.evaluate.every else 0)
     width = prompt + s.max_new_tokens
-    slots = count_slots(s.slots, responses, text, width, dtype, kind)
-    cache, drawing = slot_bytes(text, width, dtype)
-    parts.append(Part("key-value cache", slots * cache, "sampling"))
-    rows = max(1, min(slots, PREFILL_TOKENS // prompt))
-    scores = rows * text.num_attention_heads * prompt**2 * (8 + item) if _holds_scores(text) else 0
-    parts.append(Part("sampler's workspace", max(scores, slots * drawing), "sampling"))
+    if s.engine == "vllm":
+        parts += _of_vllm(trained, responses, width)
+    else:
+        if copied:
+            parts.append(Part("engine's copy of the policy", step.parameters * item))
+        slots = count_slots(s.slots, responses, text, width, dtype, kind)
+        cache, drawing = slot_bytes(text, width, dtype)
+        parts.append(Part("key-value cache", slots * cache, "sampling"))
+        rows = max(1, min(slots, PREFILL_TOKENS // prompt))
+        scores = rows * text.num_attention_heads * prompt**2 * (8 + item) if _holds_scores(text) else 0
+        parts.append(Part("sampler's workspace", max(scores, slots * drawing), "sampling"))
     for source in [*config.reward, *config.evaluate.gold]:
         held = 0
         for path in model_paths(source):
@@ -177,6 +182,19 @@ def beside_policy(trained: Trained) -> list[Part]:
             taken = resolve_dtype(judge.dtype, torch.device("cpu"), other) if kind == "cpu" else dtype
             parts.append(Part(f"judge {source_name(source)}", _count(other) * taken.itemsize))
     return parts
+
+
+def _of_vllm(trained: Trained, responses: int, width: int) -> list[Part]:
+    """What vLLM's process holds all the time; how much of a GPU it takes besides is up to it."""
+    sampling, text = trained.config.sampling, trained.architecture.get_text_config()
+    dtype = trained.dtype if sampling.vllm.dtype == "auto" else getattr(torch, sampling.vllm.dtype)
+    head = text.vocab_size * text.hidden_size if text.tie_word_embeddings else 0  # its own there
+    cache = plan_cache(sampling.slots, responses, width, trained.architecture, dtype, trained.device)
+    parts = [
+        Part("vLLM's weights", (trained.step.parameters + head) * dtype.itemsize),
+        Part("vLLM's key-value cache", cache.bytes),
+    ]
+    return [*parts, Part("vLLM's libraries", _VLLM_CPU if trained.device == "cpu" else _CONTEXT_CUDA)]
 
 
 def named_reference(trained: Trained) -> list[Part]:

