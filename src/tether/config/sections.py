@@ -449,7 +449,7 @@ class VLLMConfig(Section):
     python: str | None = None
     """The Python that has vLLM, such as vllm-env/bin/python; null: the one that runs tether."""
     dtype: Dtype = "auto"
-    """Precision in vLLM. auto: the compute precision of the policy."""
+    """Precision in vLLM. auto: the compute precision of the policy; another shows in check/sampler_gap."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vllm.LLM: {gpu_memory_utilization: 0.4, tensor_parallel_size: 2, …}."""
 

@@ -109,7 +109,7 @@ class VLLMSampler:
         """
         self._installation = check_vllm(config, model.hf_model.config)
         self._config, self._room, self._restarted = config, room, restarted
-        self._model, self._copied = model, copied
+        self._model, self._copied, self._device = model, copied, model.device
         if copied:
             self._model = replace(model, lm=copy.deepcopy(model.lm).cpu())
         self._dtype = model.dtype if config.vllm.dtype == "auto" else getattr(torch, config.vllm.dtype)
@@ -230,7 +230,7 @@ class VLLMSampler:
     def _start(self) -> None:
         """Start the process with the weights that were written last, and look at what it says of them."""
         model, room = self._model, self._room
-        device = model.device.type
+        device = self._device.type
         cache = plan_cache(self._config.slots, room.responses, room.tokens, model.hf_model.config, self._dtype, device)
         arguments = {
             "max_num_seqs": cache.slots,
@@ -252,7 +252,7 @@ class VLLMSampler:
         environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         if arguments.get("enforce_eager"):
             environment["TORCHDYNAMO_DISABLE"] = "1"  # else some functions are compiled at the first request
-        process = VLLMProcess(self._installation.python, self._log, **environment | _device(model.device))
+        process = VLLMProcess(self._installation.python, self._log, **environment | _visible(self._device))
         try:
             self._facts = process.ask(do="start", arguments=arguments)
         except RequestFailed as error:
@@ -297,7 +297,7 @@ class VLLMSampler:
         )
 
 
-def _device(device: torch.device) -> dict[str, str]:
+def _visible(device: torch.device) -> dict[str, str]:
     """Of several GPUs, vLLM takes the one that the policy is on."""
     if device.type != "cuda" or device.index is None:
         return {}
