@@ -34,7 +34,7 @@ from tether.train.sft import init_architecture
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 _PROCESS_CPU = 485 * MIB  # Python, torch, transformers, TensorBoard: resident before a weight is loaded
-_VLLM_CPU = 1000 * MIB  # vLLM's process on a CPU, before it loads a weight
+_VLLM_CPU = 650 * MIB  # vLLM's process on a CPU: resident with a model of next to no weights
 _CONTEXT_CUDA = 600 * MIB  # the CUDA context and its libraries, which no allocator counts
 
 
