@@ -4,10 +4,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from served_by_vllm import LONGEST, SAMPLING, gap, model_of, perturb, prompts
 from tether.config import SamplingConfig, VLLMConfig
+from tether.errors import TrainingError
 from tether.models.language_model import LanguageModel
 from tether.runs.bounds import PROBE_GAP, SAMPLER_GAP
 from tether.samplers.vllm import Room, VLLMSampler
@@ -34,7 +36,9 @@ def test_under_top_k_the_logprobs_are_those_before_it(python, tmp_path):
             assert i in logits[len(prompt.ids) - 1 + t].topk(3).indices
 
 
-def test_in_bfloat16_both_sides_agree_up_to_rounding_and_other_weights_are_still_told_apart(python, tmp_path):
+def test_in_bfloat16_both_sides_agree_up_to_rounding_and_other_weights_are_still_told_apart(
+    python, tmp_path, monkeypatch
+):
     model = LanguageModel(model_of(tied=True).lm, torch.bfloat16)  # float32 masters, as a run in bfloat16 has
     sampler = sampler_of(model, python, tmp_path)
     largest = []
@@ -42,8 +46,14 @@ def test_in_bfloat16_both_sides_agree_up_to_rounding_and_other_weights_are_still
         perturb(model, version)
         sampler.load_weights(model, version)
         largest.append(max(sampler.gaps))
-    found = sampler.generate(prompts(), SAMPLING, cycle=1)
+    apart = gap(model, sampler.generate(prompts(), SAMPLING, cycle=1))
+    ask = sampler._process.ask
+    perturb(model, 6)
+    with monkeypatch.context() as patched:
+        patched.setattr(sampler._process, "ask", lambda **request: {} if request["do"] == "load" else ask(**request))
+        with pytest.raises(TrainingError, match="still has the weights of version 5"):
+            sampler.load_weights(model, 6)
     sampler.close()
-    assert max(largest) <= PROBE_GAP["bfloat16"] / 2, largest
-    assert gap(model, found) <= 4 * SAMPLER_GAP["bfloat16"]
+    assert max(largest) <= PROBE_GAP["bfloat16"] / 2
+    assert apart <= 4 * SAMPLER_GAP["bfloat16"]
     assert sampler._facts["dtype"] == "bfloat16"

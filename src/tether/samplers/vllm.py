@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from tether.config import SamplingConfig
+from tether.distributed.ranks import ALONE, Ranks
 from tether.distributed.shard import whole
 from tether.errors import ModelError, TrainingError
 from tether.models.export import CPU_HEADS, save_for_engine
@@ -51,10 +52,11 @@ _LEAST_CONTEXT = 80  # positions that the engine has at least, where the model h
 class Room:
     """How much the engine is asked at most, and where it may write."""
 
-    folder: Path  # of its log and its weights
+    folder: Path  # of its log and its weights; on several ranks, that of all of them
     responses: int  # of a cycle, or of an evaluation
     tokens: int  # of the longest prompt and response together
     trust_remote_code: bool = False
+    ranks: Ranks = ALONE  # each has an engine; rank 0 writes the weights for all
 
 
 def check_vllm(config: SamplingConfig, architecture: Any) -> Installation:
@@ -119,9 +121,9 @@ class VLLMSampler:
         self._loads = self._version = 0
         self._before: Answers | None = None  # of the version before
         self.gaps = 0.0, 0.0  # nats, of the last probe: where a text is scored, where one is continued
-        for left in room.folder.glob("weights-*"):  # by a process that was killed
-            shutil.rmtree(left)
         room.folder.mkdir(parents=True, exist_ok=True)
+        for left in room.folder.glob("weights-*"):  # by a process that was killed
+            self._remove(left)
 
     @property
     def notes(self) -> list[str]:
@@ -135,7 +137,8 @@ class VLLMSampler:
 
     @property
     def _log(self) -> Path:
-        return self._room.folder / "log.txt"
+        ranks = self._room.ranks
+        return self._room.folder / (f"log-{ranks.rank}.txt" if ranks.size > 1 else "log.txt")
 
     @property
     def pid(self) -> int | None:
@@ -152,13 +155,13 @@ class VLLMSampler:
             self._model = weights
         old, was = self._weights, self._version
         self._loads, self._version = self._loads + 1, version
-        self.write(self._weights)
+        self._room.ranks.first(lambda: self.write(self._weights))
         if self._process is None:
             self._start()
         else:
             self._ask(do="load", path=str(self._weights))
         self.verify(old, was)
-        shutil.rmtree(old, ignore_errors=True)
+        self._remove(old)
 
     def write(self, directory: Path) -> None:
         """The weights, for the engine. In a new directory each time: it may keep what it read from an old path."""
@@ -200,7 +203,11 @@ class VLLMSampler:
         if self._process is not None:
             self._process.close()
             self._process = None
-        shutil.rmtree(self._weights, ignore_errors=True)
+        self._remove(self._weights)
+
+    def _remove(self, directory: Path) -> None:
+        if self._room.ranks.rank == 0:
+            shutil.rmtree(directory, ignore_errors=True)
 
     # ------------------------------------------------------------ the process
 

@@ -197,11 +197,11 @@ def ppo(
 
 def engine_room(config: PPOConfig, sets: PromptSets, run: RunDirectory, ranks: Ranks) -> Room:
     """What an engine with a process of its own is asked at most, and where it may write."""
-    e, own = config.evaluate, f"rank-{ranks.rank}" if ranks.size > 1 else ""
+    e = config.evaluate
     longest = max(len(p.ids) for p in [*sets.train, *sets.held_out])
     responses = max(config.ppo.batch, len(sets.held_out) * e.samples if e.every else 0)
-    return Room(run.path / "vllm" / own, responses, longest + config.sampling.max_new_tokens,
-                config.model.trust_remote_code)  # fmt: skip
+    tokens = longest + config.sampling.max_new_tokens
+    return Room(run.path / "vllm", responses, tokens, config.model.trust_remote_code, ranks)
 
 
 def _note_restart(run: RunDirectory, why: str) -> None:
