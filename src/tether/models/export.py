@@ -67,8 +67,8 @@ def merged(model: LanguageModel) -> Any:
 def save_for_engine(model: LanguageModel, directory: Path, dtype: torch.dtype) -> None:
     """Weights in `dtype`, adapters merged, and the config, for an engine that samples beside the trainer.
 
-    A head that shares the embeddings' matrix is written as one of its own: vLLM packs a shared one for its kernels when
-    it starts, and goes on with that after new weights were loaded.
+    A head that shares the embeddings' matrix is written as one of its own: vLLM 0.32 on a CPU packs a shared one for
+    its kernels when it starts, and misses it when it loads again.
     """
     hf_model = merged(model)
     with wrap_os_errors(directory):
