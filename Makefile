@@ -7,13 +7,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # One process per core, each with a share of the tests; what a process has left over goes to those that are done.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo test test-learning-avx2 test-fast lint bench bench-learning
+.PHONY: help demo test test-learning-avx2 test-vllm test-fast lint bench bench-learning
 
 help:
 	@echo "make demo       the whole story on a CPU, offline, in minutes"
 	@echo "make test       the whole test suite"
 	@echo "make test-learning-avx2"
 	@echo "                the tests that ask for learning, with the kernels of a CPU without AVX-512"
+	@echo "make test-vllm  the tests that ask vLLM, which is set up first in an environment of its own: gigabytes, once"
 	@echo "make test-fast  arithmetic, data and config: under a minute"
 	@echo "make lint       ruff (format and lint) and mypy"
 	@echo "make bench-learning  the demo in eight towns on two CPU paths, with ranges: hours; runs that are done are kept"
@@ -28,6 +29,11 @@ test: $(READY)
 # Rounding differs between CPUs, and training carries it on: what is learned must not depend on it.
 test-learning-avx2: $(READY)
 	ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m learning $(PARALLEL)
+
+# A start of vLLM takes one core half a minute: each file has its own processes.
+test-vllm: $(READY)
+	bench/peers/setup.sh vllm
+	TETHER_TEST_VLLM=1 $(PYTEST) tests/vllm -n logical --maxprocesses 2 --dist loadfile
 
 test-fast: $(READY)
 	$(PYTEST) tests/math tests/data tests/config

@@ -56,6 +56,20 @@ BAD = [  # kind, flags, the message's start, what it tells to do
         "sampling.temperature=0.0 is not above 0: logits are divided by it",
         "positive",
     ),
+    ("ppo", "--sampling.vllm.python p", "sampling.vllm is set with sampling.engine=local", "engine to vllm"),
+    (
+        "ppo",
+        "--sampling.engine vllm --sampling.temperature 0.7 --sampling.top_p 0.9",
+        "sampling.temperature=0.7 with sampling.top_k=0 and sampling.top_p=0.9",
+        "temperature to 1",
+    ),
+    (
+        "ppo",
+        "--sampling.engine vllm --sampling.vllm.arguments {dtype:\thalf}",
+        "sampling.vllm.arguments holds dtype, which the run sets itself",
+        "set sampling.vllm.dtype",
+    ),
+    ("evaluate", "--sampling.engine vllm", "sampling.engine=vllm, but tether evaluate samples in its own", "Leave"),
     ("ppo", "--sampling.top_k -1", "sampling.top_k=-1 is below 0", "0 or more"),
     ("ppo", "--sampling.top_p 0", "sampling.top_p=0.0 is outside (0, 1]", "1 to keep all"),
     (

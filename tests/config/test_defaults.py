@@ -20,7 +20,8 @@ reward:
   - {function: "f.py:f", model: null, models: null, pessimism: 0.5, url: null, judge: null, form: null,
      weight: 1.0, name: null, timeout_s: 60.0, dtype: auto, arguments: {}, optional: false, key_env: null, probe: true}
 reward_shaping: {clip: null, missing_eos: null}
-sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto}
+sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto,
+           vllm: {python: null, dtype: auto, arguments: {}}}
 ppo:
   cycles: 200
   batch: 64
@@ -107,7 +108,8 @@ reward:
   - {function: "f.py:f", model: null, models: null, pessimism: 0.5, url: null, judge: null, form: null,
      weight: 1.0, name: null, timeout_s: 60.0, dtype: auto, arguments: {}, optional: false, key_env: null, probe: true}
 reward_shaping: {clip: null, missing_eos: null}
-sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto}
+sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto,
+           vllm: {python: null, dtype: auto, arguments: {}}}
 """
 
 JUDGE = """

@@ -124,7 +124,7 @@ def test_options_are_no_keys(file):
         ("lr", "optim.lr"),
         ("ppo.lr", "optim.lr"),  # the right name in the wrong section, though ppo.kl is spelled more alike
         ("ppo.kl.targets", "ppo.kl.target"),  # not model.lora.targets: misspelled where it stands
-        ("modle.dtype", "model.dtype or reward[].dtype or evaluate.gold[].dtype"),
+        ("modle.dtype", "model.dtype or reward[].dtype or sampling.vllm.dtype"),
         ("learning.rate", None),
         ("ppo.value-clip", "ppo.value_clip"),
         ("PPO.Cycles", "ppo.cycles"),

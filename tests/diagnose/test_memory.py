@@ -77,6 +77,16 @@ def test_in_bfloat16_the_references_matrices_are_half_and_the_engine_needs_a_cop
     assert found["reference"] == 2 * count + 2 * (258 * 32 + 5 * 32)
 
 
+def test_vllm_holds_weights_a_head_of_its_own_and_the_cache_instead_of_the_local_engine(model, count):
+    engine = SamplingConfig("vllm", max_new_tokens=12)
+    found = parts(predict(replace(config(model, model={"dtype": "bfloat16"}), sampling=engine), device="cpu"))
+    assert found["vLLM's weights"] == 2 * (count + 258 * 32)  # the head is tied here, and apart there
+    # of 16 slots, and one more: 2 · 2 layers · 2 heads · 8 · 2 bytes, 80 tokens in blocks of 128
+    assert found["vLLM's key-value cache"] == 17 * 2 * 2 * 2 * 128 * 8 * 2
+    assert found["vLLM's libraries"] > 0
+    assert not {"key-value cache", "sampler's workspace", "engine's copy of the policy"} & set(found)
+
+
 def test_lora_needs_neither_reference_nor_copy_and_trains_little(model, count):
     found = parts(predict(config(model, model={"dtype": "bfloat16", "lora": LoraConfig(rank=2)}), device="cpu"))
     assert not {"reference", "engine's copy of the policy"} & set(found)

@@ -23,6 +23,7 @@ from tether.config import (
     ScoredConfig,
     SFTConfig,
     SFTModelConfig,
+    VLLMConfig,
     WandbConfig,
 )
 from tether.errors import Interrupted, RewardError, RunError
@@ -89,6 +90,17 @@ def test_what_cannot_change_the_curves_may_change_and_an_event_says_so(config, k
     assert events[key]["bit_equal"] is bit_equal
     assert events[key]["old"] != events[key]["new"]
     assert {k.split(".")[0] for k in events} == {key.split(".")[0]}
+
+
+def test_another_installation_of_vllm_may_go_on_with_a_run_but_no_other_engine(config):
+    begin(change(config, "sampling", engine="vllm"))
+    elsewhere = change(config, "sampling", engine="vllm", vllm=VLLMConfig("elsewhere/python"))
+    with RunDirectory.open(elsewhere, command="ppo"):
+        pass
+    (event,) = [event for event in Run.open(config.run).events if event["event"] == "config_changed"]
+    assert (event["key"], event["bit_equal"]) == ("sampling.vllm.python", False)
+    with pytest.raises(RunError, match=r"sampling\.engine was"):
+        RunDirectory.open(config, command="ppo")
 
 
 MUST_NOT_CHANGE = {

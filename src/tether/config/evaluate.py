@@ -14,6 +14,7 @@ from tether.config.sections import (
     RewardSourceConfig,
     SamplingConfig,
     Seed,
+    check_local_engine,
     check_names,
     check_not_pairwise,
 )
@@ -62,6 +63,7 @@ class EvaluateConfig(Config):
                 f"of {too_many[0]} cannot be estimated from them. Set samples to {max(too_many)} or more, or leave "
                 f"{', '.join(map(str, too_many))} out of best_of."
             )
+        check_local_engine(self.sampling, "tether evaluate")
         check_names(self.reward)
         check_not_pairwise(self.reward, "reward")
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tether.config.judge import AskedModelConfig, LimitsConfig
 from tether.config.keys import Section, at_least, within
-from tether.config.sections import Config, Dtype, SamplingConfig, Seed
+from tether.config.sections import Config, Dtype, SamplingConfig, Seed, check_local_engine
 from tether.errors import ConfigError
 
 
@@ -72,6 +72,7 @@ class ReviseConfig(Config):
             )
         if Path(self.to).absolute() == Path(self.data.path).absolute():
             raise ConfigError(f"to={self.to} is data.path itself: it would grow by its own rows. Name another file.")
+        check_local_engine(self.sampling, "tether revise")
         if self.revise.base_url is not None:
             for name in ("top_k", "stop_token_ids", "slots"):
                 if getattr(self.sampling, name) != getattr(SamplingConfig, name):

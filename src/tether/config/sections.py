@@ -435,12 +435,39 @@ class RewardShapingConfig(Section):
     """Rule for responses without a stop token; null: none."""
 
 
+# Of vLLM's own arguments, those that a run stands or falls with.
+_SET_BY_US = (
+    "model", "tokenizer", "dtype", "seed", "logprobs_mode", "skip_tokenizer_init", "generation_config", "hf_overrides",
+    "trust_remote_code",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VLLMConfig(Section):
+    """vLLM, a process of its own beside the run, in an environment of its own; see docs/scaling.md."""
+
+    python: str | None = None
+    """The Python that has vLLM, such as vllm-env/bin/python; null: the one that runs tether."""
+    dtype: Dtype = "auto"
+    """Precision in vLLM. auto: the compute precision of the policy; another shows in check/sampler_gap."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vllm.LLM: {gpu_memory_utilization: 0.4, tensor_parallel_size: 2, …}."""
+
+    def check(self, key: str) -> None:
+        if ours := [name for name in _SET_BY_US if name in self.arguments]:
+            raise ConfigError(
+                f"{key}.arguments holds {ours[0]}, which the run sets itself: with another it would learn from samples "
+                f"that are not its policy's. Leave it out{f', and set {key}.dtype' if ours[0] == 'dtype' else ''}."
+            )
+
+
 @dataclass(frozen=True)
 class SamplingConfig(Section):
     """How responses are drawn. Filters in this order: temperature, top-k, top-p."""
 
-    engine: Literal["local"] = "local"
-    """Which sampler: local is ours, in this process, sharing the policy's weights."""
+    engine: Literal["local", "vllm"] = "local"
+    """Which sampler: local is ours, in this process, sharing the policy's weights; vllm is a process beside it, of
+    `tether ppo` alone."""
     temperature: Annotated[
         float, positive("logits are divided by it, and greedy samples have no probability to take a ratio of")
     ] = 1.0
@@ -456,6 +483,35 @@ class SamplingConfig(Section):
     slots: Annotated[int | Literal["auto"], at_least(1, "no row could be decoded; auto chooses")] = "auto"
     """Rows that are decoded at once; auto: as many as a cycle has, up to 256 where their cache stays small, else up to
     64. Never changes a result beyond rounding."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    """Of `engine: vllm` alone."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.top_k > 0 or self.top_p < 1
+
+    def check(self, key: str) -> None:
+        if self.engine == "local" and self.vllm != VLLMConfig():
+            raise ConfigError(
+                f"{key}.vllm is set with {key}.engine=local, which is not vLLM: it would be ignored. Set {key}.engine "
+                f"to vllm, or leave {key}.vllm out."
+            )
+        if self.engine == "vllm" and self.truncates and self.temperature != 1:
+            raise ConfigError(
+                f"{key}.temperature={self.temperature:g} with {key}.top_k={self.top_k} and {key}.top_p={self.top_p:g}: "
+                "vLLM tells log-probs at a temperature only as they are after top-k and top-p, and the policy's are "
+                f"those before. Set {key}.temperature to 1, or top_k to 0 and top_p to 1, or {key}.engine to local."
+            )
+
+
+def check_local_engine(sampling: SamplingConfig, command: str) -> None:
+    """Raise ConfigError where a command that samples in its own process is asked for another engine."""
+    if sampling.engine != "local":
+        raise ConfigError(
+            f"sampling.engine={sampling.engine}, but {command} samples in its own process: only tether ppo knows "
+            "another. Leave sampling.engine out."
+        )
 
 
 # ---------------------------------------------------------------- training

@@ -130,6 +130,7 @@ _SMALLER = "Use a smaller model, or model.lora."
 _REMEDY = {
     "activations": "Lower the microbatch_tokens, or set model.gradient_checkpointing to true.",
     "key-value cache": "Lower sampling.slots.",
+    "vLLM's key-value cache": "Lower sampling.slots.",
     "sampler's workspace": "Lower sampling.slots.",
     "optimizer": "Set model.lora: {}, which trains adapters only.",
     "gradients": "Set model.lora: {}, which trains adapters only.",

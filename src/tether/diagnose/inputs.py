@@ -42,6 +42,7 @@ from tether.models.reward_model import check_one_label
 from tether.rewards import FunctionReward, judge_reward, load_function, url_reward
 from tether.rewards.ensemble import check_members
 from tether.rewards.judge import describe_judge
+from tether.samplers.vllm import check_vllm
 from tether.train.contexts import check_contexts
 from tether.train.dpo import load as load_preferences
 from tether.train.dpo import mismatch
@@ -131,6 +132,7 @@ def of_ppo(config: PPOConfig, _: Mapping[str, str]) -> Inputs:
         f"{len(train)} prompts to train on, {len(held_out)} to evaluate on{f' ({note})' if note else ''}",
         *_sources(config.reward, train + held_out, tokenizer, stops),
         *_sources(config.evaluate.gold, held_out, tokenizer, stops, kind="gold"),
+        *_engine(config),
     ]
     check_contexts(config, train + held_out, tokenizer)
     plan = (
@@ -299,6 +301,14 @@ def _sources(
             continue
         facts.append(f"{kind} {name}: model {source.model}{weight}")
     return facts
+
+
+def _engine(config: PPOConfig) -> list[str]:
+    """Ask the other environment for its vLLM, and whether that serves the policy."""
+    if config.sampling.engine != "vllm":
+        return []
+    found = check_vllm(config.sampling, architecture_of(config))
+    return [f"sampling: vLLM {found.version}{' for CPUs' if found.on_cpu else ''} of {found.python}"]
 
 
 def _in_clear(source: RewardSourceConfig) -> str:

@@ -40,12 +40,14 @@ from tether.distributed.shard import cuts
 from tether.models.language_model import freeze
 from tether.models.loading import model_config, resolve_device, resolve_dtype
 from tether.samplers.local import PREFILL_TOKENS, count_slots, slot_bytes
+from tether.samplers.vllm import plan_cache
 from tether.train.sft import init_architecture
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 _PROCESS_CPU = 485 * MIB  # Python, torch, transformers, TensorBoard: resident before a weight is loaded
 _FOLLOWER_CPU = 395 * MIB  # of a rank that writes nothing
+_VLLM_CPU = 650 * MIB  # vLLM's process on a CPU: resident with a model of next to no weights
 _CONTEXT_CUDA = 600 * MIB  # the CUDA context and its libraries, which no allocator counts
 
 
@@ -236,20 +238,23 @@ def beside_policy(trained: Trained) -> list[Part]:
         parts.append(Part("reference", weight_bytes(reference, trained.cut_into)))
     if sharded:
         parts += _before_cutting(trained, reference)
-    if copied:
-        parts.append(Part("engine's copy of the policy", sum(w.numel for unit in step.units for w in unit) * item))
     s, p, prompt = config.sampling, config.ppo, trained.prompt_tokens or config.prompts.max_tokens
     responses = -(-p.batch // p.responses_per_prompt // ranks) * p.responses_per_prompt
     if config.evaluate.every:
         responses = max(responses, -(-config.evaluate.count // ranks) * config.evaluate.samples)
     width = prompt + s.max_new_tokens
-    slots = count_slots(s.slots, responses, text, width, dtype, kind)
-    cache, drawing = slot_bytes(text, width, dtype)
-    when = "always" if config.ppo.ahead else "sampling"  # which then goes on beside all else
-    parts.append(Part("key-value cache", slots * cache, when))
-    rows = max(1, min(slots, PREFILL_TOKENS // prompt))
-    scores = rows * text.num_attention_heads * prompt**2 * (8 + item) if _holds_scores(text) else 0
-    parts.append(Part("sampler's workspace", max(scores, slots * drawing), when))
+    if s.engine == "vllm":
+        parts += _of_vllm(trained, responses, width)
+    else:
+        if copied:
+            parts.append(Part("engine's copy of the policy", sum(w.numel for unit in step.units for w in unit) * item))
+        slots = count_slots(s.slots, responses, text, width, dtype, kind)
+        cache, drawing = slot_bytes(text, width, dtype)
+        when = "always" if p.ahead else "sampling"  # which then goes on beside all else
+        parts.append(Part("key-value cache", slots * cache, when))
+        rows = max(1, min(slots, PREFILL_TOKENS // prompt))
+        scores = rows * text.num_attention_heads * prompt**2 * (8 + item) if _holds_scores(text) else 0
+        parts.append(Part("sampler's workspace", max(scores, slots * drawing), when))
     for source in [*config.reward, *config.evaluate.gold]:
         held = 0
         for path in model_paths(source):
@@ -276,6 +281,19 @@ def _before_cutting(trained: Trained, reference: list[list[Weight]]) -> list[Par
         Part("reference's embeddings and head, gathered", root),
         Part("models before they are cut", max(0, weight_bytes([*step.all_units, *reference]) - later), "preparing"),
     ]
+
+
+def _of_vllm(trained: Trained, responses: int, width: int) -> list[Part]:
+    """What vLLM's process holds all the time; how much of a GPU it takes besides is up to it."""
+    sampling, text = trained.config.sampling, trained.architecture.get_text_config()
+    dtype = trained.dtype if sampling.vllm.dtype == "auto" else getattr(torch, sampling.vllm.dtype)
+    head = text.vocab_size * text.hidden_size if text.tie_word_embeddings else 0  # its own there
+    cache = plan_cache(sampling.slots, responses, width, trained.architecture, dtype, trained.device)
+    parts = [
+        Part("vLLM's weights", (sum(w.numel for unit in trained.step.units for w in unit) + head) * dtype.itemsize),
+        Part("vLLM's key-value cache", cache.bytes),
+    ]
+    return [*parts, Part("vLLM's libraries", _VLLM_CPU if trained.device == "cpu" else _CONTEXT_CUDA)]
 
 
 def named_reference(trained: Trained) -> list[Part]:

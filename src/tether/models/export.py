@@ -64,6 +64,31 @@ def merged(model: LanguageModel) -> Any:
 
 
 @torch.no_grad()
+def save_for_engine(model: LanguageModel, directory: Path, dtype: torch.dtype) -> None:
+    """Weights in `dtype`, adapters merged, and the config, for an engine that samples beside the trainer.
+
+    A head that shares the embeddings' matrix is written as one of its own: vLLM 0.32 on a CPU packs a shared one for
+    its kernels when it starts, and misses it when it loads again.
+    """
+    hf_model = merged(model)
+    with wrap_os_errors(directory):
+        state = {name: _narrow(tensor, dtype) for name, tensor in hf_model.state_dict().items()}
+        head = hf_model.get_output_embeddings()
+        name = next((name for name, module in hf_model.named_modules() if module is head), None)
+        if untied := f"{name}.weight" in state:
+            state[f"{name}.weight"] = state[f"{name}.weight"].clone()
+        hf_model.save_pretrained(directory, state_dict=state)
+        config = copy.deepcopy(hf_model.config)
+        if untied:
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        config.save_pretrained(directory)
+
+
+def _narrow(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+@torch.no_grad()
 def check_reload(hf_model: Any, directory: Path) -> None:
     """Raise ModelError unless `directory`, loaded by transformers, has the weights of `hf_model` and gives its logits.
 
@@ -130,13 +155,13 @@ def export(run: str | Path | Run, to: str | Path, *, best: bool = False) -> Path
 
 # vLLM's list for attention on a CPU (512 in newer versions only): 0.32 refused heads of 24 there and served 32.
 # FlashAttention, its usual choice on GPUs, takes multiples of 8 up to 256.
-_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def vllm_note(config: Any) -> str | None:
     """What to know before serving a model of this transformers config with vLLM; None where its head size is served."""
     size = head_size(config.get_text_config())
-    places = [] if size in _CPU_HEADS else ["on a CPU, where heads have " + ", ".join(map(str, _CPU_HEADS))]
+    places = [] if size in CPU_HEADS else ["on a CPU, where heads have " + ", ".join(map(str, CPU_HEADS))]
     if size % 8 or size > 256:
         places.append("with FlashAttention on a GPU, where heads have a multiple of 8 up to 256")
     if not places:

@@ -16,3 +16,6 @@ FIRST_RATIO_MAX_FLOAT32 = 1e-4  # its largest, in float32
 FIRST_RATIO_STOP = 5e-2  # a mean above this stops the run, whatever the precision: the objective would be another
 # Mean |log-probability of the trainer - of the sampler|, nats per token.
 SAMPLER_GAP: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 5e-2}
+# Largest |log-probability of the trainer - of a foreign engine| on its probe, nats: tokens that nobody would say there,
+# of far lower log-probability than sampled ones. In bfloat16 both sides round in every layer, at other places.
+PROBE_GAP: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 0.5}

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+
 from tether.config import SamplingConfig
 from tether.models.language_model import LanguageModel
 from tether.samplers.local import LocalSampler
+from tether.samplers.vllm import Room, VLLMSampler
 from tether.types import Sampler
 
 
 def build_sampler(
-    model: LanguageModel, config: SamplingConfig, *, copied: bool = False, beside: bool = False
-) -> tuple[Sampler, list[str]]:
+    model: LanguageModel, config: SamplingConfig, *, copied: bool = False, beside: bool = False,
+    room: Room | None = None, opened: ExitStack | None = None,
+    restarted: Callable[[str], None] = lambda why: None,
+) -> tuple[Sampler, list[str]]:  # fmt: skip
     """(the sampler of `sampling.engine`, ready to sample from `model`; notes on the fallbacks, for the log).
 
-    copied: from a copy of it, brought up to date by `load_weights`. beside: in a thread, while another trains."""
-    sampler = LocalSampler(model, slots=config.slots, copied=copied, beside=beside)  # the only engine so far
+    copied: from a copy of it, brought up to date by `load_weights`. beside: in a thread, while another trains.
+    room, opened, restarted: of an engine with a process of its own: its limits, what ends it, and who hears of its end.
+    """
+    if config.engine == "vllm":
+        assert room is not None
+        assert opened is not None
+        engine = VLLMSampler(model, config, room, copied=copied, restarted=restarted)
+        opened.callback(engine.close)
+        return engine, engine.notes
+    sampler = LocalSampler(model, slots=config.slots, copied=copied, beside=beside)
     return sampler, [sampler.note] if sampler.note else []

@@ -57,11 +57,11 @@ class LocalSampler:
     def __init__(
         self, model: LanguageModel, *, slots: int | str = "auto", copied: bool = False, beside: bool = False
     ) -> None:
-        """copied: sample from a copy, as of a model whose weights will be cut into parts (tether.distributed.shard), or
-        will change meanwhile. beside: in a thread, while another trains: no step is recorded, for a recording takes in
+        """copied: sample from a copy, as of a model whose weights will be cut into parts (tether.distributed.shard).
+        beside: in a thread, while another trains: from a copy too, and no step is recorded, for a recording takes in
         what the other does."""
         self.slots = slots  # rows decoded at once, see `count_slots`
-        self._copied = copied or (model.dtype == torch.bfloat16 and model.hf_model.dtype == torch.float32)
+        self._copied = copied or beside or (model.dtype == torch.bfloat16 and model.hf_model.dtype == torch.float32)
         self.model = model
         if self._copied:
             self.model = replace(model, lm=freeze(copy.deepcopy(model.lm), model.dtype))

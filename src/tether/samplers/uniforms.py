@@ -8,6 +8,8 @@ would.
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,3 +17,8 @@ import numpy.typing as npt
 def uniforms(seed: int, stream: int, cycle: int, row: int, count: int) -> npt.NDArray[np.float64]:
     """[count] uniforms in [0, 1) behind tokens 0 … count-1 of response `row` in `cycle`."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, row, cycle, 0])).random(count)
+
+
+def request_seed(seed: int, stream: int, cycle: int, row: int) -> int:
+    """[0, 2^63) for an engine that seeds each request with one number: as different for every response."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {stream} {cycle} {row}".encode(), digest_size=8).digest()) >> 1

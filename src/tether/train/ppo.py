@@ -11,7 +11,7 @@ The loop below is all of it. What a run needs besides (models, data, the run dir
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tether.config import PPOConfig, PPOSection, RewardShapingConfig, check, model_paths
 from tether.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
-from tether.distributed.ranks import local_device
+from tether.distributed.ranks import Ranks, local_device
 from tether.distributed.shard import lay_out, shards
 from tether.errors import ConfigError
 from tether.math import hold_kl, kl_error, next_kl_coef
@@ -29,16 +29,17 @@ from tether.models.loading import context_length, model_config, resolve_device
 from tether.models.policy import build_policy
 from tether.rewards import build_reward, function_file
 from tether.rewards.judge import judge_hash
-from tether.runs import Run, answers, hash_files
+from tether.runs import Run, RunDirectory, answers, hash_files
 from tether.samplers import build_sampler
+from tether.samplers.vllm import Room, check_vllm
 from tether.train.ahead import Ahead, sampling_ahead
 from tether.train.best import keep_best
 from tether.train.card import ppo_card
 from tether.train.columns import Record
 from tether.train.contexts import check_contexts
 from tether.train.gold import fallen_below
-from tether.train.held_out import load_prompt_sets
-from tether.train.log import Logger
+from tether.train.held_out import PromptSets, load_prompt_sets
+from tether.train.log import Logger, say
 from tether.train.optim import PROMPTS, ScheduledOptimizer, build_optimizer, permutation
 from tether.train.preamble import check_parts, open_run
 from tether.train.rollout import Experience, Metrics, collect, sample
@@ -66,7 +67,10 @@ def ppo(
     check(config, reward_given=reward is not None)
     check_parts(reward, sampler, sinks)
     m, s, p, device = config.model, config.sampling, config.ppo, local_device(resolve_device(config.device))
-    with open_run(config, command="ppo", fresh=fresh, inputs=input_hashes(config)) as (run, signals, ranks):
+    with (
+        open_run(config, command="ppo", fresh=fresh, inputs=input_hashes(config)) as (run, signals, ranks),
+        ExitStack() as opened,
+    ):
         if run.finished:
             return Run.open(run.path)
         # Cheap things first: most mistakes are found before a model is loaded.
@@ -75,6 +79,8 @@ def ppo(
         check_vocabulary(tokenizer, architecture.get_text_config().vocab_size)
         sets = load_prompt_sets(config, tokenizer, context_length(architecture))
         check_contexts(config, sets.train + sets.held_out, tokenizer)
+        if s.engine == "vllm" and sampler is None:
+            check_vllm(s, architecture)
         policy, reference, notes = build_policy(m, device=device, seed=config.seed, with_critic=p.has_critic)
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, s.stop_token_ids)
         kept: Path | None = run.path / answers.NAME
@@ -88,9 +94,10 @@ def ppo(
             gold = build_reward(golden, RewardShapingConfig(), tokenizer, stop_ids, device, kept=kept)
             gold.check(sets.held_out)
         sharded = shards(config.distributed.shard, policy, ranks)
-        engine, fallbacks = sampler, list[str]()
-        if engine is None:
-            engine, fallbacks = build_sampler(policy.model, s, copied=sharded or bool(p.ahead), beside=bool(p.ahead))
+        engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(
+            policy.model, s, copied=sharded, beside=bool(p.ahead), room=engine_room(config, sets, run, ranks),
+            opened=opened, restarted=partial(_note_restart, run),
+        )  # fmt: skip
         if sharded and sampler is not None:
             raise ConfigError(
                 "a sampler was passed from Python, and distributed.shard cuts the weights into parts: it would find no "
@@ -210,6 +217,20 @@ def ppo(
                 write_model(run.path / "final", card)
             log.note(f"done: {run.path / 'final'} is the policy of the last cycle")
     return Run.open(run.path)
+
+
+def engine_room(config: PPOConfig, sets: PromptSets, run: RunDirectory, ranks: Ranks) -> Room:
+    """What an engine with a process of its own is asked at most, and where it may write."""
+    e = config.evaluate
+    longest = max(len(p.ids) for p in [*sets.train, *sets.held_out])
+    responses = max(config.ppo.batch, len(sets.held_out) * e.samples if e.every else 0)
+    tokens = longest + config.sampling.max_new_tokens
+    return Room(run.path / "vllm", responses, tokens, config.model.trust_remote_code, ranks)
+
+
+def _note_restart(run: RunDirectory, why: str) -> None:
+    run.event("engine_restarted", why=why)
+    say(why)
 
 
 def _kl_coef(state: TrainingState, ppo: PPOSection, scores: Tensor, log_ratio_sums: Tensor) -> float:
