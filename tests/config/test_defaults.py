@@ -44,6 +44,8 @@ ppo:
   kl: {coef: 0.05, target: null, horizon: null, place: reward}
   stop_epoch_at_kl: null
   value_warmup_cycles: 0
+  ahead: 0
+  ahead_cap: 2.0
 optim: {lr: null, critic_lr: null, schedule: linear, warmup: 0, betas: [0.9, 0.95], eps: 1.0e-5, weight_decay: 0.0,
         max_grad_norm: 1.0}
 log: {rollouts_every: 1, tensorboard: true, wandb: null}
