@@ -61,14 +61,11 @@ class RewardSet:
             return scores()
 
     @contextmanager
-    def asking(
-        self, completions: Completions, phase: str = "", *, here: bool = True
-    ) -> Iterator[Callable[[], ScoredBatch]]:
+    def asking(self, completions: Completions, phase: str = "") -> Iterator[Callable[[], ScoredBatch]]:
         """Ask other machines, all at once, each in a thread, while what stands in the `with` computes; what it gives
         has the sources here score, waits, and returns the scores. Left before that, the asking ends.
 
         phase: what the responses are for, cycle-000003 say; answers from other machines are kept under it.
-        here: whether it is this process that asks; of several ranks one does.
         """
         remote: dict[str, Any] = {
             n: source for n, (source, _) in self.sources.items() if getattr(source, "remote", False)

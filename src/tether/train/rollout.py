@@ -86,7 +86,7 @@ def collect(
     rows = completions.rows().to(policy.model.device)
     mask = rows.response_mask
     phase = phase or f"cycle-{cycle:06d}"
-    with reward.asking(completions, phase, here=ranks.rank == 0) as answers:
+    with reward.asking(completions, phase) as answers:
         old, entropy, ref, values = value(rows, policy, reference, sampling, ppo, ranks)
         clock.lap("time/forward_s")
         progress("scoring")
