@@ -146,6 +146,22 @@ def test_what_is_learned_is_weighed_by_both_policies_and_cut_at_the_cap(tiny_tok
     assert 0 < found.metrics["ahead/capped_fraction"] < 1
 
 
+def test_the_kl_of_what_was_sampled_ahead_is_that_of_the_policy_that_sampled(tiny_tokenizer):
+    theirs, policy = language_model(), Policy(language_model(seed=1))  # which has moved away from the reference
+    prompts, sampling = prompts_of([3, 5, 2]), Sampling(max_new_tokens=6, responses_per_prompt=2)
+    drawn = LocalSampler(theirs).generate(prompts, sampling, cycle=1)
+    rewards, asked = build_reward([], RewardShapingConfig(), tiny_tokenizer, (), CPU, id_score), []
+    found = collect(
+        prompts, LocalSampler(policy.model), rewards, policy, Reference(policy, Policy(theirs)), sampling,
+        PPOSection(ahead=1), kl_coef=lambda _, sums: asked.append(sums) or 0.1, cycle=1, drawn=drawn, lagged=True,
+    )  # fmt: skip
+    # The reference is what sampled: every log-ratio is 0, and that of the policy, on average negative, far from it.
+    assert_close(asked[0], torch.zeros(6), rtol=0, atol=1e-4)
+    assert found.metrics["kl/ref_mean"] == pytest.approx(0, abs=1e-4)
+    assert found.metrics["kl/ref_per_token"] == pytest.approx(0, abs=1e-5)
+    assert float((found.rollout.old_logprobs - found.rollout.ref_logprobs).sum(1).mean()) < -0.1
+
+
 numbers = st.floats(-50, 0, width=64)
 rows = st.lists(st.tuples(st.integers(0, 2**31 - 1), numbers, numbers), min_size=1, max_size=4)
 
