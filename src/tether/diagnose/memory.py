@@ -147,7 +147,8 @@ def beside_policy(trained: Trained) -> list[Part]:
     config: PPOConfig = trained.config
     step, architecture, dtype, kind = trained.step, trained.architecture, trained.dtype, trained.device
     text = architecture.get_text_config()
-    item, copied = dtype.itemsize, dtype != torch.float32 and config.model.lora is None
+    ahead = bool(config.ppo.ahead)
+    item, copied = dtype.itemsize, ahead or (dtype != torch.float32 and config.model.lora is None)
     parts = []
     if config.model.reference is not None or config.model.lora is None:
         frozen = architecture if config.model.reference is None else _read(config, config.model.reference)
@@ -160,10 +161,11 @@ def beside_policy(trained: Trained) -> list[Part]:
     width = prompt + s.max_new_tokens
     slots = count_slots(s.slots, responses, text, width, dtype, kind)
     cache, drawing = slot_bytes(text, width, dtype)
-    parts.append(Part("key-value cache", slots * cache, "sampling"))
+    when = "always" if ahead else "sampling"  # beside updating too
+    parts.append(Part("key-value cache", slots * cache, when))
     rows = max(1, min(slots, PREFILL_TOKENS // prompt))
     scores = rows * text.num_attention_heads * prompt**2 * (8 + item) if _holds_scores(text) else 0
-    parts.append(Part("sampler's workspace", max(scores, slots * drawing), "sampling"))
+    parts.append(Part("sampler's workspace", max(scores, slots * drawing), when))
     for source in [*config.reward, *config.evaluate.gold]:
         held = 0
         for path in model_paths(source):
