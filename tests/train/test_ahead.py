@@ -3,6 +3,7 @@
 import math
 import signal
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ import tether
 from resume import launch, wait_for_step
 from tether.config import PPOSection, RewardShapingConfig, RewardSourceConfig
 from tether.config.reading import to_yaml
-from tether.errors import ConfigError
+from tether.errors import ConfigError, Interrupted, RewardError
 from tether.math import whiten
 from tether.models.language_model import LanguageModel
 from tether.models.loading import load_causal_lm
@@ -122,6 +123,51 @@ def test_a_sampler_that_fails_ahead_ends_the_run_with_its_error_and_the_same_com
         tether.ppo(config, reward=id_score, sampler=failing)
     run = tether.ppo(config, reward=id_score, sampler=failing)
     assert [m["cycle"] for m in run.metrics] == [1, 2, 3, 4]
+
+
+def test_a_run_that_fails_waits_for_its_sampler_which_the_next_may_use_again(tiny_model, tmp_path):
+    class Slow(Meeting):
+        def generate(self, prompts, sampling, *, cycle, first=0):
+            if cycle == 3:
+                self.drawing.set()
+                assert failing.wait(20)
+                time.sleep(0.5)
+                self.began.set()
+            return self.engine.generate(prompts, sampling, cycle=cycle, first=first)
+
+    def fails_in_cycle_2(completion_ids, **_):
+        if scored and sampler.drawing.wait(20):
+            failing.set()
+            raise ValueError("no score")
+        scored.append(1)
+        return [1.0] * len(completion_ids)
+
+    failing, scored, sampler = threading.Event(), [], Slow(threading.Event(), threading.Event())
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"ahead": 1}, evaluate={"every": 0})
+    with pytest.raises(RewardError, match="no score"):
+        tether.ppo(config, reward=fails_in_cycle_2, sampler=sampler)
+    assert sampler.began.is_set()
+    assert not [t for t in threading.enumerate() if t.name == "sampling"]
+    assert (tmp_path / "run" / "checkpoints" / "cycle-000001" / "ahead.safetensors").exists()
+
+
+def test_a_run_that_is_stopped_while_it_learns_samples_nothing_more(tiny_model, tmp_path, monkeypatch):
+    class Counts(Meeting):
+        def generate(self, prompts, sampling, *, cycle, first=0):
+            drawn.append(cycle)
+            return self.engine.generate(prompts, sampling, cycle=cycle, first=first)
+
+    def step(self, *args, **kwargs):
+        if not sent:
+            sent.append(signal.raise_signal(signal.SIGINT))
+        return real(self, *args, **kwargs)
+
+    drawn, sent, real = [], [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"ahead": 1}, evaluate={"every": 0})
+    with pytest.raises(Interrupted):
+        tether.ppo(config, reward=id_score, sampler=Counts(threading.Event(), threading.Event()))
+    assert drawn == [1, 2]
 
 
 def test_what_is_learned_is_weighed_by_both_policies_and_cut_at_the_cap(tiny_tokenizer):
