@@ -1,4 +1,4 @@
-"""Work in a thread beside the main one."""
+"""Work in a thread that never holds up the end of the process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_thread(call: Callable[[], T], name: str, *, waited_for: bool = False) -> Future[T]:
-    """Call it in a thread of its own.
+def in_thread(call: Callable[[], T], name: str) -> Future[T]:
+    """Call it in a thread of its own, which never holds up the end of the process, as one of a pool would.
 
-    waited_for: by the end of the process. What computes must be, or torch aborts where the interpreter goes away under
-        it; what waits for another machine should not be, as it would be in a pool.
+    What computes must be waited for all the same: torch aborts where the interpreter goes away under it.
     """
     future: Future[T] = Future()
 
@@ -24,5 +23,5 @@ def in_thread(call: Callable[[], T], name: str, *, waited_for: bool = False) -> 
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name=name, daemon=not waited_for).start()
+    threading.Thread(target=run, name=name, daemon=True).start()
     return future

@@ -233,6 +233,8 @@ class Sampler(Protocol):
     def load_weights(self, weights: Any, version: int) -> None:
         """Sample from `weights` as they are now; called before the first `generate`, and after every cycle.
 
+        With `ppo.ahead: 1` the policy learns while `generate` runs in a thread: sample from a copy of them then.
+
         weights: the policy, a `tether.models.language_model.LanguageModel`; its `lm` is the transformers (or peft)
             model.
         version: cycles that they have learned from.

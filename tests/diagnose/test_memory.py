@@ -87,6 +87,14 @@ def test_vllm_holds_weights_a_head_of_its_own_and_the_cache_instead_of_the_local
     assert not {"key-value cache", "sampler's workspace", "engine's copy of the policy"} & set(found)
 
 
+def test_sampling_ahead_needs_a_copy_and_the_engines_memory_beside_the_updates(model, count):
+    plain = config(model)
+    memory = predict(replace(plain, ppo=replace(plain.ppo, ahead=1)), device="cuda")
+    assert parts(memory)["engine's copy of the policy"] == 4 * count
+    phases = {p.name: p.phase for p in memory.parts}
+    assert phases["key-value cache"] == phases["sampler's workspace"] == "always"
+
+
 def test_lora_needs_neither_reference_nor_copy_and_trains_little(model, count):
     found = parts(predict(config(model, model={"dtype": "bfloat16", "lora": LoraConfig(rank=2)}), device="cpu"))
     assert not {"reference", "engine's copy of the policy"} & set(found)

@@ -3,6 +3,7 @@
 import math
 import signal
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ import tether
 from resume import launch, wait_for_step
 from tether.config import PPOSection, RewardShapingConfig, RewardSourceConfig
 from tether.config.reading import to_yaml
-from tether.errors import ConfigError
+from tether.errors import ConfigError, Interrupted, RewardError
 from tether.math import whiten
 from tether.models.language_model import LanguageModel
 from tether.models.loading import load_causal_lm
@@ -124,6 +125,51 @@ def test_a_sampler_that_fails_ahead_ends_the_run_with_its_error_and_the_same_com
     assert [m["cycle"] for m in run.metrics] == [1, 2, 3, 4]
 
 
+def test_a_run_that_fails_waits_for_its_sampler_which_the_next_may_use_again(tiny_model, tmp_path):
+    class Slow(Meeting):
+        def generate(self, prompts, sampling, *, cycle, first=0):
+            if cycle == 3:
+                self.drawing.set()
+                assert failing.wait(20)
+                time.sleep(0.5)
+                self.began.set()
+            return self.engine.generate(prompts, sampling, cycle=cycle, first=first)
+
+    def fails_in_cycle_2(completion_ids, **_):
+        if scored and sampler.drawing.wait(20):
+            failing.set()
+            raise ValueError("no score")
+        scored.append(1)
+        return [1.0] * len(completion_ids)
+
+    failing, scored, sampler = threading.Event(), [], Slow(threading.Event(), threading.Event())
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"ahead": 1}, evaluate={"every": 0})
+    with pytest.raises(RewardError, match="no score"):
+        tether.ppo(config, reward=fails_in_cycle_2, sampler=sampler)
+    assert sampler.began.is_set()
+    assert not [t for t in threading.enumerate() if t.name == "sampling"]
+    assert (tmp_path / "run" / "checkpoints" / "cycle-000001" / "ahead.safetensors").exists()
+
+
+def test_a_run_that_is_stopped_while_it_learns_samples_nothing_more(tiny_model, tmp_path, monkeypatch):
+    class Counts(Meeting):
+        def generate(self, prompts, sampling, *, cycle, first=0):
+            drawn.append(cycle)
+            return self.engine.generate(prompts, sampling, cycle=cycle, first=first)
+
+    def step(self, *args, **kwargs):
+        if not sent:
+            sent.append(signal.raise_signal(signal.SIGINT))
+        return real(self, *args, **kwargs)
+
+    drawn, sent, real = [], [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    config = tiny_config(tmp_path / "run", tiny_model(), ppo={"ahead": 1}, evaluate={"every": 0})
+    with pytest.raises(Interrupted):
+        tether.ppo(config, reward=id_score, sampler=Counts(threading.Event(), threading.Event()))
+    assert drawn == [1, 2]
+
+
 def test_what_is_learned_is_weighed_by_both_policies_and_cut_at_the_cap(tiny_tokenizer):
     theirs, policy = language_model(), Policy(language_model(seed=1))
     prompts, sampling = prompts_of([3, 5, 2]), Sampling(max_new_tokens=6, responses_per_prompt=2)
@@ -144,6 +190,22 @@ def test_what_is_learned_is_weighed_by_both_policies_and_cut_at_the_cap(tiny_tok
     assert found.metrics["ahead/weight_mean"] == pytest.approx(sum(weights) / len(weights), rel=1e-4)
     assert found.metrics["ahead/capped_fraction"] == pytest.approx(sum(w == 1.5 for w in weights) / len(weights))
     assert 0 < found.metrics["ahead/capped_fraction"] < 1
+
+
+def test_the_kl_of_what_was_sampled_ahead_is_that_of_the_policy_that_sampled(tiny_tokenizer):
+    theirs, policy = language_model(), Policy(language_model(seed=1))  # which has moved away from the reference
+    prompts, sampling = prompts_of([3, 5, 2]), Sampling(max_new_tokens=6, responses_per_prompt=2)
+    drawn = LocalSampler(theirs).generate(prompts, sampling, cycle=1)
+    rewards, asked = build_reward([], RewardShapingConfig(), tiny_tokenizer, (), CPU, id_score), []
+    found = collect(
+        prompts, LocalSampler(policy.model), rewards, policy, Reference(policy, Policy(theirs)), sampling,
+        PPOSection(ahead=1), kl_coef=lambda _, sums: asked.append(sums) or 0.1, cycle=1, drawn=drawn, lagged=True,
+    )  # fmt: skip
+    # The reference is what sampled: every log-ratio is 0, and that of the policy, on average negative, far from it.
+    assert_close(asked[0], torch.zeros(6), rtol=0, atol=1e-4)
+    assert found.metrics["kl/ref_mean"] == pytest.approx(0, abs=1e-4)
+    assert found.metrics["kl/ref_per_token"] == pytest.approx(0, abs=1e-5)
+    assert float((found.rollout.old_logprobs - found.rollout.ref_logprobs).sum(1).mean()) < -0.1
 
 
 numbers = st.floats(-50, 0, width=64)

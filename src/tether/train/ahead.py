@@ -12,9 +12,11 @@ they were drawn with are gone.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,26 +39,42 @@ class Ahead:
     metrics: Metrics = field(default_factory=dict)
 
 
-@contextmanager
-def sampling_ahead(
-    prompts: Sequence[Prompt], sampler: Sampler, sampling: Sampling, *, cycle: int, ranks: Ranks
-) -> Iterator[Ahead]:
-    """Sample the responses of `cycle` in a thread while what stands in the `with` computes, and wait for them at its
-    end. Without prompts nothing is sampled.
+class AheadSampler:
+    """Samples the next cycle's responses in a thread, one cycle at a time.
 
-    The sampler's weights must not change meanwhile. What ranks say to each other is said in the main thread.
+    Left, however that is, nothing samples any more: the next run may load weights into the same sampler, and torch
+    aborts where the interpreter goes away under a thread that computes.
     """
-    ahead = Ahead()
-    if not prompts:
+
+    def __init__(self, sampler: Sampler, sampling: Sampling, ranks: Ranks, progress: Callable[[str], None]) -> None:
+        self.sampler, self.sampling, self.ranks, self.progress = sampler, sampling, ranks, progress
+        self._drawn: Future[Completions] | None = None
+
+    def __enter__(self) -> AheadSampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._drawn is not None:
+            wait([self._drawn])
+
+    @contextmanager
+    def beside(self, prompts: Sequence[Prompt], cycle: int) -> Iterator[Ahead]:
+        """Sample the responses of `cycle` while what stands in the `with` computes, and wait for them at its end; where
+        that fails or is stopped, leave it at once. Without prompts nothing is sampled.
+
+        The sampler's weights must not change meanwhile. What ranks say to each other is said in the main thread.
+        """
+        ahead = Ahead()
+        if not prompts:
+            yield ahead
+            return
+        draw = partial(sample_part, prompts, self.sampler, self.sampling, cycle=cycle, ranks=self.ranks)
+        self._drawn = in_thread(draw, "sampling")
         yield ahead
-        return
-    drawn = in_thread(
-        lambda: sample_part(prompts, sampler, sampling, cycle=cycle, ranks=ranks), "sampling", waited_for=True
-    )
-    yield ahead
-    began = time.perf_counter()
-    ahead.completions = gather_responses(drawn.result(), prompts, sampling, ranks)
-    ahead.metrics["time/ahead_s"] = time.perf_counter() - began
+        self.progress("sampling")
+        began = time.perf_counter()
+        ahead.completions = gather_responses(self._drawn.result(), prompts, self.sampling, self.ranks)
+        ahead.metrics["time/ahead_s"] = time.perf_counter() - began
 
 
 def write_ahead(file: Path, completions: Completions) -> None:

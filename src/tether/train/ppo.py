@@ -32,7 +32,7 @@ from tether.rewards.judge import judge_hash
 from tether.runs import Run, RunDirectory, answers, hash_files
 from tether.samplers import build_sampler
 from tether.samplers.vllm import Room, check_vllm
-from tether.train.ahead import Ahead, sampling_ahead
+from tether.train.ahead import Ahead, AheadSampler
 from tether.train.best import keep_best
 from tether.train.card import ppo_card
 from tether.train.columns import Record
@@ -45,7 +45,7 @@ from tether.train.preamble import check_parts, open_run
 from tether.train.rollout import Experience, Metrics, collect, sample
 from tether.train.state import TrainingState
 from tether.train.update import update
-from tether.types import EVALUATE, TRAIN, LogSink, Prompt, Reward, Sampler, Sampling
+from tether.types import EVALUATE, TRAIN, Completions, LogSink, Prompt, Reward, Sampler, Sampling
 
 
 def ppo(
@@ -162,7 +162,11 @@ def ppo(
                        max_new_tokens=s.max_new_tokens, stop_ids=stop_ids, add=beside)  # fmt: skip
 
         sets.record(run)
-        with Logger(run, config.log, total=p.cycles, sinks=sinks) as log, state.saved_when_stopped():
+        with (
+            Logger(run, config.log, total=p.cycles, sinks=sinks) as log,
+            AheadSampler(engine, train, ranks, log.phase) as thread,  # left last: first all is saved
+            state.saved_when_stopped(),
+        ):
             for text in [*notes, *([sets.note] if sets.note else []), *fallbacks]:
                 log.fallback(text)
             if state.done == 0:
@@ -171,24 +175,24 @@ def ppo(
                 log.rewrite(state.done, evaluated)  # its evaluation was dropped, or a reward failed in it
 
             def sampled_ahead(cycle: int) -> AbstractContextManager[Ahead]:
-                later = asked(cycle) if p.ahead and cycle <= p.cycles else []
-                return sampling_ahead(later, engine, train, cycle=cycle, ranks=ranks)
+                signals.stop_if_requested()  # else what nobody needs would be waited for
+                return thread.beside(asked(cycle) if p.ahead and cycle <= p.cycles else [], cycle)
 
             def experienced(cycle: int) -> Experience:
                 """Phase 1 on what was sampled ahead, or is now."""
                 with signals.droppable():
                     experience = collect(asked(cycle), *parts, train, p, kl_coef=partial(_kl_coef, state, p),
-                                         cycle=cycle, drawn=state.ahead, lagged=bool(p.ahead) and cycle != now,
+                                         cycle=cycle, drawn=state.ahead or first, lagged=state.ahead is not None,
                                          **shared)  # fmt: skip
                 log.alarms(cycle, experience.alarms)
                 return experience
 
             shared: dict[str, Any] = {"progress": log.phase, "ranks": ranks}
-            now = 0  # the cycle that is not sampled ahead, though others are
+            first: Completions | None = None  # of the cycle before which there is none to sample it beside
             if p.ahead and state.ahead is None and state.done < p.cycles:
-                now = state.done + 1
                 with signals.droppable():
-                    state.ahead = sample(asked(now), engine, train, cycle=now, ranks=ranks)
+                    log.phase("sampling")
+                    first = sample(asked(state.done + 1), engine, train, cycle=state.done + 1, ranks=ranks)
             while state.done < p.cycles and fallen() is None:
                 cycle = state.done + 1
                 with sampled_ahead(cycle + 1) as ahead:

@@ -72,7 +72,7 @@ def collect(
     Each rank samples, values and, by reward models, scores its part; rank 0 asks all other sources, those on other
     machines while values are computed. The experience is the same on all ranks.
 
-    kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B].
+    kl_coef: β, from the cycle's scores [B] and sums of log π - log ref [B], π the policy that sampled.
     drawn: the responses, where they were sampled already. lagged: by the policy of one update before
         (`tether.train.ahead`).
     phase: see `RewardSet.asking`; by default the cycle.
@@ -92,15 +92,18 @@ def collect(
         scored = scores()
     clock.lap("time/score_s")
 
-    log_ratio_sums = ((old - ref) * mask).sum(1)
+    sampled = torch.zeros_like(old)
+    sampled[mask] = torch.tensor([x for row in completions.sampler_logprobs for x in row], device=mask.device)
+    # Of the policy that sampled: over its samples log π/ref has the mean KL(μ‖ref) - KL(μ‖π), which may be negative and
+    # falls as steps grow, and β would fall with it.
+    log_ratios = (sampled if lagged else old) - ref
+    log_ratio_sums = (log_ratios * mask).sum(1)
     beta = kl_coef(scored.scores, log_ratio_sums)
     in_reward = beta if ppo.kl.place == "reward" else 0.0
     last = scored.scores.to(old)
     rewards = place_rewards(last, old, ref, mask, kl_coef=in_reward)
     _check_placement(rewards, -in_reward * (old - ref), last, rows.response_lengths.to(mask.device))
     advantages, returns = estimate(rewards, values, mask, ppo, responses_per_prompt=sampling.responses_per_prompt)
-    sampled = torch.zeros_like(old)
-    sampled[mask] = torch.tensor([x for row in completions.sampler_logprobs for x in row], device=mask.device)
     learned = whiten(advantages, mask) if ppo.whitens else advantages
     lag: Metrics = {}
     if lagged:  # both surrogates are linear in the advantage for a weight that is not negative
@@ -134,7 +137,7 @@ def collect(
         **{f"reward/{name}_disagreement": sum(found) / len(found) for name, found in scored.disagreement.items()},
         "reward/total_mean": float(rewards.sum(1).mean()),
         "kl/ref_mean": float(log_ratio_sums.mean()),
-        "kl/ref_per_token": float(masked_mean(old - ref, mask)),
+        "kl/ref_per_token": float(masked_mean(log_ratios, mask)),
         "kl/coef": beta,
         "policy/optimality_gap": gap,
         **critic,
