@@ -39,9 +39,9 @@ def test_the_page_is_what_the_code_says_now():
 
 def test_the_page_lists_every_metric_of_a_ppo_run_and_no_other(tiny_model, tmp_path):
     config = tiny_config(
-        tmp_path / "run", tiny_model(), ppo={"cycles": 1, "stop_epoch_at_kl": 1.0}, evaluate={"every": 1}
+        tmp_path / "run", tiny_model(), ppo={"cycles": 3, "stop_epoch_at_kl": 1.0, "ahead": 1}, evaluate={"every": 1}
     )
-    metrics = tether.ppo(config, reward=id_score).metrics[0]
+    metrics = tether.ppo(config, reward=id_score).metrics[1]  # sampled ahead, and the next one beside it
     found = {re.sub(r"^eval/.*", "eval/*", name).replace("id_score", "SOURCE") for name in metrics}
     # of optional sources, of ensembles, and of group baselines
     elsewhere = {"reward/SOURCE_missing", "reward/SOURCE_disagreement", "advantage/dead_groups"}

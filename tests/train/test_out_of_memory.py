@@ -33,7 +33,7 @@ def runs_out(*_, **__):
         (LocalSampler, "generate", "sampling", "Lower sampling.slots"),
         (rollout.Policy, "forward", "valuing", "Lower ppo.microbatch_tokens (8,192 now)"),
         (torch.optim.AdamW, "step", "updating, epoch 1 of 2", "Lower ppo.microbatch_tokens (8,192 now)"),
-        (rollout.RewardSet, "score", "scoring", "Set dtype: bfloat16 for the reward models"),
+        (rollout.RewardSet, "_answers", "scoring", "Set dtype: bfloat16 for the reward models"),
     ],
 )
 def test_cuda_out_of_memory_names_the_part_the_bytes_and_the_key_to_turn(
