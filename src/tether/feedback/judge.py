@@ -26,7 +26,7 @@ from tether.feedback.endpoint import Endpoint
 from tether.feedback.judge_cache import JudgeCache, cache_path
 from tether.feedback.progress import screen
 from tether.feedback.queue import display_order, fingerprint
-from tether.feedback.records import Item, Verdict
+from tether.feedback.records import Item, StoredItem, Verdict
 from tether.feedback.schema import is_store
 from tether.feedback.store import Store
 from tether.feedback.verdict import Comparison
@@ -179,9 +179,9 @@ class Queue:
                 yield comparison(item, number, self.config, self.principles)
 
 
-def comparison(item: Any, number: int, config: JudgeConfig, principles: tuple[str, ...]) -> Comparison:
+def comparison(item: Item | StoredItem, number: int, config: JudgeConfig, principles: tuple[str, ...]) -> Comparison:
     """The question about an item: its principle and, under orders: one, its order follow from the seed."""
-    mark = fingerprint(Item(item.prompt, item.answers))
+    mark = item.fingerprint if isinstance(item, StoredItem) else fingerprint(item)
     if config.judge.orders == "both":
         orders: tuple[tuple[int, ...], ...] = ((0, 1), (1, 0))
     else:

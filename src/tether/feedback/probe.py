@@ -15,7 +15,7 @@ from tether.feedback.constitution import draw_principle, read_constitution
 from tether.feedback.items import read_items
 from tether.feedback.judge import asker, is_store_path, store_path
 from tether.feedback.queue import fingerprint
-from tether.feedback.records import Item, Prompt, Verdict
+from tether.feedback.records import Prompt, Verdict
 from tether.feedback.store import Store
 from tether.feedback.verdict import Comparison
 from tether.statistics import wilson_interval
@@ -79,4 +79,4 @@ def _answers(config: JudgeConfig) -> Iterator[tuple[Prompt, str, str]]:
         for number, kind, _ in store.judge_queue(config.judge.annotator):
             if kind == "pair":
                 stored = store.item(number)
-                yield stored.prompt, stored.answers[0].text, fingerprint(Item(stored.prompt, stored.answers))
+                yield stored.prompt, stored.answers[0].text, stored.fingerprint

@@ -44,13 +44,13 @@ _BY_A_JUDGE = f"a.name GLOB '{JUDGE}*'"
 # ---------------------------------------------------------------- items
 
 
-def items(connection: sqlite3.Connection, number: int | None = None) -> Iterator[StoredItem]:
-    """In the order of their queues: what is labeled, gold, repeats; number: only this one."""
-    query = 'SELECT id, kind, prompt, answers, grp AS "group", gold, repeat_of, source, target FROM items'
-    if number is None:
+def items(connection: sqlite3.Connection, numbers: Sequence[int] | None = None) -> Iterator[StoredItem]:
+    """In the order of their queues: what is labeled, gold, repeats; numbers: only these, in any order."""
+    query = 'SELECT id, kind, prompt, answers, grp AS "group", gold, repeat_of, source, target, fingerprint FROM items'
+    if numbers is None:
         rows = connection.execute(f"{query} ORDER BY pool, position, id")
     else:
-        rows = connection.execute(f"{query} WHERE id = ?", (number,))
+        rows = connection.execute(f"{query} WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(list(numbers)),))
     for row in rows:
         source = None if row["source"] is None else json.loads(row["source"])
         parsed = {"prompt": json.loads(row["prompt"]), "answers": _answers(row), "source": source}

@@ -285,6 +285,7 @@ class StoredItem:
     repeat_of: int | None  # the earlier item that this one shows again, sides exchanged
     source: dict[str, Any] | None
     target: int | None  # how many people are to judge it; None: everybody (gold)
+    fingerprint: str  # equal for items that ask the same, see `tether.feedback.queue.fingerprint`
 
 
 @dataclass(frozen=True, slots=True)

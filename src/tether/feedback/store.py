@@ -277,14 +277,12 @@ class Store:
 
     def items(self, numbers: Iterable[int]) -> list[StoredItem]:
         """Likewise of several, in the order asked for."""
+        numbers = list(numbers)
         with self._database.read() as c:
-            found = []
-            for number in numbers:
-                item = next(reading.items(c, min(number, _LARGEST)), None)
-                if item is None:
-                    raise StoreError(f"there is no item {number} in this store. Is it an item of another one?")
-                found.append(item)
-            return found
+            found = {item.id: item for item in reading.items(c, [n for n in numbers if n <= _LARGEST])}
+        if missing := [number for number in numbers if number not in found]:
+            raise StoreError(f"there is no item {missing[0]} in this store. Is it an item of another one?")
+        return [found[number] for number in numbers]
 
     def labels(
         self, filters: Filters = _EVERYTHING, *, as_of: int | None = None, before: int | None = None,
