@@ -69,7 +69,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"cycles": 6, "batch": 128, "iterations": 1, "generations": 8, "lr": 5e-4},
     ],
 }
-BEST = {"critic": 2, "group": 1, "trl-ppo": 1, "trl-rloo": 1}  # which of them, by --choose
+BEST = {"critic": 1, "group": 2, "trl-ppo": 1, "trl-rloo": 1}  # which of them, by --choose
 OURS: dict[str, dict[str, Any]] = {  # what the two of ours add
     "critic": {"lam": 1.0, "value_coef": 0.1},
     "group": {"advantage": "group", "responses_per_prompt": 8},
