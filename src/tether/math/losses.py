@@ -98,7 +98,7 @@ def importance_weights(
     cap                             at least 1, no unit.
     """
     log_ratio = torch.where(mask, old_logprobs - sampled_logprobs, 0.0)
-    return log_ratio.clamp(max=20).exp().clamp(max=cap)
+    return log_ratio.exp().clamp(max=cap)
 
 
 def _ratio_metrics(

@@ -30,6 +30,8 @@ from tether.models.loading import autocast, check_complete, model_config, quiet_
 from tether.runs.files import replacing_directory, wrap_os_errors, write_sums
 from tether.types import microbatches
 
+BATCH_TOKENS = 16384  # padded, that are scored at once
+
 
 class RewardModel(nn.Module):
     """Scores sequences of tokens. `forward` is what is trained; `score` is what is used: normalized, no gradient."""
@@ -78,7 +80,7 @@ class RewardModel(nn.Module):
         return nn.functional.linear(pooled.to(wide), self.head.weight.to(wide), bias).squeeze(-1)
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Sequence[int]], *, batch_tokens: int = 16384) -> Tensor:
+    def score(self, rows: Sequence[Sequence[int]], *, batch_tokens: int = BATCH_TOKENS) -> Tensor:
         """Normalized scores [B] float32 on the CPU, in the order of `rows`; batch_tokens: padded tokens at once."""
         scores = torch.empty(len(rows))
         for index in microbatches([len(row) for row in rows], batch_tokens):

@@ -17,6 +17,7 @@ from tether.config import RewardShapingConfig
 from tether.distributed.ranks import ALONE, Ranks
 from tether.errors import RewardError
 from tether.math import disagreement
+from tether.models.reward_model import BATCH_TOKENS
 from tether.rewards.ensemble import EnsembleReward
 from tether.rewards.function import describe_row
 from tether.rewards.model import ModelReward
@@ -35,8 +36,6 @@ class ScoredBatch:
     disagreement: dict[str, list[float]] = field(default_factory=dict)  # ensemble's name -> B deviations of its members
     members: dict[str, list[list[float]]] = field(default_factory=dict)  # ensemble's name -> B times its K scores
 
-
-_BATCH_TOKENS = 16384  # as a reward model scores at once
 
 Answers = tuple[list[float | None], Tensor | None]  # B scores, and those of an ensemble's members [K, B]
 
@@ -169,7 +168,7 @@ class RewardSet:
         if ranks.size == 1 or not local:
             return {}
         lengths = [len(p.ids) + count for p, count in zip(completions.prompts, completions.lengths, strict=True)]
-        mine = sorted(i for index, counts in ranks.deal(lengths, _BATCH_TOKENS) if counts for i in index.tolist())
+        mine = sorted(i for index, counts in ranks.deal(lengths, BATCH_TOKENS) if counts for i in index.tolist())
         part = completions.select(mine)
         try:
             answers = {name: _ask_model(source, part) for name, source in local.items()} if mine else {}

@@ -117,7 +117,6 @@ class VLLMSampler:
         self._dtype = model.dtype if config.vllm.dtype == "auto" else getattr(torch, config.vllm.dtype)
         self._bound = PROBE_GAP["float32" if model.dtype == self._dtype == torch.float32 else "bfloat16"]
         self._process: VLLMProcess | None = None
-        self._closed = False
         self._facts: dict[str, Any] = {}
         self._loads = self._version = 0
         self._before: Answers | None = None  # of the version before
@@ -200,8 +199,7 @@ class VLLMSampler:
         return f"{self._version}.{use}"
 
     def close(self) -> None:
-        """End the process, and remove the weights that were written for it; a thread that asks it gets an error."""
-        self._closed = True
+        """End the process, and remove the weights that were written for it."""
         if self._process is not None:
             self._process.close()
             self._process = None
@@ -217,8 +215,6 @@ class VLLMSampler:
         """The answer to a request; from a process that was started again, where it ended meanwhile."""
         again = False
         while True:
-            if self._closed:
-                raise ProcessEnded("vLLM's process was closed")
             try:
                 if self._process is None:
                     self._start()
@@ -230,8 +226,6 @@ class VLLMSampler:
                 raise TrainingError(f"vLLM failed ({error}); {self._log} has all that it said.") from error
             except ProcessEnded as ended:
                 self._process = None
-                if self._closed:
-                    raise
                 if again:
                     raise TrainingError(
                         f"{ended} twice in a row, the last time saying: {last_words(self._log)}. {self._log} has the "
