@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # One process per core, each with a share of the tests; what a process has left over goes to those that are done.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo test test-learning-avx2 test-vllm test-fast lint bench bench-learning
+.PHONY: help demo test test-learning-avx2 test-vllm test-ray test-fast lint bench bench-learning
 
 help:
 	@echo "make demo       the whole story on a CPU, offline, in minutes"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-learning-avx2"
 	@echo "                the tests that ask for learning, with the kernels of a CPU without AVX-512"
 	@echo "make test-vllm  the tests that ask vLLM, which is set up first in an environment of its own: gigabytes, once"
+	@echo "make test-ray   the tests that ask Ray, which is installed first"
 	@echo "make test-fast  arithmetic, data and config: under a minute"
 	@echo "make lint       ruff (format and lint) and mypy"
 	@echo "make bench-learning  the demo in eight towns on two CPU paths, with ranges: hours; runs that are done are kept"
@@ -34,6 +35,11 @@ test-learning-avx2: $(READY)
 test-vllm: $(READY)
 	bench/peers/setup.sh vllm
 	TETHER_TEST_VLLM=1 $(PYTEST) tests/vllm -n logical --maxprocesses 2 --dist loadfile
+
+# Workers are processes of their own, which fill the cores: one test at a time.
+test-ray: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,ray]"
+	TETHER_TEST_RAY=1 $(PYTEST) tests/pool
 
 test-fast: $(READY)
 	$(PYTEST) tests/math tests/data tests/config

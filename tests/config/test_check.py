@@ -57,6 +57,10 @@ BAD = [  # kind, flags, the message's start, what it tells to do
         "positive",
     ),
     ("ppo", "--sampling.vllm.python p", "sampling.vllm is set with sampling.engine=local", "engine to vllm"),
+    ("ppo", "--sampling.pool.workers 3", "sampling.pool is set with sampling.engine=local", "engine to pool"),
+    ("ppo", "--sampling.engine pool --sampling.pool.workers 0", "sampling.pool.workers=0 is below 1", "1 or more"),
+    ("ppo", "--sampling.engine pool --sampling.pool.gpus 2", "sampling.pool.gpus=2.0 is outside [0, 1]", "Set 0"),
+    ("ppo", "--sampling.engine pool --sampling.pool.address here", "sampling.pool.address=here is no", "HOST:PORT"),
     (
         "ppo",
         "--sampling.engine vllm --sampling.temperature 0.7 --sampling.top_p 0.9",

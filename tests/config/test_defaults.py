@@ -21,7 +21,8 @@ reward:
      weight: 1.0, name: null, timeout_s: 60.0, dtype: auto, arguments: {}, optional: false, key_env: null, probe: true}
 reward_shaping: {clip: null, missing_eos: null}
 sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto,
-           vllm: {python: null, dtype: auto, arguments: {}}}
+           vllm: {python: null, dtype: auto, arguments: {}},
+           pool: {workers: 2, cpus: 1, gpus: 0.0, address: null, timeout_s: 120.0}}
 ppo:
   cycles: 200
   batch: 64
@@ -111,7 +112,8 @@ reward:
      weight: 1.0, name: null, timeout_s: 60.0, dtype: auto, arguments: {}, optional: false, key_env: null, probe: true}
 reward_shaping: {clip: null, missing_eos: null}
 sampling: {engine: local, temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop_token_ids: null, slots: auto,
-           vllm: {python: null, dtype: auto, arguments: {}}}
+           vllm: {python: null, dtype: auto, arguments: {}},
+           pool: {workers: 2, cpus: 1, gpus: 0.0, address: null, timeout_s: 120.0}}
 """
 
 JUDGE = """

@@ -14,6 +14,7 @@ from tether.config import (
     InitModelConfig,
     LoraConfig,
     ModelConfig,
+    PoolConfig,
     PPOConfig,
     PPOSection,
     PromptsConfig,
@@ -85,6 +86,17 @@ def test_vllm_holds_weights_a_head_of_its_own_and_the_cache_instead_of_the_local
     assert found["vLLM's key-value cache"] == 17 * 2 * 2 * 2 * 128 * 8 * 2
     assert found["vLLM's libraries"] > 0
     assert not {"key-value cache", "sampler's workspace", "engine's copy of the policy"} & set(found)
+
+
+def test_a_pool_on_this_machine_holds_a_copy_of_the_policy_for_each_worker(model, count, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    engine = SamplingConfig("pool", max_new_tokens=12, pool=PoolConfig(workers=3))
+    found = parts(predict(replace(config(model), sampling=engine), device="cpu"))
+    assert found["workers' copies of the policy"] == 3 * 4 * count
+    assert found["weights on their way to the workers"] == 3 * 4 * count
+    assert not {"key-value cache", "sampler's workspace", "engine's copy of the policy"} & set(found)
+    cluster = replace(engine, pool=PoolConfig(workers=3, address="10.0.0.1:6379"))
+    assert "workers' copies of the policy" not in parts(predict(replace(config(model), sampling=cluster), device="cpu"))
 
 
 def test_sampling_ahead_needs_a_copy_and_the_engines_memory_beside_the_updates(model, count):

@@ -15,6 +15,7 @@ from tether.config import (
     LogConfig,
     MissingEosConfig,
     ModelConfig,
+    PoolConfig,
     PPOConfig,
     QLearningConfig,
     QLearningSection,
@@ -92,13 +93,16 @@ def test_what_cannot_change_the_curves_may_change_and_an_event_says_so(config, k
     assert {k.split(".")[0] for k in events} == {key.split(".")[0]}
 
 
-def test_another_installation_of_vllm_may_go_on_with_a_run_but_no_other_engine(config):
-    begin(change(config, "sampling", engine="vllm"))
-    elsewhere = change(config, "sampling", engine="vllm", vllm=VLLMConfig("elsewhere/python"))
-    with RunDirectory.open(elsewhere, command="ppo"):
+@pytest.mark.parametrize(
+    ("engine", "elsewhere", "key"),
+    [("vllm", VLLMConfig("elsewhere/python"), "vllm.python"), ("pool", PoolConfig(workers=8), "pool.workers")],
+)
+def test_an_engine_may_move_to_another_place_but_no_other_engine_go_on(config, engine, elsewhere, key):
+    begin(change(config, "sampling", engine=engine))
+    with RunDirectory.open(change(config, "sampling", engine=engine, **{engine: elsewhere}), command="ppo"):
         pass
     (event,) = [event for event in Run.open(config.run).events if event["event"] == "config_changed"]
-    assert (event["key"], event["bit_equal"]) == ("sampling.vllm.python", False)
+    assert (event["key"], event["bit_equal"]) == (f"sampling.{key}", False)
     with pytest.raises(RunError, match=r"sampling\.engine was"):
         RunDirectory.open(config, command="ppo")
 

@@ -462,12 +462,36 @@ class VLLMConfig(Section):
 
 
 @dataclass(frozen=True)
+class PoolConfig(Section):
+    """Workers that sample, as Ray actors, here or on a cluster; see docs/scaling.md."""
+
+    workers: Annotated[int, at_least(1, "nobody would sample")] = 2
+    """How many, each with a copy of the policy."""
+    cpus: Annotated[int, at_least(1, "it could not compute")] = 1
+    """Cores of each worker, and its threads."""
+    gpus: Annotated[float, within(0, 1, "a worker computes on one device", "Set 0 to sample on the CPU.")] = 0
+    """GPU of each worker, or the part of one that it shares with others; 0: it samples on the CPU."""
+    address: str | None = None
+    """Of a Ray cluster, such as auto or HOST:6379; null: the one that RAY_ADDRESS names, else one that the run starts
+    on this machine, and ends."""
+    timeout_s: Annotated[float, positive("no cluster is that quick")] = 120.0
+    """How long to wait for room on a cluster."""
+
+    def check(self, key: str) -> None:
+        if self.address is not None and not re.fullmatch(r"auto|[^/]+:\d+", self.address):
+            raise ConfigError(
+                f"{key}.address={self.address} is no address of a Ray cluster, so none could be joined. Write auto for "
+                "the one on this machine, or HOST:PORT, such as 10.0.0.1:6379."
+            )
+
+
+@dataclass(frozen=True)
 class SamplingConfig(Section):
     """How responses are drawn. Filters in this order: temperature, top-k, top-p."""
 
-    engine: Literal["local", "vllm"] = "local"
-    """Which sampler: local is ours, in this process, sharing the policy's weights; vllm is a process beside it, of
-    `tether ppo` alone."""
+    engine: Literal["local", "vllm", "pool"] = "local"
+    """Which sampler: local is ours, in this process, sharing the policy's weights. Of `tether ppo` alone: vllm, a
+    process beside it, and pool, local engines in processes that Ray places."""
     temperature: Annotated[
         float, positive("logits are divided by it, and greedy samples have no probability to take a ratio of")
     ] = 1.0
@@ -485,6 +509,8 @@ class SamplingConfig(Section):
     64. Never changes a result beyond rounding."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     """Of `engine: vllm` alone."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    """Of `engine: pool` alone."""
 
     @property
     def truncates(self) -> bool:
@@ -492,11 +518,12 @@ class SamplingConfig(Section):
         return self.top_k > 0 or self.top_p < 1
 
     def check(self, key: str) -> None:
-        if self.engine == "local" and self.vllm != VLLMConfig():
-            raise ConfigError(
-                f"{key}.vllm is set with {key}.engine=local, which is not vLLM: it would be ignored. Set {key}.engine "
-                f"to vllm, or leave {key}.vllm out."
-            )
+        for engine, section in (("vllm", self.vllm), ("pool", self.pool)):
+            if self.engine != engine and section != type(section)():
+                raise ConfigError(
+                    f"{key}.{engine} is set with {key}.engine={self.engine}: it would be ignored. Set {key}.engine to "
+                    f"{engine}, or leave {key}.{engine} out."
+                )
         if self.engine == "vllm" and self.truncates and self.temperature != 1:
             raise ConfigError(
                 f"{key}.temperature={self.temperature:g} with {key}.top_k={self.top_k} and {key}.top_p={self.top_p:g}: "

@@ -42,6 +42,7 @@ from tether.models.reward_model import check_one_label
 from tether.rewards import FunctionReward, judge_reward, load_function, url_reward
 from tether.rewards.ensemble import check_members
 from tether.rewards.judge import describe_judge
+from tether.samplers.pool import address_of, check_pool
 from tether.samplers.vllm import check_vllm
 from tether.train.contexts import check_contexts
 from tether.train.dpo import load as load_preferences
@@ -304,9 +305,14 @@ def _sources(
 
 
 def _engine(config: PPOConfig) -> list[str]:
-    """Ask the other environment for its vLLM, and whether that serves the policy."""
-    if config.sampling.engine != "vllm":
+    """Ask the other environment for its vLLM, and whether that serves the policy; look for Ray."""
+    if config.sampling.engine == "local":
         return []
+    if config.sampling.engine == "pool":
+        pool = config.sampling.pool
+        check_pool(pool)
+        place = address_of(pool)
+        return [f"sampling: {pool.workers} workers of {f'the Ray at {place}' if place else 'a Ray on this machine'}"]
     found = check_vllm(config.sampling, architecture_of(config))
     return [f"sampling: vLLM {found.version}{' for CPUs' if found.on_cpu else ''} of {found.python}"]
 

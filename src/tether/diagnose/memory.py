@@ -40,6 +40,7 @@ from tether.distributed.shard import cuts
 from tether.models.language_model import freeze
 from tether.models.loading import model_config, resolve_device, resolve_dtype
 from tether.samplers.local import PREFILL_TOKENS, count_slots, slot_bytes
+from tether.samplers.pool import address_of
 from tether.samplers.vllm import plan_cache
 from tether.train.sft import init_architecture
 
@@ -47,6 +48,7 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 _PROCESS_CPU = 485 * MIB  # Python, torch, transformers, TensorBoard: resident before a weight is loaded
 _FOLLOWER_CPU = 395 * MIB  # of a rank that writes nothing
+_RAY, _WORKER = 340 * MIB, 320 * MIB  # Ray's own processes; one that has torch and transformers, and no model
 _VLLM_CPU = 650 * MIB  # vLLM's process on a CPU: resident with a model of next to no weights
 _CONTEXT_CUDA = 600 * MIB  # the CUDA context and its libraries, which no allocator counts
 
@@ -245,6 +247,8 @@ def beside_policy(trained: Trained) -> list[Part]:
     width = prompt + s.max_new_tokens
     if s.engine == "vllm":
         parts += _of_vllm(trained, responses, width)
+    elif s.engine == "pool":
+        parts += _of_pool(trained, responses, width) if kind == "cpu" and address_of(s.pool) is None else []
     else:
         if copied:
             parts.append(Part("engine's copy of the policy", sum(w.numel for unit in step.units for w in unit) * item))
@@ -294,6 +298,20 @@ def _of_vllm(trained: Trained, responses: int, width: int) -> list[Part]:
         Part("vLLM's key-value cache", cache.bytes),
     ]
     return [*parts, Part("vLLM's libraries", _VLLM_CPU if trained.device == "cpu" else _CONTEXT_CUDA)]
+
+
+def _of_pool(trained: Trained, responses: int, width: int) -> list[Part]:
+    """What a Ray that the run starts and its workers hold all the time, on this machine's CPU."""
+    s, text = trained.config.sampling, trained.architecture.get_text_config()
+    workers, item = s.pool.workers, trained.dtype.itemsize
+    whole = sum(w.numel for unit in trained.step.units for w in unit) * item
+    slots = count_slots(s.slots, -(-responses // workers), text, width, trained.dtype, "cpu")
+    return [
+        Part("workers' copies of the policy", workers * whole),
+        Part("weights on their way to the workers", 3 * whole),  # gathered, stored, and those stored before
+        Part("workers' key-value caches and workspace", workers * slots * sum(slot_bytes(text, width, trained.dtype))),
+        Part("libraries of Ray and the workers", _RAY + workers * _WORKER),
+    ]
 
 
 def named_reference(trained: Trained) -> list[Part]:

@@ -24,10 +24,12 @@ Change = tuple[str, Any, Any]  # dotted key, value when the run began, value now
 _MAY_CHANGE = re.compile(
     r"run$|model\.revision$|(log|checkpoint|distributed)(\.|$)|evaluate\.(every|samples|stop_when_gold_falls)$"
     r"|(reward|evaluate\.gold)\[\d+\]\.(timeout_s|dtype|optional|url|key_env|probe)$"
-    r"|\w+\.microbatch_tokens$|model\.gradient_checkpointing$|sampling\.(slots$|vllm\.)|qlearning\.ilql\.(strength|top_k)$"
+    r"|\w+\.microbatch_tokens$|model\.gradient_checkpointing$|sampling\.(slots$|vllm\.|pool\.)|qlearning\.ilql\.(strength|top_k)$"
 )
 # These change rounding or the order of floating-point sums; a url may be that of another server.
-_NOT_BIT_EQUAL = re.compile(r".*\.(microbatch_tokens|gradient_checkpointing|slots|dtype|url|shard)$|sampling\.vllm\.")
+_NOT_BIT_EQUAL = re.compile(
+    r".*\.(microbatch_tokens|gradient_checkpointing|slots|dtype|url|shard)$|sampling\.(vllm|pool)\."
+)
 # An input that may change: a reward function is fixed while a run goes on.
 _REWARD_FILE = re.compile(r"reward\[\d+\]\.function$")
 _ABSENT = "(absent)"

@@ -6,22 +6,30 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from tether.config import SamplingConfig
+from tether.distributed.ranks import ALONE, Ranks
 from tether.models.language_model import LanguageModel
 from tether.samplers.local import LocalSampler
+from tether.samplers.pool import PoolSampler
 from tether.samplers.vllm import Room, VLLMSampler
 from tether.types import Sampler
 
 
 def build_sampler(
     model: LanguageModel, config: SamplingConfig, *, copied: bool = False, beside: bool = False,
-    room: Room | None = None, opened: ExitStack | None = None,
+    room: Room | None = None, ranks: Ranks = ALONE, opened: ExitStack | None = None,
     restarted: Callable[[str], None] = lambda why: None,
 ) -> tuple[Sampler, list[str]]:  # fmt: skip
     """(the sampler of `sampling.engine`, ready to sample from `model`; notes on the fallbacks, for the log).
 
     copied: from a copy of it, brought up to date by `load_weights`. beside: in a thread, while another trains.
-    room, opened, restarted: of an engine with a process of its own: its limits, what ends it, and who hears of its end.
+    room, ranks, opened, restarted: of an engine with processes of its own: its limits, whose they are, what ends them,
+    and who hears of their end.
     """
+    if config.engine == "pool":
+        assert opened is not None
+        pool = PoolSampler(model, config, ranks, restarted=restarted)
+        opened.callback(pool.close)
+        return pool, pool.notes
     if config.engine == "vllm":
         assert room is not None
         assert opened is not None

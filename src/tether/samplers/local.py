@@ -65,7 +65,7 @@ class LocalSampler:
         self.model = model
         if self._copied:
             self.model = replace(model, lm=freeze(copy.deepcopy(model.lm), model.dtype))
-        self.note = _why_not_cached(model)  # the fallback, for the log
+        self.note = why_not_cached(model)  # the fallback, for the log
         self.cached = self.note is None
         self.recorded = self.cached and model.device.type == "cuda" and not beside
         if self.recorded:
@@ -138,7 +138,7 @@ def slot_bytes(config: Any, width: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _why_not_cached(model: LanguageModel) -> str | None:
+def why_not_cached(model: LanguageModel) -> str | None:
     """Decode a few tokens through the cache and compare with a plain forward pass; None if they agree.
 
     What a few tokens cannot show is read off the config: kinds of layers, and windows of the mask that we do not know.

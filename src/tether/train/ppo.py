@@ -31,6 +31,7 @@ from tether.rewards import build_reward, function_file
 from tether.rewards.judge import judge_hash
 from tether.runs import Run, RunDirectory, answers, hash_files
 from tether.samplers import build_sampler
+from tether.samplers.pool import check_pool
 from tether.samplers.vllm import Room, check_vllm
 from tether.train.ahead import Ahead, AheadSampler
 from tether.train.best import keep_best
@@ -81,6 +82,8 @@ def ppo(
         check_contexts(config, sets.train + sets.held_out, tokenizer)
         if s.engine == "vllm" and sampler is None:
             check_vllm(s, architecture)
+        if s.engine == "pool" and sampler is None:
+            check_pool(s.pool, ranks)
         policy, reference, notes = build_policy(m, device=device, seed=config.seed, with_critic=p.has_critic)
         stop_ids = stop_token_ids(tokenizer, policy.model.hf_model.generation_config, s.stop_token_ids)
         kept: Path | None = run.path / answers.NAME
@@ -96,7 +99,7 @@ def ppo(
         sharded = shards(config.distributed.shard, policy, ranks)
         engine, fallbacks = (sampler, []) if sampler is not None else build_sampler(
             policy.model, s, copied=sharded, beside=bool(p.ahead), room=engine_room(config, sets, run, ranks),
-            opened=opened, restarted=partial(_note_restart, run),
+            ranks=ranks, opened=opened, restarted=partial(_note_restart, run),
         )  # fmt: skip
         if sharded and sampler is not None:
             raise ConfigError(
