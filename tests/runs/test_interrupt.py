@@ -112,6 +112,21 @@ def test_code_that_swallows_everything_cannot_keep_the_phase_from_stopping():
         stubborn()
 
 
+def test_a_library_that_raises_an_interrupt_of_its_own_stops_the_phase_all_the_same():
+    def wait() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # as ray.get does
+
+    with Signals() as signals, pytest.raises(StopRequested), signals.droppable():
+        wait()
+    with Signals() as signals, pytest.raises(KeyboardInterrupt) as nobody_asked, signals.droppable():
+        raise KeyboardInterrupt
+    assert nobody_asked.type is KeyboardInterrupt
+
+
 def test_the_handlers_that_were_there_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with Signals():

@@ -5,8 +5,8 @@ token (see `tether.samplers.uniforms`), so whoever draws a response draws the sa
 for rounding, and from a worker that took the place of a dead one the same to the bit. The learner is a process of its
 own, or several under torchrun, and no actor: nothing that happens to a worker happens to it.
 
-Weights are put into Ray's store once after every update, from where each node fetches them once. A request names their
-version, and a worker that has another loads them first.
+Weights are put into Ray's store once after every update, from where each node fetches them once. A request says which
+load it is for, and a worker that has another fetches it first.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def check_pool(config: PoolConfig, ranks: Ranks = ALONE) -> None:
 
 def address_of(config: PoolConfig) -> str | None:
     """Of the cluster that is joined; None: a local Ray is started."""
-    return config.address or os.environ.get(_ADDRESS) or None
+    address = config.address or os.environ.get(_ADDRESS)
+    return None if address in (None, "", "local") else address
 
 
 class PoolSampler:
@@ -107,7 +108,7 @@ class PoolSampler:
                 for p in weights.lm.parameters()
                 if p.requires_grad
             ]
-        self._policy = Stored(self._policy.model, ray.put(arrays), version)
+        self._policy = Stored(self._policy.model, ray.put(arrays), self._policy.load + 1)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, cycle: int, first: int = 0) -> Completions:
         """Draw `responses_per_prompt` responses to each prompt, in the prompts' order; see `tether.types.Sampler`."""
@@ -194,7 +195,7 @@ class PoolSampler:
     def _get(self, number: int, answer: Any) -> Any:
         """What a worker answered. Its own errors are raised as they are."""
         import ray
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import RayActorError, RayError, RayTaskError
 
         try:
             return ray.get(answer)
@@ -206,6 +207,11 @@ class PoolSampler:
                 "sampling.engine to local to see whether the policy samples at all."
             ) from error
         except RayError as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                raise ConfigError(
+                    f"worker {number} of the pool does not start where Ray placed it ({last_line(error)}): nothing could "
+                    "sample. Install the same tether, torch and transformers on every node."
+                ) from error
             raise TrainingError(
                 f"worker {number} of the pool ended, {_RETRIES + 1} times in a row, and said: {first_line(error)}. Was "
                 "there enough memory? sampling.slots is how many responses it decodes at once."
@@ -230,11 +236,13 @@ def _connect(config: PoolConfig) -> bool:
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray would try for ten minutes
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except Exception as error:  # whatever its many layers raise
-        where = f"sampling.pool.address={address}" if address else "sampling.engine=pool"
+        where = "sampling.engine=pool"
+        if address:
+            where = f"sampling.pool.address={address}" if config.address else f"{_ADDRESS}={address}"
         raise ConfigError(
             f"{where}: Ray does not answer ({type(error).__name__}: {first_line(error)}), so nothing could sample. Is "
             "it running there (ray status), in the same version of Ray and Python, and does it ask for a token "
-            "(RAY_AUTH_MODE=token)? address: null starts a local one."
+            "(RAY_AUTH_MODE=token)? Without an address here and in {_ADDRESS} the run starts one."
         ) from error
     finally:
         for number, handler in ours.items():  # Ray puts its own in their place, and a run would end unsaved

@@ -66,6 +66,10 @@ class Signals:
         self._droppable = self.ranks.size == 1
         try:
             yield
+        except KeyboardInterrupt:
+            if self._droppable and self.requested:
+                raise StopRequested from None  # a library that waits, as Ray does, may raise one of its own instead
+            raise
         finally:
             self._droppable = False
         self.stop_if_requested()  # someone inside may have swallowed it
