@@ -64,13 +64,13 @@ def main() -> None:
             rounds = [[seconds(*side, n) for side in sides] for n in range(args.rounds + 1)][1:]  # the first: once
     pooled = [row[0][0] for row in rounds]
     handed = statistics.median(row[0][1] for row in rounds)
-    print(f"{PROMPTS * ANSWERS} responses of {NEW} tokens, {args.workers} workers: {statistics.median(pooled):.2f} s, of "
-          f"these the hand-over {handed * 1e3:.0f} ms")  # fmt: skip
+    print(f"{PROMPTS * ANSWERS} responses of {NEW} tokens")
+    print(f"{args.workers} workers: {statistics.median(pooled):.2f} s, of these the hand-over {handed * 1e3:.0f} ms")
     for side, (_, threads) in enumerate(sides[1:], start=1):
         alone = [row[side][0] for row in rounds]
         ratios = sorted(p / a for p, a in zip(pooled, alone, strict=True))
-        print(f"local, {threads} threads: {statistics.median(alone):.2f} s; the pool takes {statistics.median(ratios):.2f} "
-              f"[{ratios[0]:.2f}, {ratios[-1]:.2f}] of that")  # fmt: skip
+        ratio = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+        print(f"local, {threads} threads: {statistics.median(alone):.2f} s; the pool takes {ratio} of that")
 
 
 if __name__ == "__main__":

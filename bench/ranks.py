@@ -1,6 +1,6 @@
 """Several processes, one run: what is broken on one of them, killed, or continued on another number of them.
 
-    python bench/ranks.py faults     an error, NaN, a full disk, a signal … on one of two ranks: seconds until all have ended
+    python bench/ranks.py faults     an error, NaN, a full disk, a signal … on one of two ranks: when have all ended?
     python bench/ranks.py kills      SIGKILL of a rank at ten moments, two of them inside a save, under --max-restarts
     python bench/ranks.py numbers    checkpoints written and read on 1, 2 and 4 ranks
     python bench/ranks.py time       one rank under torchrun beside none; two with a thread each beside one with two
@@ -121,22 +121,26 @@ def fill_disk(_: tuple[Any, ...]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 
 
-TERM = send(signal.SIGTERM)
+SAMPLE, VALUE = "tether.train.rollout:sample_part", "tether.train.rollout:value"
+SCORE, PART_OF_SCORE = "tether.rewards.function:FunctionReward.score", "tether.rewards.combine:RewardSet._by_rows"
+UPDATE, STEP = "tether.train.ppo:update", "tether.train.update:accumulate"
+SAVE = "tether.train.state:TrainingState.save"
+NAN, TERM = spoil(float("nan")), send(signal.SIGTERM)
 FAULTS = {
-    "the reward raises": Fault("tether.rewards.function:FunctionReward.score", 3, fail(RewardError("no score")), 0, "no score"),
-    "a rank raises": Fault("tether.train.rollout:value", 3, fail(ValueError("on its own")), says="on its own"),
-    "NaN in a rank's weights, sampling": Fault("tether.train.rollout:sample_part", 3, spoil(float("nan")), says="finite"),
-    "NaN in a rank's weights, update": Fault("tether.train.ppo:update", 2, spoil(float("nan")), says="finite"),
-    "the first ratio is off": Fault("tether.train.ppo:update", 2, spoil(0.05), says="first ratio"),
-    "no memory": Fault("tether.train.update:accumulate", 3, lambda _: torch.empty(2**50), says="memory"),
-    "the disk is full": Fault("tether.train.state:TrainingState.save", 1, fill_disk, 0, "File too large"),
-    "a rank is killed": Fault("tether.train.update:accumulate", 3, send(signal.SIGKILL), says="has ended"),
-    "SIGTERM, sampling": Fault("tether.train.rollout:sample_part", 3, TERM, state="stopped"),
-    "SIGTERM, scoring": Fault("tether.rewards.combine:RewardSet._by_rows", 3, TERM, state="stopped"),
-    "SIGTERM, valuing": Fault("tether.train.rollout:value", 3, TERM, state="stopped"),
-    "SIGTERM, update": Fault("tether.train.update:accumulate", 3, TERM, state="stopped"),
-    "SIGTERM, saving": Fault("tether.train.state:TrainingState.save", 1, TERM, state="stopped"),
-}  # fmt: skip
+    "the reward raises": Fault(SCORE, 3, fail(RewardError("no score")), rank=0, says="no score"),
+    "a rank raises": Fault(VALUE, 3, fail(ValueError("on its own")), says="on its own"),
+    "NaN in a rank's weights, sampling": Fault(SAMPLE, 3, NAN, says="finite"),
+    "NaN in a rank's weights, update": Fault(UPDATE, 2, NAN, says="finite"),
+    "the first ratio is off": Fault(UPDATE, 2, spoil(0.05), says="first ratio"),
+    "no memory": Fault(STEP, 3, lambda _: torch.empty(2**50), says="memory"),
+    "the disk is full": Fault(SAVE, 1, fill_disk, rank=0, says="File too large"),
+    "a rank is killed": Fault(STEP, 3, send(signal.SIGKILL), says="has ended"),
+    "SIGTERM, sampling": Fault(SAMPLE, 3, TERM, state="stopped"),
+    "SIGTERM, scoring": Fault(PART_OF_SCORE, 3, TERM, state="stopped"),
+    "SIGTERM, valuing": Fault(VALUE, 3, TERM, state="stopped"),
+    "SIGTERM, update": Fault(STEP, 3, TERM, state="stopped"),
+    "SIGTERM, saving": Fault(SAVE, 1, TERM, state="stopped"),
+}
 
 
 def broken(name: str, run: str, argv: list[str]) -> int:
@@ -210,9 +214,8 @@ def kills(folder: Path, shard: str, count: int, seed: int) -> bool:
     began = time.monotonic()
     want = whole(config_of(folder, "whole", shard), 2)
     seconds, rng, good = time.monotonic() - began, random.Random(seed), True
-    print(
-        f"A run of two ranks takes {seconds:.1f} s.\n\n| kill | rank | after | metrics | rollouts | weights |\n|---|---|---|---|---|---|"
-    )
+    print(f"A run of two ranks takes {seconds:.1f} s.\n")
+    print("| kill | rank | after | metrics | rollouts | weights |\n|---|---|---|---|---|---|")
     number = 0
     while number < count:
         config = config_of(folder, f"kill-{number}", shard)

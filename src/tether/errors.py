@@ -113,3 +113,9 @@ def first_line(error: BaseException) -> str:
     """The first line of what another library said, for use inside our own message."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".:")
+
+
+def last_line(error: BaseException) -> str:
+    """The last line, where another library says on many how it came about, and at the end why."""
+    lines = str(error).strip().splitlines()
+    return (lines[-1].strip() if lines else type(error).__name__).rstrip(".")

@@ -13,8 +13,10 @@ from peft import LoraConfig, get_peft_model
 from tether.config import PoolConfig, SamplingConfig
 from tether.errors import ConfigError, TrainingError
 from tether.models.language_model import LanguageModel
+from tether.samplers import pool as pool_module
 from tether.samplers.local import LocalSampler
-from tether.samplers.pool import PoolSampler, check_pool
+from tether.samplers.pool import PoolSampler, address_of, check_pool
+from tether.train.signals import Signals, StopRequested
 from tether.types import Prompt, Sampling
 from tiny import random_ids, transformer
 
@@ -112,6 +114,42 @@ def test_a_worker_that_dies_between_two_cycles_or_within_one_is_replaced_and_dra
         pool.close()
 
 
+def test_weights_of_the_same_version_are_loaded_again(ray):
+    model = model_of()
+    pool, local = pool_of(model, 1), LocalSampler(model)
+    try:
+        for seed in range(2):
+            perturb(model, seed)
+            pool.load_weights(model)
+            assert_same(pool, local, cycle=1)
+    finally:
+        pool.close()
+
+
+def test_a_signal_while_workers_sample_stops_the_phase(ray):
+    model = model_of()
+    pool = pool_of(model, 1)
+    long = replace(SAMPLING, max_new_tokens=200, stop_token_ids=(), responses_per_prompt=200)
+    try:
+        pool.load_weights(model, 0)
+        pool.generate(prompts(), SAMPLING, cycle=1)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with Signals() as signals, pytest.raises(StopRequested), signals.droppable():
+            pool.generate(prompts(), long, cycle=2)
+    finally:
+        pool.close()
+
+
+def test_a_node_without_our_packages_is_named_as_what_it_is(ray, monkeypatch):
+    def broken(self, **_):
+        raise ModuleNotFoundError("No module named 'tether'")
+
+    monkeypatch.setattr(pool_module.PoolWorker, "__init__", broken)
+    monkeypatch.setattr(pool_module.PoolWorker, "__module__", "__main__")  # else Ray imports the one of the file
+    with pytest.raises(ConfigError, match=r"worker 0 of the pool does not start .*\(ModuleNotFoundError: No module"):
+        pool_of(model_of(), 1)
+
+
 def test_what_a_worker_raises_is_what_the_run_says(ray):
     model = model_of()
     pool = pool_of(model, 2)
@@ -146,3 +184,5 @@ def test_what_there_can_be_no_pool_with_is_refused(ray, monkeypatch):
     with pytest.raises(ConfigError, match="would hand out the GPU that it trains on"):
         check_pool(PoolConfig(2, gpus=1))
     check_pool(PoolConfig(2, gpus=1, address="auto"), Ranks(0, 2))
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # what Ray itself takes for none
+    assert address_of(PoolConfig(2)) is None

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from tether.config import LoraConfig
 from tether.data.tokenizer import is_directory
-from tether.errors import ConfigError, ModelError, did_you_mean_final, first_line
+from tether.errors import ConfigError, ModelError, did_you_mean_final, first_line, last_line
 
 transformers_logging.disable_progress_bar()
 
@@ -240,8 +240,4 @@ def load_weights(model: PreTrainedModel, directory: Path) -> None:
             raise RuntimeError(f"{min(info['missing_keys'])} is missing")
         model.load_state_dict(saved.state_dict())
     except RuntimeError as error:
-        raise ModelError(f"{directory} does not fit the model: {_last_line(error)}. Was it edited?") from error
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip().rstrip(".")
+        raise ModelError(f"{directory} does not fit the model: {last_line(error)}. Was it edited?") from error

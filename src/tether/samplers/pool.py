@@ -26,7 +26,7 @@ import torch
 from tether.config import PoolConfig, SamplingConfig
 from tether.distributed.ranks import ALONE, Ranks
 from tether.distributed.shard import whole
-from tether.errors import ConfigError, ModelError, TetherError, TrainingError, first_line
+from tether.errors import ConfigError, ModelError, TetherError, TrainingError, first_line, last_line
 from tether.models.language_model import LanguageModel
 from tether.samplers.local import why_not_cached
 from tether.samplers.pool_worker import Part, PoolWorker, Stored, packed, versions
@@ -209,8 +209,8 @@ class PoolSampler:
         except RayError as error:
             if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise ConfigError(
-                    f"worker {number} of the pool does not start where Ray placed it ({last_line(error)}): nothing could "
-                    "sample. Install the same tether, torch and transformers on every node."
+                    f"worker {number} of the pool does not start where Ray placed it ({last_line(error)}): nothing "
+                    "could sample. Install the same tether, torch and transformers on every node."
                 ) from error
             raise TrainingError(
                 f"worker {number} of the pool ended, {_RETRIES + 1} times in a row, and said: {first_line(error)}. Was "
@@ -242,7 +242,7 @@ def _connect(config: PoolConfig) -> bool:
         raise ConfigError(
             f"{where}: Ray does not answer ({type(error).__name__}: {first_line(error)}), so nothing could sample. Is "
             "it running there (ray status), in the same version of Ray and Python, and does it ask for a token "
-            "(RAY_AUTH_MODE=token)? Without an address here and in {_ADDRESS} the run starts one."
+            f"(RAY_AUTH_MODE=token)? Without an address here and in {_ADDRESS} the run starts one."
         ) from error
     finally:
         for number, handler in ours.items():  # Ray puts its own in their place, and a run would end unsaved

@@ -26,7 +26,7 @@ class Stored:
 
     model: Any  # without the weights that are trained
     weights: Any  # those, in the order of `packed`
-    version: int
+    load: int  # how many there were so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class PoolWorker:
         self._slots, self._device = slots, device
         self._model: LanguageModel | None = None
         self._sampler: LocalSampler | None = None
-        self._version: int | None = None
+        self._loaded: int | None = None
 
     def versions(self) -> dict[str, str]:
         """Of what the tokens depend on."""
@@ -72,9 +72,9 @@ class PoolWorker:
         if self._model is None:
             model = ray.get(policy.model)
             self._model = replace(model, lm=model.lm.to(self._device))
-        if self._version != policy.version:
+        if self._loaded != policy.load:
             load(self._model, ray.get(policy.weights))
-            self._version = policy.version
+            self._loaded = policy.load
         if self._sampler is None:
             self._sampler = LocalSampler(self._model, slots=self._slots)
         return self._sampler
