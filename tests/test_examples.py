@@ -24,7 +24,7 @@ def test_the_config_is_valid(path):
     tether.load_config(path)
 
 
-@pytest.mark.parametrize(("name", "gpus"), [("one_node", 8), ("four_nodes", 32)])
+@pytest.mark.parametrize(("name", "gpus"), [("one_node", 8), ("four_nodes", 32), ("ray_pool", 8)])
 def test_the_configs_for_a_cluster_give_every_gpu_rows_of_every_step(name, gpus):
     config = tether.load_config(EXAMPLES / "cluster" / f"{name}.yaml")
     check(config)
