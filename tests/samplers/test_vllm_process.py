@@ -13,12 +13,12 @@ import pytest
 from tether.cli import main
 from tether.config import ModelConfig, PPOConfig, PromptsConfig, RewardSourceConfig, SamplingConfig, VLLMConfig
 from tether.config.reading import to_yaml
-from tether.errors import ConfigError, ModelError
+from tether.errors import ConfigError, ModelError, RunError
 from tether.samplers import vllm_process
 from tether.samplers.uniforms import request_seed
-from tether.samplers.vllm import check_vllm
+from tether.samplers.vllm import Room, VLLMSampler, check_vllm
 from tether.samplers.vllm_process import ProcessEnded, RequestFailed, VLLMProcess, find_installation
-from tiny import transformer
+from tiny import language_model, transformer
 
 STAND_IN = """
 import os, signal, subprocess, sys, time
@@ -198,6 +198,22 @@ def test_heads_that_vllm_does_not_serve_on_a_cpu_are_refused(tmp_path):
     with pytest.raises(ModelError, match="attention heads have 8 dimensions, and vLLM on a CPU serves 32"):
         check_vllm(config, transformer("llama").config)
     check_vllm(config, transformer("llama", head_dim=32).config)
+
+
+def test_a_load_that_fails_leaves_no_weights_behind(python, tmp_path, monkeypatch):
+    model = language_model()
+    sampler = VLLMSampler(model, SamplingConfig("vllm", vllm=VLLMConfig(python)), Room(tmp_path / "vllm", 4, 20))
+    (tmp_path / "vllm" / "weights-0").mkdir()  # the version before
+
+    def write(directory: Path) -> None:
+        directory.mkdir()
+        raise RunError("the disk is full")
+
+    monkeypatch.setattr(sampler, "write", write)
+    with pytest.raises(RunError):
+        sampler.load_weights(model, 1)
+    sampler.close()
+    assert list((tmp_path / "vllm").iterdir()) == []
 
 
 @pytest.mark.parametrize(

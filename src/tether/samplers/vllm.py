@@ -122,8 +122,7 @@ class VLLMSampler:
         self._before: Answers | None = None  # of the version before
         self.gaps = 0.0, 0.0  # nats, of the last probe: where a text is scored, where one is continued
         room.folder.mkdir(parents=True, exist_ok=True)
-        for left in room.folder.glob("weights-*"):  # by a process that was killed
-            self._remove(left)
+        self._remove_all()  # what a process that was killed has left
 
     @property
     def notes(self) -> list[str]:
@@ -203,7 +202,11 @@ class VLLMSampler:
         if self._process is not None:
             self._process.close()
             self._process = None
-        self._remove(self._weights)
+        self._remove_all()
+
+    def _remove_all(self) -> None:
+        for directory in self._room.folder.glob("weights-*"):  # two where a load failed
+            self._remove(directory)
 
     def _remove(self, directory: Path) -> None:
         if self._room.ranks.rank == 0:
