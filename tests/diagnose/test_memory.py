@@ -3,8 +3,10 @@
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tether.config import (
@@ -30,7 +32,13 @@ from tether.config import (
 )
 from tether.diagnose import Memory, Part, predict
 from tether.diagnose.memory import size
+from tether.distributed.ranks import Ranks
 from tether.errors import ConfigError
+from tether.models.loading import model_config
+from tether.samplers.vllm import plan_cache
+from tether.train.held_out import PromptSets
+from tether.train.ppo import engine_room
+from tether.types import Prompt
 
 BENCH = Path(__file__).parents[2] / "bench" / "memory_prediction.py"
 
@@ -86,6 +94,20 @@ def test_vllm_holds_weights_a_head_of_its_own_and_the_cache_instead_of_the_local
     assert found["vLLM's key-value cache"] == 17 * 2 * 2 * 2 * 128 * 8 * 2
     assert found["vLLM's libraries"] > 0
     assert not {"key-value cache", "sampler's workspace", "engine's copy of the policy"} & set(found)
+
+
+def test_a_ranks_vllm_has_room_for_its_own_part_of_a_cycle_and_that_is_what_is_predicted(model, tmp_path):
+    base = replace(config(model), sampling=SamplingConfig("vllm", max_new_tokens=12))
+    run = replace(base, ppo=PPOSection(batch=16, minibatch=8, responses_per_prompt=2))
+    prompts = [Prompt((5,) * 20, "…", row) for row in range(9)]
+    sets = PromptSets(prompts, prompts, [], None)
+    room = engine_room(run, sets, SimpleNamespace(path=tmp_path), Ranks(0, 3))
+    assert room.responses == 6  # of 8 prompts in 3 parts the largest has 3
+    cache = plan_cache("auto", room.responses, room.tokens, model_config(str(model)), torch.float32, "cpu")
+    assert parts(predict(run, device="cpu", ranks=3))["vLLM's key-value cache"] == cache.bytes
+    evaluated = replace(run, evaluate=HeldOutConfig(every=1, samples=4))
+    held_out = replace(sets, held_out=prompts[:5])
+    assert engine_room(evaluated, held_out, SimpleNamespace(path=tmp_path), Ranks(0, 3)).responses == 8
 
 
 def test_a_pool_on_this_machine_holds_a_copy_of_the_policy_for_each_worker(model, count, monkeypatch):

@@ -53,7 +53,7 @@ class Room:
     """How much the engine is asked at most, and where it may write."""
 
     folder: Path  # of its log and its weights; on several ranks, that of all of them
-    responses: int  # of a cycle, or of an evaluation
+    responses: int  # of a cycle, or of an evaluation; on several ranks, of one of them
     tokens: int  # of the longest prompt and response together
     trust_remote_code: bool = False
     ranks: Ranks = ALONE  # each has an engine; rank 0 writes the weights for all

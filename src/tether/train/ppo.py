@@ -227,10 +227,12 @@ def ppo(
 
 
 def engine_room(config: PPOConfig, sets: PromptSets, run: RunDirectory, ranks: Ranks) -> Room:
-    """What an engine with a process of its own is asked at most, and where it may write."""
-    e = config.evaluate
-    longest = max(len(p.ids) for p in [*sets.train, *sets.held_out])
-    responses = max(config.ppo.batch, len(sets.held_out) * e.samples if e.every else 0)
+    """What a rank's engine with a process of its own is asked at most, and where it may write."""
+    p, e = config.ppo, config.evaluate
+    longest = max(len(prompt.ids) for prompt in [*sets.train, *sets.held_out])
+    responses = -(-p.batch // p.responses_per_prompt // ranks.size) * p.responses_per_prompt
+    if e.every:
+        responses = max(responses, -(-len(sets.held_out) // ranks.size) * e.samples)
     tokens = longest + config.sampling.max_new_tokens
     return Room(run.path / "vllm", responses, tokens, config.model.trust_remote_code, ranks)
 
