@@ -3,7 +3,8 @@
 A cycle's prompts are cut into as many parts as there are workers. Every draw is a function of seed, cycle, response and
 token (see `tether.samplers.uniforms`), so whoever draws a response draws the same tokens: those of the local engine but
 for rounding, and from a worker that took the place of a dead one the same to the bit. The learner is a process of its
-own, or several under torchrun, and no actor: nothing that happens to a worker happens to it.
+own, or several under torchrun, and no actor: nothing that happens to a worker happens to it. Ray's head is another
+matter: where that dies, Ray ends the learner within a minute or so.
 
 Weights are put into Ray's store once after every update, from where each node fetches them once. A request says which
 load it is for, and a worker that has another fetches it first.
