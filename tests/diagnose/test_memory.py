@@ -96,6 +96,13 @@ def test_vllm_holds_weights_a_head_of_its_own_and_the_cache_instead_of_the_local
     assert not {"key-value cache", "sampler's workspace", "engine's copy of the policy"} & set(found)
 
 
+def test_beside_weights_in_parts_every_rank_keeps_a_whole_copy_for_vllm(model, count):
+    run = replace(config(model), sampling=SamplingConfig("vllm", max_new_tokens=12))
+    name = "copy that vLLM's weights are written from"
+    assert parts(predict(run, device="cpu", ranks=2, shard="full"))[name] == 4 * count
+    assert name not in parts(predict(run, device="cpu", ranks=2, shard="replicate"))
+
+
 def test_a_ranks_vllm_has_room_for_its_own_part_of_a_cycle_and_that_is_what_is_predicted(model, tmp_path):
     base = replace(config(model), sampling=SamplingConfig("vllm", max_new_tokens=12))
     run = replace(base, ppo=PPOSection(batch=16, minibatch=8, responses_per_prompt=2))

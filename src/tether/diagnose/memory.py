@@ -297,6 +297,9 @@ def _of_vllm(trained: Trained, responses: int, width: int) -> list[Part]:
         Part("vLLM's weights", (sum(w.numel for unit in trained.step.units for w in unit) + head) * dtype.itemsize),
         Part("vLLM's key-value cache", cache.bytes),
     ]
+    if trained.cut_into > 1:
+        where = "always" if trained.device == "cpu" else "host"
+        parts.append(Part("copy that vLLM's weights are written from", weight_bytes(trained.step.units), where))
     return [*parts, Part("vLLM's libraries", _VLLM_CPU if trained.device == "cpu" else _CONTEXT_CUDA)]
 
 
