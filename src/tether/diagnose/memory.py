@@ -307,11 +307,14 @@ def _of_pool(trained: Trained, responses: int, width: int) -> list[Part]:
     """What a Ray that the run starts and its workers hold all the time, on this machine's CPU."""
     s, text = trained.config.sampling, trained.architecture.get_text_config()
     workers, item = s.pool.workers, trained.dtype.itemsize
-    whole = sum(w.numel for unit in trained.step.units for w in unit) * item
+    weights = [w for unit in trained.step.units for w in unit]
+    whole = sum(w.numel for w in weights) * item
+    sent = sum(w.numel for w in weights if w.trained) * item
     slots = count_slots(s.slots, -(-responses // workers), text, width, trained.dtype, "cpu")
     return [
         Part("workers' copies of the policy", workers * whole),
-        Part("weights on their way to the workers", 3 * whole),  # gathered, stored, and those stored before
+        # Those that are trained: gathered, stored, and stored before; the others are stored once.
+        Part("weights on their way to the workers", 3 * sent + whole - sent),
         Part("workers' key-value caches and workspace", workers * slots * sum(slot_bytes(text, width, trained.dtype))),
         Part("libraries of Ray and the workers", _RAY + workers * _WORKER),
     ]

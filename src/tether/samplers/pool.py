@@ -137,9 +137,9 @@ class PoolSampler:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
-        if self._group is not None:
+        if self._group is not None and not self._ours:  # else it ends with Ray
             remove_placement_group(self._group)
-            self._group = None
+        self._group = None
         if self._ours:
             ray.shutdown()
 
@@ -234,7 +234,7 @@ def _connect(config: PoolConfig) -> bool:
     try:
         if address and address != "auto":
             host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()  # Ray would try for ten minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()  # Ray would try for ten minutes
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except Exception as error:  # whatever its many layers raise
         where = "sampling.engine=pool"
