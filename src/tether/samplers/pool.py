@@ -79,9 +79,9 @@ class PoolSampler:
 
         restarted: told of every worker that had to be started again.
         """
+        check_pool(config.pool, ranks)
         import ray
 
-        check_pool(config.pool, ranks)
         self._pool, self._restarted = config.pool, restarted
         self._workers = len(ranks.span(config.pool.workers))
         self._device = "cuda" if config.pool.gpus else "cpu"
