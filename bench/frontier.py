@@ -3,7 +3,8 @@
 stories260K and VADER's lexicon, as in examples/stories. Each way gets 18 × 128 = 2,304 scored answers and, where
 it trains, 144 optimizer steps of 64 answers each, so that every answer is learned from four times:
 
-    ppo        examples/stories/ppo.yaml, 18 cycles, but with the KL in the reward, a fixed β and no entropy bonus
+    ppo        examples/stories/ppo.yaml, 18 cycles, but with the KL in the reward, a fixed β, no entropy bonus and half
+               its learning rate
     group      the same without a critic: eight answers to an opening, compared with each other (RLOO)
     dpo        pairs out of a pool: 24 answers of the start model to each of the 96 openings, drawn and scored once per
                seed; each answer is compared with the next one to its opening
@@ -19,8 +20,8 @@ A policy is measured by `tether.evaluate`: fresh answers, 8 to each opening, the
 nats per response, the mean of their log-ratios. That of best-of-n is `tether.math`'s, as in `tether evaluate`.
 distinct-2 is bench/stories.py's, against the start model's answers.
 
-Learning rates: ppo's is the example's; the others' were picked by score - β·KL out of a few, on a seed that is not in
-the table. docs/evidence.md lists the tries.
+Learning rates were picked by score - β·KL out of a few, on a seed that is not in the table. docs/evidence.md lists the
+tries.
 
     python bench/frontier.py --model DIR [--seeds 0 1 2 3 4] [--plot docs/frontier.svg]
     python bench/frontier.py --model DIR --seeds 100 --routes dpo --betas .05 --rate 1e-3 --to DIR  tries a rate
@@ -73,7 +74,7 @@ from tether.config import (
 from tether.runs import EvaluationDir, Run
 from tether.runs.files import write_atomically
 
-RATES = {"ppo": 1.5e-4, "group": 7e-5, "dpo": 1e-4, "bellman": 1e-4}
+RATES = {"ppo": 7e-5, "group": 7e-5, "dpo": 1e-4, "bellman": 1e-4}
 ROUTES = [*RATES, "best-of-n"]
 BETAS = [0.05, 0.1, 0.2]  # score units per nat
 BEST_OF = [1, 2, 4, 8, 16]
