@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         BatchError,
         ConfigError,
         DataError,
+        EngineError,
         Interrupted,
         LabelError,
         ModelError,
@@ -70,7 +71,7 @@ _HOME = {
     ),
     **dict.fromkeys(
         ("TetherError", "ConfigError", "DataError", "ModelError", "RewardError", "RunError", "StoreError",
-         "LabelError", "BatchError", "TrainingError", "Interrupted"),
+         "LabelError", "BatchError", "TrainingError", "EngineError", "Interrupted"),
         "tether.errors",
     ),
 }  # fmt: skip
@@ -80,6 +81,7 @@ __all__ = [
     "ConfigError",
     "DPOConfig",
     "DataError",
+    "EngineError",
     "EvaluateConfig",
     "Interrupted",
     "JudgeConfig",

@@ -10,6 +10,7 @@
     │   └── LabelError     one judgment that cannot be recorded; the store is well
     ├── BatchError         tensors of the wrong shape handed to a batch type
     ├── TrainingError      training itself broke: not-finite numbers, a self-check that failed
+    │   └── EngineError    a sampling engine of processes of its own that ended, or failed; the policy is well
     └── Interrupted        a signal asked us to stop, and we stopped after saving
 
 Every message says three things: the value, what would go wrong because of it, and what to do. `exit_code` is what the
@@ -76,6 +77,10 @@ class BatchError(TetherError):
 
 class TrainingError(TetherError):
     """Training itself broke: loss or gradient not finite too often, or a self-check out of bounds."""
+
+
+class EngineError(TrainingError):
+    """A sampling engine with processes of its own that ended, or raised. What was learned until then is saved."""
 
 
 class Interrupted(TetherError):

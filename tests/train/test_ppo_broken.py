@@ -8,7 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tether
-from tether.errors import ModelError, RewardError, TrainingError
+from resume import steady
+from tether.errors import EngineError, ModelError, RewardError, TrainingError
+from tether.models.policy import build_policy
+from tether.samplers.local import LocalSampler
 from tether.train import checkpoint
 from tether.train import rollout as experience
 from tether.types import Completions
@@ -55,6 +58,62 @@ def test_a_reward_that_is_not_a_number_stops_the_run_after_saving_and_the_same_c
     run = tether.ppo(config, reward=id_score)
     want = tether.ppo(tiny_config(tmp_path / "whole", directory, checkpoint={"every": 10}), reward=id_score)
     assert [m["cycle"] for m in run.metrics] == [1, 2, 3, 4]
+    assert same(load_file(run.final / "model.safetensors"), load_file(want.final / "model.safetensors"))
+
+
+class Engine(LocalSampler):
+    """The local engine, which fails at the n-th use of one of its methods."""
+
+    def __init__(self, config, method: str, use: int):
+        policy, _, _ = build_policy(config.model, device=torch.device("cpu"), seed=0, with_critic=False)
+        super().__init__(policy.model, beside=bool(config.ppo.ahead))
+        self.left = {method: use}
+
+    def _use(self, method):
+        self.left[method] = self.left.get(method, 0) - 1
+        if self.left[method] == 0:
+            raise EngineError("the engine is gone")
+
+    def load_weights(self, weights, version=0):
+        self._use("load_weights")
+        super().load_weights(weights, version)
+
+    def generate(self, *given, **named):
+        self._use("generate")
+        return super().generate(*given, **named)
+
+
+# It samples as the reward is called; it is given weights at the start and after every cycle.
+@pytest.mark.parametrize(
+    ("method", "use", "done"),
+    [("generate", 2, None), ("generate", 3, 1), ("generate", 4, 2), ("load_weights", 3, 2), ("load_weights", 5, 4)],
+)
+def test_an_engine_that_fails_stops_the_run_after_saving_and_the_same_command_goes_on(
+    tiny_model, tmp_path, method, use, done
+):
+    directory = tiny_model()
+    config = tiny_config(tmp_path / "run", directory, checkpoint={"every": 10})
+    with pytest.raises(EngineError, match="the engine is gone"):
+        tether.ppo(config, reward=id_score, sampler=Engine(config, method, use))
+    assert checkpoint.names(tmp_path / "run") == ([] if done is None else [f"cycle-{done:06d}"])
+    run = tether.ppo(config, reward=id_score, sampler=Engine(config, method, 0))
+    want = tether.ppo(tiny_config(tmp_path / "whole", directory, checkpoint={"every": 10}), reward=id_score)
+    assert steady(run) == steady(want)
+    assert same(load_file(run.final / "model.safetensors"), load_file(want.final / "model.safetensors"))
+
+
+def test_an_engine_that_fails_one_cycle_ahead_leaves_the_last_checkpoint(tiny_model, tmp_path):
+    """When that is known the policy has moved on from the last cycle that is done."""
+    directory = tiny_model()
+    ahead = {"cycles": 5, "batch": 8, "minibatch": 4, "ahead": 1}
+    configs = [
+        tiny_config(tmp_path / name, directory, checkpoint={"every": 2}, evaluate={"every": 0}, ppo=ahead)
+        for name in ("run", "whole")
+    ]
+    with pytest.raises(TrainingError, match="the engine is gone"):
+        tether.ppo(configs[0], reward=id_score, sampler=Engine(configs[0], "generate", 4))
+    assert checkpoint.names(tmp_path / "run") == ["cycle-000002"]
+    run, want = tether.ppo(configs[0], reward=id_score), tether.ppo(configs[1], reward=id_score)
     assert same(load_file(run.final / "model.safetensors"), load_file(want.final / "model.safetensors"))
 
 

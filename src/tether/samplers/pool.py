@@ -27,7 +27,7 @@ import torch
 from tether.config import PoolConfig, SamplingConfig
 from tether.distributed.ranks import ALONE, Ranks
 from tether.distributed.shard import whole
-from tether.errors import ConfigError, ModelError, TetherError, TrainingError, first_line, last_line
+from tether.errors import ConfigError, EngineError, ModelError, TetherError, first_line, last_line
 from tether.models.language_model import LanguageModel
 from tether.samplers.local import why_not_cached
 from tether.samplers.pool_worker import Part, PoolWorker, Stored, packed, versions
@@ -203,7 +203,7 @@ class PoolSampler:
         except RayTaskError as error:
             if isinstance(error.cause, TetherError):
                 raise error.cause from None
-            raise TrainingError(
+            raise EngineError(
                 f"worker {number} of the pool failed ({type(error.cause).__name__}: {first_line(error.cause)}). Set "
                 "sampling.engine to local to see whether the policy samples at all."
             ) from error
@@ -213,7 +213,7 @@ class PoolSampler:
                     f"worker {number} of the pool does not start where Ray placed it ({last_line(error)}): nothing "
                     "could sample. Install the same tether, torch and transformers on every node."
                 ) from error
-            raise TrainingError(
+            raise EngineError(
                 f"worker {number} of the pool ended, {_RETRIES + 1} times in a row, and said: {first_line(error)}. Was "
                 "there enough memory? sampling.slots is how many responses it decodes at once."
             ) from error

@@ -26,7 +26,7 @@ import torch
 from tether.config import SamplingConfig
 from tether.distributed.ranks import ALONE, Ranks
 from tether.distributed.shard import whole
-from tether.errors import ModelError, TrainingError
+from tether.errors import EngineError, ModelError, TrainingError
 from tether.models.export import CPU_HEADS, save_for_engine
 from tether.models.language_model import LanguageModel
 from tether.models.loading import context_length, head_size
@@ -226,11 +226,11 @@ class VLLMSampler:
                 assert self._process is not None
                 return self._process.ask(**request)
             except RequestFailed as error:
-                raise TrainingError(f"vLLM failed ({error}); {self._log} has all that it said.") from error
+                raise EngineError(f"vLLM failed ({error}); {self._log} has all that it said.") from error
             except ProcessEnded as ended:
                 self._process = None
                 if again:
-                    raise TrainingError(
+                    raise EngineError(
                         f"{ended} twice in a row, the last time saying: {last_words(self._log)}. {self._log} has the "
                         "rest. Was there enough memory? sampling.slots is how many responses it decodes at once."
                     ) from ended
@@ -272,7 +272,7 @@ class VLLMSampler:
                 "it said. Set sampling.engine to local, or change sampling.vllm.arguments."
             ) from error
         except ProcessEnded as ended:
-            raise TrainingError(
+            raise EngineError(
                 f"{ended} while it started, and said: {last_words(self._log)}; {self._log} has the rest."
             ) from ended
         self._process = process

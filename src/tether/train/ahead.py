@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from tether.background import in_thread
 from tether.distributed.ranks import Ranks
+from tether.errors import EngineError, TrainingError
 from tether.train.rollout import Metrics, gather_responses, sample_part
 from tether.types import Completions, Prompt, Sampler, Sampling
 
@@ -73,7 +74,11 @@ class AheadSampler:
         yield ahead
         self.progress("sampling")
         began = time.perf_counter()
-        ahead.completions = gather_responses(self._drawn.result(), prompts, self.sampling, self.ranks)
+        try:
+            drawn = self._drawn.result()
+        except EngineError as error:  # the policy has moved on: it must not be saved as that of the cycle before
+            raise TrainingError(str(error)) from error
+        ahead.completions = gather_responses(drawn, prompts, self.sampling, self.ranks)
         ahead.metrics["time/ahead_s"] = time.perf_counter() - began
 
 

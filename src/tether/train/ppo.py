@@ -206,9 +206,9 @@ def ppo(
                 log.alarms(cycle, done.alarms)
                 state.kl_coef, state.kl_error = _kept_of_kl(experience, p, state)
                 state.done, state.ahead = cycle, ahead.completions
-                engine.load_weights(policy.model, version=cycle)
                 record.rollouts(experience, cycle, done.new_logprobs)
                 with log.writing(cycle, experience.metrics | done.metrics | ahead.metrics) as metrics:
+                    engine.load_weights(policy.model, version=cycle)
                     metrics |= evaluate(metrics)
                 state.save_if_due(p.cycles)
 

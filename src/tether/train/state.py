@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from tether.config import TrainingConfig
 from tether.distributed.ranks import ALONE, Ranks
 from tether.distributed.shard import Layout
-from tether.errors import Interrupted, RewardError
+from tether.errors import EngineError, Interrupted, RewardError
 from tether.runs import RunDirectory
 from tether.train import checkpoint
 from tether.train.ahead import FILE as AHEAD
@@ -141,14 +141,17 @@ class TrainingState:
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
-        """Around a trainer's loop: a signal or a reward that failed stops it with everything saved that is done."""
+        """Around a trainer's loop: a signal, or a reward or an engine that failed, stops it with everything saved that
+        is done. An engine fails on one rank alone, and ranks save together: of several none saves then."""
         try:
             yield
-        except (RewardError, StopRequested) as stop:
+        except (RewardError, EngineError, StopRequested) as stop:
             unit = self.run.unit
+            if isinstance(stop, EngineError) and self.ranks.size > 1:
+                raise
             if self.done:  # else there is nothing to keep: the same command starts over
                 self.save()
-            if isinstance(stop, RewardError):
+            if not isinstance(stop, StopRequested):
                 raise
             if self.done:
                 text = f"stopped after {unit} {self.done}, saved; the same command continues"
