@@ -50,6 +50,22 @@ def test_cuda_out_of_memory_names_the_part_the_bytes_and_the_key_to_turn(
     assert (status["state"], status["exit_reason"]) == ("failed", text)
 
 
+def test_a_cpu_that_runs_out_of_memory_is_explained_too_and_no_other_error_is(tiny_model, tmp_path, monkeypatch):
+    config = tiny_config(tmp_path / "run", tiny_model(), evaluate={"every": 0})
+    monkeypatch.setattr(LocalSampler, "generate", lambda *_, **__: torch.empty(2**50, dtype=torch.int8))
+    with pytest.raises(
+        TrainingError, match=r"^Out of memory while sampling: 1125899906842624 bytes was asked for\. Lower"
+    ):
+        tether.ppo(config, reward=id_score)
+
+    def fails(*_, **__):
+        raise RuntimeError("a shape is wrong")
+
+    monkeypatch.setattr(LocalSampler, "generate", fails)
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        tether.ppo(config, reward=id_score)
+
+
 def test_the_status_has_heartbeats_while_a_reward_takes_long(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(preamble, "_BEAT_S", 0.1)
     file, beats = tmp_path / "run" / "status.json", []

@@ -34,14 +34,18 @@ def explaining_out_of_memory(run: RunDirectory) -> Iterator[None]:
     """Turn torch's error into a TrainingError that names the part, the bytes and the key to turn."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # of a GPU torch.OutOfMemoryError, of a CPU no kind of its own
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not on_gpu and "DefaultCPUAllocator" not in str(error):
+            raise
         asked, total, free = (
             found[1] if (found := re.search(pattern, str(error))) else None
             for pattern in (r"allocate ([\d.]+ \w+)", r"capacity of ([\d.]+ \w+)", r"of which ([\d.]+ \w+) is free")
         )
+        where = "CUDA out" if on_gpu else "Out"
         room = f", and {free} of {total} are free" if free and total else ""
         raise TrainingError(
-            f"CUDA out of memory while {run.phase}: {asked or 'more memory'} was asked for{room}. "
+            f"{where} of memory while {run.phase}: {asked or 'more memory'} was asked for{room}. "
             f"{_knob(run)}, and run the same command again: it continues from the last checkpoint."
         ) from error
 
@@ -52,9 +56,9 @@ def _knob(run: RunDirectory) -> str:
     name = KINDS[run.command].section
     tokens = getattr(config, name).microbatch_tokens
     if "loading" in run.phase:
-        return "Free the GPU of other programs, train with model.lora, or take a smaller model"
+        return "Free memory of other programs, train with model.lora, or take a smaller model"
     if "scoring" in run.phase:
-        return "Set dtype: bfloat16 for the reward models, or move them off this GPU"
+        return "Set dtype: bfloat16 for the reward models, or serve them from elsewhere"
     if "sampling" in run.phase and isinstance(config, PPOConfig):
         return f"Lower sampling.slots ({config.sampling.slots} now; 16, say)"
     return f"Lower {name}.microbatch_tokens ({tokens:,} now) or set model.gradient_checkpointing: true"
