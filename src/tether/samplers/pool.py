@@ -234,7 +234,7 @@ def _connect(config: PoolConfig) -> bool:
     try:
         if address and address != "auto":
             host, _, port = address.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()  # Ray would try for ten minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()  # Ray would try for minutes
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except Exception as error:  # whatever its many layers raise
         where = "sampling.engine=pool"
